@@ -1,0 +1,1 @@
+"""Tower width to decoder width, one file each."""

@@ -1,0 +1,21 @@
+"""Serve multimodal models and cut what visual tokens cost.
+
+`mm.load("tiny")` is the way in from Python. Importing this package imports neither torch nor ray.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mm.api import Model, load
+
+__all__ = ["Model", "__version__", "load"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load", "Model"):
+        import importlib
+
+        module = importlib.import_module("mm.api")
+        return getattr(module, name)
+    raise AttributeError(f"module 'mm' has no attribute {name!r}")

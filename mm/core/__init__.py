@@ -1,0 +1,1 @@
+"""Vocabulary: plain data, errors, limits, plugin protocols and the registry."""

@@ -1,0 +1,92 @@
+"""Limits and settings that more than one stage reads. Frozen; checked when made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MiB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaLimits:
+    """Bounds of the media of one request. Every path that decodes draws from one `MediaBudget` made of these.
+
+    Attributes:
+        max_images, max_videos: Items per request.
+        max_image_bytes, max_video_bytes: Encoded size of one item.
+        max_request_bytes: Encoded size of all items together.
+        max_pixels: Pixels of one image or one frame, read from the header before decoding.
+        max_total_pixels: Decoded pixels of all items and frames together.
+        min_side_px: Shortest side of an image or frame.
+        max_aspect: Longest over shortest side.
+        max_sampled_frames: Frames of one clip that are handed on.
+        max_decoded_frames: Frames of one clip that the decoder may produce.
+        max_duration_s: Length of one clip.
+        decode_wall_s, decode_cpu_s, decode_memory_bytes: What a video decoding process may use before it is killed.
+    """
+
+    max_images: int = 16
+    max_videos: int = 2
+    max_image_bytes: int = 20 * MiB
+    max_video_bytes: int = 256 * MiB
+    max_request_bytes: int = 256 * MiB
+    max_pixels: int = 33_500_000
+    max_total_pixels: int = 200_000_000
+    min_side_px: int = 8
+    max_aspect: float = 200.0
+    max_sampled_frames: int = 128
+    max_decoded_frames: int = 9_000
+    max_duration_s: float = 3_600.0
+    decode_wall_s: float = 20.0
+    decode_cpu_s: int = 20
+    decode_memory_bytes: int = 2048 * MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcePolicy:
+    """From where media may be read.
+
+    Attributes:
+        allowed_domains: Hosts that `http(s)` URLs may name; empty turns remote URLs off; ("*",) allows any public host.
+        allow_paths: Whether local paths are read: true in Python and on the command line, never over HTTP.
+        fetch_timeout_s: Whole download, redirects included.
+        max_redirects: Each one is checked like the first address.
+    """
+
+    allowed_domains: tuple[str, ...] = ()
+    allow_paths: bool = False
+    fetch_timeout_s: float = 10.0
+    max_redirects: int = 3
+
+
+VideoDecoder = Literal["pyav", "decord"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is loaded and how; the same for Python, the in-process server and every Ray replica.
+
+    Attributes:
+        model: "tiny" (the model we ship), a local folder, or a hub name.
+        device: A torch device name.
+        dtype: "auto" (bfloat16 where the device computes in it, else float32), "float32", "bfloat16" or "float16".
+        reducer: Specification used when a request names none.
+        num_frames, fps: Frame sampling of clips when a request names none.
+        video_decoder: "pyav", or "decord" for files the operator trusts.
+        num_threads: CPU threads of torch; None leaves torch's own choice.
+        cache_bytes: Size of the encoder's feature cache; 0 turns it off.
+        limits, sources: What media may be, and from where.
+    """
+
+    model: str = "tiny"
+    device: str = "cpu"
+    dtype: str = "auto"
+    reducer: str = "none"
+    num_frames: int = 8
+    fps: float | None = None
+    video_decoder: VideoDecoder = "pyav"
+    num_threads: int | None = None
+    cache_bytes: int = 512 * MiB
+    limits: MediaLimits = MediaLimits()
+    sources: SourcePolicy = SourcePolicy()

@@ -1,0 +1,325 @@
+"""Plain data that travels between the stages.
+
+Nothing here computes anything of interest, knows a model, a plugin, HTTP or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Kind = Literal["image", "video"]
+Grid = tuple[int, int, int]
+"""Tokens along time, height and width: (t, h, w). An image has t = 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """A decoded picture.
+
+    Attributes:
+        pixels: uint8 RGB (H, W, 3).
+        content_hash: Names the content for caches; framed over kind, size and bytes.
+    """
+
+    pixels: np.ndarray
+    content_hash: str
+
+    @property
+    def kind(self) -> Kind:
+        return "image"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """The sampled frames of a clip.
+
+    Attributes:
+        frames: uint8 RGB (T, H, W, 3), in order of time.
+        timestamps_s: True presentation time of each frame, seconds from the clip's start, length T.
+        duration_s: Length of the whole clip in seconds.
+        content_hash: Names the content and the sampling for caches.
+    """
+
+    frames: np.ndarray
+    timestamps_s: tuple[float, ...]
+    duration_s: float
+    content_hash: str
+
+    @property
+    def kind(self) -> Kind:
+        return "video"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaSource:
+    """Where an item's bytes come from: bytes, a path, or a `data:`, `http:` or `https:` URL.
+
+    Attributes:
+        kind: What the sender says it is.
+        source: Encoded file bytes, a local path, or a URL.
+        param: The request field it came from, for error messages.
+    """
+
+    kind: Kind
+    source: bytes | Path | str
+    param: str | None = None
+
+
+Media = MediaSource | Image | Video
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameSampling:
+    """Which frames of a clip are looked at.
+
+    Attributes:
+        num_frames: This many, evenly spread over the clip's duration (fewer when the clip has fewer). Ignored with `fps`.
+        fps: Frames per second of clip time; None samples by count.
+        max_frames: Upper bound with `fps`; a clip that needs more is spread over this many.
+    """
+
+    num_frames: int = 8
+    fps: float | None = None
+    max_frames: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualTokens:
+    """Visual tokens of one item, as the decoder would receive them.
+
+    Attributes:
+        embeddings: (N, D) in the model's dtype.
+        positions: (N, 3) int64, each token's (t, h, w) cell in `grid`, in ascending raster order. A merged token has its anchor's.
+        sizes: (N,) float32, how many original tokens each one stands for.
+        grid: Cells of the unreduced item; N = t * h * w before reduction.
+        kind: "image" or "video".
+        evidence: What the tower observed, per token row or otherwise, by name; dropped after reduction.
+    """
+
+    embeddings: Tensor
+    positions: Tensor
+    sizes: Tensor
+    grid: Grid
+    kind: Kind
+    evidence: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def full(cls, embeddings: Tensor, grid: Grid, kind: Kind, evidence: Mapping[str, Tensor] | None = None) -> VisualTokens:
+        """Unreduced tokens of `embeddings` (t*h*w, D) in raster order."""
+        t, h, w = grid
+        if embeddings.shape[0] != t * h * w:
+            raise ValueError(f"{embeddings.shape[0]} embeddings do not fill a grid of {grid}")
+        axes = [torch.arange(n, device=embeddings.device) for n in grid]
+        positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+        sizes = torch.ones(t * h * w, device=embeddings.device)
+        return cls(embeddings=embeddings, positions=positions, sizes=sizes, grid=grid, kind=kind, evidence=evidence or {})
+
+    @property
+    def num_tokens(self) -> int:
+        return self.embeddings.shape[0]
+
+    @property
+    def num_tokens_in(self) -> int:
+        """Tokens before any reduction."""
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def indices(self) -> Tensor:
+        """(N,) int64: each token's raster index in the unreduced grid."""
+        _, h, w = self.grid
+        return (self.positions[:, 0] * h + self.positions[:, 1]) * w + self.positions[:, 2]
+
+    def without_evidence(self) -> VisualTokens:
+        return replace(self, evidence={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPart:
+    """Literal text of a message. Nothing in it is ever read as a control or placeholder token."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaPart:
+    """A place in a message where the request's `media[index]` stands."""
+
+    index: int
+    kind: Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    parts: tuple[TextPart | MediaPart, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen, and when to stop.
+
+    Attributes:
+        max_new_tokens: Upper bound of generated tokens; None means what is left of the context.
+        temperature: 0 is greedy; None takes the model's own default.
+        top_p: Nucleus mass in (0, 1]; None takes the model's own default.
+        seed: Noise is keyed by (seed, choice, position), so equal requests with a seed give equal answers. None draws a seed.
+        stop: Strings that end the answer; they are not part of it.
+        n: Number of answers.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionOptions:
+    """What a request asks of its visual tokens.
+
+    Attributes:
+        reducer: A reducer specification such as "divprune:keep_ratio=0.25"; None takes the server's default.
+        keep_ratio: Tokens kept / tokens in, for the one reducer named (or the default one).
+        return_map: Report which tokens were kept.
+        return_timings: Report the seconds of each stage.
+        frames: Which frames of clips are looked at; None takes the server's default.
+    """
+
+    reducer: str | None = None
+    keep_ratio: float | None = None
+    return_map: bool = False
+    return_timings: bool = False
+    frames: FrameSampling | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One question about some media. `messages` refer to `media` by index, each item exactly once and in order."""
+
+    request_id: str
+    messages: tuple[Message, ...]
+    media: tuple[Media, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    vision: VisionOptions = field(default_factory=VisionOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeTimings:
+    """Seconds of one item's stages in the encoder. A cache hit has zeros for what it skipped."""
+
+    load_s: float = 0.0
+    encode_s: float = 0.0
+    reduce_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One media item, ready to be spliced into a prompt: what travels from encoder to decoder."""
+
+    tokens: VisualTokens
+    timings: EncodeTimings = field(default_factory=EncodeTimings)
+    cache_hit: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What the decoder's first layer receives.
+
+    Attributes:
+        token_ids: (L,) int64; visual rows hold the placeholder id.
+        embeddings: (L, D).
+        positions: (P, L) int64 with P = 1, or 3 for M-RoPE: the positions of the unreduced prompt at the kept rows.
+        next_position: The position of the first generated token: the unreduced maximum + 1.
+        is_visual: (L,) bool.
+    """
+
+    token_ids: Tensor
+    embeddings: Tensor
+    positions: Tensor
+    next_position: int
+    is_visual: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.token_ids.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptMap:
+    """Which tokens of one media item reached the decoder.
+
+    Attributes:
+        grid: (t, h, w) of the unreduced item.
+        kept: Ascending raster indices into that grid.
+    """
+
+    kind: Kind
+    grid: Grid
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Token counts of one request. `num_prompt_tokens` is what the decoder really saw, after reduction."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_image_tokens_in: int = 0
+    num_image_tokens_kept: int = 0
+    num_video_tokens_in: int = 0
+    num_video_tokens_kept: int = 0
+
+    @property
+    def num_visual_tokens_in(self) -> int:
+        return self.num_image_tokens_in + self.num_video_tokens_in
+
+    @property
+    def num_visual_tokens_kept(self) -> int:
+        return self.num_image_tokens_kept + self.num_video_tokens_kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds per stage of one request, summed over its media items."""
+
+    load_s: float = 0.0
+    encode_s: float = 0.0
+    reduce_s: float = 0.0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """New text of one choice. The last delta of a choice carries its finish reason ("stop" or "length")."""
+
+    choice: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The last event of a request."""
+
+    usage: Usage
+    timings: Timings
+    kept: tuple[KeptMap, ...] = ()
+    reducer: str = "none"
+
+
+Event = Delta | Summary

@@ -1,0 +1,198 @@
+"""Every error the project raises on purpose.
+
+    MmError
+    ├── RequestError            theirs: the request cannot be served as asked
+    │   ├── InvalidRequest      a field is missing, wrong or not allowed
+    │   │   └── ContextTooLong  the prompt does not fit the model
+    │   ├── UnknownModel        no model of that name is served
+    │   └── MediaError          an image or clip cannot be used
+    ├── CapacityError           later: the same request may succeed in a while
+    ├── PluginError             at build, or when a request names a plugin
+    │   ├── UnknownPlugin
+    │   ├── InvalidOption
+    │   └── IncompatiblePlugin
+    └── EngineError             ours
+
+Errors cross process borders, so each keeps its facts as constructor arguments and formats them when read. Only `serve.api`
+knows which status code belongs to which error.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+
+class MmError(Exception):
+    """Base of every error raised on purpose."""
+
+    code = "error"
+
+
+class RequestError(MmError):
+    """The request cannot be served as asked; asking again unchanged fails again."""
+
+    code = "invalid_request"
+
+
+class InvalidRequest(RequestError):
+    """A request field is missing, malformed or not allowed.
+
+    Args:
+        message: What was given, what is allowed, what to do.
+        param: The field's path in the request, such as `messages[0].content[1]`.
+        code: Machine-readable reason.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str = "invalid_request") -> None:
+        super().__init__(message, param, code)
+        self.message, self.param, self.code = message, param, code
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ContextTooLong(InvalidRequest):
+    """Prompt and requested output together exceed the model's positions."""
+
+    def __init__(self, num_prompt_tokens: int, max_new_tokens: int, max_context_tokens: int) -> None:
+        message = (
+            f"the prompt has {num_prompt_tokens} tokens and {max_new_tokens} were asked for, but this model's context "
+            f"holds {max_context_tokens}; shorten the prompt, send fewer media, keep fewer visual tokens or lower max_tokens"
+        )
+        super().__init__(message, "messages", "context_length_exceeded")
+        self.args = (num_prompt_tokens, max_new_tokens, max_context_tokens)
+
+
+class UnknownModel(RequestError):
+    """No model of that name is served here."""
+
+    code = "model_not_found"
+
+    def __init__(self, name: str, available: Sequence[str]) -> None:
+        super().__init__(name, tuple(available))
+        self.name, self.available, self.param = name, tuple(available), "model"
+
+    def __str__(self) -> str:
+        return f"the model {self.name!r} does not exist here; available: {', '.join(self.available)}"
+
+
+MEDIA_REASONS: dict[str, str] = {
+    "empty": "the {kind} is empty",
+    "undecodable": "the {kind} cannot be decoded: it is damaged, truncated or not a {kind}",
+    "unsupported_format": "the {kind}'s format is not allowed; send {allowed}",
+    "too_many_bytes": "the {kind} is larger than the limit of {limit} bytes",
+    "too_many_pixels": "the {kind} has more pixels than the limit of {limit}",
+    "too_small": "the {kind} is smaller than {limit} pixels on one side",
+    "bad_aspect": "the {kind} is more than {limit} times longer on one side than on the other",
+    "too_many_frames": "the video has or asks for more frames than the limit of {limit}",
+    "too_long": "the video is longer than the limit of {limit} seconds",
+    "too_many_items": "the request carries more {kind}s than the limit of {limit}",
+    "decode_limit": "the {kind} took more time or memory to decode than allowed",
+    "bad_source": "the {kind}'s source cannot be understood: send a data: URL{allowed}",
+    "remote_disabled": "remote URLs are off on this server: send the {kind} as a data: URL",
+    "domain_not_allowed": "the {kind}'s address is not on this server's list of allowed domains",
+    "fetch_failed": "the {kind} could not be fetched from its address",
+    "file_not_found": "the {kind} file does not exist or cannot be read",
+    "not_supported": "this model does not take {kind} input",
+}
+
+
+class MediaError(RequestError):
+    """An image or clip cannot be used.
+
+    The text is fixed per reason and never carries a library's message, which may hold addresses or paths.
+
+    Args:
+        reason: A key of `MEDIA_REASONS`.
+        kind: "image" or "video".
+        limit: The limit that was exceeded, if the reason has one.
+        allowed: What would be accepted, if the reason names it.
+        param: The field's path in the request, once known.
+    """
+
+    def __init__(
+        self, reason: str, kind: str = "image", limit: float | None = None, allowed: str = "", param: str | None = None
+    ) -> None:
+        super().__init__(reason, kind, limit, allowed, param)
+        self.reason, self.kind, self.limit, self.allowed, self.param = reason, kind, limit, allowed, param
+        self.code = f"media_{reason}"
+
+    def at(self, param: str) -> MediaError:
+        """The same error, naming the request field it came from."""
+        return MediaError(self.reason, self.kind, self.limit, self.allowed, param)
+
+    def __str__(self) -> str:
+        limit = f"{self.limit:g}" if isinstance(self.limit, float) else self.limit
+        return MEDIA_REASONS[self.reason].format(kind=self.kind, limit=limit, allowed=self.allowed)
+
+
+class CapacityError(MmError):
+    """There is no room now; the same request may succeed after `retry_after_s`."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message, retry_after_s)
+        self.message, self.retry_after_s = message, retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class PluginError(MmError):
+    """A plugin cannot be found, built or used with this model."""
+
+    code = "invalid_plugin"
+
+
+def nearest(name: str, available: Sequence[str]) -> str:
+    """A `; did you mean ...?` clause, or nothing when no name is close."""
+    close = difflib.get_close_matches(name, available, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class UnknownPlugin(PluginError):
+    """No plugin of that kind has that name."""
+
+    code = "unknown_plugin"
+
+    def __init__(self, kind: str, name: str, available: Sequence[str]) -> None:
+        super().__init__(kind, name, tuple(available))
+        self.kind, self.name, self.available = kind, name, tuple(available)
+
+    def __str__(self) -> str:
+        known = ", ".join(self.available) or "none installed"
+        return f"no {self.kind} named {self.name!r}{nearest(self.name, self.available)} (available: {known})"
+
+
+class InvalidOption(PluginError):
+    """A plugin was given an option it does not have, or a value it cannot take."""
+
+    code = "invalid_plugin_option"
+
+    def __init__(self, owner: str, option: str, message: str) -> None:
+        super().__init__(owner, option, message)
+        self.owner, self.option, self.message = owner, option, message
+
+    def __str__(self) -> str:
+        return f"{self.owner}: option {self.option!r} {self.message}"
+
+
+class IncompatiblePlugin(PluginError):
+    """A plugin needs what this encoder or model family does not supply."""
+
+    code = "incompatible_plugin"
+
+    def __init__(self, plugin: str, host: str, missing: Sequence[str]) -> None:
+        super().__init__(plugin, host, tuple(missing))
+        self.plugin, self.host, self.missing = plugin, host, tuple(missing)
+
+    def __str__(self) -> str:
+        return f"{self.plugin} cannot be used with {self.host}, which does not supply: {', '.join(self.missing)}"
+
+
+class EngineError(MmError):
+    """A fault of ours; the request may be right."""
+
+    code = "internal_error"

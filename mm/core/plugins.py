@@ -1,0 +1,299 @@
+"""What plugins promise, and the one registry that finds them.
+
+Reducers, drafters, encoders and model families are found through entry points of the installed distributions: ours arrive by
+the same road as a stranger's. Listing names imports no plugin. Reducers are immutable and shared between requests; they see
+tensors and a small context, never a model class.
+
+A reducer's specification, wherever one is written (command line, request, Python), has one grammar:
+
+    name                              divprune
+    name:option=value,option=value    divprune:keep_ratio=0.25
+    one + another                     uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from mm.core.data import Grid, Image, Message, Prompt, Video, VisualTokens
+from mm.core.errors import IncompatiblePlugin, InvalidOption, PluginError, UnknownPlugin, nearest
+
+PluginKind = Literal["reducer", "drafter", "encoder", "family"]
+KINDS: dict[PluginKind, str] = {
+    "reducer": "mm.reducers",
+    "drafter": "mm.drafters",
+    "encoder": "mm.encoders",
+    "family": "mm.families",
+}
+"""Plugin kind to entry-point group."""
+
+
+class Stage(Enum):
+    """Where a reducer acts, in the order a token meets them."""
+
+    IN_VIT = "in_vit"
+    TEMPORAL = "temporal"
+    PRE_LLM = "pre_llm"
+    IN_PREFILL = "in_prefill"
+    IN_DECODE = "in_decode"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """A reducer's decision about the N tokens of one item. The engine applies it to every per-token plane.
+
+    Attributes:
+        keep: (k,) int64, ascending and unique: the kept tokens, or the anchors of merged ones.
+        merge: (k, N) sparse or dense weights, rows summing to 1, or None when kept tokens stay as they are.
+        sizes: (k,) float32, how many original tokens each stands for; None gathers the input's.
+    """
+
+    keep: Tensor
+    merge: Tensor | None = None
+    sizes: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduceContext:
+    """What a reducer may know beside the tokens.
+
+    Attributes:
+        evidence: What the tower observed, by the names in `Reducer.needs`.
+    """
+
+    evidence: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Reducer(Protocol):
+    """Fewer visual tokens out of many. Immutable; options are its dataclass fields.
+
+    Attributes:
+        stage: Where it acts.
+        needs: Names of the evidence it must be given.
+        query_aware: Whether the result depends on the question.
+        count: "fixed" when `plan` is exact, "bounded" when it is an upper bound.
+    """
+
+    stage: ClassVar[Stage]
+    needs: ClassVar[frozenset[str]]
+    query_aware: ClassVar[bool]
+    count: ClassVar[Literal["fixed", "bounded"]]
+
+    def plan(self, num_tokens: int) -> int:
+        """Tokens kept of `num_tokens`, before anything is encoded."""
+        ...
+
+    def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
+        """Decide about one item's tokens, after the projector and before the decoder."""
+        ...
+
+
+class Encoder(Protocol):
+    """Pixels to visual tokens.
+
+    Attributes:
+        provides: Names of the evidence it can supply.
+        kinds: What it takes: "image", "video" or both.
+        fingerprint: Names model and preprocessing, for cache keys.
+    """
+
+    provides: frozenset[str]
+    kinds: frozenset[str]
+    fingerprint: str
+
+    def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
+        """One `VisualTokens` per item, in order; `evidence` holds at least what `needs` names."""
+        ...
+
+
+class Family(Protocol):
+    """What one model family knows beyond its decoder layers: template, placeholders, positions, splice."""
+
+    max_context_tokens: int
+    eos_token_ids: frozenset[int]
+
+    def splice(self, messages: Sequence[Message], visual: Sequence[VisualTokens]) -> Prompt:
+        """The prompt's rows, in which every placeholder has become its item's kept tokens."""
+        ...
+
+
+class Drafter(Protocol):
+    """Proposes tokens ahead of the decoder. `needs` names the engine signals it reads."""
+
+    needs: ClassVar[frozenset[str]]
+
+
+@functools.cache
+def _entry_points(kind: PluginKind) -> Mapping[str, importlib.metadata.EntryPoint]:
+    found: dict[str, importlib.metadata.EntryPoint] = {}
+    for point in importlib.metadata.entry_points(group=KINDS[kind]):
+        earlier = found.setdefault(point.name, point)
+        if earlier.value != point.value:
+            raise PluginError(f"two {kind}s are named {point.name!r}: {earlier.value} and {point.value}; uninstall one")
+    return found
+
+
+def names(kind: PluginKind) -> list[str]:
+    """Registered names of a kind, sorted. Imports no plugin."""
+    return sorted(_entry_points(kind))
+
+
+def get(kind: PluginKind, name: str) -> Any:
+    """The plugin class registered under `name`.
+
+    Raises:
+        UnknownPlugin: No such name.
+    """
+    points = _entry_points(kind)
+    if name not in points:
+        raise UnknownPlugin(kind, name, sorted(points))
+    return points[name].load()
+
+
+def options_of(plugin: Any) -> dict[str, dataclasses.Field]:
+    """The options a plugin class takes: its dataclass fields."""
+    return {f.name: f for f in dataclasses.fields(plugin)} if dataclasses.is_dataclass(plugin) else {}
+
+
+def create(kind: PluginKind, name: str, **options: Any) -> Any:
+    """Build the plugin `name` with `options`.
+
+    Raises:
+        UnknownPlugin: No such name.
+        InvalidOption: An option it does not have, or a value it refuses.
+    """
+    plugin = get(kind, name)
+    known = options_of(plugin)
+    for option in options:
+        if known and option not in known:
+            allowed = ", ".join(sorted(known)) or "none"
+            raise InvalidOption(name, option, f"does not exist{nearest(option, list(known))} (options: {allowed})")
+    return plugin(**options)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def parse_spec(spec: str) -> list[tuple[str, dict[str, Any]]]:
+    """The (name, options) pairs of a specification, in order.
+
+    Raises:
+        InvalidOption: The text does not follow the grammar.
+    """
+    return [_parse_one(part.strip(), spec) for part in spec.split("+")]
+
+
+def _parse_one(part: str, spec: str) -> tuple[str, dict[str, Any]]:
+    name, _, tail = part.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, (piece.strip() for piece in tail.split(","))):
+        option, equals, value = item.partition("=")
+        if not equals or not option.strip() or not value.strip():
+            raise InvalidOption(name or spec, item, "is not of the form option=value")
+        if option.strip() in options:
+            raise InvalidOption(name, option.strip(), "is given twice")
+        options[option.strip()] = _value(value.strip())
+    if not name.strip():
+        raise InvalidOption(spec, "name", "is missing; write name:option=value, joined by ' + '")
+    return name.strip(), options
+
+
+def build_reducer(spec: str, keep_ratio: float | None = None) -> Reducer:
+    """The reducer, or the pipeline of several, that `spec` describes.
+
+    Args:
+        spec: See the module docstring.
+        keep_ratio: Overrides the option of that name; only for a specification of one reducer.
+
+    Raises:
+        UnknownPlugin, InvalidOption: As `create`.
+    """
+    parts = parse_spec(spec)
+    if keep_ratio is not None:
+        if len(parts) > 1:
+            raise InvalidOption(spec, "keep_ratio", "is ambiguous for several reducers; write it inside the specification")
+        name, options = parts[0]
+        if "keep_ratio" not in options_of(get("reducer", name)):
+            raise InvalidOption(name, "keep_ratio", "does not exist: this reducer has no such budget")
+        parts = [(name, options | {"keep_ratio": keep_ratio})]
+    reducers = [create("reducer", name, **options) for name, options in parts]
+    return reducers[0] if len(reducers) == 1 else create("reducer", "pipeline", stages=tuple(reducers))
+
+
+def canonical_spec(reducer: Reducer) -> str:
+    """One text per distinct reducer configuration, for cache keys, metrics and reports. Parses back to an equal reducer."""
+    stages = getattr(reducer, "stages", None)
+    if stages is not None:
+        return " + ".join(canonical_spec(stage) for stage in stages)
+    for name in names("reducer"):
+        if get("reducer", name) is type(reducer):
+            options = {option: getattr(reducer, option) for option in options_of(type(reducer))}
+            tail = ",".join(f"{option}={json.dumps(value)}" for option, value in sorted(options.items()))
+            return f"{name}:{tail}" if tail else name
+    raise PluginError(f"{type(reducer).__qualname__} is not registered as a reducer")
+
+
+def check_compatible(reducer: Reducer, encoder: Encoder, host: str) -> None:
+    """Refuse a reducer that needs what the encoder does not supply.
+
+    Raises:
+        IncompatiblePlugin: Names what is missing.
+    """
+    missing = sorted(reducer.needs - encoder.provides)
+    if missing:
+        raise IncompatiblePlugin(canonical_spec(reducer), host, missing)
+    if reducer.stage is not Stage.PRE_LLM:
+        raise IncompatiblePlugin(canonical_spec(reducer), host, [f"the stage {reducer.stage.value}"])
+
+
+def describe(kind: PluginKind) -> Iterator[dict[str, Any]]:
+    """One JSON-ready row per registered plugin, with its capabilities; imports the plugins."""
+    for name in names(kind):
+        plugin = get(kind, name)
+        row: dict[str, Any] = {"kind": kind, "name": name, "summary": (plugin.__doc__ or "").strip().split("\n")[0]}
+        for flag in ("stage", "needs", "provides", "kinds", "query_aware", "count", "model_types"):
+            value = getattr(plugin, flag, None)
+            if value is None or callable(value) or isinstance(value, property):
+                continue
+            row[flag] = value.value if isinstance(value, Enum) else sorted(value) if isinstance(value, frozenset) else value
+        row["options"] = {
+            option: None if f.default is dataclasses.MISSING else f.default for option, f in options_of(plugin).items()
+        }
+        yield row
+
+
+__all__ = [
+    "KINDS",
+    "Drafter",
+    "Encoder",
+    "Family",
+    "Grid",
+    "PluginKind",
+    "ReduceContext",
+    "Reducer",
+    "Reduction",
+    "Stage",
+    "build_reducer",
+    "canonical_spec",
+    "check_compatible",
+    "create",
+    "describe",
+    "get",
+    "names",
+    "options_of",
+    "parse_spec",
+]

@@ -1,0 +1,1 @@
+"""From visual tokens and messages to text."""

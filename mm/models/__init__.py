@@ -1,0 +1,1 @@
+"""One file per model family: weights, prompt template, positions, splice."""

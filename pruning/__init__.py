@@ -1,0 +1,1 @@
+"""Visual tokens to fewer visual tokens."""

@@ -1,0 +1,1 @@
+"""Reducers that act after the projector and before the decoder."""

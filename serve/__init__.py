@@ -1,0 +1,1 @@
+"""HTTP and Ray; the only package that knows either."""

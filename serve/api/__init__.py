@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP: schema, routes, stream framing, errors to status codes."""
