@@ -10,11 +10,12 @@
     ├── PluginError             at build, or when a request names a plugin
     │   ├── UnknownPlugin
     │   ├── InvalidOption
-    │   └── IncompatiblePlugin
+    │   ├── IncompatiblePlugin
+    │   └── ReducerFault        a reducer returned what cannot be applied
     └── EngineError             ours
 
-Errors cross process borders, so each keeps its facts as constructor arguments and formats them when read. Only `serve.api`
-knows which status code belongs to which error.
+Errors cross process borders, so each keeps its facts as constructor arguments and formats them when read. Only
+`serve.api` knows which status code belongs to which error.
 """
 
 from __future__ import annotations
@@ -190,6 +191,19 @@ class IncompatiblePlugin(PluginError):
 
     def __str__(self) -> str:
         return f"{self.plugin} cannot be used with {self.host}, which does not supply: {', '.join(self.missing)}"
+
+
+class ReducerFault(PluginError):
+    """A reducer returned a decision that cannot be applied: a fault of the plugin, not of the request."""
+
+    code = "reducer_fault"
+
+    def __init__(self, reducer: str, message: str) -> None:
+        super().__init__(reducer, message)
+        self.reducer, self.message = reducer, message
+
+    def __str__(self) -> str:
+        return f"{self.reducer}: {self.message}"
 
 
 class EngineError(MmError):

@@ -1,8 +1,8 @@
 """What plugins promise, and the one registry that finds them.
 
-Reducers, drafters, encoders and model families are found through entry points of the installed distributions: ours arrive by
-the same road as a stranger's. Listing names imports no plugin. Reducers are immutable and shared between requests; they see
-tensors and a small context, never a model class.
+Reducers, drafters, encoders and model families are found through entry points of the installed distributions: ours arrive
+by the same road as a stranger's. Listing names imports no plugin. Reducers are immutable and shared between requests; they
+see tensors and a small context, never a model class.
 
 A reducer's specification, wherever one is written (command line, request, Python), has one grammar:
 
@@ -35,6 +35,9 @@ KINDS: dict[PluginKind, str] = {
     "family": "mm.families",
 }
 """Plugin kind to entry-point group."""
+
+
+Count = Literal["fixed", "bounded"]
 
 
 class Stage(Enum):
@@ -77,6 +80,8 @@ class ReduceContext:
 class Reducer(Protocol):
     """Fewer visual tokens out of many. Immutable; options are its dataclass fields.
 
+    The four flags are class variables of most reducers; a pipeline derives them from its stages.
+
     Attributes:
         stage: Where it acts.
         needs: Names of the evidence it must be given.
@@ -84,10 +89,17 @@ class Reducer(Protocol):
         count: "fixed" when `plan` is exact, "bounded" when it is an upper bound.
     """
 
-    stage: ClassVar[Stage]
-    needs: ClassVar[frozenset[str]]
-    query_aware: ClassVar[bool]
-    count: ClassVar[Literal["fixed", "bounded"]]
+    @property
+    def stage(self) -> Stage: ...
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def query_aware(self) -> bool: ...
+
+    @property
+    def count(self) -> Count: ...
 
     def plan(self, num_tokens: int) -> int:
         """Tokens kept of `num_tokens`, before anything is encoded."""
@@ -225,7 +237,9 @@ def build_reducer(spec: str, keep_ratio: float | None = None) -> Reducer:
     parts = parse_spec(spec)
     if keep_ratio is not None:
         if len(parts) > 1:
-            raise InvalidOption(spec, "keep_ratio", "is ambiguous for several reducers; write it inside the specification")
+            raise InvalidOption(
+                spec, "keep_ratio", "is ambiguous for several reducers; write it inside the specification"
+            )
         name, options = parts[0]
         if "keep_ratio" not in options_of(get("reducer", name)):
             raise InvalidOption(name, "keep_ratio", "does not exist: this reducer has no such budget")
@@ -235,7 +249,7 @@ def build_reducer(spec: str, keep_ratio: float | None = None) -> Reducer:
 
 
 def canonical_spec(reducer: Reducer) -> str:
-    """One text per distinct reducer configuration, for cache keys, metrics and reports. Parses back to an equal reducer."""
+    """One text per distinct reducer configuration, for cache keys and metrics. Parses back to an equal reducer."""
     stages = getattr(reducer, "stages", None)
     if stages is not None:
         return " + ".join(canonical_spec(stage) for stage in stages)
@@ -269,7 +283,9 @@ def describe(kind: PluginKind) -> Iterator[dict[str, Any]]:
             value = getattr(plugin, flag, None)
             if value is None or callable(value) or isinstance(value, property):
                 continue
-            row[flag] = value.value if isinstance(value, Enum) else sorted(value) if isinstance(value, frozenset) else value
+            row[flag] = (
+                value.value if isinstance(value, Enum) else sorted(value) if isinstance(value, frozenset) else value
+            )
         row["options"] = {
             option: None if f.default is dataclasses.MISSING else f.default for option, f in options_of(plugin).items()
         }
@@ -278,6 +294,7 @@ def describe(kind: PluginKind) -> Iterator[dict[str, Any]]:
 
 __all__ = [
     "KINDS",
+    "Count",
     "Drafter",
     "Encoder",
     "Family",
