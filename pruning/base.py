@@ -1,0 +1,235 @@
+"""What reducers share: token budgets, ordered selection, the base classes, `none` and the pipeline.
+
+Knows tensors and `mm.core`, never a model. Carrying a decision out is `mm.core.reduce.apply`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mm.core.data import VisualTokens
+from mm.core.errors import InvalidOption
+from mm.core.plugins import Count, ReduceContext, Reducer, Reduction, Stage
+from mm.core.reduce import apply
+
+Rounding = Literal["half_up", "half_even", "floor", "floor_complement", "ceil"]
+
+
+def budget(
+    num_tokens: int, keep_ratio: float | Fraction, rounding: Rounding = "half_up", *, compat: bool = False
+) -> int:
+    """Tokens to keep of `num_tokens`: at least 1 when there are any, at most all.
+
+    The ratio is read as the decimal it was written as: 100 * (1 - 0.9) keeps 10 tokens, where binary floats give 9.
+
+    Args:
+        num_tokens: At least 0.
+        keep_ratio: Tokens kept / tokens in, in (0, 1].
+        rounding: "half_up" and "half_even" to the nearest, "floor", "ceil"; "floor_complement" is floor(N * (1 - q))
+            with q = 1 - keep_ratio, which differs from "floor" only with `compat`.
+        compat: Compute in binary floats, to reproduce counts of codes that do.
+
+    Raises:
+        ValueError: A negative count, or a ratio outside (0, 1].
+    """
+    if num_tokens < 0:
+        raise ValueError(f"the number of tokens cannot be negative, got {num_tokens}")
+    ratio = Fraction(str(keep_ratio))
+    if not 0 < ratio <= 1:
+        raise ValueError(f"keep_ratio has to be in (0, 1], got {keep_ratio}")
+    exact = num_tokens * ratio
+    if compat:
+        kept = float(ratio) if rounding != "floor_complement" else 1 - float(1 - ratio)
+        exact = num_tokens * kept
+    return min(num_tokens, max(1, _round(exact, rounding)))
+
+
+def _round(exact: float | Fraction, rounding: Rounding) -> int:
+    match rounding:
+        case "half_up":
+            return math.floor(exact + Fraction(1, 2))
+        case "half_even":
+            return round(exact)
+        case "floor" | "floor_complement":
+            return math.floor(exact)
+        case "ceil":
+            return math.ceil(exact)
+
+
+def top_k_ascending(scores: Tensor, k: int) -> Tensor:
+    """(k,) int64: where the `k` largest of `scores` (N,) are, ascending. The lowest index wins a tie.
+
+    A score that is not finite counts as minus infinity: it is kept only when nothing else is left.
+    """
+    ranked = torch.nan_to_num(scores.float(), nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    # A stable sort and not topk, which promises no order among equals.
+    return torch.sort(ranked, descending=True, stable=True).indices[:k].sort().values
+
+
+def keep_all(tokens: VisualTokens) -> Reduction:
+    """The decision that changes nothing."""
+    return Reduction(keep=torch.arange(tokens.num_tokens, device=tokens.embeddings.device))
+
+
+def ratio_option(owner: str, option: str, value: object) -> float:
+    """`value` as a ratio in (0, 1].
+
+    Raises:
+        InvalidOption: It is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise InvalidOption(owner, option, f"has to be a number above 0 and at most 1, got {value!r}")
+    return float(value)
+
+
+def int_option(owner: str, option: str, value: object, low: int, high: int) -> int:
+    """`value` as an integer from `low` to `high`.
+
+    Raises:
+        InvalidOption: It is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidOption(owner, option, f"has to be an integer from {low} to {high}, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetReducer:
+    """A reducer that keeps a fixed share of the tokens. Subclasses write `select`.
+
+    Attributes:
+        keep_ratio: Tokens kept / tokens in, in (0, 1].
+    """
+
+    stage: ClassVar[Stage] = Stage.PRE_LLM
+    needs: ClassVar[frozenset[str]] = frozenset()
+    query_aware: ClassVar[bool] = False
+    count: ClassVar[Count] = "fixed"
+    rounding: ClassVar[Rounding] = "half_up"
+    keep_ratio: float = 0.25
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_ratio", ratio_option(type(self).__name__, "keep_ratio", self.keep_ratio))
+
+    def plan(self, num_tokens: int) -> int:
+        return budget(num_tokens, self.keep_ratio, self.rounding)
+
+    def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
+        k = self.plan(tokens.num_tokens)
+        if k >= tokens.num_tokens:
+            return keep_all(tokens)
+        return Reduction(keep=self.select(tokens, context, k))
+
+    def select(self, tokens: VisualTokens, context: ReduceContext, k: int) -> Tensor:
+        """(k,) int64: the kept indices, ascending, with 0 < k < N."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreReducer(BudgetReducer):
+    """A reducer that keeps the tokens with the highest scores. Subclasses write `score`."""
+
+    def select(self, tokens: VisualTokens, context: ReduceContext, k: int) -> Tensor:
+        return top_k_ascending(self.score(tokens, context), k)
+
+    def score(self, tokens: VisualTokens, context: ReduceContext) -> Tensor:
+        """(N,): higher is kept."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoReduction:
+    """Keep every token: the reference every reducer is measured against."""
+
+    stage: ClassVar[Stage] = Stage.PRE_LLM
+    needs: ClassVar[frozenset[str]] = frozenset()
+    query_aware: ClassVar[bool] = False
+    count: ClassVar[Count] = "fixed"
+
+    def plan(self, num_tokens: int) -> int:
+        return num_tokens
+
+    def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
+        return keep_all(tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """Several reducers, one after the other: each sees what the one before it left.
+
+    Attributes:
+        stages: At least one reducer that acts before the decoder. Pipelines among them are unfolded.
+    """
+
+    stage: ClassVar[Stage] = Stage.PRE_LLM
+    stages: tuple[Reducer, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stages, list | tuple) or not self.stages:
+            raise InvalidOption(
+                "pipeline", "stages", f"has to be a tuple of reducers, got {self.stages!r}; write a + b"
+            )
+        for stage in self.stages:
+            if not isinstance(stage, Reducer) or stage.stage is not Stage.PRE_LLM:
+                raise InvalidOption(
+                    "pipeline", "stages", f"takes only reducers that act before the decoder, got {stage!r}"
+                )
+        flat = (inner for stage in self.stages for inner in (stage.stages if isinstance(stage, Pipeline) else (stage,)))
+        object.__setattr__(self, "stages", tuple(flat))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(stage.needs for stage in self.stages))
+
+    @property
+    def query_aware(self) -> bool:
+        return any(stage.query_aware for stage in self.stages)
+
+    @property
+    def count(self) -> Count:
+        return "fixed" if all(stage.count == "fixed" for stage in self.stages) else "bounded"
+
+    def plan(self, num_tokens: int) -> int:
+        for stage in self.stages:
+            num_tokens = stage.plan(num_tokens)
+        return num_tokens
+
+    def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
+        total, num_tokens = keep_all(tokens), tokens.num_tokens
+        evidence = dict(context.evidence)
+        for stage in self.stages:
+            reduction = stage.after_encode(tokens, ReduceContext(evidence=evidence))
+            evidence = {name: _follow(plane, reduction.keep, tokens.num_tokens) for name, plane in evidence.items()}
+            tokens = replace(apply(reduction, tokens, type(stage).__name__), evidence=evidence)
+            total = _compose(total, reduction, tokens.sizes, num_tokens)
+        return total
+
+
+def _follow(plane: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
+    """The evidence of the kept tokens: their own, also where others were merged into them."""
+    per_token = plane.dim() > 0 and plane.shape[-1] == num_tokens
+    return plane.index_select(-1, keep) if per_token else plane
+
+
+def _compose(first: Reduction, then: Reduction, sizes: Tensor, num_tokens: int) -> Reduction:
+    """One decision about `num_tokens` tokens that equals `first` and `then`, and leaves tokens of these `sizes`."""
+    merged = first.merge is not None or then.merge is not None
+    resized = first.sizes is not None or then.sizes is not None
+    return Reduction(
+        keep=first.keep.index_select(0, then.keep),
+        merge=_weights(then, first.keep.shape[0]) @ _weights(first, num_tokens) if merged else None,
+        sizes=sizes if resized else None,
+    )
+
+
+def _weights(reduction: Reduction, num_tokens: int) -> Tensor:
+    """(k, num_tokens) float32: the decision as a dense matrix; a selection has a single 1 in each row."""
+    if reduction.merge is not None:
+        return (reduction.merge.to_dense() if reduction.merge.is_sparse else reduction.merge).float()
+    return torch.nn.functional.one_hot(reduction.keep, num_tokens).float()

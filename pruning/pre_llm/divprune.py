@@ -1,0 +1,116 @@
+"""DivPrune: keep the tokens that differ most from one another.
+
+Paper     "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025 (training-free).
+Stage     pre_llm, after the projector.
+Needs     nothing but the embeddings.
+Cost      O(N^2 D) for the similarities, O(k N) for the selection with a running minimum.
+Equation  d(i, j) = 1 - cos(x_i, x_j). First argmax_i min_{j != i} d(i, j), the token whose nearest neighbour is
+          farthest; then, k - 1 times, argmax over the tokens not yet chosen of min_{c chosen} d(i, c). Kept in reading order.
+Differs   from the authors' code: no token is chosen twice (theirs repeats index 0 once only duplicates are left);
+          everything is computed in float32 whatever the model's dtype; each item is reduced on its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mm.core.data import VisualTokens
+from mm.core.plugins import ReduceContext
+from pruning.base import BudgetReducer, Rounding
+
+MAX_MATRIX_TOKENS = 8192
+"""Up to here all N * N similarities are held (256 MiB at the limit); beyond, a row is computed when its token is chosen."""
+
+BLOCK_ROWS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(BudgetReducer):
+    """Keep the tokens that differ most from one another (greedy max-min cosine distance)."""
+
+    rounding: ClassVar[Rounding] = "half_even"
+
+    def select(self, tokens: VisualTokens, context: ReduceContext, k: int) -> Tensor:
+        return pick_order(tokens.embeddings, k).sort().values
+
+
+@torch.no_grad()
+def pick_order(embeddings: Tensor, k: int) -> Tensor:
+    """(k,) int64: the chosen indices of `embeddings` (N, D) in the order they are chosen, for 0 < k <= N.
+
+    Works with similarities: the farthest token is the one whose largest similarity to a chosen one is smallest. A row
+    that is not finite is chosen only when no other is left.
+    """
+    unit, broken = _unit_rows(embeddings)
+    num_tokens = unit.shape[0]
+    rows = _Matrix(unit) if num_tokens <= MAX_MATRIX_TOKENS else _Rows(unit)
+    chosen = torch.empty(k, dtype=torch.int64, device=unit.device)
+    closest = rows.nearest_neighbour().masked_fill_(broken, SEEN_BROKEN)
+    torch.argmin(closest, dim=0, out=chosen[0])
+    closest = torch.full_like(closest, -math.inf).masked_fill_(broken, SEEN_BROKEN)
+    for step in range(1, k):
+        # A token's similarity to itself is stored as infinite, so a chosen one can never be the smallest again.
+        torch.maximum(closest, rows.similarity(chosen[step - 1 : step]), out=closest)
+        torch.argmin(closest, dim=0, out=chosen[step])
+    return chosen
+
+
+SEEN_BROKEN = 1e30
+"""Stands for the similarity of a row that is not finite: above every cosine, below the infinity of a chosen token."""
+
+
+def _unit_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length 1 in float32, zero where not finite, and the (N,) mask of the latter."""
+    rows = embeddings.float()
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    broken = ~torch.isfinite(norms)
+    unit = rows / norms.clamp_min(1e-12).unsqueeze(1)
+    return unit.masked_fill_(broken.unsqueeze(1), 0.0), broken
+
+
+class _Matrix:
+    """All similarities at once: fastest, memory O(N^2)."""
+
+    def __init__(self, unit: Tensor) -> None:
+        num_tokens = unit.shape[0]
+        self.similarities = unit.new_empty(num_tokens, num_tokens)
+        for start in range(0, num_tokens, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, num_tokens)
+            # The matrix is symmetric: half of it is computed, the other half copied.
+            torch.mm(unit[start:stop], unit[start:].T, out=self.similarities[start:stop, start:])
+            self.similarities[stop:, start:stop] = self.similarities[start:stop, stop:].T
+        self.similarities.fill_diagonal_(-math.inf)
+
+    def nearest_neighbour(self) -> Tensor:
+        """(N,): each token's largest similarity to another."""
+        nearest = self.similarities.amax(dim=1)
+        self.similarities.fill_diagonal_(math.inf)
+        return nearest
+
+    def similarity(self, index: Tensor) -> Tensor:
+        """(N,): similarities to the token at `index` (1,), infinite at itself."""
+        return self.similarities.index_select(0, index).squeeze(0)
+
+
+class _Rows:
+    """One row at a time: memory O(N D)."""
+
+    def __init__(self, unit: Tensor) -> None:
+        self.unit = unit
+
+    def nearest_neighbour(self) -> Tensor:
+        nearest = self.unit.new_empty(self.unit.shape[0])
+        for start in range(0, self.unit.shape[0], BLOCK_ROWS):
+            block = self.unit[start : start + BLOCK_ROWS] @ self.unit.T
+            block[:, start : start + BLOCK_ROWS].fill_diagonal_(-math.inf)
+            torch.amax(block, dim=1, out=nearest[start : start + BLOCK_ROWS])
+        return nearest
+
+    def similarity(self, index: Tensor) -> Tensor:
+        row = torch.mv(self.unit, self.unit.index_select(0, index).squeeze(0))
+        return row.index_fill_(0, index, math.inf)
