@@ -100,7 +100,7 @@ class VisualTokens:
         sizes: (N,) float32, how many original tokens each one stands for.
         grid: Cells of the unreduced item; N = t * h * w before reduction.
         kind: "image" or "video".
-        evidence: What the tower observed, per token row or otherwise, by name; dropped after reduction.
+        evidence: What the tower observed, by name; per token where the last axis has N entries; dropped after reduction.
     """
 
     embeddings: Tensor
@@ -111,7 +111,9 @@ class VisualTokens:
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def full(cls, embeddings: Tensor, grid: Grid, kind: Kind, evidence: Mapping[str, Tensor] | None = None) -> VisualTokens:
+    def full(
+        cls, embeddings: Tensor, grid: Grid, kind: Kind, evidence: Mapping[str, Tensor] | None = None
+    ) -> VisualTokens:
         """Unreduced tokens of `embeddings` (t*h*w, D) in raster order."""
         t, h, w = grid
         if embeddings.shape[0] != t * h * w:
@@ -119,7 +121,9 @@ class VisualTokens:
         axes = [torch.arange(n, device=embeddings.device) for n in grid]
         positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
         sizes = torch.ones(t * h * w, device=embeddings.device)
-        return cls(embeddings=embeddings, positions=positions, sizes=sizes, grid=grid, kind=kind, evidence=evidence or {})
+        return cls(
+            embeddings=embeddings, positions=positions, sizes=sizes, grid=grid, kind=kind, evidence=evidence or {}
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -175,6 +179,7 @@ class Sampling:
         seed: Noise is keyed by (seed, choice, position), so equal requests with a seed give equal answers. None draws a seed.
         stop: Strings that end the answer; they are not part of it.
         n: Number of answers.
+        ignore_eos: Go on to `max_new_tokens` whatever the model says; load generators count on it.
     """
 
     max_new_tokens: int | None = None
@@ -183,6 +188,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     n: int = 1
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,9 @@ def _part(part: Any, param: str, media: list[MediaSource]) -> TextPart | MediaPa
         media.append(_source(part.get(kind), MEDIA_PARTS[kind], f"{param}.{kind}"))
         return MediaPart(index=len(media) - 1, kind=MEDIA_PARTS[kind])
     allowed = ", ".join(("text", *MEDIA_PARTS))
-    raise InvalidRequest(f"the content type {kind!r} is not supported; allowed: {allowed}", f"{param}.type", "unsupported_content")
+    raise InvalidRequest(
+        f"the content type {kind!r} is not supported; allowed: {allowed}", f"{param}.type", "unsupported_content"
+    )
 
 
 def _source(value: Any, kind: Kind, param: str) -> MediaSource:

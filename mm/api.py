@@ -1,0 +1,287 @@
+"""The way in from Python, and the building of the two halves for everyone else.
+
+import mm
+
+model = mm.load("tiny", reducer="divprune:keep_ratio=0.25")
+answer = model.generate("What colour is the circle?", images=["scene.png"])
+print(answer.text, answer.usage.num_visual_tokens_kept)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import torch
+
+from mm.core.config import ModelConfig, SourcePolicy
+from mm.core.data import (
+    Delta,
+    Event,
+    FrameSampling,
+    Image,
+    KeptMap,
+    Kind,
+    Media,
+    MediaPart,
+    MediaSource,
+    Message,
+    Request,
+    Sampling,
+    Summary,
+    TextPart,
+    Timings,
+    Usage,
+    Video,
+    VisionOptions,
+)
+from mm.core.errors import InvalidOption, InvalidRequest
+from mm.core.messages import parse_messages
+from mm.core.plugins import build_reducer, check_compatible, create, names
+from mm.engine.feature_cache import FeatureCache
+from mm.engine.generate import Decoder, EncodeParts, generate
+from mm.media import image_from_array, image_from_pil
+from mm.models.checkpoint import BadCheckpoint, find, read_config
+
+MediaInput = str | Path | bytes | PIL.Image.Image | np.ndarray | Image | Video
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _dtype(config: ModelConfig) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if config.device.startswith("cuda") else torch.float32
+    if config.dtype not in DTYPES:
+        raise InvalidOption("model", "dtype", f"was {config.dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    return DTYPES[config.dtype]
+
+
+def _plugin(kind: Literal["encoder", "family"], config: ModelConfig) -> Any:
+    """The encoder or family that handles the checkpoint's model_type."""
+    folder = find(config.model)
+    model_type = read_config(folder)["model_type"]
+    if model_type not in names(kind):
+        known = ", ".join(names("family"))
+        raise BadCheckpoint(
+            str(folder), f"is of model_type {model_type!r}, for which no {kind} is installed (families: {known})"
+        )
+    return create(kind, model_type, folder=folder, device=config.device, dtype=_dtype(config))
+
+
+def build_encode_parts(config: ModelConfig) -> EncodeParts:
+    """The encoder's half of a model: only tower and projector are read.
+
+    Raises:
+        MmError: The model cannot be found or used, or the default reducer cannot work with it.
+    """
+    _use_threads(config)
+    encoder = _plugin("encoder", config)
+    check_compatible(build_reducer(config.reducer), encoder, config.model)
+    return EncodeParts(
+        encoder=encoder,
+        cache=FeatureCache(config.cache_bytes),
+        host=config.model,
+        reducer=config.reducer,
+        frames=FrameSampling(num_frames=config.num_frames, fps=config.fps),
+        limits=config.limits,
+        sources=config.sources,
+        video_decoder=config.video_decoder,
+    )
+
+
+def build_decoder(config: ModelConfig) -> Decoder:
+    """The decoder's half of a model: only the language weights are read."""
+    _use_threads(config)
+    return Decoder(family=_plugin("family", config))
+
+
+def _use_threads(config: ModelConfig) -> None:
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What `Model.generate` returns. `text` is the first choice; `texts` has all of them."""
+
+    texts: tuple[str, ...]
+    finish_reasons: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    usage: Usage
+    timings: Timings
+    kept: tuple[KeptMap, ...]
+    reducer: str
+
+    @property
+    def text(self) -> str:
+        return self.texts[0]
+
+
+class Model:
+    """A loaded model: both halves in this process. Safe to use from several threads; requests take turns."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.encode_parts = build_encode_parts(config)
+        self.decoder = build_decoder(config)
+
+    def generate(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        images: Sequence[MediaInput] = (),
+        videos: Sequence[MediaInput] = (),
+        **options: Any,
+    ) -> Answer:
+        """Answer a question about images and clips.
+
+        Args:
+            prompt: A question, or OpenAI-style messages that may hold `image_url` and `video_url` parts themselves.
+            images, videos: Put before the text, images first. Paths, encoded bytes, data URLs; images also as PIL images
+                or uint8 arrays (H, W, 3).
+            **options: Fields of `Sampling` (max_new_tokens, temperature, top_p, seed, stop, n) and of `VisionOptions`
+                (reducer, keep_ratio, num_frames, fps). Without a temperature the model's own default holds.
+
+        Raises:
+            MmError: Names what was given, what is allowed and what to do.
+        """
+        return collect(self.stream(prompt, images=images, videos=videos, **options))
+
+    def stream(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        images: Sequence[MediaInput] = (),
+        videos: Sequence[MediaInput] = (),
+        **options: Any,
+    ) -> Generator[Event]:
+        """As `generate`, yielding a `Delta` per token and a `Summary` last. Close it to cancel."""
+        request = build_request(prompt, images=images, videos=videos, **options)
+        yield from self.run(request)
+
+    def run(self, request: Request) -> Iterator[Event]:
+        """The events of a ready-made request."""
+        return generate(request, self.encode_parts, self.decoder)
+
+
+def load(
+    model: str | Path = "tiny",
+    *,
+    reducer: str = "none",
+    device: str = "cpu",
+    dtype: str | torch.dtype = "auto",
+    **options: Any,
+) -> Model:
+    """Load a model for use in this process.
+
+    Args:
+        model: "tiny", a local folder in Hugging Face format, or a hub name.
+        reducer: Specification used when a call names none, such as "divprune:keep_ratio=0.25".
+        dtype: "auto", "float32", "bfloat16", "float16" or the torch dtype.
+        **options: Other fields of `ModelConfig`. Local paths are read unless `sources` says otherwise.
+
+    Raises:
+        MmError: The model or the reducer cannot be used.
+    """
+    name = str(dtype).removeprefix("torch.")
+    options.setdefault("sources", SourcePolicy(allow_paths=True))
+    return Model(ModelConfig(model=str(model), reducer=reducer, device=device, dtype=name, **options))
+
+
+def collect(events: Iterator[Event]) -> Answer:
+    """Fold a stream of events into an answer."""
+    texts: dict[int, str] = {}
+    tokens: dict[int, list[int]] = {}
+    reasons: dict[int, str] = {}
+    summary: Summary | None = None
+    for event in events:
+        if isinstance(event, Summary):
+            summary = event
+            continue
+        texts[event.choice] = texts.get(event.choice, "") + event.text
+        tokens.setdefault(event.choice, []).extend(event.token_ids)
+        if event.finish_reason:
+            reasons[event.choice] = event.finish_reason
+    assert summary is not None, "a stream that ends without an error ends with its summary"
+    order = sorted(texts)
+    return Answer(
+        texts=tuple(texts[i] for i in order),
+        finish_reasons=tuple(reasons[i] for i in order),
+        token_ids=tuple(tuple(tokens[i]) for i in order),
+        usage=summary.usage,
+        timings=summary.timings,
+        kept=summary.kept,
+        reducer=summary.reducer,
+    )
+
+
+SAMPLING_FIELDS = {f.name for f in dataclasses.fields(Sampling)}
+VISION_FIELDS = {"reducer", "keep_ratio", "return_map"}
+FRAME_FIELDS = {f.name for f in dataclasses.fields(FrameSampling)}
+
+
+def build_request(
+    prompt: str | Sequence[Mapping[str, Any]],
+    *,
+    images: Sequence[MediaInput] = (),
+    videos: Sequence[MediaInput] = (),
+    **options: Any,
+) -> Request:
+    """A `Request` from what a Python caller has; see `Model.generate`.
+
+    Raises:
+        InvalidRequest: An option does not exist or a value cannot be used.
+    """
+    unknown = sorted(options.keys() - SAMPLING_FIELDS - VISION_FIELDS - FRAME_FIELDS)
+    if unknown:
+        allowed = ", ".join(sorted(SAMPLING_FIELDS | VISION_FIELDS | FRAME_FIELDS))
+        raise InvalidRequest(f"unknown option {unknown[0]!r}; allowed: {allowed}", unknown[0])
+    messages, media = _conversation(prompt, [_media(x, "image") for x in images] + [_media(x, "video") for x in videos])
+    frames = {name: options[name] for name in FRAME_FIELDS & options.keys() if options[name] is not None}
+    sampling = {name: options[name] for name in SAMPLING_FIELDS & options.keys()}
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = (sampling["stop"],)
+    sampling["stop"] = tuple(sampling.get("stop") or ())
+    vision = {name: options[name] for name in VISION_FIELDS & options.keys()}
+    return Request(
+        request_id=uuid.uuid4().hex,
+        messages=messages,
+        media=media,
+        sampling=Sampling(**sampling),
+        vision=VisionOptions(**{"return_map": True} | vision, frames=FrameSampling(**frames) if frames else None),
+    )
+
+
+def _conversation(
+    prompt: str | Sequence[Mapping[str, Any]], extra: list[Media]
+) -> tuple[tuple[Message, ...], tuple[Media, ...]]:
+    """Messages and media, with `extra` put before the text of a plain prompt."""
+    if isinstance(prompt, str):
+        parts = [MediaPart(index=i, kind=item.kind) for i, item in enumerate(extra)]
+        return (Message(role="user", parts=(*parts, TextPart(text=prompt))),), tuple(extra)
+    if extra:
+        raise InvalidRequest("give media either inside the messages or as images= and videos=, not both", "messages")
+    return parse_messages(prompt)
+
+
+def _media(item: MediaInput, kind: Kind) -> Media:
+    if isinstance(item, Image | Video):
+        return item
+    if isinstance(item, PIL.Image.Image) and kind == "image":
+        return image_from_pil(item)
+    if isinstance(item, np.ndarray) and kind == "image":
+        return image_from_array(item)
+    if isinstance(item, bytes | Path):
+        return MediaSource(kind=kind, source=item)
+    if isinstance(item, str):
+        remote = item.startswith(("data:", "http:", "https:"))
+        return MediaSource(kind=kind, source=item if remote else Path(item))
+    raise InvalidRequest(f"cannot use a {type(item).__name__} as {kind}; give a path, bytes or a data: URL", f"{kind}s")
+
+
+__all__ = ["Answer", "Delta", "Model", "build_decoder", "build_encode_parts", "build_request", "collect", "load"]

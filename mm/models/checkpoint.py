@@ -1,0 +1,137 @@
+"""Read part of a Hugging Face checkpoint.
+
+An encoder needs the tower, a decoder the language model: each opens the safetensors index and reads only its own tensors, so
+neither ever holds the other's weights. Pickled weights (.bin, .pt) are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mm.core.errors import MmError, UnknownModel
+
+SHIPPED = Path(__file__).parent / "weights"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class BadCheckpoint(MmError):
+    """A model folder cannot be used."""
+
+    code = "bad_checkpoint"
+
+    def __init__(self, folder: str, message: str) -> None:
+        super().__init__(folder, message)
+        self.folder, self.message = folder, message
+
+    def __str__(self) -> str:
+        return f"the model folder {self.folder}: {self.message}"
+
+
+def find(model: str | Path) -> Path:
+    """The folder of a shipped model ("tiny"), of a local path, or of a hub name (downloaded by huggingface_hub).
+
+    Raises:
+        UnknownModel: It is none of these.
+    """
+    shipped = sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) if SHIPPED.is_dir() else []
+    if str(model) in shipped:
+        return SHIPPED / str(model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadCheckpoint(str(path), "has no config.json; give the folder of a Hugging Face checkpoint")
+        return path
+    if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
+        raise UnknownModel(str(model), [*shipped, "a local folder", "a hub name such as owner/name"])
+    return _download(str(model), shipped)
+
+
+def _download(name: str, shipped: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UnknownModel(name, [*shipped, "a local folder", "a hub name that can be reached"]) from error
+
+
+def read_config(folder: Path) -> dict:
+    """The folder's config.json.
+
+    Raises:
+        BadCheckpoint: It is no JSON object, or asks for code of its own (`auto_map`), which is never run.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(str(folder), "config.json cannot be read") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise BadCheckpoint(str(folder), "config.json names no model_type")
+    if "auto_map" in config:
+        raise BadCheckpoint(str(folder), "needs its own Python code (auto_map), which is never run here")
+    return config
+
+
+def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
+    """Tensors whose key `rename` maps to a name, under that name, in the dtype they are stored in, on the CPU.
+
+    Raises:
+        BadCheckpoint: No safetensors file, or one that cannot be read.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file, keys in _files(folder).items():
+        wanted = {key: name for key in keys if (name := rename(key)) is not None}
+        if not wanted:
+            continue
+        with safe_open(folder / file, framework="pt") as reader:
+            tensors.update({name: reader.get_tensor(key) for key, name in wanted.items()})
+    return tensors
+
+
+def _files(folder: Path) -> Mapping[str, list[str]]:
+    """File name to the keys it holds."""
+    if (folder / INDEX).is_file():
+        files: dict[str, list[str]] = {}
+        for key, file in json.loads((folder / INDEX).read_text())["weight_map"].items():
+            if Path(file).name != file:
+                raise BadCheckpoint(str(folder), f"{INDEX} names a file outside the folder")
+            files.setdefault(file, []).append(key)
+        return files
+    if (folder / SINGLE).is_file():
+        with safe_open(folder / SINGLE, framework="pt") as reader:
+            return {SINGLE: list(reader.keys())}
+    raise BadCheckpoint(str(folder), "holds no safetensors weights (.bin and .pt files are refused: convert them)")
+
+
+def load_module(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: str, folder: Path
+) -> None:
+    """Put `tensors` into a module that was built on the meta device.
+
+    Raises:
+        BadCheckpoint: A weight is missing, left over, or of another shape.
+    """
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        what = f"lacks {_few(missing)}" if missing else f"has weights that this architecture does not: {_few(extra)}"
+        raise BadCheckpoint(str(folder), what)
+    wrong = [name for name in expected if expected[name].shape != tensors[name].shape]
+    if wrong:
+        raise BadCheckpoint(str(folder), f"has other shapes than its config.json says: {_few(wrong)}")
+    module.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+
+
+def _few(names: list[str], most: int = 3) -> str:
+    tail = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + tail
