@@ -142,8 +142,8 @@ class Model:
 
         Args:
             prompt: A question, or OpenAI-style messages that may hold `image_url` and `video_url` parts themselves.
-            images, videos: Put before the text, images first. Paths, encoded bytes, data URLs; images also as PIL images
-                or uint8 arrays (H, W, 3).
+            images, videos: Put before the text, images first. Paths, encoded bytes, data URLs; images also as PIL
+                images or uint8 arrays (H, W, 3).
             **options: Fields of `Sampling` (max_new_tokens, temperature, top_p, seed, stop, n) and of `VisionOptions`
                 (reducer, keep_ratio, num_frames, fps). Without a temperature the model's own default holds.
 

@@ -80,7 +80,7 @@ class FrameSampling:
     """Which frames of a clip are looked at.
 
     Attributes:
-        num_frames: This many, evenly spread over the clip's duration (fewer when the clip has fewer). Ignored with `fps`.
+        num_frames: This many, evenly spread over the clip (fewer when it has fewer). Ignored with `fps`.
         fps: Frames per second of clip time; None samples by count.
         max_frames: Upper bound with `fps`; a clip that needs more is spread over this many.
     """
@@ -96,11 +96,12 @@ class VisualTokens:
 
     Attributes:
         embeddings: (N, D) in the model's dtype.
-        positions: (N, 3) int64, each token's (t, h, w) cell in `grid`, in ascending raster order. A merged token has its anchor's.
+        positions: (N, 3) int64, each token's (t, h, w) cell in `grid`, in ascending raster order; a merged
+            token has its anchor's.
         sizes: (N,) float32, how many original tokens each one stands for.
         grid: Cells of the unreduced item; N = t * h * w before reduction.
         kind: "image" or "video".
-        evidence: What the tower observed, by name; per token where the last axis has N entries; dropped after reduction.
+        evidence: What the tower observed, by name; per token where the last axis is N; dropped after reduction.
     """
 
     embeddings: Tensor
@@ -176,7 +177,7 @@ class Sampling:
         max_new_tokens: Upper bound of generated tokens; None means what is left of the context.
         temperature: 0 is greedy; None takes the model's own default.
         top_p: Nucleus mass in (0, 1]; None takes the model's own default.
-        seed: Noise is keyed by (seed, choice, position), so equal requests with a seed give equal answers. None draws a seed.
+        seed: Noise is keyed by (seed, choice, position), so equal requests give equal answers. None draws one.
         stop: Strings that end the answer; they are not part of it.
         n: Number of answers.
         ignore_eos: Go on to `max_new_tokens` whatever the model says; load generators count on it.

@@ -59,7 +59,7 @@ class ContextTooLong(InvalidRequest):
     def __init__(self, num_prompt_tokens: int, max_new_tokens: int, max_context_tokens: int) -> None:
         message = (
             f"the prompt has {num_prompt_tokens} tokens and {max_new_tokens} were asked for, but this model's context "
-            f"holds {max_context_tokens}; shorten the prompt, send fewer media, keep fewer visual tokens or lower max_tokens"
+            f"holds {max_context_tokens}; shorten the prompt, send fewer media, or lower max_tokens"
         )
         super().__init__(message, "messages", "context_length_exceeded")
         self.args = (num_prompt_tokens, max_new_tokens, max_context_tokens)

@@ -42,8 +42,9 @@ def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer"
         owner: Named in errors.
 
     Raises:
-        ReducerFault: `keep` is not a non-empty, strictly ascending int64 vector of token indices; the merge weights are of
-            a wrong shape, negative, not finite or do not sum to 1 in a row; the sizes are of a wrong shape or not positive.
+        ReducerFault: `keep` is not a non-empty, strictly ascending int64 vector of token indices; the merge weights
+            are of a wrong shape, negative, not finite or do not sum to 1 in a row; the sizes are of a wrong shape or
+            not positive.
     """
     _check(reduction, tokens, owner)
     keep = reduction.keep

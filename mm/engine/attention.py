@@ -1,8 +1,8 @@
 """The one attention function through which every decoder layer reads and writes our KV cache.
 
-It is registered with transformers under a name of ours; a model built with that name calls it from inside its own layers, with
-queries and keys already rotated. The arithmetic is transformers' own SDPA path, which is what makes float32 results equal to
-`generate` bit for bit.
+It is registered with transformers under a name of ours; a model built with that name calls it from inside its own
+layers, with queries and keys already rotated. The arithmetic is transformers' own SDPA path, which is what makes
+float32 results equal to `generate` bit for bit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One request's journey: media -> visual tokens -> fewer of them -> prompt -> answer.
 
-`encode` and `answer` are the two halves that may run in different processes; `generate` is both in one. Every way in (HTTP in
-process, HTTP on Ray, Python, batch jobs) calls these and nothing else. No Ray and no HTTP here.
+`encode` and `answer` are the two halves that may run in different processes; `generate` is both in one. Every way in
+(HTTP in process, HTTP on Ray, Python, batch jobs) calls these and nothing else. No Ray and no HTTP here.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from mm.core.data import (
     VisionOptions,
 )
 from mm.core.errors import ContextTooLong, MediaError
-from mm.core.hashing import framed_hash
 from mm.core.plugins import Encoder, Reducer, build_reducer, canonical_spec, check_compatible
 from mm.core.reduce import reduce_tokens
 from mm.engine.decode import Ending, Progress, decode
 from mm.engine.sampling import Sampler, new_seed
 from mm.media import MediaBudget, content_hash, decode_media, fetch
+from mm.media.hashing import framed_hash
 
 
 class Cache(Protocol):
@@ -111,7 +111,7 @@ def _load(
     parts: EncodeParts,
     found: dict[str, Encoded],
 ) -> tuple[str, Image | Video | None, float]:
-    """The item's cache key, and its pixels with the seconds they took; no pixels when it is cached, which adds to `found`."""
+    """The item's cache key, and its pixels with the seconds they took; a cached item goes to `found` instead."""
     if item.kind not in parts.encoder.kinds:
         raise MediaError("not_supported", item.kind, param=getattr(item, "param", None))
     start = time.perf_counter()

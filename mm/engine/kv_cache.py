@@ -1,8 +1,8 @@
 """Keys and values of one sequence. Everything that touches the cache's layout is in this file.
 
-A row's place in the cache and its rotary position are different things: after reduction, rows are dense and positions are
-not. Keys and values are separate tensors per layer, and every layer has its own length, so that layers may come to hold
-different rows.
+A row's place in the cache and its rotary position are different things: after reduction, rows are dense and positions
+are not. Keys and values are separate tensors per layer, and every layer has its own length, so that layers may come to
+hold different rows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The next token from logits.
 
-Sampling is by Gumbel noise: argmax(log p + g), where g is a function of (seed, choice, position) alone. So an answer depends
-on its seed and not on what else runs, on the batch, or on whether a drafter guessed ahead.
+Sampling is by Gumbel noise: argmax(log p + g), where g is a function of (seed, choice, position) alone. So an answer
+depends on its seed and not on what else runs, on the batch, or on whether a drafter guessed ahead.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class TextStream:
         return self._send(len(self._text))
 
     def _first_stop(self) -> int | None:
-        """Where the earliest stop string begins. Text already sent cannot contain the start of one: it was held back."""
+        """Where the earliest stop string begins. Text already sent holds no start of one: it was held back."""
         found = [at for stop in self._stop if (at := self._text.find(stop, self._num_sent)) >= 0]
         return min(found, default=None)
 

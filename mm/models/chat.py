@@ -1,7 +1,7 @@
 """Messages to token ids through a checkpoint's own chat template.
 
-The template is the only thing that may place control tokens. Text that a user wrote is never read as one: where it spells a
-special token, that stretch is tokenised as plain characters, so nobody can forge a placeholder or a turn.
+The template is the only thing that may place control tokens. Text that a user wrote is never read as one: where it
+spells a special token, that stretch is tokenised as plain characters, so nobody can forge a placeholder or a turn.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ChatTemplate:
         return self._tokenize(str(text), nonce, escaped)
 
     def _plain(self, message: Message, nonce: str, escaped: list[str]) -> dict:
-        """The template's view of a message, with special spellings moved to `escaped` and numbered marks in their place."""
+        """The template's view of a message; special spellings move to `escaped`, numbered marks take their place."""
 
         def mark(match: re.Match[str]) -> str:
             escaped.append(match.group())

@@ -1,7 +1,7 @@
 """Read part of a Hugging Face checkpoint.
 
-An encoder needs the tower, a decoder the language model: each opens the safetensors index and reads only its own tensors, so
-neither ever holds the other's weights. Pickled weights (.bin, .pt) are refused.
+An encoder needs the tower, a decoder the language model: each opens the safetensors index and reads only its own
+tensors, so neither ever holds the other's weights. Pickled weights (.bin, .pt) are refused.
 """
 
 from __future__ import annotations

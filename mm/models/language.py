@@ -1,7 +1,7 @@
 """A language model taken apart: embedding, decoder layers, norm and head of any transformers text model.
 
-The engine drives the layers one by one, so that tokens can leave between two of them; the layers stay transformers' own. What
-it asks of a text model is the signature that all of transformers' decoder layers share, not a class.
+The engine drives the layers one by one, so that tokens can leave between two of them; the layers stay transformers'
+own. What it asks of a text model is the signature that all of transformers' decoder layers share, not a class.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LanguageModel:
         text = config.get_text_config()
         if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
             raise BadCheckpoint(
-                str(folder), "has decoder layers other than full attention, which this engine does not drive"
+                str(folder), "has decoder layers without full attention, which this engine cannot drive"
             )
         tensors = read_tensors(folder, _text_key)
         head = tensors.pop("lm_head.weight", None)

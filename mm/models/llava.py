@@ -1,7 +1,7 @@
 """LLaVA: a tower's tokens in the place of `<image>`, one-dimensional positions, a Llama-like decoder.
 
-Covers checkpoints of model_type "llava" in Hugging Face format, the shipped model among them. A checkpoint whose config.json
-names a `video_token_id` also takes clips: all frames' tokens, frame after frame, in the place of that token.
+Covers checkpoints of model_type "llava" in Hugging Face format, the shipped model among them. A checkpoint whose
+config.json names a `video_token_id` also takes clips: all frames' tokens, frame after frame, in that token's place.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Llava:
     def splice(self, messages: Sequence[Message], visual: Sequence[VisualTokens]) -> Prompt:
         """The prompt's rows: text embeddings, with each placeholder replaced by its item's kept tokens.
 
-        Rows keep the positions they have in the unreduced prompt, so text behind an image does not move when tokens are dropped.
+        Rows keep the positions they have in the unreduced prompt: text behind an image does not move when tokens go.
 
         Raises:
             InvalidRequest: The template does not place each item once, in order.
