@@ -1,7 +1,7 @@
 """OpenAI-style chat messages to our own.
 
 One reading of the message format for every way in: HTTP, Python and batch jobs. Media keep their order; content may be
-a string or a list of parts, and a part may carry explicit nulls beside its own field, as Arrow-backed clients send them.
+a string or a list of parts, and a part may carry explicit nulls beside its own field, as Arrow clients send them.
 """
 
 from __future__ import annotations

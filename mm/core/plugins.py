@@ -1,8 +1,8 @@
 """What plugins promise, and the one registry that finds them.
 
-Reducers, drafters, encoders and model families are found through entry points of the installed distributions: ours arrive
-by the same road as a stranger's. Listing names imports no plugin. Reducers are immutable and shared between requests; they
-see tensors and a small context, never a model class.
+Reducers, drafters, encoders and model families are found through entry points of the installed distributions: ours
+arrive by the same road as a stranger's. Listing names imports no plugin. Reducers are immutable and shared between
+requests; they see tensors and a small context, never a model class.
 
 A reducer's specification, wherever one is written (command line, request, Python), has one grammar:
 

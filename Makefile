@@ -1,0 +1,45 @@
+# Everything starts from a machine with Python 3.11-3.13, git and the package registries.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: help install serve demo test check format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# The environment is made anew when the dependencies or the entry points change.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; set PYTHON=python3.12, say"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(READY)  ## create .venv with everything in it
+
+serve: install  ## serve the shipped model on Ray Serve at http://127.0.0.1:8000
+	$(BIN)/mm serve
+
+demo: install  ## open the demo page's server at http://127.0.0.1:7860
+	$(BIN)/mm demo
+
+test: install  ## run the tests
+	$(BIN)/python -m pytest
+
+check: install  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: install  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install  ## the benchmarks that run on a laptop
+	$(BIN)/python demos/bench/divprune.py
+	$(BIN)/python demos/bench/path.py
+
+clean:  ## remove the environment and build leftovers
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
