@@ -1,0 +1,222 @@
+"""LLaVA: the vision tower and the projector of a LLaVA checkpoint, and nothing else of it.
+
+Reads only these tensors, so that an encoder process never holds the language model. The tower is whichever class
+transformers has for the checkpoint's `vision_config`, the projector is transformers' own, pictures go through the
+checkpoint's own image processor: in float32 the tokens equal `LlavaForConditionalGeneration.get_image_features` bit by
+bit for the same batch. It does not know prompts, placeholders or reducers.
+
+A clip is encoded when config.json has `video_token_id` and `frame_pool_size`: each frame goes through tower and
+projector like an image, then neighbouring tokens are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from encoders.batches import in_batches
+from encoders.fingerprint import fingerprint
+from mm.core.data import Grid, Image, Kind, Video, VisualTokens
+from mm.core.errors import MediaError
+from mm.models.checkpoint import BadCheckpoint, find, load_module, read_config, read_tensors
+
+MAX_BATCH = 16
+"""Pictures per forward pass. Up to so many images of one call are one batch, as in `generate` of transformers."""
+
+CLS_ATTENTION = "cls_attention"
+SEQUENTIAL_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
+"""Towers whose hidden state l needs the first l blocks only, and is not replaced by a normalised one at the end."""
+
+TOWER_KEY = re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)$")
+PROJECTOR_KEY = re.compile(r"^(?:model\.)?multi_modal_projector\.(.+)$")
+
+
+class LlavaEncoder:
+    """Images, and clips where the checkpoint takes them, to the tokens its decoder was trained on.
+
+    `cls_attention`, when asked for, is (H, N) float32: how much [CLS] attends to each token in the block the features
+    come from, after a softmax over all keys. For clips it is averaged over the pooled cells.
+
+    Args:
+        folder: A LLaVA checkpoint: a local folder, a shipped model's name or a hub name.
+        device, dtype: Where and in what the tower computes.
+
+    Raises:
+        BadCheckpoint: The folder is no LLaVA checkpoint, or lacks weights.
+    """
+
+    def __init__(
+        self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        path = find(folder)
+        if read_config(path)["model_type"] != "llava":
+            raise BadCheckpoint(str(path), f"is of model_type {read_config(path)['model_type']!r}, not 'llava'")
+        self.config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+        self.processor: Any = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        self.device = torch.device(device)
+        self._layers = _feature_layers(self.config)
+        self.tower, self.projector = _load(path, self.config, self.device, dtype)
+        self._pool: int = getattr(self.config, "frame_pool_size", None) or 0
+        takes_clips = self._pool > 0 and getattr(self.config, "video_token_id", None) is not None
+        self.kinds: frozenset[str] = frozenset({"image", "video"} if takes_clips else {"image"})
+        self.provides: frozenset[str] = frozenset({CLS_ATTENTION} if _has_cls(self.tower) else ())
+        self.fingerprint: str = self._fingerprint(path, dtype)
+
+    def _fingerprint(self, path: Path, dtype: torch.dtype) -> str:
+        settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
+        weights = [
+            *self.tower.state_dict(prefix="tower.").items(),
+            *self.projector.state_dict(prefix="projector.").items(),
+        ]
+        return fingerprint("llava", (path / "config.json").read_text(), settings, str(dtype), tensors=weights)
+
+    def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
+        """One `VisualTokens` per item, in order. The images are one batch (up to `MAX_BATCH`), each clip is another.
+
+        Raises:
+            MediaError: A clip for a checkpoint without clips.
+            CapacityError: The device has no memory for one picture.
+        """
+        for item in items:
+            if item.kind not in self.kinds:
+                raise MediaError("not_supported", item.kind)
+        images = iter(self._encode_pictures([item.pixels for item in items if isinstance(item, Image)], "image", needs))
+        return [next(images) if isinstance(item, Image) else self._encode_clip(item.frames, needs) for item in items]
+
+    def _encode_pictures(self, pictures: Sequence[np.ndarray], kind: Kind, needs: frozenset[str]) -> list[VisualTokens]:
+        if not pictures:
+            return []
+        pixels = self.preprocess(pictures)
+        outputs = in_batches(lambda batch: self._forward(batch, needs), pixels, MAX_BATCH)
+        grid = self._grid(pixels, outputs["embeddings"].shape[1])
+        evidence = [
+            {name: plane[i] for name, plane in outputs.items() if name != "embeddings"} for i in range(len(pixels))
+        ]
+        return [
+            VisualTokens.full(embeddings, grid, kind, seen)
+            for embeddings, seen in zip(outputs["embeddings"], evidence, strict=True)
+        ]
+
+    def _encode_clip(self, frames: np.ndarray, needs: frozenset[str]) -> VisualTokens:
+        return join_frames(self._encode_pictures(list(frames), "video", needs), self._pool)
+
+    def preprocess(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """uint8 RGB (H, W, 3) pictures to the tower's (B, 3, h, w), by the checkpoint's own image processor."""
+        return self.processor(images=list(pictures), input_data_format="channels_last", return_tensors="pt")[
+            "pixel_values"
+        ]
+
+    def _grid(self, pixels: Tensor, num_tokens: int) -> Grid:
+        patch = self.config.vision_config.patch_size
+        height, width = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        # No grid when "full" leaves [CLS] among the tokens, or "default" takes a patch from a tower without [CLS].
+        return (1, height, width) if height * width == num_tokens else (1, 1, num_tokens)
+
+    @torch.inference_mode()
+    def _forward(self, pixels: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
+        """`embeddings` (B, N, D), and `cls_attention` (B, H, N) when needed."""
+        deepest = max(self._layers)
+        wanted = [*self._layers, deepest - 1] if CLS_ATTENTION in needs else self._layers
+        output = self.tower(pixels.to(self.device), output_hidden_states=wanted, return_dict=True)
+        first = 1 if self.config.vision_feature_select_strategy == "default" else 0
+        hidden = [output.hidden_states[layer][:, first:] for layer in self._layers]
+        outputs = {"embeddings": self.projector(hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1))}
+        if CLS_ATTENTION in needs:
+            row = _cls_row(_blocks(self.tower)[deepest - 1], output.hidden_states[deepest - 1])
+            outputs[CLS_ATTENTION] = row[..., first:]
+        return outputs
+
+
+def join_frames(frames: Sequence[VisualTokens], pool: int) -> VisualTokens:
+    """One clip of encoded frames, `pool` x `pool` neighbouring tokens averaged; at a border, those that exist."""
+    _, height, width = frames[0].grid
+    embeddings = _pool(torch.stack([frame.embeddings.T for frame in frames]), height, width, pool)
+    _, channels, height_out, width_out = embeddings.shape
+    tokens = embeddings.permute(0, 2, 3, 1).reshape(-1, channels).to(frames[0].embeddings.dtype)
+    evidence = {
+        name: _pool(torch.stack([frame.evidence[name] for frame in frames]), height, width, pool)
+        .permute(1, 0, 2, 3)
+        .flatten(1)
+        for name in frames[0].evidence
+    }
+    return VisualTokens.full(tokens, (len(frames), height_out, width_out), "video", evidence)
+
+
+def _pool(planes: Tensor, height: int, width: int, pool: int) -> Tensor:
+    """(T, C, height * width) to float32 (T, C, h, w)."""
+    cells = planes.float().reshape(*planes.shape[:2], height, width)
+    return nn.functional.avg_pool2d(cells, pool, ceil_mode=True, count_include_pad=False)
+
+
+def _feature_layers(config: Any) -> list[int]:
+    """Indices into the tower's hidden states, all positive; drops the blocks behind the deepest from `config`."""
+    vision, asked = config.vision_config, config.vision_feature_layer
+    num_states = vision.num_hidden_layers + 1
+    layers = [layer % num_states for layer in ([asked] if isinstance(asked, int) else asked)]
+    if vision.model_type in SEQUENTIAL_TOWERS:
+        vision.num_hidden_layers = max(*layers, 1)
+    return layers
+
+
+def _load(path: Path, config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:
+    with torch.device("meta"):
+        tower, projector = AutoModel.from_config(config.vision_config), LlavaMultiModalProjector(config)
+    for module, pattern in ((tower, TOWER_KEY), (projector, PROJECTOR_KEY)):
+        tensors = read_tensors(path, _renamer(module, pattern))
+        _fill_buffers(module, device)
+        load_module(module, tensors, dtype=dtype, device=str(device), folder=path)
+    return tower.eval(), projector.eval()
+
+
+def _renamer(module: nn.Module, pattern: re.Pattern[str]):
+    """Checkpoint key to the module's own name, or None for what the module does not have.
+
+    Checkpoints nest the tower's weights under `vision_model.` or not, and so do transformers' classes, by version.
+    """
+    own = {re.sub(r"^vision_model\.", "", name): name for name in module.state_dict()}
+
+    def rename(key: str) -> str | None:
+        match = pattern.match(key)
+        return own.get(match[1]) if match else None
+
+    return rename
+
+
+def _fill_buffers(model: nn.Module, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint holds, such as position ids, which the meta device left empty.
+
+    Modules of transformers fill them in `_init_weights`; weights that this fills too are replaced by the checkpoint's.
+    """
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            module.to_empty(device=device)
+            model._init_weights(module)  # pyright: ignore[reportCallIssue]
+
+
+def _blocks(tower: Any) -> nn.ModuleList:
+    return getattr(tower, "vision_model", tower).encoder.layers
+
+
+def _has_cls(tower: Any) -> bool:
+    return hasattr(getattr(getattr(tower, "vision_model", tower), "embeddings", None), "class_embedding")
+
+
+def _cls_row(block: Any, hidden: Tensor) -> Tensor:
+    """(B, H, 1 + P) float32: the [CLS] row of a block's attention, from the block's input (B, 1 + P, D).
+
+    Only this row: a full attention matrix would also turn off the fused attention, and with it bit equality.
+    """
+    attention, states = block.self_attn, block.layer_norm1(hidden)
+    query = attention.q_proj(states[:, :1]).unflatten(-1, (attention.num_heads, -1))
+    keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), keys.float()) * attention.scale
+    return scores.softmax(dim=-1).squeeze(2)
