@@ -46,6 +46,8 @@ class LlavaEncoder:
     `cls_attention`, when asked for, is (H, N) float32: how much [CLS] attends to each token in the block the features
     come from, after a softmax over all keys. For clips it is averaged over the pooled cells.
 
+    The class's `provides` and `kinds` are what a checkpoint may have; an instance's are what this one has.
+
     Args:
         folder: A LLaVA checkpoint: a local folder, a shipped model's name or a hub name.
         device, dtype: Where and in what the tower computes.
@@ -53,6 +55,9 @@ class LlavaEncoder:
     Raises:
         BadCheckpoint: The folder is no LLaVA checkpoint, or lacks weights.
     """
+
+    provides: frozenset[str] = frozenset({CLS_ATTENTION})
+    kinds: frozenset[str] = frozenset({"image", "video"})
 
     def __init__(
         self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
@@ -67,8 +72,8 @@ class LlavaEncoder:
         self.tower, self.projector = _load(path, self.config, self.device, dtype)
         self._pool: int = getattr(self.config, "frame_pool_size", None) or 0
         takes_clips = self._pool > 0 and getattr(self.config, "video_token_id", None) is not None
-        self.kinds: frozenset[str] = frozenset({"image", "video"} if takes_clips else {"image"})
-        self.provides: frozenset[str] = frozenset({CLS_ATTENTION} if _has_cls(self.tower) else ())
+        self.kinds = frozenset({"image", "video"} if takes_clips else {"image"})
+        self.provides = frozenset({CLS_ATTENTION} if _has_cls(self.tower) else ())
         self.fingerprint: str = self._fingerprint(path, dtype)
 
     def _fingerprint(self, path: Path, dtype: torch.dtype) -> str:

@@ -5,7 +5,8 @@ Stage     pre_llm, after the projector.
 Needs     nothing but the embeddings.
 Cost      O(N^2 D) for the similarities, O(k N) for the selection with a running minimum.
 Equation  d(i, j) = 1 - cos(x_i, x_j). First argmax_i min_{j != i} d(i, j), the token whose nearest neighbour is
-          farthest; then, k - 1 times, argmax over the tokens not yet chosen of min_{c chosen} d(i, c). Kept in reading order.
+          farthest; then, k - 1 times, argmax over the tokens not yet chosen of min_{c chosen} d(i, c).
+          Kept in reading order; the lowest index wins a tie.
 Differs   from the authors' code: no token is chosen twice (theirs repeats index 0 once only duplicates are left);
           everything is computed in float32 whatever the model's dtype; each item is reduced on its own.
 """
@@ -24,9 +25,10 @@ from mm.core.plugins import ReduceContext
 from pruning.base import BudgetReducer, Rounding
 
 MAX_MATRIX_TOKENS = 8192
-"""Up to here all N * N similarities are held (256 MiB at the limit); beyond, a row is computed when its token is chosen."""
+"""Up to here all N * N similarities are held (256 MiB at the limit); beyond, rows are computed one by one."""
 
-BLOCK_ROWS = 512
+BLOCK_ROWS = 256
+"""Fastest of 128 to 2880 on one AVX-512 core; larger blocks compute more of the half that is copied."""
 
 
 @dataclass(frozen=True, kw_only=True)
