@@ -1,1 +1,56 @@
-"""Bytes to pixels, within limits."""
+"""Bytes to pixels, within limits.
+
+Names are loaded on first use: the video child imports this package and must not pull torch in with it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mm.media.hashing import content_hash, pixel_hash
+    from mm.media.image import decode_image, image_from_array, image_from_pil
+    from mm.media.limits import MediaBudget
+    from mm.media.load import load
+    from mm.media.source import fetch
+    from mm.media.video import ChildPool, decode_video, prepare_decoder, video_from_array
+
+_HOMES = {
+    "ChildPool": "video",
+    "MediaBudget": "limits",
+    "content_hash": "hashing",
+    "decode_image": "image",
+    "decode_video": "video",
+    "fetch": "source",
+    "image_from_array": "image",
+    "image_from_pil": "image",
+    "load": "load",
+    "pixel_hash": "hashing",
+    "prepare_decoder": "video",
+    "video_from_array": "video",
+}
+
+__all__ = [
+    "ChildPool",
+    "MediaBudget",
+    "content_hash",
+    "decode_image",
+    "decode_video",
+    "fetch",
+    "image_from_array",
+    "image_from_pil",
+    "load",
+    "pixel_hash",
+    "prepare_decoder",
+    "video_from_array",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mm.media' has no attribute {name!r}")
+    # Bound here so that the function `load` wins over the submodule of the same name once that is imported.
+    value = getattr(import_module(f"mm.media.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,92 @@
+"""What a clip's first bytes say it is, and whether its container ends before its own declared end.
+
+A look at bytes only: no library, no decoding. It runs before any decoder sees the clip, so playlists and scripts that
+would make a library open other files or addresses never reach one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Container = Literal["mp4", "matroska", "avi", "gif"]
+
+MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof", b"uuid")
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+FOREIGN_SIGNATURES = (
+    b"#EXTM3U",
+    b"ffconcat",
+    b"<?xml",
+    b"<MPD",
+    b"FLV",
+    b"OggS",
+    b"\x30\x26\xb2\x75",
+    b"\0\0\1\xba",
+    b"\0\0\1\xb3",
+    b"\x47\x40",
+)
+"""Playlists, FLV, Ogg, ASF, MPEG streams: readable elsewhere, refused here."""
+
+
+def sniff(data: bytes) -> Container | None:
+    """The container these bytes start, or None."""
+    if data[4:8] in MP4_FIRST_BOXES:
+        return "mp4"
+    if data.startswith(EBML):
+        return "matroska"
+    if data.startswith(b"RIFF") and data[8:11] == b"AVI":
+        return "avi"
+    return "gif" if data.startswith((b"GIF87a", b"GIF89a")) else None
+
+
+def is_foreign(data: bytes) -> bool:
+    """Whether these bytes are a video or playlist format that others read and we refuse."""
+    return data.removeprefix(b"\xef\xbb\xbf").lstrip()[:8].startswith(FOREIGN_SIGNATURES)
+
+
+def is_cut_short(data: bytes, container: Container) -> bool:
+    """Whether the container announces more bytes than there are. Decoders mostly stop early in silence instead."""
+    if container == "mp4":
+        return _mp4_end(data) > len(data)
+    if container == "matroska":
+        return _matroska_end(data) > len(data)
+    if container == "avi":
+        return 8 + int.from_bytes(data[4:8], "little") > len(data)
+    return False
+
+
+def _mp4_end(data: bytes) -> int:
+    """Where the last media box ends. Unknown boxes end the walk: some writers leave padding behind."""
+    at = 0
+    while at + 8 <= len(data) and data[at + 4 : at + 8] in (
+        *MP4_FIRST_BOXES,
+        b"sidx",
+        b"mfra",
+        b"meta",
+        b"emsg",
+        b"udta",
+    ):
+        size = int.from_bytes(data[at : at + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        if size < 8:  # 0: up to the end of the file
+            break
+        at += size
+    return at
+
+
+def _matroska_end(data: bytes) -> int:
+    """Where the segment ends, or 0 when it does not say (live recordings)."""
+    header_end = _ebml_end(data, len(EBML))
+    if header_end is None or data[header_end : header_end + 4] != SEGMENT:
+        return 0
+    return _ebml_end(data, header_end + 4) or 0
+
+
+def _ebml_end(data: bytes, at: int) -> int | None:
+    """End of the element whose size field is at `at`; None for an unknown size."""
+    first = data[at] if at < len(data) else 0
+    length = 9 - first.bit_length()  # the count of leading zero bits, plus one
+    if not 1 <= length <= 8:
+        return None
+    field = int.from_bytes(data[at : at + length], "big") & ((1 << 7 * length) - 1)
+    return None if field == (1 << 7 * length) - 1 else at + length + field

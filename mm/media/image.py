@@ -1,0 +1,219 @@
+"""Encoded pictures, and pictures already in memory, to `Image`.
+
+Pillow does the decoding; this file decides which formats it sees, checks sizes before anything is decoded, and
+defines what each pixel mode means in RGB.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+
+import numpy as np
+from PIL import Image as PilImage
+from PIL import ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from mm.core.data import Image
+from mm.core.errors import InvalidRequest, MediaError
+from mm.media.hashing import content_hash, pixel_hash
+from mm.media.limits import MediaBudget
+
+ALLOWED_FORMATS = "JPEG, PNG, WebP, GIF or BMP"
+
+FOREIGN_SIGNATURES = (
+    b"II*\0",
+    b"MM\0*",
+    b"%PDF",
+    b"<svg",
+    b"<?xml",
+    b"8BPS",
+    b"\0\0\1\0",
+    b"\xff\x0a",
+    b"\xff\x4f\xff\x51",
+)
+"""TIFF, PDF, SVG, PSD, ICO, JPEG XL and JPEG 2000.
+
+Readable elsewhere, refused here, and worth telling apart from damage.
+"""
+
+ORIENTATIONS = {
+    2: PilImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PilImage.Transpose.ROTATE_180,
+    4: PilImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PilImage.Transpose.TRANSPOSE,
+    6: PilImage.Transpose.ROTATE_270,
+    7: PilImage.Transpose.TRANSVERSE,
+    8: PilImage.Transpose.ROTATE_90,
+}
+"""EXIF orientation to what makes the picture upright."""
+
+
+def decode_image(data: bytes, budget: MediaBudget) -> Image:
+    """Decode one picture, upright and on white.
+
+    Raises:
+        MediaError: `empty`, `unsupported_format`, `undecodable`, or a limit of the budget.
+    """
+    if not data:
+        raise MediaError("empty", "image")
+    plugin = _plugin_for(data)
+    with _mapped_errors():
+        _check_header(data, budget)
+        with plugin(BytesIO(data)) as picture:
+            budget.take_pixels("image", *picture.size)
+            picture.load()
+            pixels = to_rgb(_upright(picture))
+    return Image(pixels=pixels, content_hash=content_hash("image", data))
+
+
+def image_from_pil(picture: PilImage.Image, budget: MediaBudget) -> Image:
+    """A Pillow picture of any mode with a defined range, turned upright if it carries an EXIF orientation.
+
+    Raises:
+        InvalidRequest: Mode F, whose range nobody knows.
+        MediaError: `undecodable` (a file opened lazily and damaged), or a limit of the budget.
+    """
+    if picture.mode == "F":
+        raise InvalidRequest("a picture of mode 'F' has no defined range of values; convert it to 'L' or 'RGB' first")
+    budget.take_item("image")
+    budget.take_pixels("image", *picture.size)
+    with _mapped_errors():
+        pixels = to_rgb(_upright(picture))
+    return Image(pixels=pixels, content_hash=pixel_hash("image", pixels))
+
+
+def image_from_array(pixels: np.ndarray, budget: MediaBudget) -> Image:
+    """A picture from uint8 (H, W, 3) RGB or (H, W) grey. The array is copied.
+
+    Raises:
+        InvalidRequest: Another dtype or shape.
+        MediaError: A limit of the budget.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
+        given = f"{pixels.dtype} {pixels.shape}"
+        raise InvalidRequest(f"an image array must be uint8 of shape (H, W, 3) or (H, W), not {given}")
+    budget.take_item("image")
+    budget.take_pixels("image", pixels.shape[1], pixels.shape[0])
+    rgb = np.stack([pixels] * 3, axis=-1) if pixels.ndim == 2 else np.array(pixels, order="C")
+    return Image(pixels=rgb, content_hash=pixel_hash("image", rgb))
+
+
+def to_rgb(picture: PilImage.Image) -> np.ndarray:
+    """uint8 (H, W, 3). Transparent parts show white; 16-bit greys are scaled to 8 bits; palettes are looked up."""
+    if picture.mode.startswith("I"):
+        return np.stack([_to_8_bits(np.asarray(picture))] * 3, axis=-1)
+    if picture.mode not in ("RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB") or "transparency" in picture.info:
+        return _on_white(picture.convert("RGBA"))
+    return np.array(picture.convert("RGB"))
+
+
+def _to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """0..65535 to 0..255, nearest. Pillow's own conversion clips everything above 255 to white."""
+    wide = np.clip(grey, 0, 65535).astype(np.uint32)
+    return ((wide + 128) // 257).astype(np.uint8)
+
+
+def _on_white(picture: PilImage.Image) -> np.ndarray:
+    canvas = PilImage.new("RGB", picture.size, (255, 255, 255))
+    canvas.paste(picture.convert("RGB"), mask=picture.getchannel("A"))
+    return np.array(canvas)
+
+
+def _plugin_for(data: bytes) -> type[ImageFile.ImageFile]:
+    """The one reader for these bytes.
+
+    `PIL.Image.open` would try several and has a size limit of its own, which warns.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        return JpegImageFile
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PngImageFile
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return WebPImageFile
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return GifImageFile
+    if data.startswith(b"BM"):
+        return BmpImageFile
+    is_foreign = data.lstrip()[:5].startswith(FOREIGN_SIGNATURES) or data[4:8] in (b"ftyp", b"jP  ", b"JXL ")
+    raise MediaError(
+        "unsupported_format" if is_foreign else "undecodable", allowed=ALLOWED_FORMATS if is_foreign else ""
+    )
+
+
+def _check_header(data: bytes, budget: MediaBudget) -> None:
+    """Refuse large WebP and GIF canvases before their readers, which allocate when they open, see them."""
+    width = height = 0
+    if len(data) < 30:
+        return  # no canvas yet; the readers refuse it
+    if data[:3] == b"GIF":
+        width, height = struct.unpack_from("<HH", data, 6)
+    elif data[8:16] == b"WEBPVP8X":
+        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+    elif data[8:16] == b"WEBPVP8 ":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    elif data[8:16] == b"WEBPVP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if width and height:
+        budget.check_size("image", width, height)
+
+
+def _upright(picture: PilImage.Image) -> PilImage.Image:
+    exif = picture.info.get("exif", b"")
+    method = ORIENTATIONS.get(_exif_orientation(exif)) if isinstance(exif, bytes) else None
+    return picture if method is None else _transposed(picture, method)
+
+
+def _transposed(picture: PilImage.Image, method: PilImage.Transpose) -> PilImage.Image:
+    turned = picture.transpose(method)
+    turned.info.update(picture.info)  # transparency has to survive the turn
+    return turned
+
+
+def _exif_orientation(exif: bytes) -> int:
+    """Orientation in the first directory, or 1.
+
+    Read by hand: Pillow's reader warns and raises on damaged blocks we need not care about.
+    """
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (num_entries,) = struct.unpack_from(f"{order}H", tiff, start)
+        for entry in range(num_entries):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, start + 2 + 12 * entry)
+            if (tag, kind) == (0x0112, 3):
+                return value
+    except struct.error:
+        pass  # no EXIF block, or one that ends early: the picture itself may be fine
+    return 1
+
+
+@contextmanager
+def _mapped_errors() -> Iterator[None]:
+    """Whatever the library raises becomes our fixed text, without the original chained to it.
+
+    Its warnings are dropped.
+    """
+    reason = None
+    try:
+        with warnings.catch_warnings():
+            # Narrow on purpose: should two threads restore each other's filters, only Pillow's warnings are affected.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+    except MediaError:
+        raise
+    except MemoryError:
+        reason = "decode_limit"
+    except Exception:
+        reason = "undecodable"  # Pillow raises OSError, SyntaxError, struct.error, IndexError, ... for damaged files
+    if reason:
+        raise MediaError(reason, "image")

@@ -1,0 +1,104 @@
+"""The one budget that all media of a request draw from.
+
+It counts and refuses. It does not know where bytes come from or how they are decoded.
+"""
+
+from __future__ import annotations
+
+from threading import Lock
+
+from mm.core.config import MediaLimits
+from mm.core.data import Kind
+from mm.core.errors import MediaError
+
+
+class MediaBudget:
+    """What the media of one request may still use. Make one per request; safe to share between threads."""
+
+    def __init__(self, limits: MediaLimits) -> None:
+        self.limits = limits
+        self._lock = Lock()
+        self._num_items: dict[Kind, int] = {"image": 0, "video": 0}
+        self._num_bytes = 0
+        self._num_pixels = 0
+
+    def take_item(self, kind: Kind) -> None:
+        """Count one image or video.
+
+        Raises:
+            MediaError: `too_many_items`.
+        """
+        limit = self.limits.max_images if kind == "image" else self.limits.max_videos
+        with self._lock:
+            if self._num_items[kind] >= limit:
+                raise MediaError("too_many_items", kind, limit)
+            self._num_items[kind] += 1
+
+    def check_bytes(self, kind: Kind, num_bytes: int) -> None:
+        """Refuse an encoded size without drawing it; for sizes that are announced or still growing.
+
+        Raises:
+            MediaError: `too_many_bytes`.
+        """
+        item_limit = self.limits.max_image_bytes if kind == "image" else self.limits.max_video_bytes
+        if num_bytes > item_limit:
+            raise MediaError("too_many_bytes", kind, item_limit)
+        if self._num_bytes + num_bytes > self.limits.max_request_bytes:
+            raise MediaError("too_many_bytes", kind, self.limits.max_request_bytes)
+
+    def take_bytes(self, kind: Kind, num_bytes: int) -> None:
+        """Draw the encoded size of one whole item.
+
+        Raises:
+            MediaError: `empty` or `too_many_bytes`.
+        """
+        if num_bytes == 0:
+            raise MediaError("empty", kind)
+        with self._lock:
+            self.check_bytes(kind, num_bytes)
+            self._num_bytes += num_bytes
+
+    def check_size(self, kind: Kind, width: int, height: int) -> None:
+        """Refuse a picture or frame size without drawing it.
+
+        Raises:
+            MediaError: `too_small`, `too_many_pixels` or `bad_aspect`.
+        """
+        short, long = sorted((width, height))
+        if short < self.limits.min_side_px:
+            raise MediaError("too_small", kind, self.limits.min_side_px)
+        if short * long > self.limits.max_pixels:
+            raise MediaError("too_many_pixels", kind, self.limits.max_pixels)
+        if long > short * self.limits.max_aspect:
+            raise MediaError("bad_aspect", kind, self.limits.max_aspect)
+
+    def take_pixels(self, kind: Kind, width: int, height: int, num_frames: int = 1) -> None:
+        """Draw the decoded pixels of one item, from its header and before decoding.
+
+        Raises:
+            MediaError: `too_small`, `too_many_pixels` or `bad_aspect`.
+        """
+        self.check_size(kind, width, height)
+        num_pixels = width * height * num_frames
+        with self._lock:
+            if self._num_pixels + num_pixels > self.limits.max_total_pixels:
+                raise MediaError("too_many_pixels", kind, self.limits.max_total_pixels)
+            self._num_pixels += num_pixels
+
+    def take_frames(self, num_frames: int) -> None:
+        """Refuse more sampled frames of one clip than are handed on.
+
+        Raises:
+            MediaError: `too_many_frames`.
+        """
+        if num_frames > self.limits.max_sampled_frames:
+            raise MediaError("too_many_frames", "video", self.limits.max_sampled_frames)
+
+    def take_duration(self, duration_s: float) -> None:
+        """Refuse a clip that is too long.
+
+        Raises:
+            MediaError: `too_long`.
+        """
+        if not duration_s <= self.limits.max_duration_s:  # written so that NaN is refused too
+            raise MediaError("too_long", "video", self.limits.max_duration_s)

@@ -1,0 +1,108 @@
+"""A video child with decoders that misbehave, run by the tests in place of the real one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from mm.media import video_child
+from mm.media.video_decoders import DECODERS, Ask, Frame, Plan
+
+
+def decoder(act: Callable[[bytes], object]) -> None:
+    """Register a decoder that acts, then answers with one grey frame."""
+
+    def decode(data: bytes, ask: Ask) -> Iterator[Plan | Frame]:
+        act(data)
+        yield Plan(16, 16, 1, 1.0)
+        yield Frame(0.0, np.full((16, 16, 3), 127, np.uint8))
+
+    DECODERS[act.__name__] = lambda: decode
+
+
+@decoder
+def well(data: bytes) -> None:
+    """Does nothing odd."""
+
+
+@decoder
+def sleep(data: bytes) -> None:
+    time.sleep(60)
+
+
+@decoder
+def spin(data: bytes) -> None:
+    while True:
+        pass
+
+
+@decoder
+def hoard(data: bytes) -> None:
+    held = [bytearray(64 << 20) for _ in range(64)]
+    held.clear()
+
+
+@decoder
+def crash(data: bytes) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@decoder
+def open_file(data: bytes) -> None:
+    open("/etc/hostname").close()
+
+
+@decoder
+def open_socket(data: bytes) -> None:
+    socket.socket().close()
+
+
+@decoder
+def fork_and_wait(data: bytes) -> None:
+    if os.fork() == 0:
+        time.sleep(60)
+    time.sleep(60)
+
+
+@decoder
+def chatter(data: bytes) -> None:
+    os.write(1, b"a library that prints\n" * 100)
+
+
+def lying(data: bytes, ask: Ask) -> Iterator[Plan | Frame]:
+    """Plans a small frame and sends a large one."""
+    yield Plan(16, 16, 1, 1.0)
+    yield Frame(0.0, np.zeros((4096, 4096, 3), np.uint8))
+
+
+def greedy(data: bytes, ask: Ask) -> Iterator[Plan | Frame]:
+    """Plans more frames than were asked for."""
+    yield Plan(16, 16, 10**9, 1.0)
+
+
+def large(data: bytes, ask: Ask) -> Iterator[Plan | Frame]:
+    """120 MB, more than any pipe holds."""
+    yield Plan(1000, 1000, 40, 40.0)
+    for index in range(40):
+        yield Frame(float(index), np.full((1000, 1000, 3), index, np.uint8))
+
+
+def absent() -> None:
+    raise ImportError
+
+
+DECODERS.update(lying=lambda: lying, greedy=lambda: greedy, large=lambda: large, absent=absent)  # type: ignore[dict-item]
+
+if __name__ == "__main__":
+    if sys.argv[1] == "orphan":  # a parent that dies while its spare waits
+        spare = subprocess.Popen([sys.executable, __file__, "well"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        os.write(1, str(spare.pid).encode())
+        os._exit(0)
+    video_child.main()
