@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from mm.core.config import ModelConfig, SourcePolicy
+from mm.core.config import MediaLimits, ModelConfig, SourcePolicy
 from mm.core.data import (
     Delta,
     Event,
@@ -46,7 +46,7 @@ from mm.core.messages import parse_messages
 from mm.core.plugins import build_reducer, check_compatible, create, names
 from mm.engine.feature_cache import FeatureCache
 from mm.engine.generate import Decoder, EncodeParts, generate
-from mm.media import image_from_array, image_from_pil
+from mm.media import MediaBudget, image_from_array, image_from_pil
 from mm.models.checkpoint import BadCheckpoint, find, read_config
 
 MediaInput = str | Path | bytes | PIL.Image.Image | np.ndarray | Image | Video
@@ -161,7 +161,8 @@ class Model:
         **options: Any,
     ) -> Generator[Event]:
         """As `generate`, yielding a `Delta` per token and a `Summary` last. Close it to cancel."""
-        request = build_request(prompt, images=images, videos=videos, **options)
+        budget = MediaBudget(self.config.limits)
+        request = build_request(prompt, images=images, videos=videos, budget=budget, **options)
         yield from self.run(request)
 
     def run(self, request: Request) -> Iterator[Event]:
@@ -230,9 +231,13 @@ def build_request(
     *,
     images: Sequence[MediaInput] = (),
     videos: Sequence[MediaInput] = (),
+    budget: MediaBudget | None = None,
     **options: Any,
 ) -> Request:
     """A `Request` from what a Python caller has; see `Model.generate`.
+
+    Args:
+        budget: What pictures that are already in memory draw from.
 
     Raises:
         InvalidRequest: An option does not exist or a value cannot be used.
@@ -241,19 +246,22 @@ def build_request(
     if unknown:
         allowed = ", ".join(sorted(SAMPLING_FIELDS | VISION_FIELDS | FRAME_FIELDS))
         raise InvalidRequest(f"unknown option {unknown[0]!r}; allowed: {allowed}", unknown[0])
-    messages, media = _conversation(prompt, [_media(x, "image") for x in images] + [_media(x, "video") for x in videos])
+    budget = budget or MediaBudget(MediaLimits())
+    extra = [_media(x, "image", f"images[{i}]", budget) for i, x in enumerate(images)]
+    extra += [_media(x, "video", f"videos[{i}]", budget) for i, x in enumerate(videos)]
+    messages, media = _conversation(prompt, extra)
     frames = {name: options[name] for name in FRAME_FIELDS & options.keys() if options[name] is not None}
     sampling = {name: options[name] for name in SAMPLING_FIELDS & options.keys()}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = (sampling["stop"],)
     sampling["stop"] = tuple(sampling.get("stop") or ())
-    vision = {name: options[name] for name in VISION_FIELDS & options.keys()}
+    vision: dict[str, Any] = {"return_map": True} | {name: options[name] for name in VISION_FIELDS & options.keys()}
     return Request(
         request_id=uuid.uuid4().hex,
         messages=messages,
         media=media,
         sampling=Sampling(**sampling),
-        vision=VisionOptions(**{"return_map": True} | vision, frames=FrameSampling(**frames) if frames else None),
+        vision=VisionOptions(**vision, frames=FrameSampling(**frames) if frames else None),
     )
 
 
@@ -269,19 +277,19 @@ def _conversation(
     return parse_messages(prompt)
 
 
-def _media(item: MediaInput, kind: Kind) -> Media:
+def _media(item: MediaInput, kind: Kind, param: str, budget: MediaBudget) -> Media:
     if isinstance(item, Image | Video):
         return item
     if isinstance(item, PIL.Image.Image) and kind == "image":
-        return image_from_pil(item)
+        return image_from_pil(item, budget)
     if isinstance(item, np.ndarray) and kind == "image":
-        return image_from_array(item)
+        return image_from_array(item, budget)
     if isinstance(item, bytes | Path):
-        return MediaSource(kind=kind, source=item)
+        return MediaSource(kind=kind, source=item, param=param)
     if isinstance(item, str):
         remote = item.startswith(("data:", "http:", "https:"))
-        return MediaSource(kind=kind, source=item if remote else Path(item))
-    raise InvalidRequest(f"cannot use a {type(item).__name__} as {kind}; give a path, bytes or a data: URL", f"{kind}s")
+        return MediaSource(kind=kind, source=item if remote else Path(item), param=param)
+    raise InvalidRequest(f"cannot use a {type(item).__name__} as {kind}; give a path, bytes or a data: URL", param)
 
 
 __all__ = ["Answer", "Delta", "Model", "build_decoder", "build_encode_parts", "build_request", "collect", "load"]

@@ -5,14 +5,16 @@ Nothing here computes anything of interest, knows a model, a plugin, HTTP or Ray
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mm.core.errors import InvalidRequest
 
 Kind = Literal["image", "video"]
 Grid = tuple[int, int, int]
@@ -169,6 +171,11 @@ class Message:
     parts: tuple[TextPart | MediaPart, ...]
 
 
+def _check(name: str, value: Any, allowed: str, holds: Callable[[Any], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | None) or not holds(value):
+        raise InvalidRequest(f"{name} was {value!r}; it has to be {allowed}", name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen, and when to stop.
@@ -190,6 +197,12 @@ class Sampling:
     stop: tuple[str, ...] = ()
     n: int = 1
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check("max_new_tokens", self.max_new_tokens, "at least 1", lambda x: x is None or x >= 1)
+        _check("temperature", self.temperature, "from 0 to 2", lambda x: x is None or 0 <= x <= 2)
+        _check("top_p", self.top_p, "above 0 and at most 1", lambda x: x is None or 0 < x <= 1)
+        _check("n", self.n, "at least 1", lambda x: x >= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,12 +324,16 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """New text of one choice. The last delta of a choice carries its finish reason ("stop" or "length")."""
+    """New text of one choice. The last delta of a choice carries its finish reason ("stop" or "length").
+
+    `num_prompt_tokens` is what the decoder saw of the prompt; the first delta of a request says it, for running totals.
+    """
 
     choice: int
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
+    num_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mm.core.config import MediaLimits, SourcePolicy, VideoDecoder
 from mm.core.data import (
@@ -22,6 +22,7 @@ from mm.core.data import (
     Image,
     KeptMap,
     Media,
+    MediaSource,
     Prompt,
     Request,
     Sampling,
@@ -35,17 +36,10 @@ from mm.core.errors import ContextTooLong, MediaError
 from mm.core.plugins import Encoder, Reducer, build_reducer, canonical_spec, check_compatible
 from mm.core.reduce import reduce_tokens
 from mm.engine.decode import Ending, Progress, decode
+from mm.engine.feature_cache import FeatureCache, cache_key
 from mm.engine.sampling import Sampler, new_seed
-from mm.media import MediaBudget, content_hash, decode_media, fetch
-from mm.media.hashing import framed_hash
-
-
-class Cache(Protocol):
-    """Encoded items by key."""
-
-    def get(self, key: str) -> Encoded | None: ...
-
-    def put(self, key: str, value: Encoded) -> None: ...
+from mm.media import MediaBudget, content_hash, fetch
+from mm.media.load import decode as decode_media
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +47,7 @@ class EncodeParts:
     """What the encoder's half needs. `host` names the encoder in messages."""
 
     encoder: Encoder
-    cache: Cache
+    cache: FeatureCache
     host: str
     reducer: str = "none"
     frames: FrameSampling = field(default_factory=FrameSampling)
@@ -115,15 +109,25 @@ def _load(
     if item.kind not in parts.encoder.kinds:
         raise MediaError("not_supported", item.kind, param=getattr(item, "param", None))
     start = time.perf_counter()
-    budget.take_item(item.kind)
-    data = None if isinstance(item, Image | Video) else fetch(item, parts.sources, budget)
-    content = item.content_hash if data is None else content_hash(item.kind, data, frames, parts.video_decoder)
-    key = framed_hash("visual-tokens", content, parts.encoder.fingerprint, canonical_spec(reducer))
+    if isinstance(item, MediaSource):
+        data = fetch(item, parts.sources, budget)
+        content = content_hash(item.kind, data, frames, parts.video_decoder)
+    else:
+        data, content = None, item.content_hash
+    key = cache_key(content, parts.encoder.fingerprint, canonical_spec(reducer))
     if (cached := parts.cache.get(key)) is not None:
         found[key] = cached
         return key, None, 0.0
-    media = item if data is None else decode_media(item, data, budget, frames, parts.video_decoder)
-    return key, media, time.perf_counter() - start
+    return key, _decoded(item, data, frames, budget, parts), time.perf_counter() - start
+
+
+def _decoded(item: Media, data: bytes | None, frames: FrameSampling, budget: MediaBudget, parts: EncodeParts) -> Any:
+    if data is None:
+        return item
+    try:
+        return decode_media(item.kind, data, budget, frames, parts.video_decoder)
+    except MediaError as error:
+        raise error.at(item.param) if isinstance(item, MediaSource) and item.param else error from None
 
 
 def _encode_batch(
@@ -140,7 +144,7 @@ def _encode_batch(
         kept = reduce_tokens(reducer, tokens)
         reduce_s = time.perf_counter() - start
         encoded[key] = Encoded(tokens=kept, timings=EncodeTimings(load_s=load_s, encode_s=encode_s, reduce_s=reduce_s))
-        parts.cache.put(key, Encoded(tokens=encoded[key].tokens, cache_hit=True))
+        parts.cache.put(key, replace(encoded[key], timings=EncodeTimings()))
     return encoded
 
 

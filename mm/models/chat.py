@@ -66,7 +66,7 @@ class ChatTemplate:
         return {"role": message.role, "content": content}
 
     def _tokenize(self, text: str, nonce: str, escaped: list[str]) -> list[int]:
-        bos = self._tokenizer.bos_token
+        bos = str(self._tokenizer.bos_token or "")
         add_special = not (bos and text.startswith(bos))
         if not escaped:
             return self._tokenizer(text, add_special_tokens=add_special).input_ids
