@@ -1,0 +1,169 @@
+"""What every registered reducer promises. A new one is tested as soon as it has its entry point."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mm.core.data import Grid, VisualTokens
+from mm.core.plugins import ReduceContext, Reducer, Stage, build_reducer, canonical_spec, create, get, names, options_of
+from mm.core.reduce import reduce_tokens
+from pruning.base import BudgetReducer, budget
+
+PIPELINES = [
+    "uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5",
+    "random:keep_ratio=0.7,seed=5 + uniform:keep_ratio=0.3 + none",
+]
+BUDGETED = [name for name in names("reducer") if "keep_ratio" in options_of(get("reducer", name))]
+SPECS = [name for name in names("reducer") if name != "pipeline"] + PIPELINES
+GRIDS: list[Grid] = [(1, 1, 1), (1, 1, 2), (1, 1, 7), (1, 16, 16), (3, 5, 7), (8, 8, 8), (1, 27, 27)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EVIDENCE_HEADS = 4
+
+
+def make(grid: Grid, seed: int = 0, dtype: torch.dtype = torch.float32, width: int = 32) -> VisualTokens:
+    """Random tokens that carry every kind of evidence an encoder of ours supplies."""
+    t, h, w = grid
+    rng = torch.Generator().manual_seed(1000 * seed + t * h * w)
+    embeddings = torch.randn(t * h * w, width, generator=rng).to(dtype)
+    attention = torch.rand(EVIDENCE_HEADS, t * h * w, generator=rng)
+    return VisualTokens.full(embeddings, grid, "image" if t == 1 else "video", {"cls_attention": attention})
+
+
+def same(a: VisualTokens, b: VisualTokens) -> bool:
+    return all(torch.equal(getattr(a, plane), getattr(b, plane)) for plane in ("embeddings", "positions", "sizes"))
+
+
+@pytest.fixture(params=SPECS)
+def spec(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def reducer(spec: str) -> Reducer:
+    return build_reducer(spec)
+
+
+def test_has_the_shape_of_a_reducer(reducer, spec):
+    assert isinstance(reducer, Reducer)
+    assert isinstance(reducer.stage, Stage)
+    assert isinstance(reducer.needs, frozenset)
+    assert isinstance(reducer.query_aware, bool)
+    assert reducer.count in ("fixed", "bounded")
+    assert dataclasses.is_dataclass(reducer)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        reducer.anything = 1
+    assert build_reducer(canonical_spec(reducer)) == reducer
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_count_order_and_rows(reducer, grid, seed):
+    tokens = make(grid, seed)
+    out = reduce_tokens(reducer, tokens)
+    planned = reducer.plan(tokens.num_tokens)
+    assert 1 <= out.num_tokens <= planned <= tokens.num_tokens
+    assert out.num_tokens == planned or reducer.count == "bounded"
+    indices = out.indices
+    assert torch.equal(indices, indices.unique())
+    assert (out.grid, out.kind, dict(out.evidence)) == (tokens.grid, tokens.kind, {})
+    assert torch.equal(out.positions, tokens.positions[indices])
+    merged = out.sizes != 1
+    assert torch.equal(out.embeddings[~merged], tokens.embeddings[indices[~merged]])
+
+
+def test_nothing_stays_nothing(reducer):
+    assert reducer.plan(0) == 0
+    assert reduce_tokens(reducer, make((1, 0, 0))).num_tokens == 0
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_input_is_untouched(reducer, grid):
+    tokens = make(grid)
+    before = {name: plane.clone() for name, plane in tokens.evidence.items()}
+    planes = (tokens.embeddings.clone(), tokens.positions.clone(), tokens.sizes.clone())
+    reduce_tokens(reducer, tokens)
+    assert all(
+        torch.equal(a, b) for a, b in zip(planes, (tokens.embeddings, tokens.positions, tokens.sizes), strict=True)
+    )
+    assert all(torch.equal(before[name], plane) for name, plane in tokens.evidence.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtype_and_count_hold_in_half_precision(reducer, dtype):
+    out = reduce_tokens(reducer, make((1, 16, 16), dtype=dtype))
+    assert out.embeddings.dtype is dtype
+    assert (out.positions.dtype, out.sizes.dtype) == (torch.int64, torch.float32)
+    assert out.num_tokens == reduce_tokens(reducer, make((1, 16, 16))).num_tokens or reducer.count == "bounded"
+
+
+def test_is_deterministic_and_keeps_no_state(reducer, spec):
+    """Three runs, another item between two of them, and a second object: always the same answer."""
+    tokens = make((1, 16, 16), seed=2)
+    alone = reduce_tokens(reducer, tokens)
+    reduce_tokens(reducer, make((3, 5, 7), seed=3))
+    assert same(reduce_tokens(reducer, tokens), alone)
+    assert same(reduce_tokens(build_reducer(spec), tokens), alone)
+
+
+@pytest.mark.parametrize("factor", [0.125, 1024.0])
+def test_scaling_the_embeddings_scales_the_answer(reducer, factor):
+    """Powers of two, so that not even the last bit of a cosine changes."""
+    tokens = make((1, 16, 16), seed=4)
+    scaled = reduce_tokens(reducer, dataclasses.replace(tokens, embeddings=tokens.embeddings * factor))
+    plain = reduce_tokens(reducer, tokens)
+    assert torch.equal(scaled.indices, plain.indices)
+    assert torch.equal(scaled.embeddings, plain.embeddings * factor)
+
+
+def test_the_order_of_heads_does_not_matter(reducer):
+    tokens = make((1, 16, 16), seed=5)
+    flipped = {name: plane.flip(0) for name, plane in tokens.evidence.items()}
+    assert same(reduce_tokens(reducer, dataclasses.replace(tokens, evidence=flipped)), reduce_tokens(reducer, tokens))
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_ratio_of_one_changes_nothing(name, grid):
+    tokens = make(grid)
+    assert same(reduce_tokens(build_reducer(name, 1), tokens), tokens)
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+@pytest.mark.parametrize("keep_ratio", [0.01, 0.1, 0.25, 0.333, 0.5, 0.9])
+def test_the_budget_is_exact(name, keep_ratio):
+    reducer = build_reducer(name, keep_ratio)
+    for grid in GRIDS:
+        tokens = make(grid)
+        num_kept = reduce_tokens(reducer, tokens).num_tokens
+        assert num_kept <= reducer.plan(tokens.num_tokens)
+        if isinstance(reducer, BudgetReducer):
+            assert num_kept == budget(tokens.num_tokens, keep_ratio, reducer.rounding)
+
+
+def test_composes_with_every_other(reducer):
+    tokens = make((1, 9, 9))
+    for other in SPECS:
+        then = build_reducer(other)
+        if {reducer.stage, then.stage} != {Stage.PRE_LLM}:
+            continue
+        out = reduce_tokens(create("reducer", "pipeline", stages=(reducer, then)), tokens)
+        apart = reduce_tokens(
+            then, dataclasses.replace(reduce_tokens(reducer, tokens), evidence=_gathered(reducer, tokens))
+        )
+        assert torch.equal(out.indices, apart.indices)
+        assert torch.allclose(out.embeddings, apart.embeddings, atol=1e-5)
+
+
+def _gathered(reducer: Reducer, tokens: VisualTokens) -> dict[str, torch.Tensor]:
+    indices = reduce_tokens(reducer, tokens).indices
+    return {name: plane[..., indices] for name, plane in tokens.evidence.items()}
+
+
+def test_no_gradient_is_recorded(reducer):
+    tokens = make((1, 6, 6))
+    tokens.embeddings.requires_grad_(True)
+    reduction = reducer.after_encode(tokens, ReduceContext(evidence=tokens.evidence))
+    assert not any(plane.requires_grad for plane in (reduction.merge, reduction.sizes) if plane is not None)
