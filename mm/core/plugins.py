@@ -269,9 +269,9 @@ def check_compatible(reducer: Reducer, encoder: Encoder, host: str) -> None:
     """
     missing = sorted(reducer.needs - encoder.provides)
     if missing:
-        raise IncompatiblePlugin(canonical_spec(reducer), host, missing)
+        raise IncompatiblePlugin(type(reducer).__name__, host, missing)
     if reducer.stage is not Stage.PRE_LLM:
-        raise IncompatiblePlugin(canonical_spec(reducer), host, [f"the stage {reducer.stage.value}"])
+        raise IncompatiblePlugin(type(reducer).__name__, host, [f"the stage {reducer.stage.value}"])
 
 
 def describe(kind: PluginKind) -> Iterator[dict[str, Any]]:

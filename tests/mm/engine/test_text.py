@@ -1,4 +1,4 @@
-"""Streaming text: whatever the token borders, what is sent adds up to the decoded answer, cut before the first stop string."""
+"""Streaming text: what is sent adds up to the decoded answer, cut before the first stop string."""
 
 import pytest
 from hypothesis import given, settings
