@@ -1,0 +1,103 @@
+"""Events to OpenAI's JSON: whole answers, chunks and usage. Pure functions; the same bytes wherever they run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mm.core.data import Delta, Event, KeptMap, Summary, Usage
+
+
+def to_json(value: Any) -> bytes:
+    """Compact UTF-8. A lone surrogate, which only an error message could quote, stays an escape."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(
+        "utf-8", "backslashreplace"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What every piece of one answer repeats."""
+
+    request_id: str
+    model: str
+    created: int
+
+    def fields(self, object_: str) -> dict[str, Any]:
+        return {
+            "id": f"chatcmpl-{self.request_id}",
+            "object": object_,
+            "created": self.created,
+            "model": self.model,
+        }
+
+
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    """Counts after reduction: what the decoder really saw."""
+    return {
+        "prompt_tokens": usage.num_prompt_tokens,
+        "completion_tokens": usage.num_completion_tokens,
+        "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": 0,
+            "image_tokens": usage.num_image_tokens_kept,
+            "video_tokens": usage.num_video_tokens_kept,
+        },
+    }
+
+
+def vision_fields(summary: Summary, *, return_map: bool, return_timings: bool) -> dict[str, Any]:
+    """The `vision` object of an answer."""
+    fields: dict[str, Any] = {
+        "reducer": summary.reducer,
+        "visual_tokens_in": summary.usage.num_visual_tokens_in,
+        "visual_tokens_kept": summary.usage.num_visual_tokens_kept,
+    }
+    if return_map:
+        fields["items"] = [_kept(item) for item in summary.kept]
+    if return_timings:
+        fields["timings"] = {name: round(seconds, 6) for name, seconds in asdict(summary.timings).items()}
+    return fields
+
+
+def _kept(item: KeptMap) -> dict[str, Any]:
+    return {"kind": item.kind, "grid": list(item.grid), "kept": list(item.kept)}
+
+
+def completion(head: Head, events: Sequence[Event], *, return_map: bool, return_timings: bool) -> dict[str, Any]:
+    """The answer to a request that does not stream."""
+    texts: dict[int, list[str]] = {}
+    reasons: dict[int, str | None] = {}
+    for event in events:
+        if isinstance(event, Delta):
+            texts.setdefault(event.choice, []).append(event.text)
+            reasons[event.choice] = event.finish_reason or reasons.get(event.choice)
+    summary = summary_of(events)
+    return head.fields("chat.completion") | {
+        "choices": [
+            {
+                "index": choice,
+                "message": {"role": "assistant", "content": "".join(texts[choice]), "refusal": None},
+                "logprobs": None,
+                "finish_reason": reasons[choice],
+            }
+            for choice in sorted(texts)
+        ],
+        "usage": usage_fields(summary.usage),
+        "vision": vision_fields(summary, return_map=return_map, return_timings=return_timings),
+    }
+
+
+def summary_of(events: Sequence[Event]) -> Summary:
+    last = events[-1]
+    assert isinstance(last, Summary), "events that end without an error end with their summary"
+    return last
+
+
+def chunk(head: Head, choice: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    """One `chat.completion.chunk`."""
+    return head.fields("chat.completion.chunk") | {
+        "choices": [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+    }

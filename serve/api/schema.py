@@ -1,0 +1,306 @@
+"""What a chat request may look like, and what it means: JSON to `Request`.
+
+Three kinds of fields beside those we carry out: some cannot change the answer and are ignored, some are accepted only
+at the value that changes nothing, and the rest is refused by name. Nothing that changes the answer is ever ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pydantic_core
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from mm.core.config import MediaLimits
+from mm.core.data import FrameSampling, MediaSource, Request, Sampling, VisionOptions
+from mm.core.errors import InvalidRequest, UnknownModel, nearest
+from mm.core.messages import parse_messages
+from serve.config import ServeConfig
+
+INT64 = 2**63
+
+IGNORED = frozenset(
+    {
+        "generation_config",
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+"""Fields of OpenAI's clients, and of terminal chat clients, that say nothing about the answer's text."""
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "best_of": (1,),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_k": (0, -1),
+    "top_logprobs": (0,),
+    "use_beam_search": (False,),
+}
+"""Fields that are not implemented, with the values at which that makes no difference."""
+
+
+Stop = Annotated[
+    list[str],
+    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 4}]}),
+]
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Vision(BaseModel):
+    """The `vision` object: what to do with visual tokens."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    reducer: Annotated[str, Field(min_length=1, max_length=500)] | None = Field(
+        default=None, description='Such as "divprune:keep_ratio=0.25"; the server\'s default if absent.'
+    )
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="Tokens kept / tokens in.")
+    return_map: bool | None = Field(default=None, description="Say which tokens were kept.")
+    return_timings: bool | None = Field(default=None, description="Say how many seconds each stage took.")
+    num_frames: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Frames taken of a clip, evenly spread."
+    )
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        default=None, description="Frames per second taken of a clip."
+    )
+
+
+class ChatBody(BaseModel):
+    """The body of `POST /v1/chat/completions`, as far as it is carried out."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    messages: list[Any]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+        default=None, description="Takes precedence over max_tokens."
+    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    stop: Stop | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    vision: Vision | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatCall:
+    """A chat request, understood.
+
+    Attributes:
+        request: What the engine gets; its media are sources still to be fetched.
+        model: The served name that was asked for, and is answered with.
+        ignored: Fields that were sent and mean nothing here.
+    """
+
+    request: Request
+    model: str
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    return_timings: bool = False
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[MediaSource, ...]:
+        return tuple(item for item in self.request.media if isinstance(item, MediaSource))
+
+
+def parse_json(body: bytes | bytearray) -> Any:
+    """JSON as the standard has it: UTF-8, no NaN, no lone surrogates, not too deep.
+
+    Raises:
+        InvalidRequest: `invalid_json`.
+    """
+    try:
+        return pydantic_core.from_json(bytes(body), allow_inf_nan=False)
+    except ValueError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InvalidRequest(f"the body is not valid JSON: {reason}", None, "invalid_json") from None
+
+
+def parse_chat(body: Any, request_id: str, config: ServeConfig) -> ChatCall:
+    """The call that `body` describes.
+
+    Raises:
+        InvalidRequest: Names the field, what was given and what is allowed.
+        UnknownModel: No such model is served.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body has to be a JSON object", None, "invalid_json")
+    fields = {name: value for name, value in body.items() if value is not None}
+    ignored = _check_names(fields)
+    chat = _validated({name: value for name, value in fields.items() if name in ChatBody.model_fields})
+    if chat.model not in config.names:
+        raise UnknownModel(chat.model, config.names)
+    if (chat.n or 1) > config.max_choices:
+        raise InvalidRequest(f"n was {chat.n}; the limit of this server is {config.max_choices}", "n")
+    _check_messages(chat.messages)
+    messages, media = parse_messages(chat.messages)
+    options = chat.stream_options or StreamOptions()
+    request = Request(
+        request_id=request_id,
+        messages=messages,
+        media=media,
+        sampling=_sampling(chat),
+        vision=_vision(chat.vision or Vision(), config.model.limits),
+    )
+    return ChatCall(
+        request=request,
+        model=chat.model,
+        stream=bool(chat.stream),
+        include_usage=bool(options.include_usage),
+        continuous_usage=bool(options.continuous_usage_stats),
+        return_timings=bool(chat.vision and chat.vision.return_timings),
+        ignored=ignored,
+    )
+
+
+def _check_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The ignored fields; refuses those that would change the answer."""
+    ignored = []
+    for name, value in fields.items():
+        if name in ChatBody.model_fields:
+            continue
+        if name in IGNORED:
+            ignored.append(name)
+        elif name in NEUTRAL:
+            if not any(_same(value, neutral) for neutral in NEUTRAL[name]):
+                allowed = " or ".join(pydantic_core.to_json(neutral).decode() for neutral in NEUTRAL[name])
+                raise InvalidRequest(
+                    f"{name} is not supported by this server; leave it out or send {allowed}",
+                    name,
+                    "unsupported_parameter",
+                )
+        else:
+            known = [*ChatBody.model_fields, *NEUTRAL, *IGNORED]
+            raise InvalidRequest(
+                f"the field {name[:100]!r} is unknown{nearest(name[:100], known)}", name[:100], "unknown_parameter"
+            )
+    return tuple(sorted(ignored))
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _validated(fields: dict[str, Any]) -> ChatBody:
+    try:
+        return ChatBody.model_validate(fields)
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _invalid(error: ValidationError) -> InvalidRequest:
+    """The first complaint, in one sentence that names the field."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    param = _path(first["loc"], first["type"] == "extra_forbidden")
+    if first["type"] == "missing":
+        return InvalidRequest(f"{param} is missing", param, "missing_parameter")
+    if first["type"] == "extra_forbidden":
+        hint = nearest(str(first["loc"][-1]), list(Vision.model_fields))
+        allowed = ", ".join(Vision.model_fields)
+        return InvalidRequest(f"{param} is unknown{hint} (allowed: {allowed})", param, "unknown_parameter")
+    message = first["msg"].removeprefix("Input ").replace("should", "has to", 1)
+    return InvalidRequest(f"{param} {message}; it was {_shown(first['input'])}", param, "invalid_value")
+
+
+def _path(loc: tuple[int | str, ...], whole: bool) -> str:
+    """The field's path in the request, without pydantic's names for a union's members."""
+    known = Vision.model_fields | StreamOptions.model_fields
+    steps = [step for step in loc[1:] if whole or isinstance(step, int) or step in known]
+    return ".".join(str(step)[:100] for step in (loc[0], *steps))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_messages(messages: list[Any]) -> None:
+    """What `parse_messages` would pass over although it changes the meaning."""
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise InvalidRequest("a message has to be an object with role and content", f"messages[{i}]")
+        for name in ("tool_calls", "function_call", "audio"):
+            if message.get(name):
+                param = f"messages[{i}].{name}"
+                raise InvalidRequest(f"{name} is not supported by this server", param, "unsupported_parameter")
+
+
+def _sampling(chat: ChatBody) -> Sampling:
+    stop = chat.stop or []
+    if len(stop) > 4:
+        raise InvalidRequest(f"stop has {len(stop)} strings; the limit is 4", "stop")
+    if any(not text or len(text) > 1000 for text in stop):
+        raise InvalidRequest("stop holds an empty string, or one of more than 1000 characters", "stop")
+    return Sampling(
+        max_new_tokens=chat.max_completion_tokens or chat.max_tokens,
+        temperature=chat.temperature,
+        top_p=chat.top_p,
+        seed=chat.seed,
+        stop=tuple(stop),
+        n=chat.n or 1,
+        ignore_eos=bool(chat.ignore_eos),
+    )
+
+
+def _vision(vision: Vision, limits: MediaLimits) -> VisionOptions:
+    if vision.num_frames is not None and vision.fps is not None:
+        raise InvalidRequest("give vision.num_frames or vision.fps, not both", "vision.fps")
+    if (vision.num_frames or 1) > limits.max_sampled_frames:
+        message = f"vision.num_frames was {vision.num_frames}; the limit is {limits.max_sampled_frames}"
+        raise InvalidRequest(message, "vision.num_frames")
+    frames = None
+    if vision.fps is not None:
+        frames = FrameSampling(fps=vision.fps)
+    elif vision.num_frames is not None:
+        frames = FrameSampling(num_frames=vision.num_frames)
+    return VisionOptions(
+        reducer=vision.reducer,
+        keep_ratio=vision.keep_ratio,
+        return_map=bool(vision.return_map),
+        return_timings=bool(vision.return_timings),
+        frames=frames,
+    )

@@ -1,0 +1,52 @@
+"""The same application without Ray: one process, one port."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from serve.api.routes import create_app
+from serve.config import ServeConfig
+from serve.stages import build_local_runtime
+
+MAX_HEADER_BYTES = 16 * 1024
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started and self._on_ready is not None:
+            self._on_ready()
+
+
+def run_in_process(config: ServeConfig, on_ready: Callable[[], None] | None = None) -> None:
+    """Load the model into this process and serve until SIGINT or SIGTERM; running requests may end first.
+
+    Args:
+        on_ready: Called once the first request can be answered.
+    """
+    runtime = build_local_runtime(config)
+    # Streams are finite: on a stop they end by themselves, within the drain timeout, instead of being cut at once.
+    AppStatus.disable_automatic_graceful_drain()
+    settings = uvicorn.Config(
+        create_app(runtime, config),
+        host=config.host,
+        port=config.port,
+        log_config=None,
+        access_log=False,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http="h11",
+        ws="none",
+        timeout_graceful_shutdown=int(config.drain_timeout_s),
+        server_header=False,
+    )
+    try:
+        _Server(settings, on_ready).run()
+    finally:
+        runtime.close()

@@ -1,0 +1,90 @@
+"""The application on Ray: three deployments, each with its own replicas and resources, and the process around them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray import serve as ray_serve
+from ray.serve.config import HTTPOptions
+
+from serve.config import ServeConfig
+from serve.deployments.decoder import Decoder
+from serve.deployments.encoder import Encoder
+from serve.deployments.ingress import APPLICATION, build_ingress
+
+log = logging.getLogger(__name__)
+
+NO_LIMIT = 1_000_000
+"""The ingress admits requests itself, so that a refusal is an answer in OpenAI's form."""
+
+
+def build_application(config: ServeConfig) -> Any:
+    """The Serve application of `config`, to be given to `ray.serve.run`."""
+    config = config.with_threads()
+    encoder = Encoder.options(
+        num_replicas=config.num_encoders,
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_queued_requests,
+        ray_actor_options={"num_cpus": config.encoder_cpus, "num_gpus": config.encoder_gpus},
+    )
+    decoder = Decoder.options(
+        num_replicas=config.num_decoders,
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_queued_requests,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        ray_actor_options={"num_cpus": config.decoder_cpus, "num_gpus": config.decoder_gpus},
+    )
+    ingress = build_ingress(config).options(
+        num_replicas=config.num_ingress,
+        max_ongoing_requests=NO_LIMIT,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        ray_actor_options={"num_cpus": config.ingress_cpus},
+    )
+    return ingress.bind(encoder.bind(config), decoder.bind(config))
+
+
+@contextlib.contextmanager
+def serving(config: ServeConfig) -> Iterator[None]:
+    """A Ray of our own with the application running on it; taken down on leaving, whatever happened."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(
+            num_cpus=int(config.ray_cpus or max(os.cpu_count() or 1, config.total_cpus + 1)),
+            object_store_memory=config.object_store_bytes,
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=False,
+        )
+        ray_serve.start(http_options=HTTPOptions(host=config.host, port=config.port), proxy_location="HeadOnly")  # type: ignore[arg-type]
+        ray_serve.run(build_application(config), name=APPLICATION, route_prefix="/")
+        yield
+    finally:
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):
+                ray_serve.shutdown()
+            ray.shutdown()
+
+
+def run_on_ray(config: ServeConfig, on_ready: Callable[[], None] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM, then shut everything down.
+
+    Args:
+        on_ready: Called once the first request can be answered.
+    """
+    stop = threading.Event()
+    before = {sig: signal.signal(sig, lambda *_: stop.set()) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with serving(config):
+            if on_ready is not None:
+                on_ready()
+            stop.wait()
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)

@@ -1,0 +1,32 @@
+"""The decoder's replica: holds the language model and answers, one request at a time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from ray import serve as ray_serve
+
+from mm.core.data import Event, Request
+from serve.config import ServeConfig
+from serve.deployments.transport import receive
+from serve.runtime import Features, Load
+from serve.stages import build_decoder_stage
+
+
+@ray_serve.deployment(name="Decoder")
+class Decoder:
+    def __init__(self, config: ServeConfig) -> None:
+        self._stage = build_decoder_stage(config)
+
+    async def stream(self, request: Request, features: Features) -> AsyncIterator[list[Event]]:
+        async for batch in self._stage.stream(request, await receive(features), features.reducer):
+            yield batch
+
+    async def complete(self, request: Request, features: Features) -> list[Event]:
+        return await self._stage.complete(request, await receive(features), features.reducer)
+
+    async def load(self) -> Load:
+        return self._stage.load
+
+    async def max_context_tokens(self) -> int:
+        return self._stage.max_context_tokens

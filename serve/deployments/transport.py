@@ -1,0 +1,74 @@
+"""Visual tokens as they travel between replicas: NumPy arrays, which Ray moves through shared memory without copying.
+
+torch tensors would be pickled through a byte string, and NumPy has no bfloat16; so bits travel as integers beside the
+name of their dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, ReferenceCountingAssertionError
+
+from mm.core.data import Encoded
+from serve.runtime import Features, FeaturesLost
+
+INLINE_BYTES = 64 * 1024
+"""Smaller features travel inside the message: a round trip to the object store costs more than copying them."""
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Packed = tuple[np.ndarray, str]
+"""Bits as integers, and the name of the dtype they stand for."""
+
+
+def pack_tensor(tensor: torch.Tensor) -> Packed:
+    bits = tensor.detach().contiguous().cpu().view(BITS[tensor.element_size()])
+    return bits.numpy(), str(tensor.dtype).removeprefix("torch.")
+
+
+def unpack_tensor(packed: Packed) -> torch.Tensor:
+    """A tensor of its own: the array lies in shared memory that is read-only and may be given back at any time."""
+    bits, dtype = packed
+    return torch.from_numpy(bits.copy()).view(getattr(torch, dtype))
+
+
+def pack(encoded: Sequence[Encoded]) -> list[tuple[Encoded, dict[str, Packed]]]:
+    """Items with their tensors set apart. Evidence stays behind: it was for the reducer."""
+    packed = []
+    for item in encoded:
+        planes = {name: pack_tensor(getattr(item.tokens, name)) for name in ("embeddings", "positions", "sizes")}
+        empty = torch.empty(0)
+        tokens = replace(item.tokens, embeddings=empty, positions=empty, sizes=empty, evidence={})
+        packed.append((replace(item, tokens=tokens), planes))
+    return packed
+
+
+def unpack(packed: Sequence[tuple[Encoded, Mapping[str, Packed]]]) -> list[Encoded]:
+    return [
+        replace(item, tokens=replace(item.tokens, **{name: unpack_tensor(plane) for name, plane in planes.items()}))
+        for item, planes in packed
+    ]
+
+
+def num_bytes(packed: Sequence[tuple[Encoded, Mapping[str, Packed]]]) -> int:
+    return sum(bits.nbytes for _, planes in packed for bits, _ in planes.values())
+
+
+async def receive(features: Features) -> list[Encoded]:
+    """The items, fetched from wherever they are.
+
+    Raises:
+        FeaturesLost: The replica that held them is gone.
+    """
+    place: dict[str, Any] = features.encoded
+    if "items" in place:
+        return unpack(place["items"])
+    try:
+        return unpack(await place["ref"])
+    except (ObjectLostError, OwnerDiedError, ReferenceCountingAssertionError, GetTimeoutError) as error:
+        raise FeaturesLost("the encoded media are gone; encode them again") from error
