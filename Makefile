@@ -38,8 +38,8 @@ format: install  ## format the code
 	$(BIN)/ruff check --fix .
 
 bench: install  ## the benchmarks that run on a laptop
-	$(BIN)/python demos/bench/divprune.py
-	$(BIN)/python demos/bench/path.py
+	$(BIN)/python -m demos.bench.divprune
+	$(BIN)/python -m demos.bench.path
 
 clean:  ## remove the environment and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
