@@ -51,7 +51,7 @@ def is_cut_short(data: bytes, container: Container) -> bool:
         return _matroska_end(data) > len(data)
     if container == "avi":
         return 8 + int.from_bytes(data[4:8], "little") > len(data)
-    return False
+    return _gif_end(data) > len(data)
 
 
 def _mp4_end(data: bytes) -> int:
@@ -72,6 +72,24 @@ def _mp4_end(data: bytes) -> int:
             break
         at += size
     return at
+
+
+def _gif_end(data: bytes) -> int:
+    """Where the last block ends; past the data when a block is cut. A missing trailer is common and forgiven."""
+    at = 13 + _gif_table_bytes(data, 10)
+    while at < len(data) and data[at] in (0x21, 0x2C):  # extension, frame
+        is_frame = data[at] == 0x2C
+        at += 11 + _gif_table_bytes(data, at + 9) if is_frame else 2
+        while at < len(data) and data[at]:  # sub-blocks, each behind its length; an empty one ends them
+            at += 1 + data[at]
+        at += 1
+    return at
+
+
+def _gif_table_bytes(data: bytes, at: int) -> int:
+    """Size of the colour table that the flags at `at` announce."""
+    flags = data[at] if at < len(data) else 0
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _matroska_end(data: bytes) -> int:

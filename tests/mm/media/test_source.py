@@ -386,3 +386,19 @@ def test_a_resolver_that_hangs_is_left_at_the_deadline(canary, budget, monkeypat
 @pytest.mark.parametrize("address", ["93.184.216.34", "2606:4700::1111", "::ffff:93.184.216.34"])
 def test_public_addresses_are_public(address):
     assert remote.is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1", "::ffff:10.0.0.1", "fe80::1%lo", "ff02::1"]
+)
+def test_addresses_that_lead_inside_are_not_public(address):
+    assert not remote.is_public(address)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://ⓛocalhost/", "http://127。0。0。1/", "http://a b/", "http://a\\b/", "http://ex%00.example/\x7f"]
+)
+def test_urls_that_parsers_disagree_on_are_refused_by_their_form(url):
+    with pytest.raises(MediaError) as caught:
+        remote.parse(url, "image", ANY_HOST)
+    assert caught.value.reason == "bad_source"

@@ -128,10 +128,17 @@ def test_both_decoders_agree(make_clip, make_budget):
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.95])
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.gif"])
 def test_truncated_clips_are_refused(make_clip, budget, name, keep, decoder):
-    clip = make_clip(name=name)
+    clip = make_clip(name=name, codec="gif", pix_fmt="rgb8") if name == "a.gif" else make_clip(name=name)
     assert reason(decode_video, clip[: int(len(clip) * keep)], FrameSampling(), budget, decoder) == "undecodable"
+
+
+def test_padding_behind_the_clip_is_no_damage(make_clip, budget):
+    for name, codec, pix_fmt in FORMATS[::2]:
+        clip = make_clip(name=name, codec=codec, pix_fmt=pix_fmt)
+        for padding in (bytes(40), b"\xff" * 40):
+            assert len(decode_video(clip + padding, FrameSampling(num_frames=3), budget).frames) == 3
 
 
 def test_what_is_not_a_video_is_refused(budget):
