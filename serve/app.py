@@ -1,0 +1,319 @@
+"""The command line, and the one place where configuration becomes running parts.
+
+Importing this module imports neither torch nor ray: every command brings in what it needs when it runs, so that help is
+instant. Environment variables are read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mm import __version__
+
+if TYPE_CHECKING:
+    from mm.core.config import ModelConfig
+    from serve.config import ServeConfig
+
+app = typer.Typer(
+    name="mm",
+    help="Serve multimodal models and cut what visual tokens cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelArgument = Annotated[str, typer.Argument(help='"tiny" (the shipped model), a folder, or a hub name.')]
+ModelOption = Annotated[str, typer.Option("--model", help='"tiny" (the shipped model), a folder, or a hub name.')]
+ReducerOption = Annotated[
+    str, typer.Option(help="Default reducer, e.g. divprune:keep_ratio=0.25; `mm plugins` lists them.")
+]
+DeviceOption = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DecoderOption = Annotated[str, typer.Option(help="pyav, or decord for files you trust.")]
+FramesOption = Annotated[int, typer.Option(help="Frames sampled from a clip, evenly over its length.")]
+FpsOption = Annotated[float | None, typer.Option(help="Sample by frames per second of clip time instead.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads per process; torch decides when not given.")]
+
+
+def main() -> None:
+    """Entry point of the `mm` command: errors of ours become one line and exit code 1."""
+    from mm.core.errors import MmError
+
+    try:
+        app()
+    except MmError as error:
+        sys.stderr.write(f"mm: {error}\n")
+        sys.exit(1)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"mm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Serve multimodal models and cut what visual tokens cost."""
+
+
+@app.command()
+def plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
+) -> None:
+    """List every registered reducer, drafter, encoder and family with its capabilities."""
+    from mm.core.plugins import KINDS, describe
+
+    rows = [row for kind in KINDS for row in describe(kind)]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, default=str))
+        return
+    for kind in KINDS:
+        typer.echo(f"{KINDS[kind].removeprefix('mm.')}")
+        of_kind = [row for row in rows if row["kind"] == kind]
+        width = max((len(row["name"]) for row in of_kind), default=0)
+        for row in of_kind:
+            typer.echo(f"  {row['name']:{width}}  {row['summary']}")
+            typer.echo(f"  {'':{width}}    {_capabilities(row)}")
+        if not of_kind:
+            typer.echo("  (none installed)")
+
+
+def _capabilities(row: dict[str, Any]) -> str:
+    shown = {k: v for k, v in row.items() if k not in ("kind", "name", "summary", "options")}
+    text = "; ".join(f"{k}: {', '.join(map(str, v)) or '-' if isinstance(v, list) else v}" for k, v in shown.items())
+    options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+    return f"{text}; options: {options or '-'}" if text else f"options: {options or '-'}"
+
+
+@app.command()
+def serve(
+    model: ModelArgument = "tiny",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    in_process: Annotated[bool, typer.Option("--in-process", help="One process, without Ray.")] = False,
+    encoders: Annotated[int, typer.Option(min=1, help="Encoder replicas (Ray).")] = 1,
+    decoders: Annotated[int, typer.Option(min=1, help="Decoder replicas (Ray).")] = 1,
+    ingresses: Annotated[int, typer.Option(min=1, help="HTTP replicas (Ray).")] = 1,
+    encoder_gpus: Annotated[float, typer.Option(min=0, help="GPUs, or a fraction of one, per encoder (Ray).")] = 0.0,
+    decoder_gpus: Annotated[float, typer.Option(min=0, help="GPUs, or a fraction of one, per decoder (Ray).")] = 0.0,
+    ray_cpus: Annotated[float | None, typer.Option(help="CPUs that the Ray started here may use.")] = None,
+    reducer: ReducerOption = "none",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    frames: FramesOption = 8,
+    fps: FpsOption = None,
+    video_decoder: DecoderOption = "pyav",
+    threads: ThreadsOption = None,
+    served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API; repeat for aliases.")] = None,
+    allow_media_domain: Annotated[
+        list[str] | None, typer.Option(help="Fetch media from this host; repeat. Without it remote URLs are off.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="MM_API_KEY", help="Key that clients have to send; repeat for several.")
+    ] = None,
+) -> None:
+    """Serve a model through OpenAI-compatible endpoints, on Ray Serve or in one process."""
+    from serve.config import ServeConfig
+
+    _log_to_stderr()
+    if not in_process:
+        _need("ray", "serve")
+    _need("fastapi", "server")
+    config = ServeConfig(
+        model=_model_config(
+            model, reducer, device, dtype, frames, fps, video_decoder, threads, allowed_domains=allow_media_domain
+        ),
+        host=host,
+        port=port,
+        num_encoders=encoders,
+        num_decoders=decoders,
+        num_ingress=ingresses,
+        encoder_gpus=encoder_gpus,
+        decoder_gpus=decoder_gpus,
+        ray_cpus=ray_cpus,
+        served_model_names=tuple(served_model_name or ()),
+        api_keys=tuple(api_key or ()),
+    )
+    _check_port(host, port)
+    _check_model(config.model)
+    if host not in ("127.0.0.1", "localhost", "::1") and not config.api_keys:
+        typer.echo(f"mm: listening on {host} without an API key: everyone who can reach it may use it", err=True)
+    ready = partial(_say_ready, config)
+    if in_process:
+        from serve.api.server import run_in_process
+
+        run_in_process(config, ready)
+    else:
+        from serve.deployments.application import run_on_ray
+
+        typer.echo("mm: starting Ray and loading the model; this takes up to a minute", err=True)
+        run_on_ray(config, ready)
+
+
+@app.command()
+def caption(
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders and glob patterns of images and clips.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; the same folder again resumes.")],
+    prompt: Annotated[str | None, typer.Option(help="Asked about every item; a description by default.")] = None,
+    model: ModelOption = "tiny",
+    reducer: ReducerOption = "none",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest caption.")] = 128,
+    pattern: Annotated[list[str] | None, typer.Option(help='Names to take from folders, e.g. "*.png"; repeat.')] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed items again.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard the folder's earlier results.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; errors and failed items only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line with the counts on stdout.")] = False,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    frames: FramesOption = 8,
+    fps: FpsOption = None,
+    video_decoder: DecoderOption = "pyav",
+    threads: ThreadsOption = None,
+) -> None:
+    """Caption images and clips into JSON lines; run again to resume. Exits with 0, 3 (some failed) or 1 (none ran)."""
+    _need("rich", "batch")
+    from serve.jobs.caption import run_caption
+    from serve.jobs.job import CaptionJob
+
+    job = CaptionJob(
+        inputs=tuple(inputs),
+        out=out,
+        prompt=prompt,
+        model=_model_config(model, reducer, device, dtype, frames, fps, video_decoder, threads, allow_paths=True),
+        max_tokens=max_tokens,
+        patterns=tuple(pattern or ()),
+        limit=limit,
+        retry_failed=retry_failed,
+        restart=restart,
+        quiet=quiet,
+        as_json=as_json,
+    )
+    raise typer.Exit(run_caption(job))
+
+
+@app.command()
+def demo(
+    url: Annotated[str | None, typer.Option(help="A running server; without it one is started here.")] = None,
+    host: Annotated[str, typer.Option(help="Address of the page.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
+    model: ModelOption = "tiny",
+    reducer: ReducerOption = "none",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+    api_key: Annotated[str | None, typer.Option(envvar="MM_API_KEY", help="Key that the server wants.")] = None,
+) -> None:
+    """Open a page that compares the full and the reduced answer and shows which tokens were kept."""
+    from serve.config import ServeConfig
+    from serve.demo.launch import DemoConfig, run_demo
+
+    _log_to_stderr()
+    _need("gradio", "demo")
+    server = ServeConfig(model=_model_config(model, reducer, device, dtype, 8, None, "pyav", threads))
+    if url is None:
+        _check_model(server.model)
+    run_demo(DemoConfig(url=url, api_key=api_key, server=server, host=host, port=port))
+
+
+def _model_config(
+    model: str,
+    reducer: str,
+    device: str,
+    dtype: str,
+    frames: int,
+    fps: float | None,
+    video_decoder: Any,
+    threads: int | None,
+    *,
+    allowed_domains: list[str] | None = None,
+    allow_paths: bool = False,
+) -> ModelConfig:
+    from mm.core.config import ModelConfig, SourcePolicy
+
+    return ModelConfig(
+        model=model,
+        reducer=reducer,
+        device=device,
+        dtype=dtype,
+        num_frames=frames,
+        fps=fps,
+        video_decoder=video_decoder,
+        num_threads=threads,
+        sources=SourcePolicy(allowed_domains=tuple(allowed_domains or ()), allow_paths=allow_paths),
+    )
+
+
+def _need(package: str, extra: str) -> None:
+    """Stop with the name of the extra that brings a missing package."""
+    if importlib.util.find_spec(package) is None:
+        typer.echo(f"mm: this command needs {package}: pip install 'mm-serving[{extra}]'", err=True)
+        raise typer.Exit(1)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse a taken port before anything is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+    except OSError as error:
+        typer.echo(
+            f"mm: cannot listen on {host}:{port} ({error.strerror}); choose another with --host or --port", err=True
+        )
+        raise typer.Exit(1) from None
+
+
+def _check_model(config: ModelConfig) -> None:
+    """Refuse a wrong model or reducer in one line, before replicas fail to start over it."""
+    from mm.core.plugins import build_reducer
+    from mm.models.checkpoint import find, read_config
+
+    read_config(find(config.model))
+    build_reducer(config.reducer)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpcore", "transformers", "ray"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+SAMPLE = Path(__file__).resolve().parent.parent / "demos" / "samples" / "many_shapes.png"
+QUESTION = "What color is the star?"
+
+
+def _say_ready(config: ServeConfig) -> None:
+    """Say that requests can be answered, and how to ask the first one."""
+    url, name = f"http://{config.host}:{config.port}", config.names[0]
+    content = f'{{"type": "text", "text": "{QUESTION}"}}'
+    if SAMPLE.is_file():
+        image = f"data:image/png;base64,$(base64 < '{SAMPLE}' | tr -d '\\n')"
+        content += f', {{"type": "image_url", "image_url": {{"url": "{image}"}}}}'
+    key = '-H "Authorization: Bearer $MM_API_KEY" ' if config.api_keys else ""
+    typer.echo(
+        f"mm: ready at {url}, serving {name}. Try:\n\n"
+        f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' {key}-d @- <<EOF\n"
+        f'{{"model": "{name}", "max_tokens": 64, "messages": [{{"role": "user", "content": [{content}]}}]}}\nEOF\n'
+    )
+
+
+if __name__ == "__main__":
+    main()
