@@ -70,6 +70,8 @@ class FeatureCache:
         # Copied outside the lock; a view would keep the whole batch it was cut from alive.
         stored = replace(value, tokens=_copy(value.tokens))
         with self._lock:
+            # Removed first: while it makes room, cachetools counts the old entry of the key beside the new one.
+            self._entries.pop(key, None)
             self._entries[key] = stored
 
     def clear(self) -> None:

@@ -123,6 +123,15 @@ def test_follows_the_plain_model(steps, budget_tokens):
     assert cache.stats.evictions == evictions
 
 
+def test_replacing_an_entry_evicts_no_other():
+    cache = FeatureCache(num_bytes(3))
+    cache.put("a", item(1))
+    cache.put("b", item(1))
+    cache.put("b", item(2))
+    assert cache.get("a") is not None
+    assert cache.stats.evictions == 0
+
+
 def test_threads_share_it():
     cache = FeatureCache(num_bytes(30))
     problems = []
