@@ -1,0 +1,196 @@
+"""`mm caption`: every image and clip of some folders to one line of JSON each.
+
+    run_caption(CaptionJob(inputs=("photos",), out=Path("captions")))
+
+Exit codes: 0 when every item has its caption; 3 when the job is finished but some items failed or an input could not be
+read; 1 when nothing could run, or the model failed on one item after the other; 130 after Ctrl-C and 143 after SIGTERM,
+each once the item at hand is written.
+
+A job is resumed by running it again. Items are recognised by path. A finished one is left alone as long as its file
+has the size and time it had, or else the same content; a file that changed is done again and its old record goes.
+Failed items are left alone too, unless their file changed or `retry_failed` is set. Files of equal content share the
+caption of the first of them, each with a line of its own. Records of files that are no longer among the inputs stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mm.core.errors import MmError
+from serve.jobs.captioner import (
+    Captioner,
+    Failure,
+    Loaded,
+    LocalCaptioner,
+    Record,
+    complete,
+    failure_record,
+    load,
+)
+from serve.jobs.discover import Found, Item, find_items
+from serve.jobs.flow import Stop, prefetched, stopping
+from serve.jobs.job import CaptionJob, JobError, settings_of
+from serve.jobs.plan import Plan, make_plan
+from serve.jobs.report import Report, Summary
+from serve.jobs.results import Journal, OutputFolder, discard, locked, open_output
+
+MAX_FAULTS_IN_A_ROW = 5
+"""So many items that fail through no fault of their own end the job: the next thousand would fail the same way."""
+
+Build = Callable[[CaptionJob], Captioner]
+
+
+def run_caption(job: CaptionJob, *, build: Build = LocalCaptioner.build) -> int:
+    """Run a job to its end, or on from where an earlier run stopped.
+
+    Args:
+        build: Loads the model; called only when there is something to do.
+
+    Returns:
+        The exit code; see the module docstring. Errors have been reported.
+    """
+    report = Report(quiet=job.quiet)
+    try:
+        with stopping() as stop:
+            summary = _run(job, build, report, stop)
+    except MmError as error:
+        report.error(str(error))
+        return 1
+    except OSError as error:
+        report.error(f"cannot go on: {error.filename or job.out}: {error.strerror or error}")
+        return 1
+    except KeyboardInterrupt:
+        report.warn("stopped at once; run the same command again to go on")
+        return 128 + signal.SIGINT
+    report.end(summary, as_json=job.as_json)
+    return summary.exit_code
+
+
+def _run(job: CaptionJob, build: Build, report: Report, stop: Stop) -> Summary:
+    start = time.monotonic()
+    found = find_items(job.inputs, job.patterns, exclude=str(job.out))
+    items = found.items[: job.limit]
+    _tell_found(found, report)
+    if not items:
+        raise JobError("no images or clips were found in: " + ", ".join(job.inputs))
+    settings = settings_of(job)
+    with locked(job.out):
+        captioner = build(job) if job.restart else None
+        if job.restart:
+            discard(job.out)  # only now that the model is known to work
+        with open_output(job.out, settings) as output:
+            plan = make_plan(items, output, job.model.limits, retry_failed=job.retry_failed)
+            summary = _summary(job, found, plan)
+            if plan.pending:
+                report.info(f"{len(plan.pending)} of {summary.num_items} items to do with {job.model.model}")
+                captioner = captioner or build(job)
+                output.begin(job.inputs, plan.drop)
+                run = _Run(job=job, captioner=captioner, output=output, report=report, summary=summary, stop=stop)
+                run.work(plan.pending)
+            _tell_failures(items, output.failures, summary, report)
+    summary.elapsed_s = round(time.monotonic() - start, 3)
+    summary.exit_code = _exit_code(summary, stop)
+    return summary
+
+
+def _tell_found(found: Found, report: Report) -> None:
+    for problem in found.problems:
+        report.warn(problem)
+    if found.skipped:
+        counts = ", ".join(f"{name} {count}" for name, count in found.skipped.most_common(8))
+        report.info(f"skipped {found.skipped.total()} files that are no images or clips by their names: {counts}")
+
+
+def _summary(job: CaptionJob, found: Found, plan: Plan) -> Summary:
+    return Summary(
+        num_items=len(plan.pending) + plan.num_captioned + plan.num_failed,
+        num_captioned_before=plan.num_captioned,
+        num_failed_before=plan.num_failed,
+        num_remaining=len(plan.pending),
+        out=str(job.out),
+        skipped=dict(found.skipped),
+        problems=found.problems,
+    )
+
+
+def _exit_code(summary: Summary, stop: Stop) -> int:
+    if summary.num_remaining:
+        return 1 if stop.signal is None else 128 + stop.signal
+    return 3 if summary.num_failures or summary.problems else 0
+
+
+def _tell_failures(items: list[Item], failures: Journal, summary: Summary, report: Report) -> None:
+    """List the failures of this run's items, those of earlier runs included."""
+    if summary.num_failures:
+        asked = {item.path for item in items}
+        records = (failures.read(path) for path in failures.entries if path in asked)
+        report.failures(records, summary.num_failures, str(failures.path))
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """The work on one plan."""
+
+    job: CaptionJob
+    captioner: Captioner
+    output: OutputFolder
+    report: Report
+    summary: Summary
+    stop: Stop
+    num_faults_in_a_row: int = 0
+
+    def work(self, pending: list[Item]) -> None:
+        loaded = prefetched(pending, self._load, self.job.num_prefetch, self.captioner.prepare_thread)
+        with contextlib.closing(loaded), self.report.progress(len(pending)):
+            self._drain(loaded)
+
+    def _load(self, item: Item) -> Loaded:
+        return load(item, self.job, self.captioner, self.output.captions.hash_to_path.__contains__)
+
+    def _drain(self, loaded: Iterator[Loaded]) -> None:
+        for one in loaded:
+            if not self.stop:  # it may have come while this item was being loaded
+                self._finish(one)
+            if self.stop or self.num_faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
+                break
+        if self.num_faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
+            self.report.error(f"stopped: {MAX_FAULTS_IN_A_ROW} items in a row failed through no fault of their own")
+        elif self.stop and self.summary.num_remaining:
+            self.report.warn(f"stopped with {self.summary.num_remaining} to go; run the same command again to go on")
+
+    def _finish(self, loaded: Loaded) -> None:
+        outcome = complete(loaded, self.job.model.model, self.captioner, self._equal(loaded))
+        if isinstance(outcome, Failure):
+            self._note_failure(loaded, outcome)
+        else:
+            self.output.captions.append(outcome)
+            self._count(outcome)
+            self.num_faults_in_a_row = 0
+        self.summary.num_remaining -= 1
+        self.report.advance(self.summary)
+
+    def _equal(self, loaded: Loaded) -> Mapping[str, Any] | None:
+        path = self.output.captions.hash_to_path.get(loaded.content_hash or "")
+        return None if path is None else self.output.captions.read(path)
+
+    def _count(self, record: Record) -> None:
+        if "same_as" in record:
+            self.summary.num_shared += 1
+            return
+        self.summary.num_captioned += 1
+        self.summary.num_visual_tokens_in += record["num_visual_tokens_in"]
+        self.summary.num_visual_tokens_kept += record["num_visual_tokens_kept"]
+
+    def _note_failure(self, loaded: Loaded, failure: Failure) -> None:
+        self.output.failures.append(failure_record(loaded, failure))
+        self.report.failed(loaded.item.path, failure.reason)
+        self.summary.num_failed += 1
+        self.num_faults_in_a_row = self.num_faults_in_a_row + 1 if failure.is_fault else 0
+
+
+__all__ = ["CaptionJob", "run_caption"]

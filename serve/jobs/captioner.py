@@ -1,0 +1,233 @@
+"""One item's journey in a batch job: file -> bytes -> visual tokens -> caption -> record.
+
+`load` and `complete` are its two halves, which run in two threads. Neither lets an item's fault through: it becomes a
+record with a fixed text, and the job goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from mm.api import build_decoder, build_encode_parts, collect
+from mm.core.config import MediaLimits, SourcePolicy
+from mm.core.data import (
+    Encoded,
+    Event,
+    Kind,
+    MediaPart,
+    MediaSource,
+    Message,
+    Request,
+    Sampling,
+    TextPart,
+    Timings,
+)
+from mm.core.errors import MmError, RequestError
+from mm.core.plugins import build_reducer, canonical_spec
+from mm.engine.generate import Decoder, EncodeParts, answer, encode
+from mm.media import MediaBudget, content_hash, fetch
+from serve.jobs.discover import Item
+from serve.jobs.job import CaptionJob
+from serve.jobs.results import Version
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Step = Literal["load", "encode", "answer"]
+
+
+class Captioner(Protocol):
+    """The two halves of a loaded model, as a job uses them."""
+
+    def prepare_thread(self) -> None:
+        """Called once in the thread that will call `encode`."""
+        ...
+
+    def encode(self, request: Request) -> Sequence[Encoded]: ...
+
+    def answer(self, request: Request, encoded: Sequence[Encoded]) -> Iterator[Event]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalCaptioner:
+    """A model in this process."""
+
+    parts: EncodeParts
+    decoder: Decoder
+    reducer: str
+    num_threads: int | None
+
+    @classmethod
+    def build(cls, job: CaptionJob) -> LocalCaptioner:
+        """Load the job's model.
+
+        Raises:
+            MmError: It or its reducer cannot be used.
+        """
+        # No feature cache: every file is seen once, and equal files share a caption already.
+        config = replace(job.model, cache_bytes=0)
+        reducer = canonical_spec(build_reducer(config.reducer))
+        parts, decoder = build_encode_parts(config), build_decoder(config)
+        return cls(parts=parts, decoder=decoder, reducer=reducer, num_threads=config.num_threads)
+
+    def prepare_thread(self) -> None:
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)  # torch keeps this per thread
+
+    def encode(self, request: Request) -> Sequence[Encoded]:
+        return encode(request, self.parts)
+
+    def answer(self, request: Request, encoded: Sequence[Encoded]) -> Iterator[Event]:
+        return answer(request, encoded, self.decoder, reducer=self.reducer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why an item has no caption.
+
+    Attributes:
+        is_fault: The item is not to blame: something is wrong with the model, a plugin or this machine.
+    """
+
+    step: Step
+    code: str
+    reason: str
+    is_fault: bool
+
+    @classmethod
+    def of(cls, error: Exception, step: Step, path: str) -> Failure:
+        """Our errors speak for themselves; of others only the class is told, and the rest is logged."""
+        is_fault = not isinstance(error, RequestError)
+        if isinstance(error, MmError):
+            return cls(step=step, code=error.code, reason=str(error), is_fault=is_fault)
+        logger.error("item fault step=%s path=%r", step, path, exc_info=error)
+        reason = f"an unexpected fault in the step {step!r} ({type(error).__name__}); the log has the details"
+        return cls(step=step, code="internal_error", reason=reason, is_fault=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """An item on its way from the loading thread to the answering one.
+
+    Attributes:
+        version: The file as it was before it was read.
+        content_hash: Names its bytes; None when they could not be read.
+        request, encoded: None when an equal file has a caption already, and after a failure.
+        read_s: Seconds to read and hash the file.
+    """
+
+    item: Item
+    version: Version
+    content_hash: str | None = None
+    request: Request | None = None
+    encoded: Sequence[Encoded] = ()
+    read_s: float = 0.0
+    failure: Failure | None = None
+
+
+def read_file(item: Item, limits: MediaLimits) -> tuple[bytes, str]:
+    """The file's bytes and the name of its content.
+
+    Raises:
+        MediaError: It cannot be read, is empty, or is larger than allowed.
+    """
+    source = MediaSource(kind=item.kind, source=Path(item.path))
+    data = fetch(source, SourcePolicy(allow_paths=True), MediaBudget(limits))
+    return data, content_hash(item.kind, data)
+
+
+def load(item: Item, job: CaptionJob, captioner: Captioner, is_known: Callable[[str], bool]) -> Loaded:
+    """Read and encode one item.
+
+    Args:
+        is_known: Whether content of that hash has a caption already, so that encoding it is in vain.
+    """
+    version = Version.of(item.path)  # before reading: a change in between shows as another version next time
+    step: Step = "load"
+    try:
+        start = time.perf_counter()
+        data, name = read_file(item, job.model.limits)
+        loaded = Loaded(item=item, version=version, content_hash=name, read_s=time.perf_counter() - start)
+        if is_known(name):
+            return loaded
+        step = "encode"
+        request = _request(item.kind, data, job)
+        encoded = captioner.encode(request)
+        return replace(loaded, request=replace(request, media=()), encoded=encoded)
+    except Exception as error:
+        return Loaded(item=item, version=version, failure=Failure.of(error, step, item.path))
+
+
+def _request(kind: Kind, data: bytes, job: CaptionJob) -> Request:
+    parts = (MediaPart(index=0, kind=kind), TextPart(text=job.prompt_for(kind)))
+    return Request(
+        request_id=uuid.uuid4().hex,
+        messages=(Message(role="user", parts=parts),),
+        media=(MediaSource(kind=kind, source=data),),
+        sampling=Sampling(max_new_tokens=job.max_tokens, temperature=0.0),
+    )
+
+
+def complete(loaded: Loaded, model: str, captioner: Captioner, equal: Mapping[str, Any] | None) -> Record | Failure:
+    """The item's caption as a record, or why there is none.
+
+    Args:
+        equal: The record of an item of the same content, whose caption this one shares.
+    """
+    if loaded.failure is not None:
+        return loaded.failure
+    if equal is not None:
+        return _shared(loaded, equal)
+    assert loaded.request is not None, "an item is only loaded without a request when an equal one has a caption"
+    try:
+        result = collect(captioner.answer(loaded.request, loaded.encoded))
+    except Exception as error:
+        return Failure.of(error, "answer", loaded.item.path)
+    return {
+        **_identity(loaded),
+        "caption": result.text,
+        "finish_reason": result.finish_reasons[0],
+        "num_visual_tokens_in": result.usage.num_visual_tokens_in,
+        "num_visual_tokens_kept": result.usage.num_visual_tokens_kept,
+        "num_prompt_tokens": result.usage.num_prompt_tokens,
+        "num_completion_tokens": result.usage.num_completion_tokens,
+        "timings": _timings(result.timings, loaded.read_s),
+        "model": model,
+        "reducer": result.reducer,
+    }
+
+
+def failure_record(loaded: Loaded, failure: Failure) -> Record:
+    record = _identity(loaded) | {"step": failure.step, "code": failure.code, "reason": failure.reason}
+    record.pop("content_hash")  # only captions are found by content
+    return record
+
+
+def _shared(loaded: Loaded, equal: Mapping[str, Any]) -> Record:
+    origin = equal.get("same_as", equal["path"])
+    return {**equal, **_identity(loaded), "timings": _timings(Timings(), loaded.read_s), "same_as": origin}
+
+
+def _identity(loaded: Loaded) -> Record:
+    return {
+        "path": loaded.item.path,
+        "kind": loaded.item.kind,
+        "size_bytes": loaded.version.size_bytes,
+        "mtime_ns": loaded.version.mtime_ns,
+        "content_hash": loaded.content_hash,
+    }
+
+
+def _timings(timings: Timings, read_s: float) -> dict[str, float]:
+    """Seconds by stage, to the microsecond; reading the file counts as loading."""
+    whole = replace(timings, load_s=timings.load_s + read_s)
+    return {name: round(value, 6) for name, value in dataclasses.asdict(whole).items()}

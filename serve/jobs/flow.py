@@ -1,0 +1,72 @@
+"""How a job's work moves: a thread that runs ahead, and an end that was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def prefetched(
+    items: Iterable[T], work: Callable[[T], R], num_ahead: int, prepare_thread: Callable[[], None] | None = None
+) -> Generator[R]:
+    """`work(item)` for each item in order, computed in one other thread.
+
+    At most `num_ahead` results wait beyond the one handed out, however many items there are. Closing the iterator drops
+    what waits and returns once the item in work is done.
+    """
+    waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=prepare_thread)
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > num_ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Stop:
+    """Whether the job was asked to end, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a true `Stop`, the second into KeyboardInterrupt.
+
+    Outside the main thread, where Python takes no signals, the `Stop` stays false.
+    """
+    stop = Stop()
+
+    def ask(number: int, _frame: object) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.signal = number
+        # Not through a stream: the signal may have come in the middle of a write to it.
+        os.write(2, b"\nfinishing the item at hand; once more to stop at once\n")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
