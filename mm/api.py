@@ -50,19 +50,26 @@ from mm.media import MediaBudget, image_from_array, image_from_pil
 from mm.models.checkpoint import BadCheckpoint, find, read_config
 
 MediaInput = str | Path | bytes | PIL.Image.Image | np.ndarray | Image | Video
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if config.device.startswith("cuda") else torch.float32
-    if config.dtype not in DTYPES:
-        raise InvalidOption("model", "dtype", f"was {config.dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-    return DTYPES[config.dtype]
+    return getattr(torch, config.dtype)
+
+
+def _check_device(config: ModelConfig) -> None:
+    """Refuse a device that torch does not know or that this machine does not have."""
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        what = f"was {config.device!r}, which torch cannot use here; try cpu, cuda or cuda:1"
+        raise InvalidOption("model", "device", what) from error
 
 
 def _plugin(kind: Literal["encoder", "family"], config: ModelConfig) -> Any:
     """The encoder or family that handles the checkpoint's model_type."""
+    _check_device(config)
     folder = find(config.model)
     model_type = read_config(folder)["model_type"]
     if model_type not in names(kind):

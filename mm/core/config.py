@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from mm.core.errors import InvalidOption
 
 MiB = 1 << 20
 
@@ -61,6 +63,7 @@ class SourcePolicy:
 
 
 VideoDecoder = Literal["pyav", "decord"]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,3 +93,11 @@ class ModelConfig:
     cache_bytes: int = 512 * MiB
     limits: MediaLimits = MediaLimits()
     sources: SourcePolicy = SourcePolicy()
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("dtype", DTYPES), ("video_decoder", get_args(VideoDecoder))):
+            if getattr(self, name) not in allowed:
+                given = getattr(self, name)
+                raise InvalidOption("model", name, f"was {given!r}; allowed: {', '.join(allowed)}")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise InvalidOption("model", "num_threads", f"was {self.num_threads}; it has to be at least 1")
