@@ -167,9 +167,9 @@ class RayRuntime:
     def __init__(
         self, encoder: Any, decoder: Any, default_reducer: str, is_healthy: Callable[[], Awaitable[bool]]
     ) -> None:
-        self._encode = encoder.encode
-        self._stream = decoder.stream.options(stream=True)
-        self._complete = decoder.complete
+        # Object references are only counted, and so kept alive, on calls that go through Ray itself.
+        self._encode = encoder.options(_by_reference=True).encode
+        self._by_reference = decoder.options(_by_reference=True)
         self._encoder, self._decoder = encoder, decoder
         self._default_reducer = default_reducer
         self._is_healthy = is_healthy
@@ -187,7 +187,8 @@ class RayRuntime:
         started = False
         for last_try in (False, True):
             try:
-                async for batch in _items(self._stream.remote(_without_media(request), features)):
+                stream = self._decoder_for(features).stream.options(stream=True)
+                async for batch in _items(stream.remote(_without_media(request), features)):
                     started = True
                     yield batch
                 return
@@ -198,10 +199,15 @@ class RayRuntime:
 
     async def complete(self, request: Request, features: Features) -> list[Event]:
         try:
-            return await _result(self._complete.remote(_without_media(request), features))
+            return await self._complete(request, features)
         except Unavailable:
-            features = await self.encode(request)
-            return await _result(self._complete.remote(_without_media(request), features))
+            return await self._complete(request, await self.encode(request))
+
+    async def _complete(self, request: Request, features: Features) -> list[Event]:
+        return await _result(self._decoder_for(features).complete.remote(_without_media(request), features))
+
+    def _decoder_for(self, features: Features) -> Any:
+        return self._by_reference if "ref" in features.encoded else self._decoder
 
     async def info(self) -> ModelInfo:
         if self._info is None:
@@ -215,13 +221,10 @@ class RayRuntime:
 
     async def load(self) -> Load:
         # Answered even when every slot is taken: a broadcast does not queue behind requests.
-        loads: list[Load] = await asyncio.to_thread(self._broadcast_load)
+        loads: list[Load] = await self._decoder.broadcast("load").results_async(timeout_s=2.0)
         return Load(
             num_running=sum(load.num_running for load in loads), num_waiting=sum(load.num_waiting for load in loads)
         )
-
-    def _broadcast_load(self) -> list[Load]:
-        return self._decoder.broadcast("load").results(timeout_s=2.0)
 
     async def healthy(self) -> bool:
         return await self._is_healthy()

@@ -25,6 +25,23 @@ NO_LIMIT = 1_000_000
 """The ingress admits requests itself, so that a refusal is an answer in OpenAI's form."""
 
 
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray starts its workers at niceness 15; behind any other load a replica would answer late.
+    "RAY_worker_niceness": "0",
+    # Replicas compute in threads of their own, so their event loops are free: no second loop for user code or routing.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    # Short messages between replicas go straight over gRPC, which halves a hop; large bodies need its limit raised.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),
+    # A busy machine may need longer than the default half minute to start the node.
+    "RAY_raylet_start_wait_time_s": "120",
+}
+"""Environment of a Ray that is started here, where the operator has not set it otherwise. Read by its processes."""
+
+
 def build_application(config: ServeConfig) -> Any:
     """The Serve application of `config`, to be given to `ray.serve.run`."""
     config = config.with_threads()
@@ -53,9 +70,11 @@ def build_application(config: ServeConfig) -> Any:
 @contextlib.contextmanager
 def serving(config: ServeConfig) -> Iterator[None]:
     """A Ray of our own with the application running on it; taken down on leaving, whatever happened."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         ray.init(
+            address="local",
             num_cpus=int(config.ray_cpus or max(os.cpu_count() or 1, config.total_cpus + 1)),
             object_store_memory=config.object_store_bytes,
             include_dashboard=False,

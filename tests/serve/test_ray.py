@@ -1,0 +1,207 @@
+"""The application on Ray answers byte for byte like the one in process, and outlives its replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import av
+import httpx
+import numpy as np
+import PIL.Image
+import pytest
+
+from serve.api.routes import create_app
+from serve.config import ServeConfig
+from serve.stages import build_local_runtime
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+PATH = "/v1/chat/completions"
+
+
+def image_url(seed: int) -> str:
+    pixels = np.random.default_rng(seed).integers(0, 256, (96, 128, 3), np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def clip_url() -> str:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(16):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), i * 15, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return f"data:video/mp4;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": image_url(1)}}
+OTHER = {"type": "image_url", "image_url": {"url": image_url(2)}}
+CLIP = {"type": "video_url", "video_url": {"url": clip_url()}}
+TEXT = {"type": "text", "text": "What is this?"}
+PRUNED = {"vision": {"reducer": "divprune", "keep_ratio": 0.25, "return_map": True}}
+SAMPLED = {"temperature": 1.0, "seed": 5, "top_p": 0.9}
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+
+REQUESTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "text": ("Hello", {}),
+    "image": ([IMAGE, TEXT], {}),
+    "image behind the text": ([TEXT, IMAGE], {}),
+    "clip": ([CLIP, TEXT], {"vision": {"num_frames": 4}}),
+    "two images, pruned": ([IMAGE, TEXT, OTHER], PRUNED),
+    "n = 2, sampled": ([IMAGE, TEXT], {"n": 2} | SAMPLED),
+    "stream": ([IMAGE, TEXT], STREAM | SAMPLED),
+    "stream, n = 2, pruned": ([OTHER, TEXT], STREAM | PRUNED | SAMPLED | {"n": 2}),
+    "stop": ("Hello", SAMPLED | {"stop": ["e", "a"], "max_tokens": 40}),
+    "bad media": ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}], {}),
+    "bad media, stream": ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}], STREAM),
+    "unknown reducer": ("Hello", {"vision": {"reducer": "divprunne"}}),
+    "bad option": ([IMAGE], {"vision": {"reducer": "divprune:keep=1"}}),
+    "too long": ("Hello", {"max_tokens": 1_000_000}),
+    "too long, stream": ("Hello", {"max_tokens": 1_000_000} | STREAM),
+    "bad field": ("Hello", {"temperature": 5}),
+    "unknown model": ("Hello", {"model": "gpt"}),
+}
+
+
+def body(content: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    start = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 6, "temperature": 0}
+    return start | fields
+
+
+def without_clock(content: bytes) -> bytes:
+    return re.sub(rb'"created":\d+', b'"created":0', content)
+
+
+@pytest.fixture(scope="module")
+def ray_client(on_ray: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=on_ray, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def runtime(config: ServeConfig) -> Iterator[Any]:
+    runtime = build_local_runtime(config)
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture
+async def local_client(runtime: Any, config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=create_app(runtime, config))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@pytest.mark.parametrize(("content", "fields"), REQUESTS.values(), ids=REQUESTS.keys())
+async def test_same_bytes_as_in_process(ray_client, local_client, content, fields) -> None:
+    headers = {"x-request-id": "same"}
+    on_ray = await asyncio.to_thread(ray_client.post, PATH, json=body(content, fields), headers=headers)
+    in_process = await local_client.post(PATH, json=body(content, fields), headers=headers)
+    assert without_clock(on_ray.content) == without_clock(in_process.content)
+    assert on_ray.status_code == in_process.status_code
+    same = ("content-type", "x-request-id", "retry-after", "x-mm-ignored-fields")
+    assert [on_ray.headers.get(name) for name in same] == [in_process.headers.get(name) for name in same]
+
+
+def test_features_too_large_for_a_message_travel_by_reference(ray_client) -> None:
+    """Eight images, more than `INLINE_BYTES` of features, asked about twice: encoded, then cached."""
+    content = [{"type": "image_url", "image_url": {"url": image_url(seed)}} for seed in range(10, 18)]
+    first, second = (ray_client.post(PATH, json=body([*content, TEXT], {})) for _ in range(2))
+    assert first.status_code == second.status_code == 200, first.text
+    assert first.json()["choices"] == second.json()["choices"]
+
+
+def test_operations(ray_client) -> None:
+    assert ray_client.get("/health").json() == {"status": "ok"}
+    assert ray_client.head("/metrics").status_code == 200
+    metrics = ray_client.get("/metrics").text
+    assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in metrics
+    assert "mm:visual_tokens_kept_total" in metrics
+    assert ray_client.get("/v1/models").json()["data"][0]["input_modalities"] == ["text", "image", "video"]
+    refused = ray_client.get(PATH)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert ray_client.get("/nothing").json()["error"]["code"] == "not_found"
+
+
+def running(client: httpx.Client) -> float:
+    text = client.get("/metrics").text
+    found = re.search(r'vllm:num_requests_running\{model_name="tiny"\} (\S+)', text)
+    assert found
+    return float(found[1])
+
+
+def test_leaving_a_stream_frees_the_decoder(ray_client) -> None:
+    long = body("Hello", {"stream": True, "max_tokens": 3000, "ignore_eos": True})
+    with ray_client.stream("POST", PATH, json=long) as response:
+        next(response.iter_lines())
+        assert running(ray_client) == 1
+    deadline = time.monotonic() + 5
+    while running(ray_client) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running(ray_client) == 0
+
+
+def replica_pids(deployment: str) -> list[int]:
+    from ray.serve.context import _get_global_client
+
+    details = _get_global_client().get_serve_details()
+    replicas = details["applications"]["mm"]["deployments"][deployment]["replicas"]
+    return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
+
+
+def kill(deployment: str) -> None:
+    for pid in replica_pids(deployment):
+        os.kill(pid, signal.SIGKILL)
+
+
+def ask_until_answered(client: httpx.Client, request: dict[str, Any], timeout_s: float = 60.0) -> list[int]:
+    """Status codes up to the first 200; every other one is well-formed and says when to try again."""
+    statuses = []
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        response = client.post(PATH, json=request)
+        statuses.append(response.status_code)
+        if response.status_code == 200:
+            break
+        assert response.json()["error"]["code"] in {"unavailable", "overloaded"}
+        assert "retry-after" in response.headers
+        time.sleep(0.5)
+    return statuses
+
+
+def test_lost_encoder_costs_a_retry_and_no_request(ray_client) -> None:
+    request = body([IMAGE, TEXT], {})
+    before = ray_client.post(PATH, json=request).json()["choices"]
+    kill("Encoder")
+    statuses = ask_until_answered(ray_client, request)
+    assert statuses[-1] == 200
+    assert set(statuses[:-1]) <= {503}
+    assert ray_client.post(PATH, json=request).json()["choices"] == before
+
+
+def test_decoder_lost_in_mid_stream_ends_the_stream_with_an_error(ray_client) -> None:
+    long = body("Hello", {"stream": True, "max_tokens": 3000, "ignore_eos": True})
+    with ray_client.stream("POST", PATH, json=long) as response:
+        lines = response.iter_lines()
+        next(lines)
+        threading.Thread(target=kill, args=("Decoder",)).start()
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert '"code":"unavailable"' in rest[-2]
+    assert ask_until_answered(ray_client, body("Hello", {}))[-1] == 200
