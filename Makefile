@@ -14,7 +14,9 @@ $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; set PYTHON=python3.12, say"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@echo "installing into $(VENV); about 7 GB, a minute or several"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' || \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'  # slower, but finds pip's own settings
 	touch $@
 
 install: $(READY)  ## create .venv with everything in it

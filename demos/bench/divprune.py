@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from demos.bench.machine import best_s, facts, read_gb_per_s
 from pruning.pre_llm.divprune import BLOCK_ROWS, pick_order
 
 CASES = [(576, 144, 256), (576, 64, 4096), (2880, 288, 256), (2880, 720, 256), (2880, 288, 4096), (2880, 720, 4096)]
@@ -90,22 +89,7 @@ def product_rate(num_tokens: int, width: int, repeats: int) -> float:
     rows = torch.randn(num_tokens, width)
     block = rows[:BLOCK_ROWS].clone()
     out = torch.empty(len(block), num_tokens)
-    return 2e-9 * len(block) * num_tokens * width / _best(lambda: torch.mm(block, rows.T, out=out), repeats)
-
-
-def read_bandwidth(repeats: int) -> float:
-    """GB/s of reading 256 MB."""
-    data = torch.ones(64_000_000)
-    return 1e-9 * data.nbytes / _best(lambda: data.sum(), repeats)
-
-
-def _best(run: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return 2e-9 * len(block) * num_tokens * width / best_s(lambda: torch.mm(block, rows.T, out=out), repeats)
 
 
 def bench(case: tuple[int, int, int], repeats: int) -> dict:
@@ -125,18 +109,6 @@ def bench(case: tuple[int, int, int], repeats: int) -> dict:
         "plain_rows_over_ours": round(medians["plain rows"] / medians["ours"], 1),
         "plain_full_over_ours": round(medians["plain full"] / medians["ours"], 1),
     }
-
-
-def machine() -> dict:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
-    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def report(rows: list[dict], header: str) -> str:
@@ -162,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
-    bandwidth = read_bandwidth(args.repeats)
+    bandwidth = read_gb_per_s(args.repeats)
     load = os.getloadavg()[0]
     rows = [bench(case, args.repeats) for case in CASES]
     header = (
@@ -171,8 +143,7 @@ def main() -> None:
     )
     result = {
         "question": "divprune",
-        "commit": commit(),
-        "machine": machine(),
+        "machine": facts(),
         "config": {"threads": args.threads, "repeats": args.repeats, "seed": SEED, "load_average": round(load, 2)},
         "read_gb_per_s": round(bandwidth, 1),
         "cases": rows,

@@ -1,17 +1,19 @@
 """Where does the time of one request go, and what does reduction save?
 
-Run  python -m demos.bench.path [--model tiny | --shape 256m] [--reducer divprune:keep_ratio=0.25] [--repeats 7] [--out FILE]
+Run python -m demos.bench.path [--model tiny | --shape 256m] [--reducer divprune:keep_ratio=0.25] [--repeats 7] [--out
+FILE]
 
 One picture, one question, `--new-tokens` greedy tokens, one thread, float32. Interleaved in one process, every round:
 
     ours, none       mm's whole path, nothing reduced
     ours, REDUCER    the same with the reducer
-    generate         the same work by transformers: processor, then `generate` (tokens are checked to be equal to `ours, none`)
+    generate         the same work by transformers: processor, then `generate`; tokens are compared with `ours, none`
 
-Stages: load (bytes to pixels, and for `generate` its processor), encode (tower and projector, preprocessing included for
-ours), reduce, prefill (to the first token's logits), decode (the other tokens). Prefill and decode are different regimes and stand
-apart, each beside the limit measured in the same run: prefill against the rate of a matrix product, decode against reading the
-decoder's weights and the cache once per token. The feature cache is off. Shapes with random weights are for speed only.
+Stages: load (bytes to pixels, and for `generate` its processor), encode (tower and projector, preprocessing included
+for ours), reduce, prefill (to the first token's logits), decode (the other tokens). Prefill and decode are different
+regimes and stand apart, each beside the limit measured in the same run: prefill against the rate of a matrix product,
+decode against reading the decoder's weights and the cache once per token. The feature cache is off. Shapes with
+random weights are for speed only.
 """
 
 from __future__ import annotations
@@ -172,9 +174,10 @@ def report(result: dict, num_tokens: int) -> str:
         limit = result["limits"][name]
         prefill, token = limit["prefill_ms"] / row["prefill"], limit["token_ms"] * (num_tokens - 1) / row["decode"]
         lines.append(
-            f"{name}: prefill {theirs['prefill'] / row['prefill']:.2f}x, decode {theirs['decode'] / row['decode']:.2f}x, "
-            f"total {theirs['total'] / row['total']:.2f}x of generate; total {base['total'] / row['total']:.2f}x of ours, "
-            f"none; {prefill:.0%} of the product limit in prefill, {token:.0%} of the bandwidth limit in decode"
+            f"{name}: faster than generate by {theirs['prefill'] / row['prefill']:.2f}x in prefill, "
+            f"{theirs['decode'] / row['decode']:.2f}x in decode, {theirs['total'] / row['total']:.2f}x in total; "
+            f"than 'ours, none' by {base['total'] / row['total']:.2f}x in total; "
+            f"{prefill:.0%} of the product limit in prefill, {token:.0%} of the bandwidth limit in decode"
         )
     lines.append(f"greedy tokens of 'ours, none' equal generate's: {result['same_tokens_as_generate']}")
     return "\n".join(lines)
