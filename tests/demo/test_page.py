@@ -1,0 +1,165 @@
+"""The page's logic without a browser, and what its server gives away."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from mm.core.errors import InvalidOption
+from serve.demo.client import Client
+from serve.demo.launch import DemoConfig, demo_app, run_demo, serving
+from serve.demo.media import NotMedia, preview, read_upload, thumbnail
+from serve.demo.page import Form, Handlers, ReducerChoice, installed_reducers, reducer_spec
+from serve.demo.samples import SAMPLES_FOLDER, load_samples
+from tests.demo.fake_server import fake_app
+
+CHOICES = (
+    ReducerChoice(name="uniform", options={"keep_ratio": 0.25}),
+    ReducerChoice(name="random", options={"keep_ratio": 0.25, "seed": 0}),
+    ReducerChoice(name="fixed", options={}),
+)
+FORM: dict[str, Any] = {
+    "path": None,
+    "question": "What?",
+    "reducer": "uniform",
+    "keep_ratio": 0.25,
+    "options": "",
+    "num_frames": 8,
+    "seed": 7,
+    "temperature": 0.5,
+    "max_tokens": 9,
+}
+
+
+@pytest.fixture
+def handlers() -> Any:
+    with serving(fake_app()) as url:
+        client = Client(url)
+        yield Handlers(client, load_samples(), CHOICES)
+        client.close()
+
+
+def ask(handlers: Handlers, **values: Any) -> list[tuple]:
+    return list(handlers.ask(*(FORM | values).values()))
+
+
+@pytest.mark.parametrize(
+    ("reducer", "options", "expected"),
+    [
+        ("uniform", "", ("uniform", 0.3)),
+        ("uniform", "left=over", ("uniform", 0.3)),
+        ("random", "seed=4", ("random:seed=4", 0.3)),
+        ("fixed", "", ("fixed", None)),
+        ("uniform:keep_ratio=0.5 + random", "", ("uniform:keep_ratio=0.5 + random", None)),
+        ("nonesuch", "", ("nonesuch", None)),
+    ],
+)
+def test_reducer_and_its_options_make_one_specification(reducer: str, options: str, expected: tuple) -> None:
+    assert reducer_spec(reducer, 0.3, options, CHOICES) == expected
+
+
+def test_installed_reducers_are_offered_with_their_budget() -> None:
+    choices = {choice.name: choice for choice in installed_reducers()}
+    assert choices["divprune"].has_keep_ratio
+    assert "none" not in choices
+    assert "pipeline" not in choices
+
+
+def test_both_questions_differ_in_the_reduction_only(picture: Path) -> None:
+    full, reduced = Form(**FORM).asks(read_upload(picture), CHOICES)
+    first, second = full.payload("m"), reduced.payload("m")
+    assert first.pop("vision") == {"reducer": "none", "return_map": True, "return_timings": True}
+    assert second.pop("vision")["reducer"] == "uniform"
+    assert first == second
+    assert (first["seed"], first["temperature"], first["max_tokens"]) == (7, 0.5, 9)
+
+
+def test_answers_come_one_after_the_other(handlers: Handlers, picture: Path) -> None:
+    steps = ask(handlers, path=str(picture))
+    full_cards, reduced_cards = [step[1] for step in steps], [step[2] for step in steps]
+    assert "mm-busy" in full_cards[0]
+    assert "none: What?" in full_cards[1]
+    assert "mm-busy" in reduced_cards[1]
+    assert "uniform: What?" in reduced_cards[-1]
+    assert "<svg" in steps[-1][3]["value"]
+    assert '"reducer": "uniform"' in steps[-1][5]
+
+
+def test_a_refused_reduction_leaves_the_full_answer(handlers: Handlers, picture: Path) -> None:
+    last = ask(handlers, path=str(picture), reducer="nonesuch")[-1]
+    assert "none: What?" in last[1]
+    assert "No reducer named &#x27;nonesuch&#x27;" in last[2]
+    assert last[3] == {"value": "", "visible": False, "__type__": "update"}
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [({}, "Choose an image"), ({"path": "x.png", "question": " "}, "Write a question")]
+)
+def test_what_is_missing_is_named(handlers: Handlers, values: dict, text: str) -> None:
+    (only,) = ask(handlers, **values)
+    assert text in only[1]
+
+
+def test_the_right_answer_is_shown_for_a_sample_and_its_own_question(handlers: Handlers, picture: Path) -> None:
+    samples = load_samples()
+    if not samples:
+        pytest.skip("demos/samples is not here")
+    sample = next(sample for sample in samples if sample.path.suffix == ".png")
+    shown = f"The right answer: {sample.answer}"
+    assert shown in ask(handlers, path=str(sample.path), question=sample.question)[-1][1]
+    assert shown not in ask(handlers, path=str(sample.path), question="Else?")[-1][1]
+    assert shown not in ask(handlers, path=str(picture), question=sample.question)[-1][1]
+
+
+def test_a_folder_without_a_list_has_no_samples(tmp_path: Path) -> None:
+    assert load_samples(tmp_path) == ()
+    assert load_samples(tmp_path / "absent") == ()
+
+
+def test_previews_are_small_and_keep_their_shape(picture: Path, tmp_path: Path) -> None:
+    shown = preview(read_upload(picture), 8)
+    assert shown.aspect_ratio == pytest.approx(320 / 240)
+    assert shown.timestamps_s == ()
+    Image.new("RGB", (2000, 500)).save(tmp_path / "wide.png")
+    assert thumbnail(read_upload(tmp_path / "wide.png")).size == (192, 48)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(NotMedia, match=r"notes\.txt is neither an image nor a clip"):
+        read_upload(tmp_path / "notes.txt")
+
+
+def test_a_url_has_to_be_one() -> None:
+    with pytest.raises(InvalidOption, match="http"):
+        DemoConfig(url="localhost:8000")
+
+
+def test_a_taken_port_is_named_before_anything_is_loaded() -> None:
+    with serving(fake_app()) as url:
+        port = int(url.rpartition(":")[2])
+        with pytest.raises(InvalidOption, match=f"{port} address already in use; choose another"):
+            run_demo(DemoConfig(url="http://127.0.0.1:9", port=port))
+
+
+@pytest.mark.usefixtures("no_outbound")
+def test_the_page_gives_away_no_files_and_names_no_other_host(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    with demo_app(DemoConfig(url="http://127.0.0.1:9")) as app, serving(app) as url, httpx.Client(base_url=url) as http:
+        html = http.get("/").text
+        assert re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=[\"']?(?:https?:)?//", html) == []
+        for path in (secret, Path("/etc/passwd"), Path(__file__), SAMPLES_FOLDER / "make.py"):
+            response = http.get(f"/gradio_api/file={path}")
+            assert response.status_code in (403, 404)
+        policy = http.get("/").headers["content-security-policy"]
+        assert "default-src 'self'" in policy
+        assert "http:" not in policy
+        config = json.dumps(http.get("/config").json())
+        assert '"analytics_enabled": false' in config
