@@ -16,6 +16,9 @@ from mm.core.errors import CapacityError
 from mm.core.plugins import build_reducer, canonical_spec
 from serve.config import ServeConfig
 
+INLINE_BYTES = 1024 * 1024
+"""Smaller features travel inside the message: a round trip to the object store costs more than copying them twice."""
+
 
 class Unavailable(CapacityError):
     """A replica went away, or none is ready yet."""
@@ -35,12 +38,14 @@ class Features:
         encoded: The items, or where a replica finds them. Only the runtime that made it can read it.
         reducer: Canonical specification of how they were reduced.
         num_items, num_cache_hits: Media items, and how many of them the encoder already had.
+        num_bytes: Size of the items, where they have to travel.
     """
 
     encoded: Any
     reducer: str
     num_items: int = 0
     num_cache_hits: int = 0
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +173,8 @@ class RayRuntime:
         self, encoder: Any, decoder: Any, default_reducer: str, is_healthy: Callable[[], Awaitable[bool]]
     ) -> None:
         # Object references are only counted, and so kept alive, on calls that go through Ray itself.
-        self._encode = encoder.options(_by_reference=True).encode
+        self._encode_by_reference = encoder.options(_by_reference=True).encode
+        self._item_bytes: dict[str, int] = {}
         self._by_reference = decoder.options(_by_reference=True)
         self._encoder, self._decoder = encoder, decoder
         self._default_reducer = default_reducer
@@ -179,9 +185,20 @@ class RayRuntime:
         if not needs_encoder(request):
             return Features(encoded={"items": ()}, reducer=self._default_reducer)
         try:
-            return await _result(self._encode.remote(request))
+            features = await _result(self._encode_for(request).remote(request))
         except Unavailable:
-            return await _result(self._encode.remote(request))
+            features = await _result(self._encode_for(request).remote(request))
+        if features.num_items:
+            size = features.num_bytes // features.num_items
+            for kind in {item.kind for item in request.media}:
+                self._item_bytes[kind] = max(size, self._item_bytes.get(kind, 0))
+        return features
+
+    def _encode_for(self, request: Request) -> Any:
+        """The way that suits what will travel: sizes of features are learned from earlier answers."""
+        features = sum(self._item_bytes.get(item.kind, INLINE_BYTES) for item in request.media)
+        files = sum(len(getattr(item, "source", b"")) for item in request.media)
+        return self._encoder.encode_inline if max(features, files) < INLINE_BYTES else self._encode_by_reference
 
     async def stream(self, request: Request, features: Features) -> AsyncGenerator[list[Event]]:
         started = False

@@ -9,8 +9,8 @@ from ray import serve as ray_serve
 
 from mm.core.data import Request
 from serve.config import ServeConfig
-from serve.deployments.transport import INLINE_BYTES, num_bytes, pack
-from serve.runtime import Features
+from serve.deployments.transport import num_bytes, pack
+from serve.runtime import INLINE_BYTES, Features
 from serve.stages import build_encoder_stage
 
 
@@ -20,12 +20,17 @@ class Encoder:
         self._stage = build_encoder_stage(config)
 
     async def encode(self, request: Request) -> Features:
+        features = await self.encode_inline(request)
+        if features.num_bytes < INLINE_BYTES:
+            return features
+        # Inside a dict, so that Ray passes the reference on instead of resolving it at the next hop.
+        return replace(features, encoded={"ref": ray.put(features.encoded["items"])})
+
+    async def encode_inline(self, request: Request) -> Features:
+        """As `encode`, for features known to be small: the answer holds them, so it may take the shorter way."""
         features = await self._stage.encode(request)
         items = pack(features.encoded)
-        if num_bytes(items) < INLINE_BYTES:
-            return replace(features, encoded={"items": items})
-        # Inside a dict, so that Ray passes the reference on instead of resolving it at the next hop.
-        return replace(features, encoded={"ref": ray.put(items)})
+        return replace(features, encoded={"items": items}, num_bytes=num_bytes(items))
 
     async def kinds(self) -> tuple[str, ...]:
         return self._stage.kinds

@@ -17,9 +17,6 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, Ref
 from mm.core.data import Encoded
 from serve.runtime import Features, FeaturesLost
 
-INLINE_BYTES = 1024 * 1024
-"""Smaller features travel inside the message: a round trip to the object store costs more than copying them twice."""
-
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Packed = tuple[np.ndarray, str]
