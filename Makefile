@@ -27,8 +27,8 @@ serve: install  ## serve the shipped model on Ray Serve at http://127.0.0.1:8000
 demo: install  ## open the demo page's server at http://127.0.0.1:7860
 	$(BIN)/mm demo
 
-test: install  ## run the tests
-	$(BIN)/python -m pytest
+test: install  ## run the tests (the long fuzz runs too: make test ARGS="-m slow")
+	$(BIN)/python -m pytest $(ARGS)
 
 check: install  ## formatting, lint and types
 	$(BIN)/ruff format --check .

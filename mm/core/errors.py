@@ -80,7 +80,7 @@ class UnknownModel(RequestError):
 
 MEDIA_REASONS: dict[str, str] = {
     "empty": "the {kind} is empty",
-    "undecodable": "the {kind} cannot be decoded: it is damaged, truncated or not a {kind}",
+    "undecodable": "the {kind} cannot be decoded: it is damaged, truncated or no {kind} file",
     "unsupported_format": "the {kind}'s format is not allowed; send {allowed}",
     "too_many_bytes": "the {kind} is larger than the limit of {limit} bytes",
     "too_many_pixels": "the {kind} has more pixels than the limit of {limit}",
