@@ -259,9 +259,7 @@ def build_request(
     messages, media = _conversation(prompt, extra)
     frames = {name: options[name] for name in FRAME_FIELDS & options.keys() if options[name] is not None}
     sampling = {name: options[name] for name in SAMPLING_FIELDS & options.keys()}
-    if isinstance(sampling.get("stop"), str):
-        sampling["stop"] = (sampling["stop"],)
-    sampling["stop"] = tuple(sampling.get("stop") or ())
+    sampling["stop"] = _strings(sampling.get("stop"))
     vision: dict[str, Any] = {"return_map": True} | {name: options[name] for name in VISION_FIELDS & options.keys()}
     return Request(
         request_id=uuid.uuid4().hex,
@@ -270,6 +268,14 @@ def build_request(
         sampling=Sampling(**sampling),
         vision=VisionOptions(**vision, frames=FrameSampling(**frames) if frames else None),
     )
+
+
+def _strings(stop: Any) -> tuple[str, ...]:
+    """`stop` as a caller may give it: nothing, one string or several."""
+    strings = (stop,) if isinstance(stop, str) else stop or ()
+    if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
+        raise InvalidRequest(f"stop was {stop!r}; it has to be a string or a list of strings", "stop")
+    return tuple(strings)
 
 
 def _conversation(

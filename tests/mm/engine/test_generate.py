@@ -138,6 +138,7 @@ def test_the_same_picture_is_encoded_once(model, monkeypatch):
         ({"n": 0}, InvalidRequest, "n was 0"),
         ({"max_new_tokens": 0}, InvalidRequest, "max_new_tokens"),
         ({"max_new_tokens": 5000}, ContextTooLong, "2048"),
+        ({"stop": 5}, InvalidRequest, "stop was 5"),
         ({"tempreature": 1}, InvalidRequest, "unknown option 'tempreature'"),
         ({"images": [b"no picture"]}, MediaError, "image"),
         ({"images": [Path("absent.png")]}, MediaError, "does not exist"),
