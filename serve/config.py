@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from mm.core.config import MiB, ModelConfig
 from mm.core.errors import InvalidOption
@@ -15,7 +16,8 @@ class ServeConfig:
 
     Attributes:
         model: What is loaded, and the bounds of its media.
-        served_model_names: Names that requests may use, the preferred one first; empty means the model's own name.
+        served_model_names: Names that requests may use, the preferred one first; empty means the model's own name, of a
+            folder its last part.
         host, port: Where HTTP is bound.
         num_ingress, num_encoders, num_decoders: Replicas on Ray.
         ingress_cpus, encoder_cpus, decoder_cpus: Share of the cluster's CPUs that a replica reserves. For placement
@@ -75,8 +77,9 @@ class ServeConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name the model answers to, the preferred one first."""
-        return self.served_model_names or (self.model.model,)
+        """Every name the model answers to, the preferred one first. A local folder answers to its last part."""
+        given = self.model.model
+        return self.served_model_names or (Path(given).resolve().name if Path(given).is_dir() else given,)
 
     @property
     def max_in_flight(self) -> int:

@@ -21,6 +21,7 @@ from mm.api import build_decoder, build_encode_parts
 from mm.core.data import Encoded, Event, Request, Summary
 from mm.core.plugins import canonical_spec
 from mm.engine.generate import answer, encode, resolve_reducer
+from mm.media import prepare_decoder
 from serve.config import ServeConfig
 from serve.runtime import Features, Load, LocalRuntime, default_reducer
 
@@ -197,6 +198,8 @@ def build_encoder_stage(config: ServeConfig) -> EncoderStage:
     """Load tower and projector."""
     model = config.with_threads().model
     parts = build_encode_parts(model)
+    if "video" in parts.encoder.kinds:
+        prepare_decoder(model.video_decoder)  # the first clip finds it started, a missing package is told now
 
     def encode_request(request: Request) -> Features:
         reducer = canonical_spec(resolve_reducer(request.vision, parts))

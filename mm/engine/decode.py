@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -102,9 +103,14 @@ def _answer(
         progress.token_ids[-1].append(token)
         progress.decode_s += time.perf_counter() - start
         ended = token in ending.eos_token_ids
+        delta = partial(
+            Delta,
+            choice=sampler.choice,
+            token_ids=(token,),
+            num_prompt_tokens=prompt.length if progress.num_completion_tokens == 1 else None,
+        )
         new = "" if ended else text.push(token)
         if ended or text.stopped or step + 1 == ending.max_new_tokens:
-            reason = "stop" if ended or text.stopped else "length"
-            yield Delta(choice=sampler.choice, text=new + text.finish(), token_ids=(token,), finish_reason=reason)
+            yield delta(text=new + text.finish(), finish_reason="stop" if ended or text.stopped else "length")
             return
-        yield Delta(choice=sampler.choice, text=new, token_ids=(token,))
+        yield delta(text=new)
