@@ -53,7 +53,8 @@ gradio-app, .gradio-container { min-width: 0 !important; }
 .mm-card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
   border-radius: 8px; padding: 14px 16px; min-height: 120px; height: 100%; box-sizing: border-box;
   border-top: 3px solid var(--mm-accent); }
-.mm-answers .mm-bare, .mm-answers .html-container, .mm-answers .html-container > * { height: 100%; }
+.mm-answers .mm-bare, .mm-answers .html-container { display: flex; flex-direction: column; }
+.mm-answers .html-container, .mm-answers .prose, .mm-answers .mm-card { flex: 1 1 auto; height: auto; }
 .mm-card.mm-full { --mm-accent: #64748b; }
 .mm-card.mm-reduced { --mm-accent: #0d9488; }
 .mm-card h2 { font-size: 13px; font-weight: 600; margin: 0 0 8px; display: flex; justify-content: space-between;
