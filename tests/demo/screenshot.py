@@ -35,7 +35,9 @@ def main() -> None:
         picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
         browser.close()
     TARGET.parent.mkdir(exist_ok=True)
-    picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(TARGET, optimize=True)
+    # Coverage and not frequency: a small shape's colour must not be merged away.
+    small = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    small.save(TARGET, optimize=True)
 
 
 if __name__ == "__main__":
