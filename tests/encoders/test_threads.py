@@ -13,9 +13,7 @@ from tests.checkpoints import random_llava
 def test_concurrent_calls_give_what_single_calls_give(tmp_path):
     encoder = LlavaEncoder(random_llava(tmp_path / "llava"))
     rng = np.random.default_rng(0)
-    images = [
-        Image(pixels=rng.integers(0, 256, (56, 56, 3), dtype=np.uint8), content_hash=str(i)) for i in range(24)
-    ]
+    images = [Image(pixels=rng.integers(0, 256, (56, 56, 3), dtype=np.uint8), content_hash=str(i)) for i in range(24)]
     needs = [frozenset({CLS_ATTENTION}) if i % 2 else frozenset() for i in range(len(images))]
 
     def encode(i: int):
