@@ -1,0 +1,198 @@
+"""Ask a model folder held-out questions and count the exactly right answers, generated freely by `transformers`.
+
+The control asks the same questions on another item's picture: what it still gets right does not come from seeing.
+Prints a table, then one JSON line.
+
+    python -m demos.train.evaluate --model mm/models/weights/tiny --scenes 150 --clips 60 [--unseen] [--json FILE]
+"""
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from demos.train.data.clips import draw_clip, sample_clip
+from demos.train.data.questions import CLIP_KINDS, SCENE_KINDS, ClipAsker, Question, SceneAsker
+from demos.train.data.scenes import HELD_OUT, draw_scene, sample_scene
+from demos.train.model import IMAGE_TOKENS, pool_frames
+
+FIRST_SEED = HELD_OUT + 100_000  # none of them is used by the check during training
+MAX_NEW_TOKENS = 130
+BATCH = 12
+
+
+@dataclass
+class Item:
+    """One question on one picture (or clip), uint8 (T, 224, 224, 3); T is 1 for a picture."""
+
+    question: Question
+    pixels: np.ndarray
+    group: str  # of the number of things: "1-2", "3-6"
+
+    @property
+    def task(self) -> str:
+        return f"clip {self.question.kind}" if len(self.pixels) > 1 else self.question.kind
+
+
+def scene_items(count: int, unseen: bool, per_scene: int) -> Iterator[Item]:
+    """`per_scene` kinds of question on each scene, in turn, so that every kind is asked about equally often."""
+    for i in range(count):
+        scene, rng = sample_scene(FIRST_SEED + i), np.random.default_rng([10, i])
+        asker, pixels = SceneAsker(scene, rng, unseen=unseen), draw_scene(scene)[None]
+        for k in range(per_scene):
+            question = asker.ask(SCENE_KINDS[(i * per_scene + k) % len(SCENE_KINDS)])
+            if question:
+                yield Item(question, pixels, "1-2" if len(scene.things) < 3 else "3-6")
+
+
+def clip_items(count: int, unseen: bool, per_clip: int) -> Iterator[Item]:
+    for i in range(count):
+        clip, rng = sample_clip(FIRST_SEED + i), np.random.default_rng([11, i])
+        asker, frames = ClipAsker(clip, rng, unseen=unseen), draw_clip(clip)
+        asked = [q for kind in CLIP_KINDS if (q := asker.ask(kind))]
+        for k in range(min(per_clip, len(asked))):
+            yield Item(asked[(i + k) % len(asked)], frames, "1-2" if len(clip.things) < 3 else "3-6")
+
+
+@torch.no_grad()
+def answer(model: torch.nn.Module, processor: object, items: list[Item], pictures: list[np.ndarray]) -> list[str]:
+    """Greedy answers to prompts of one medium; `pictures` may be those of other items."""
+    clip = len(items[0].pixels) > 1
+    content = [[{"type": "video" if clip else "image"}, {"type": "text", "text": i.question.text}] for i in items]
+    prompts = [
+        processor.apply_chat_template([{"role": "user", "content": c}], add_generation_prompt=True) for c in content
+    ]
+    if not clip:
+        inputs = processor(images=[p[0] for p in pictures], text=prompts, padding=True, return_tensors="pt").to(
+            model.device
+        )
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[
+            :, inputs["input_ids"].shape[1] :
+        ]
+        return processor.batch_decode(ids, skip_special_tokens=True)
+    return [answer_clip(model, processor, prompt, frames) for prompt, frames in zip(prompts, pictures, strict=True)]
+
+
+def answer_clip(model: torch.nn.Module, processor: object, prompt: str, frames: np.ndarray) -> str:
+    """`transformers` knows no video for this architecture: pool the frames here and generate from embeddings."""
+    pixels = processor.image_processor(list(frames), return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    features = torch.stack(list(model.get_image_features(pixels).pooler_output)).view(
+        -1, IMAGE_TOKENS, model.config.text_config.hidden_size
+    )
+    ids = processor.tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    at = int((ids[0] == model.config.video_token_id).nonzero())
+    embeds = model.get_input_embeddings()(ids)[0]
+    embeds = torch.cat([embeds[:at], pool_frames(features), embeds[at + 1 :]])[None]
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=model.device)
+    new = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    return processor.decode(new[0], skip_special_tokens=True)
+
+
+def run(model: torch.nn.Module, processor: object, items: list[Item], swapped: bool) -> list[str]:
+    """Answers in the order of the items; long answers are batched together so that few steps are spent on padding."""
+    media = [item.pixels for item in items]
+    if swapped:  # the picture of the item half a list away, of the same medium
+        for group in ([i for i, m in enumerate(media) if len(m) == 1], [i for i, m in enumerate(media) if len(m) > 1]):
+            pixels = [items[i].pixels for i in group]
+            for i, other in zip(group, pixels[len(pixels) // 2 :] + pixels[: len(pixels) // 2], strict=True):
+                media[i] = other
+    order = sorted(range(len(items)), key=lambda i: (len(items[i].pixels) > 1, len(items[i].question.answer)))
+    answers = [""] * len(items)
+    starts = range(0, len(order), BATCH)
+    for start in tqdm(starts, desc="swapped" if swapped else "true picture", mininterval=5):
+        batch = order[start : start + BATCH]
+        for clip in (False, True):
+            part = [i for i in batch if (len(items[i].pixels) > 1) == clip]
+            if part:
+                given = answer(model, processor, [items[i] for i in part], [media[i] for i in part])
+                for i, text in zip(part, given, strict=True):
+                    answers[i] = text
+    return answers
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share."""
+    z, p = 1.96, right / total
+    middle, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
+
+
+def tabulate(items: list[Item], answers: dict[str, list[str]]) -> dict[str, dict]:
+    tasks: dict[str, dict] = {}
+    for i, item in enumerate(items):
+        for name in (item.task, f"{item.task} n={item.group}"):
+            row = tasks.setdefault(name, {"items": 0, "right": 0, "swapped_right": 0})
+            row["items"] += 1
+            row["right"] += answers["true"][i] == item.question.answer
+            row["swapped_right"] += answers["swapped"][i] == item.question.answer
+    for row in tasks.values():
+        row["accuracy"] = round(row["right"] / row["items"], 3)
+        row["interval"] = [round(v, 3) for v in wilson(row["right"], row["items"])]
+        row["swapped"] = round(row.pop("swapped_right") / row["items"], 3)
+    return tasks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--scenes", type=int, default=150)
+    parser.add_argument("--clips", type=int, default=60)
+    parser.add_argument("--per-scene", type=int, default=4)
+    parser.add_argument("--per-clip", type=int, default=4)
+    parser.add_argument("--unseen", action="store_true", help="ask in the wordings kept out of the training")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--show", type=int, default=0, help="print so many wrong answers")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    start = time.time()
+    processor = AutoProcessor.from_pretrained(args.model)
+    dtype = getattr(torch, args.dtype)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    items = [
+        *scene_items(args.scenes, args.unseen, args.per_scene),
+        *clip_items(args.clips, args.unseen, args.per_clip),
+    ]
+    answers = {name: run(model, processor, items, name == "swapped") for name in ("true", "swapped")}
+    tasks = tabulate(items, answers)
+    print(f"{'task':24}{'items':>6}{'right':>8}{'95 %':>14}{'swapped':>9}")
+    for name, row in sorted(tasks.items()):
+        low, high = row["interval"]
+        print(f"{name:24}{row['items']:6}{row['accuracy']:8.2f}{f'{low:.2f}-{high:.2f}':>14}{row['swapped']:9.2f}")
+    wrong = [i for i, item in enumerate(items) if answers["true"][i] != item.question.answer]
+    for i in wrong[:: max(1, len(wrong) // max(1, args.show))][: args.show]:
+        print(
+            f"{items[i].task}: {items[i].question.text}\n"
+            f"   true {items[i].question.answer}\n   said {answers['true'][i]}"
+        )
+    result = {
+        "model": args.model.name,
+        "tasks": dict(sorted(tasks.items())),
+        "unseen_wordings": args.unseen,
+        "first_seed": FIRST_SEED,
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "wall_s": round(time.time() - start, 1),
+    }
+    line = json.dumps(result)
+    print(line)
+    if args.json:
+        args.json.write_text(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
