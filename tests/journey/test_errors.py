@@ -192,7 +192,7 @@ RAISED: list[tuple[Exception, int, str]] = [
     (CapacityError("no room", 7), 429, "overloaded"),
     (Unavailable("restarting", 5), 503, "unavailable"),
     (ReducerFault("Bad", "kept none"), 500, "internal_error"),
-    (ValueError("secret at /root/x 0x7f001234567"), 500, "internal_error"),
+    (ValueError("secret at /home/x 0x7f001234567"), 500, "internal_error"),
 ]
 
 
