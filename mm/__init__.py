@@ -16,6 +16,8 @@ def __getattr__(name: str) -> Any:
     if name in ("load", "Model"):
         import importlib
 
-        module = importlib.import_module("mm.api")
-        return getattr(module, name)
+        try:
+            return getattr(importlib.import_module("mm.api"), name)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"mm.{name} needs {error.name}: pip install 'mm-serving[models]'") from error
     raise AttributeError(f"module 'mm' has no attribute {name!r}")

@@ -188,7 +188,7 @@ def caption(
     threads: ThreadsOption = None,
 ) -> None:
     """Caption images and clips into JSON lines; run again to resume. Exits with 0, 3 (some failed) or 1 (none ran)."""
-    _need("rich", "batch")
+    _need("transformers", "batch")
     from serve.jobs.caption import run_caption
     from serve.jobs.job import CaptionJob
 

@@ -4,13 +4,15 @@ python -m demos.train.export --run RUN --start FOLDER --out mm/models/weights/ti
 """
 
 import argparse
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor
 
-from demos.train.model import build_config, build_model, save_folder
+from demos.train.model import build_config, build_model, save_weights
+
+PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja")
 
 
 def main() -> None:
@@ -24,7 +26,9 @@ def main() -> None:
     model.load_state_dict(state["model"])
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
-        save_folder(model, AutoProcessor.from_pretrained(args.start), Path(folder))
+        save_weights(model, Path(folder))
+        for name in PROCESSOR_FILES:
+            shutil.copy(args.start / name, folder)
         for file in sorted(Path(folder).iterdir()):
             file.chmod(0o644)
             file.replace(args.out / file.name)

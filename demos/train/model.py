@@ -230,16 +230,14 @@ def normalise(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def save_folder(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write weights in bfloat16 with everything that `from_pretrained(folder)` needs."""
+def save_weights(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write weights (bfloat16), config.json and generation_config.json."""
     ends = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(do_sample=False, **ends)
     half = LlavaForConditionalGeneration(model.config).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
     half.tie_weights()
-    half.generation_config = model.generation_config
+    half.generation_config = GenerationConfig(do_sample=False, **ends)
     half.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 def main() -> None:
@@ -248,7 +246,8 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = train_tokenizer()
     model = build_model(build_config())
-    save_folder(model, build_processor(tokenizer), args.out)
+    save_weights(model, args.out)
+    build_processor(tokenizer).save_pretrained(args.out)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters in {args.out}")
 
 

@@ -9,6 +9,7 @@
     ├── CapacityError           later: the same request may succeed in a while
     ├── PluginError             at build, or when a request names a plugin
     │   ├── UnknownPlugin
+    │   ├── MissingPackage
     │   ├── InvalidOption
     │   ├── IncompatiblePlugin
     │   └── ReducerFault        a reducer returned what cannot be applied
@@ -165,6 +166,22 @@ class UnknownPlugin(PluginError):
     def __str__(self) -> str:
         known = ", ".join(self.available) or "none installed"
         return f"no {self.kind} named {self.name!r}{nearest(self.name, self.available)} (available: {known})"
+
+
+class MissingPackage(PluginError):
+    """A plugin is registered, but a package that it imports is not installed."""
+
+    code = "missing_package"
+
+    def __init__(self, kind: str, name: str, package: str) -> None:
+        super().__init__(kind, name, package)
+        self.kind, self.name, self.package = kind, name, package
+
+    def __str__(self) -> str:
+        return (
+            f"the {self.kind} {self.name!r} needs the package {self.package!r}, which is not installed; "
+            "pip install 'mm-serving[all]' brings what ours need"
+        )
 
 
 class InvalidOption(PluginError):

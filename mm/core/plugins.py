@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from mm.core.data import Grid, Image, Message, Prompt, Video, VisualTokens
-from mm.core.errors import IncompatiblePlugin, InvalidOption, PluginError, UnknownPlugin, nearest
+from mm.core.errors import IncompatiblePlugin, InvalidOption, MissingPackage, PluginError, UnknownPlugin, nearest
 
 PluginKind = Literal["reducer", "drafter", "encoder", "family"]
 KINDS: dict[PluginKind, str] = {
@@ -165,11 +165,15 @@ def get(kind: PluginKind, name: str) -> Any:
 
     Raises:
         UnknownPlugin: No such name.
+        MissingPackage: It needs a package that is not installed.
     """
     points = _entry_points(kind)
     if name not in points:
         raise UnknownPlugin(kind, name, sorted(points))
-    return points[name].load()
+    try:
+        return points[name].load()
+    except ModuleNotFoundError as error:
+        raise MissingPackage(kind, name, error.name or str(error)) from error
 
 
 def options_of(plugin: Any) -> dict[str, dataclasses.Field]:
@@ -274,22 +278,32 @@ def check_compatible(reducer: Reducer, encoder: Encoder, host: str) -> None:
         raise IncompatiblePlugin(type(reducer).__name__, host, [f"the stage {reducer.stage.value}"])
 
 
+CAPABILITIES = ("stage", "needs", "provides", "kinds", "query_aware", "count", "model_types")
+
+
 def describe(kind: PluginKind) -> Iterator[dict[str, Any]]:
-    """One JSON-ready row per registered plugin, with its capabilities; imports the plugins."""
+    """One JSON-ready row per registered plugin, with its capabilities; imports the plugins.
+
+    One that cannot be imported for want of a package has `unavailable` instead.
+    """
     for name in names(kind):
-        plugin = get(kind, name)
-        row: dict[str, Any] = {"kind": kind, "name": name, "summary": (plugin.__doc__ or "").strip().split("\n")[0]}
-        for flag in ("stage", "needs", "provides", "kinds", "query_aware", "count", "model_types"):
-            value = getattr(plugin, flag, None)
-            if value is None or callable(value) or isinstance(value, property):
-                continue
-            row[flag] = (
-                value.value if isinstance(value, Enum) else sorted(value) if isinstance(value, frozenset) else value
-            )
-        row["options"] = {
-            option: None if f.default is dataclasses.MISSING else f.default for option, f in options_of(plugin).items()
-        }
-        yield row
+        try:
+            yield {"kind": kind, "name": name} | _capabilities(get(kind, name))
+        except MissingPackage as error:
+            yield {"kind": kind, "name": name, "summary": "", "unavailable": str(error), "options": {}}
+
+
+def _capabilities(plugin: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"summary": (plugin.__doc__ or "").strip().split("\n")[0]}
+    for flag in CAPABILITIES:
+        value = getattr(plugin, flag, None)
+        if value is None or callable(value) or isinstance(value, property):
+            continue
+        row[flag] = value.value if isinstance(value, Enum) else sorted(value) if isinstance(value, frozenset) else value
+    row["options"] = {
+        option: None if f.default is dataclasses.MISSING else f.default for option, f in options_of(plugin).items()
+    }
+    return row
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The shipped folder loads offline, its tokenizer takes any text, and its answers come from seeing the picture."""
+"""The shipped folder loads offline with `transformers`, its tokenizer takes any text, its answers come from seeing."""
 
 from pathlib import Path
 
