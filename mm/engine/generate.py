@@ -39,7 +39,7 @@ from mm.engine.decode import Ending, Progress, decode
 from mm.engine.feature_cache import FeatureCache, cache_key
 from mm.engine.sampling import Sampler, new_seed
 from mm.media import MediaBudget, content_hash, fetch
-from mm.media.load import decode as decode_media
+from mm.media.loading import decode as decode_media
 
 
 @dataclass(frozen=True, kw_only=True)

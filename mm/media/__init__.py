@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mm.media.hashing import content_hash, pixel_hash
     from mm.media.image import decode_image, image_from_array, image_from_pil
     from mm.media.limits import MediaBudget
-    from mm.media.load import load
+    from mm.media.loading import load
     from mm.media.source import fetch
     from mm.media.video import ChildPool, decode_video, prepare_decoder, video_from_array
 
@@ -25,7 +25,7 @@ _HOMES = {
     "fetch": "source",
     "image_from_array": "image",
     "image_from_pil": "image",
-    "load": "load",
+    "load": "loading",
     "pixel_hash": "hashing",
     "prepare_decoder": "video",
     "video_from_array": "video",
@@ -50,7 +50,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mm.media' has no attribute {name!r}")
-    # Bound here so that the function `load` wins over the submodule of the same name once that is imported.
+    # Bound here, so that the next use does not come this way again.
     value = getattr(import_module(f"mm.media.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
