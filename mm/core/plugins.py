@@ -191,7 +191,7 @@ def create(kind: PluginKind, name: str, **options: Any) -> Any:
     plugin = get(kind, name)
     known = options_of(plugin)
     for option in options:
-        if known and option not in known:
+        if dataclasses.is_dataclass(plugin) and option not in known:
             allowed = ", ".join(sorted(known)) or "none"
             raise InvalidOption(name, option, f"does not exist{nearest(option, list(known))} (options: {allowed})")
     return plugin(**options)

@@ -95,13 +95,15 @@ class Metrics:
             self.tpot.labels(model).observe(timings.decode_s / (usage.num_completion_tokens - 1))
         for stage, seconds in asdict(timings).items():
             self.stage.labels(model, stage.removesuffix("_s")).observe(seconds)
+        # The method alone: with its options a client could make as many series as it likes.
+        reducer = "pipeline" if "+" in summary.reducer else summary.reducer.partition(":")[0]
         for kind, num_in, num_kept in (
             ("image", usage.num_image_tokens_in, usage.num_image_tokens_kept),
             ("video", usage.num_video_tokens_in, usage.num_video_tokens_kept),
         ):
             if num_in:
-                self.visual_in.labels(model, kind, summary.reducer).inc(num_in)
-                self.visual_kept.labels(model, kind, summary.reducer).inc(num_kept)
+                self.visual_in.labels(model, kind, reducer).inc(num_in)
+                self.visual_kept.labels(model, kind, reducer).inc(num_kept)
 
     def failed(self, status: int, code: str) -> None:
         self.failures.labels(self._model, str(status), code).inc()

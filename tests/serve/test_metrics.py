@@ -36,7 +36,7 @@ def test_a_finished_request_shows_under_every_name() -> None:
     usage = Usage(num_prompt_tokens=40, num_completion_tokens=11, num_image_tokens_in=100, num_image_tokens_kept=25)
     timings = Timings(load_s=0.1, encode_s=0.2, prefill_s=0.3, decode_s=1.0)
     metrics.ttft.labels("tiny").observe(0.5)
-    metrics.finished(Summary(usage=usage, timings=timings, reducer="divprune"), ["stop", "length"], 2.0)
+    metrics.finished(Summary(usage=usage, timings=timings, reducer="divprune:keep_ratio=0.3"), ["stop", "length"], 2.0)
     text = metrics.exposition(Load(num_running=2, num_waiting=5)).decode()
     for name in NAMES:
         assert f"\n{name}{{" in text, name

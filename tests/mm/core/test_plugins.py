@@ -87,3 +87,5 @@ def test_mistakes_name_the_nearest():
         create("reducer", "unifrom")
     with pytest.raises(InvalidOption, match="did you mean 'keep_ratio'"):
         create("reducer", "uniform", keepratio=0.5)
+    with pytest.raises(InvalidOption, match="options: none"):
+        build_reducer("none:keep_ratio=0.5")
