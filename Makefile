@@ -33,7 +33,7 @@ test: install  ## run the tests (the long fuzz runs too: make test ARGS="-m slow
 check: install  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: install  ## format the code
 	$(BIN)/ruff format .
