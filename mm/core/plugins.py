@@ -189,9 +189,9 @@ def create(kind: PluginKind, name: str, **options: Any) -> Any:
         InvalidOption: An option it does not have, or a value it refuses.
     """
     plugin = get(kind, name)
-    known = options_of(plugin)
+    known, takes_fields_only = options_of(plugin), dataclasses.is_dataclass(plugin)
     for option in options:
-        if dataclasses.is_dataclass(plugin) and option not in known:
+        if takes_fields_only and option not in known:
             allowed = ", ".join(sorted(known)) or "none"
             raise InvalidOption(name, option, f"does not exist{nearest(option, list(known))} (options: {allowed})")
     return plugin(**options)
