@@ -98,12 +98,18 @@ def run_on_ray(config: ServeConfig, on_ready: Callable[[], None] | None = None) 
         on_ready: Called once the first request can be answered.
     """
     stop = threading.Event()
-    before = {sig: signal.signal(sig, lambda *_: stop.set()) for sig in (signal.SIGINT, signal.SIGTERM)}
+    before = _on_signal(stop)
     try:
         with serving(config):
+            _on_signal(stop)  # again: starting Ray puts its own handler for SIGTERM in place, which aborts the process
             if on_ready is not None:
                 on_ready()
             stop.wait()
     finally:
-        for sig, handler in before.items():
-            signal.signal(sig, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _on_signal(stop: threading.Event) -> dict[signal.Signals, Any]:
+    """Let SIGINT and SIGTERM set `stop`; the handlers that were there before."""
+    return {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
