@@ -6,6 +6,7 @@ own. What it asks of a text model is the signature that all of transformers' dec
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -17,13 +18,18 @@ from mm.engine.kv_cache import KVCache
 from mm.models.checkpoint import BadCheckpoint, load_module, read_tensors
 
 HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight")
-TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.")
+TEXT_KEY = re.compile(
+    r"^(?:language_model\.model\.|model\.language_model\.|language_model\.|model\.text_model\."
+    r"|model\.(?=embed_tokens\.|layers\.|norm\.))(.+)$"
+)
+"""Where checkpoints keep the text model; the last form is Qwen's, whose tower lies beside `model.` and not in it."""
 
 
 def _text_key(key: str) -> str | None:
     if key in HEAD_KEYS:
         return "lm_head.weight"
-    return next((key.removeprefix(prefix) for prefix in TEXT_PREFIXES if key.startswith(prefix)), None)
+    match = TEXT_KEY.match(key)
+    return match[1] if match else None
 
 
 class LanguageModel:
