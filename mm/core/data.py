@@ -104,6 +104,7 @@ class VisualTokens:
         grid: Cells of the unreduced item; N = t * h * w before reduction.
         kind: "image" or "video".
         evidence: What the tower observed, by name; per token where the last axis is N; dropped after reduction.
+        seconds_per_step: Clip time between two steps along t; None for an image, or where the family does not ask.
     """
 
     embeddings: Tensor
@@ -112,10 +113,16 @@ class VisualTokens:
     grid: Grid
     kind: Kind
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    seconds_per_step: float | None = None
 
     @classmethod
     def full(
-        cls, embeddings: Tensor, grid: Grid, kind: Kind, evidence: Mapping[str, Tensor] | None = None
+        cls,
+        embeddings: Tensor,
+        grid: Grid,
+        kind: Kind,
+        evidence: Mapping[str, Tensor] | None = None,
+        seconds_per_step: float | None = None,
     ) -> VisualTokens:
         """Unreduced tokens of `embeddings` (t*h*w, D) in raster order."""
         t, h, w = grid
@@ -125,7 +132,13 @@ class VisualTokens:
         positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
         sizes = torch.ones(t * h * w, device=embeddings.device)
         return cls(
-            embeddings=embeddings, positions=positions, sizes=sizes, grid=grid, kind=kind, evidence=evidence or {}
+            embeddings=embeddings,
+            positions=positions,
+            sizes=sizes,
+            grid=grid,
+            kind=kind,
+            evidence=evidence or {},
+            seconds_per_step=seconds_per_step,
         )
 
     @property
