@@ -37,6 +37,7 @@ from mm.core.data import (
     Summary,
     TextPart,
     Timings,
+    TokenLogprob,
     Usage,
     Video,
     VisionOptions,
@@ -114,7 +115,10 @@ def _use_threads(config: ModelConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What `Model.generate` returns. `text` is the first choice; `texts` has all of them."""
+    """What `Model.generate` returns. `text` is the first choice; `texts` has all of them.
+
+    `logprobs` has an entry per choice and token id when they are asked for, and is empty otherwise.
+    """
 
     texts: tuple[str, ...]
     finish_reasons: tuple[str, ...]
@@ -123,6 +127,7 @@ class Answer:
     timings: Timings
     kept: tuple[KeptMap, ...]
     reducer: str
+    logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
 
     @property
     def text(self) -> str:
@@ -151,8 +156,9 @@ class Model:
             prompt: A question, or OpenAI-style messages that may hold `image_url` and `video_url` parts themselves.
             images, videos: Put before the text, images first. Paths, encoded bytes, data URLs; images also as PIL
                 images or uint8 arrays (H, W, 3).
-            **options: Fields of `Sampling` (max_new_tokens, temperature, top_p, seed, stop, n) and of `VisionOptions`
-                (reducer, keep_ratio, num_frames, fps). Without a temperature the model's own default holds.
+            **options: Fields of `Sampling` (max_new_tokens, temperature, top_p, top_k, seed, stop, n, logprobs,
+                response_format and more) and of `VisionOptions` (reducer, keep_ratio, num_frames, fps). Without a
+                temperature the model's own default holds.
 
         Raises:
             MmError: Names what was given, what is allowed and what to do.
@@ -205,6 +211,7 @@ def collect(events: Iterator[Event]) -> Answer:
     """Fold a stream of events into an answer."""
     texts: dict[int, str] = {}
     tokens: dict[int, list[int]] = {}
+    logprobs: dict[int, list[TokenLogprob]] = {}
     reasons: dict[int, str] = {}
     summary: Summary | None = None
     for event in events:
@@ -213,6 +220,8 @@ def collect(events: Iterator[Event]) -> Answer:
             continue
         texts[event.choice] = texts.get(event.choice, "") + event.text
         tokens.setdefault(event.choice, []).extend(event.token_ids)
+        if event.logprobs:
+            logprobs.setdefault(event.choice, []).extend(event.logprobs)
         if event.finish_reason:
             reasons[event.choice] = event.finish_reason
     assert summary is not None, "a stream that ends without an error ends with its summary"
@@ -225,6 +234,7 @@ def collect(events: Iterator[Event]) -> Answer:
         timings=summary.timings,
         kept=summary.kept,
         reducer=summary.reducer,
+        logprobs=tuple(tuple(logprobs[i]) for i in sorted(logprobs)),
     )
 
 
@@ -259,7 +269,6 @@ def build_request(
     messages, media = _conversation(prompt, extra)
     frames = {name: options[name] for name in FRAME_FIELDS & options.keys() if options[name] is not None}
     sampling = {name: options[name] for name in SAMPLING_FIELDS & options.keys()}
-    sampling["stop"] = _strings(sampling.get("stop"))
     vision: dict[str, Any] = {"return_map": True} | {name: options[name] for name in VISION_FIELDS & options.keys()}
     return Request(
         request_id=uuid.uuid4().hex,
@@ -268,14 +277,6 @@ def build_request(
         sampling=Sampling(**sampling),
         vision=VisionOptions(**vision, frames=FrameSampling(**frames) if frames else None),
     )
-
-
-def _strings(stop: Any) -> tuple[str, ...]:
-    """`stop` as a caller may give it: nothing, one string or several."""
-    strings = (stop,) if isinstance(stop, str) else stop or ()
-    if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
-        raise InvalidRequest(f"stop was {stop!r}; it has to be a string or a list of strings", "stop")
-    return tuple(strings)
 
 
 def _conversation(

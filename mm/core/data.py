@@ -5,16 +5,16 @@ Nothing here computes anything of interest, knows a model, a plugin, HTTP or Ray
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mm.core.errors import InvalidRequest
+from mm.core.sampling import ResponseFormat, Sampling
 
 Kind = Literal["image", "video"]
 Grid = tuple[int, int, int]
@@ -184,40 +184,6 @@ class Message:
     parts: tuple[TextPart | MediaPart, ...]
 
 
-def _check(name: str, value: Any, allowed: str, holds: Callable[[Any], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | None) or not holds(value):
-        raise InvalidRequest(f"{name} was {value!r}; it has to be {allowed}", name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen, and when to stop.
-
-    Attributes:
-        max_new_tokens: Upper bound of generated tokens; None means what is left of the context.
-        temperature: 0 is greedy; None takes the model's own default.
-        top_p: Nucleus mass in (0, 1]; None takes the model's own default.
-        seed: Noise is keyed by (seed, choice, position), so equal requests give equal answers. None draws one.
-        stop: Strings that end the answer; they are not part of it.
-        n: Number of answers.
-        ignore_eos: Go on to `max_new_tokens` whatever the model says; load generators count on it.
-    """
-
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    n: int = 1
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _check("max_new_tokens", self.max_new_tokens, "at least 1", lambda x: x is None or x >= 1)
-        _check("temperature", self.temperature, "from 0 to 2", lambda x: x is None or 0 <= x <= 2)
-        _check("top_p", self.top_p, "above 0 and at most 1", lambda x: x is None or 0 < x <= 1)
-        _check("n", self.n, "at least 1", lambda x: x >= 1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class VisionOptions:
     """What a request asks of its visual tokens.
@@ -336,10 +302,29 @@ class Timings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """How probable a token was under the model's own law, before penalties, temperature or truncation.
+
+    Attributes:
+        token: Its text; bytes that are no whole characters are written as escapes such as \\xf0.
+        utf8: Its bytes in the answer; None for a token that gives no text.
+        logprob: Natural logarithm of its probability.
+        top: The most probable tokens at this place, in order; the chosen one need not be among them.
+    """
+
+    token_id: int
+    token: str
+    utf8: bytes | None
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Delta:
     """New text of one choice. The last delta of a choice carries its finish reason ("stop" or "length").
 
     `num_prompt_tokens` is what the decoder saw of the prompt; the first delta of a request says it, for running totals.
+    `logprobs` has one entry for each of `token_ids` when the request asks for them, and is empty otherwise.
     """
 
     choice: int
@@ -347,6 +332,7 @@ class Delta:
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
     num_prompt_tokens: int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,3 +346,31 @@ class Summary:
 
 
 Event = Delta | Summary
+
+__all__ = [
+    "Delta",
+    "EncodeTimings",
+    "Encoded",
+    "Event",
+    "FrameSampling",
+    "Grid",
+    "Image",
+    "KeptMap",
+    "Kind",
+    "Media",
+    "MediaPart",
+    "MediaSource",
+    "Message",
+    "Prompt",
+    "Request",
+    "ResponseFormat",
+    "Sampling",
+    "Summary",
+    "TextPart",
+    "Timings",
+    "TokenLogprob",
+    "Usage",
+    "Video",
+    "VisionOptions",
+    "VisualTokens",
+]

@@ -8,17 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mm.core.data import Delta, Prompt
+from mm.core.errors import EngineError
 from mm.engine.kv_cache import KVCache
-from mm.engine.sampling import Sampler
-from mm.engine.text import TextStream
+from mm.engine.output import Output
+from mm.engine.sampling import Sampler, choose
 
 
 class Language(Protocol):
@@ -29,21 +28,6 @@ class Language(Protocol):
     def embed(self, token_ids: Tensor) -> Tensor: ...
 
     def forward(self, embeddings: Tensor, positions: Tensor, cache: KVCache) -> Tensor: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ending:
-    """When an answer is over.
-
-    Attributes:
-        max_new_tokens: Length at which it is cut.
-        eos_token_ids: Tokens that end it; they are counted but give no text.
-        stop: Strings that end it.
-    """
-
-    max_new_tokens: int
-    eos_token_ids: frozenset[int] = frozenset()
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -58,59 +42,48 @@ class Progress:
 
 def decode(
     language: Language,
-    tokenizer: Tokenizer,
     prompt: Prompt,
     cache: KVCache,
     samplers: Sequence[Sampler],
-    ending: Ending,
+    outputs: Sequence[Output],
     progress: Progress,
 ) -> Iterator[Delta]:
     """Every answer's deltas, one answer after the other; the last of each carries its finish reason.
 
     Args:
         cache: Empty, with room for the prompt and one answer.
-        samplers: One per answer.
+        samplers, outputs: One of each per answer.
     """
     start = time.perf_counter()
     prompt_logits = language.forward(prompt.embeddings, prompt.positions, cache)
     progress.prefill_s = time.perf_counter() - start
-    for sampler in samplers:
+    for sampler, output in zip(samplers, outputs, strict=True):
         cache.rewind(prompt.length)
-        progress.token_ids.append([])
-        yield from _answer(language, tokenizer, prompt, cache, sampler, ending, progress, prompt_logits)
+        yield from _answer(language, prompt, cache, sampler, output, progress, prompt_logits)
 
 
 def _answer(
     language: Language,
-    tokenizer: Tokenizer,
     prompt: Prompt,
     cache: KVCache,
     sampler: Sampler,
-    ending: Ending,
+    output: Output,
     progress: Progress,
     logits: Tensor,
 ) -> Iterator[Delta]:
-    text = TextStream(tokenizer, ending.stop)
-    for step in range(ending.max_new_tokens):
+    progress.token_ids.append(output.token_ids)
+    while output.finish_reason is None:
         start = time.perf_counter()
+        step = output.position
         if step:
             position = torch.full(
                 (prompt.positions.shape[0], 1), prompt.next_position + step - 1, device=language.device
             )
-            logits = language.forward(language.embed(torch.tensor([token])), position, cache)  # noqa: F821
-        token = sampler.choose(logits, step)
+            token = torch.tensor(output.token_ids[-1:])
+            logits = language.forward(language.embed(token), position, cache)
+        (chosen,) = choose(logits.unsqueeze(0), [sampler], [step])
+        if isinstance(chosen, EngineError):
+            raise chosen
         progress.num_completion_tokens += 1
-        progress.token_ids[-1].append(token)
         progress.decode_s += time.perf_counter() - start
-        ended = token in ending.eos_token_ids
-        delta = partial(
-            Delta,
-            choice=sampler.choice,
-            token_ids=(token,),
-            num_prompt_tokens=prompt.length if progress.num_completion_tokens == 1 else None,
-        )
-        new = "" if ended else text.push(token)
-        if ended or text.stopped or step + 1 == ending.max_new_tokens:
-            yield delta(text=new + text.finish(), finish_reason="stop" if ended or text.stopped else "length")
-            return
-        yield delta(text=new)
+        yield output.push(chosen, prompt.length if progress.num_completion_tokens == 1 else None)

@@ -35,9 +35,10 @@ from mm.core.data import (
 from mm.core.errors import ContextTooLong, MediaError
 from mm.core.plugins import Encoder, Reducer, build_reducer, canonical_spec, check_compatible
 from mm.core.reduce import reduce_tokens
-from mm.engine.decode import Ending, Progress, decode
+from mm.engine.decode import Progress, decode
 from mm.engine.feature_cache import FeatureCache, cache_key
-from mm.engine.sampling import Sampler, new_seed
+from mm.engine.output import Output
+from mm.engine.samplers import SamplerFactory
 from mm.media import MediaBudget, content_hash, fetch
 from mm.media.loading import decode as decode_media
 
@@ -62,6 +63,10 @@ class Decoder:
 
     family: Any
     lock: threading.Lock = field(default_factory=threading.Lock)
+    samplers: SamplerFactory = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samplers", SamplerFactory(self.family))
 
 
 def resolve_reducer(vision: VisionOptions, parts: EncodeParts) -> Reducer:
@@ -162,12 +167,12 @@ def answer(request: Request, encoded: Sequence[Encoded], decoder: Decoder, *, re
         queue_s = time.perf_counter() - queued
         family, sampling = decoder.family, request.sampling
         prompt = family.splice(request.messages, [item.tokens for item in encoded])
-        ending = _ending(sampling, prompt, family)
-        cache = family.language.new_cache(prompt.length + ending.max_new_tokens)
+        max_new_tokens = _max_new_tokens(sampling, prompt, family)
+        samplers = decoder.samplers.make(sampling, prompt)
+        outputs = [Output(decoder.samplers.vocabulary, sampler, sampling, max_new_tokens) for sampler in samplers]
+        cache = family.language.new_cache(prompt.length + max_new_tokens)
         progress = Progress()
-        yield from decode(
-            family.language, family.text_tokenizer, prompt, cache, _samplers(sampling, family), ending, progress
-        )
+        yield from decode(family.language, prompt, cache, samplers, outputs, progress)
         yield _summary(request, encoded, prompt, progress, queue_s, reducer)
 
 
@@ -177,20 +182,11 @@ def generate(request: Request, parts: EncodeParts, decoder: Decoder) -> Iterator
     yield from answer(request, encoded, decoder, reducer=canonical_spec(resolve_reducer(request.vision, parts)))
 
 
-def _ending(sampling: Sampling, prompt: Prompt, family: Any) -> Ending:
+def _max_new_tokens(sampling: Sampling, prompt: Prompt, family: Any) -> int:
     room = family.max_context_tokens - prompt.next_position
     if room < max(1, sampling.max_new_tokens or 0):
         raise ContextTooLong(prompt.next_position, sampling.max_new_tokens or 1, family.max_context_tokens)
-    eos = frozenset() if sampling.ignore_eos else family.eos_token_ids
-    return Ending(max_new_tokens=sampling.max_new_tokens or room, eos_token_ids=eos, stop=sampling.stop)
-
-
-def _samplers(sampling: Sampling, family: Any) -> list[Sampler]:
-    default = family.default_sampling
-    temperature = default["temperature"] if sampling.temperature is None else sampling.temperature
-    top_p = default["top_p"] if sampling.top_p is None else sampling.top_p
-    seed = new_seed() if sampling.seed is None else sampling.seed
-    return [Sampler(temperature=temperature, top_p=top_p, seed=seed, choice=choice) for choice in range(sampling.n)]
+    return sampling.max_new_tokens or room
 
 
 def _summary(

@@ -14,12 +14,14 @@ class TextStream:
     Args:
         tokenizer: The fast tokenizer behind the model's own.
         stop: Strings that end the answer; never part of what is sent.
+        min_tokens: A stop string that is complete before there are this many tokens is text like any other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(ids=[], skip_special_tokens=True)
         self._stop = [text for text in stop if text]
+        self._min_tokens = min_tokens
         self._ids: list[int] = []
         self._text = ""
         self._num_sent = 0
@@ -29,7 +31,7 @@ class TextStream:
         """Text that this token makes safe to send; `stopped` turns true when a stop string is complete."""
         self._ids.append(token_id)
         self._text += self._stream.step(self._tokenizer, token_id) or ""
-        cut = self._first_stop()
+        cut = self._first_stop() if len(self._ids) >= self._min_tokens else None
         if cut is not None:
             self.stopped = True
             self._text = self._text[:cut]
