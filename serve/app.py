@@ -208,6 +208,66 @@ def caption(
     raise typer.Exit(run_caption(job))
 
 
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help='"tiny" (the default), a folder, or a hub name; with --url the name served there.'
+        ),
+    ] = None,
+    reducer: Annotated[
+        list[str] | None, typer.Option(help="Specification of a reducer; repeat for one column each.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; repeat for several.")] = None,
+    wording: Annotated[str | None, typer.Option(help="Only items in this wording: trained or unseen.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many items of each task and wording.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Parquet file of your own; see the README for its columns.")] = None,
+    control: Annotated[bool, typer.Option(help="Ask everything once more about another item's medium.")] = True,
+    suffix: Annotated[str, typer.Option(help='Put after every question, such as "Answer in one word."')] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="Write every answer here, one JSON line each.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    url: Annotated[str | None, typer.Option(help="Ask an OpenAI-compatible server, e.g. http://host:8000/v1.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="MM_API_KEY", help="Key that the server wants.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to the server at a time.")] = 4,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Frames taken of a clip, evenly; those we ship have up to 16.")
+    ] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 192,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Ask the held-out set and count the right answers, by task, wording, number of objects and reducer."""
+    for package in ("pyarrow", "rich", "transformers"):
+        _need(package, "batch")
+    from serve.evaluation.command import Evaluation, run_evaluation
+
+    job = Evaluation(
+        data=data,
+        reducers=tuple(reducer or ()),
+        tasks=tuple(task or ()),
+        wording=wording,
+        limit=limit,
+        control=control,
+        suffix=suffix,
+        json_file=json_file,
+        answers_file=answers,
+        quiet=quiet,
+        url=url,
+        served_model=model,
+        api_key=api_key,
+        concurrency=concurrency,
+        model=_model_config(model or "tiny", "none", device, dtype, frames, None, "pyav", threads),
+        num_frames=frames,
+        max_tokens=max_tokens,
+    )
+    run_evaluation(job)
+
+
 @app.command()
 def demo(
     url: Annotated[str | None, typer.Option(help="A running server; without it one is started here.")] = None,

@@ -10,7 +10,7 @@ import pytest
 import serve.app as app_module
 from mm.core.plugins import KINDS, names
 
-COMMANDS = ["", "serve", "caption", "demo", "plugins"]
+COMMANDS = ["", "serve", "caption", "eval", "demo", "plugins"]
 
 HELP = """
 import sys, time
@@ -20,7 +20,7 @@ try:
     app(sys.argv[1:] + ["--help"], prog_name="mm")
 except SystemExit as exit:
     assert exit.code == 0
-heavy = sorted({"torch", "ray", "numpy", "transformers", "gradio", "fastapi", "PIL"} & set(sys.modules))
+heavy = sorted({"torch", "ray", "numpy", "transformers", "gradio", "fastapi", "PIL", "pyarrow"} & set(sys.modules))
 print("HEAVY", heavy, file=sys.stderr)
 print("CPU", time.process_time() - start, file=sys.stderr)
 """

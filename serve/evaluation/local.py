@@ -1,0 +1,60 @@
+"""Answers from a model in this process, through the same engine that serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from typing import Any
+
+import mm
+from mm.core.config import ModelConfig
+from serve.evaluation.asking import Ask, Reply
+
+
+class LocalAnswerer:
+    """A loaded model.
+
+    Args:
+        num_frames: Taken of a clip, evenly spread; all if it has fewer.
+
+    Raises:
+        MmError: The model cannot be used.
+    """
+
+    def __init__(self, config: ModelConfig, *, num_frames: int, max_tokens: int) -> None:
+        self._config, self._num_frames, self._max_tokens = config, num_frames, max_tokens
+        self._model = mm.Model(config)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "model": self._config.model,
+            "through": "this process",
+            "device": self._config.device,
+            "dtype": self._config.dtype,
+            "num_frames": self._num_frames,
+            "max_tokens": self._max_tokens,
+            "versions": {name: version(name) for name in ("mm-serving", "torch", "transformers")},
+        }
+
+    def answers(self, asks: Iterable[Ask], reducer: str | None) -> Iterator[Reply]:
+        for ask in asks:
+            options: dict[str, Any] = {"images": [ask.media]}
+            if ask.kind == "video":
+                options = {"videos": [ask.media], "num_frames": self._num_frames}
+            answer = self._model.generate(
+                ask.question,
+                reducer=reducer,
+                temperature=0.0,
+                max_new_tokens=self._max_tokens,
+                return_map=False,
+                **options,
+            )
+            usage = answer.usage
+            yield Reply(
+                text=answer.text,
+                num_visual_tokens_in=usage.num_visual_tokens_in,
+                num_visual_tokens_kept=usage.num_visual_tokens_kept,
+            )
+
+    def close(self) -> None:
+        """Nothing is held that ends with this object."""
