@@ -118,9 +118,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check(name: str, value: Any, allowed: str, holds: Callable[[Any], bool]) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if value is not None and not (number and holds(value)):
+    if value is not None and not (_is_number(value) and holds(value)):
         raise InvalidRequest(f"{name} was {_shown(value)}; it has to be {allowed}", name)
 
 
@@ -255,9 +258,8 @@ def _biases(bias: Any) -> tuple[tuple[int, float], ...]:
             raise InvalidRequest(f"{name} has the key {_shown(key)}; keys are token ids", name)
         if token_id in found:
             raise InvalidRequest(f"{name} names the token {token_id} twice", name)
-        if value is None:
-            raise InvalidRequest(f"{name}[{token_id}] was null; it has to be from -100 to 100", name)
-        _check(name, value, "from -100 to 100 for each token", lambda x: -100 <= x <= 100)
+        if not (_is_number(value) and -100 <= value <= 100):
+            raise InvalidRequest(f"{name}[{token_id}] was {_shown(value)}; it has to be from -100 to 100", name)
         found[token_id] = float(value)
     return tuple(found.items())
 

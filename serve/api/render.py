@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mm.core.data import Delta, Event, KeptMap, Summary, Usage
+from mm.core.data import Delta, Event, KeptMap, Summary, TokenLogprob, Usage
+
+LEAST_LOGPROB = -9999.0
+"""What OpenAI sends for a probability of 0, whose logarithm JSON cannot hold."""
 
 
 def to_json(value: Any) -> bytes:
@@ -66,13 +69,29 @@ def _kept(item: KeptMap) -> dict[str, Any]:
     return {"kind": item.kind, "grid": list(item.grid), "kept": list(item.kept)}
 
 
+def logprobs_fields(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """The `logprobs` object of a choice or a chunk: an entry per generated token."""
+    return {
+        "content": [_logprob(token) | {"top_logprobs": [_logprob(other) for other in token.top]} for token in logprobs],
+        "refusal": None,
+    }
+
+
+def _logprob(token: TokenLogprob) -> dict[str, Any]:
+    utf8 = None if token.utf8 is None else list(token.utf8)
+    return {"token": token.token, "logprob": max(token.logprob, LEAST_LOGPROB), "bytes": utf8}
+
+
 def completion(head: Head, events: Sequence[Event], *, return_map: bool, return_timings: bool) -> dict[str, Any]:
     """The answer to a request that does not stream."""
     texts: dict[int, list[str]] = {}
     reasons: dict[int, str | None] = {}
+    logprobs: dict[int, list[TokenLogprob]] = {}
     for event in events:
         if isinstance(event, Delta):
             texts.setdefault(event.choice, []).append(event.text)
+            if event.logprobs:
+                logprobs.setdefault(event.choice, []).extend(event.logprobs)
             reasons[event.choice] = event.finish_reason or reasons.get(event.choice)
     summary = summary_of(events)
     return head.fields("chat.completion") | {
@@ -80,7 +99,7 @@ def completion(head: Head, events: Sequence[Event], *, return_map: bool, return_
             {
                 "index": choice,
                 "message": {"role": "assistant", "content": "".join(texts[choice]), "refusal": None},
-                "logprobs": None,
+                "logprobs": logprobs_fields(logprobs[choice]) if choice in logprobs else None,
                 "finish_reason": reasons[choice],
             }
             for choice in sorted(texts)
@@ -96,8 +115,15 @@ def summary_of(events: Sequence[Event]) -> Summary:
     return last
 
 
-def chunk(head: Head, choice: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+def chunk(
+    head: Head,
+    choice: int,
+    delta: dict[str, Any],
+    finish_reason: str | None = None,
+    logprobs: Sequence[TokenLogprob] = (),
+) -> dict[str, Any]:
     """One `chat.completion.chunk`."""
+    told = logprobs_fields(logprobs) if logprobs else None
     return head.fields("chat.completion.chunk") | {
-        "choices": [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+        "choices": [{"index": choice, "delta": delta, "logprobs": told, "finish_reason": finish_reason}]
     }

@@ -17,6 +17,7 @@ from mm.core.config import MediaLimits
 from mm.core.data import FrameSampling, MediaSource, Request, Sampling, VisionOptions
 from mm.core.errors import InvalidRequest, UnknownModel, nearest
 from mm.core.messages import parse_messages
+from mm.core.sampling import MAX_TOP_LOGPROBS
 from serve.config import ServeConfig
 
 INT64 = 2**63
@@ -43,25 +44,14 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "continue_final_message": (False,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
-    "stop_token_ids": ([],),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_k": (0, -1),
-    "top_logprobs": (0,),
     "use_beam_search": (False,),
 }
 """Fields that are not implemented, with the values at which that makes no difference."""
@@ -72,6 +62,33 @@ Stop = Annotated[
     BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 4}]}),
 ]
+Bias = Annotated[
+    dict[str, Any],
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
+]
+Form = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["type"],
+            "properties": {
+                "type": {"enum": ["text", "json_object", "json_schema"]},
+                "json_schema": {
+                    "type": "object",
+                    "required": ["name", "schema"],
+                    "properties": {
+                        "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
+                        "description": {"type": "string"},
+                        "schema": {"type": "object"},
+                        "strict": {"type": "boolean"},
+                    },
+                },
+            },
+        }
+    ),
+]
+"""What is in it is checked by `Sampling`, for Python callers too."""
 
 
 class StreamOptions(BaseModel):
@@ -115,10 +132,25 @@ class ChatBody(BaseModel):
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = Field(default=None, description="0 or -1 is all tokens.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
+        default=None, description="Over the prompt's text and the answer; 1 is none."
+    )
+    logit_bias: Bias | None = Field(default=None, description="Token id to what is added to its logit.")
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stop: Stop | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     ignore_eos: bool | None = None
+    logprobs: bool | None = Field(
+        default=None, description="Of the model's own law, before temperature, penalties and truncation."
+    )
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    response_format: Form | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     vision: Vision | None = None
@@ -269,21 +301,31 @@ def _check_messages(messages: list[Any]) -> None:
                 raise InvalidRequest(f"{name} is not supported by this server", param, "unsupported_parameter")
 
 
+SAME_NAME = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "n",
+    "ignore_eos",
+    "logprobs",
+    "top_logprobs",
+    "response_format",
+)
+"""Fields of the body that `Sampling` calls the same."""
+
+
 def _sampling(chat: ChatBody) -> Sampling:
-    stop = chat.stop or []
-    if len(stop) > 4:
-        raise InvalidRequest(f"stop has {len(stop)} strings; the limit is 4", "stop")
-    if any(not text or len(text) > 1000 for text in stop):
-        raise InvalidRequest("stop holds an empty string, or one of more than 1000 characters", "stop")
-    return Sampling(
-        max_new_tokens=chat.max_completion_tokens or chat.max_tokens,
-        temperature=chat.temperature,
-        top_p=chat.top_p,
-        seed=chat.seed,
-        stop=tuple(stop),
-        n=chat.n or 1,
-        ignore_eos=bool(chat.ignore_eos),
-    )
+    given = {name: value for name in SAME_NAME if (value := getattr(chat, name)) is not None}
+    return Sampling(max_new_tokens=chat.max_completion_tokens or chat.max_tokens, **given)
 
 
 def _vision(vision: Vision, limits: MediaLimits) -> VisionOptions:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from dataclasses import dataclass, field
 from typing import Any
 
-from mm.core.data import Delta, Event, Summary
+from mm.core.data import Delta, Event, Summary, TokenLogprob
 from serve.api.errors import Failure
 from serve.api.render import Head, chunk, to_json, usage_fields, vision_fields
 from serve.api.schema import ChatCall
@@ -47,13 +47,20 @@ class Framer:
         self.num_completion_tokens += len(delta.token_ids)
         if delta.num_prompt_tokens is not None:
             self.num_prompt_tokens = delta.num_prompt_tokens
-        if delta.text:
-            yield self._chunk(delta.choice, {"content": delta.text})
+        # A token whose text is held back still tells its log-probability.
+        if delta.text or delta.logprobs:
+            yield self._chunk(delta.choice, {"content": delta.text}, logprobs=delta.logprobs)
         if delta.finish_reason is not None:
             yield self._chunk(delta.choice, {}, delta.finish_reason)
 
-    def _chunk(self, choice: int, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        fields = chunk(self.head, choice, delta, finish_reason)
+    def _chunk(
+        self,
+        choice: int,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        logprobs: Sequence[TokenLogprob] = (),
+    ) -> bytes:
+        fields = chunk(self.head, choice, delta, finish_reason, logprobs)
         if self.call.continuous_usage and self.num_prompt_tokens is not None:
             fields["usage"] = {
                 "prompt_tokens": self.num_prompt_tokens,

@@ -115,10 +115,17 @@ async def test_fields_arrive_in_sampling(client, engine, ask) -> None:
     body = ask(
         max_tokens=3, max_completion_tokens=5, temperature=0.5, top_p=0.9, seed=7, stop="x", n=2, ignore_eos=True
     )
+    body |= {"top_k": 5, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 1.5}
+    body |= {"logit_bias": {"5": -100, "7": 0.5}, "stop_token_ids": [9], "min_tokens": 2}
+    body |= {"logprobs": True, "top_logprobs": 4}
     assert (await post(client, body)).status_code == 200
     sampling = engine.requests[-1].sampling
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (5, 0.5, 0.9, 7)
     assert (sampling.stop, sampling.n, sampling.ignore_eos) == (("x",), 2, True)
+    assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (5, 0.1, 1.5)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (1, -1)
+    assert (sampling.logit_bias, sampling.stop_token_ids, sampling.min_tokens) == (((5, -100), (7, 0.5)), (9,), 2)
+    assert (sampling.logprobs, sampling.top_logprobs) == (True, 4)
 
 
 async def test_ignored_fields_are_named(client, ask) -> None:
