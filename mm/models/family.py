@@ -1,0 +1,170 @@
+"""What model families share: a checkpoint's decoder half, its template, and the splice of tokens into a prompt.
+
+A family adds which tokens stand for media, and where an item's tokens lie among the rotary positions. It does not know
+how pixels become tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor
+
+from mm.core.data import Kind, MediaPart, Message, Prompt, VisualTokens
+from mm.core.errors import InvalidRequest, MediaError
+from mm.models.chat import ChatTemplate
+from mm.models.language import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Where one item's kept tokens lie, counted from the item's first position.
+
+    Attributes:
+        offsets: (P, N) int64, or (1, N) where all rows are equal.
+        advance: How far behind the item's first position the text goes on, whatever was dropped.
+    """
+
+    offsets: Tensor
+    advance: int
+
+
+class CheckpointFamily(ABC):
+    """Decoder side of a checkpoint: language model, tokenizer, template and splice.
+
+    Args:
+        folder: Checkpoint in Hugging Face format.
+        device, dtype: Where and in what the language model lives.
+    """
+
+    num_position_rows: ClassVar[int] = 1
+    """Rows of a prompt's positions: 3 for M-RoPE, also where they are equal."""
+
+    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        self.language = LanguageModel(folder, self.config, device, dtype)
+        self.tokenizer = processor.tokenizer
+        self._template = ChatTemplate(processor.tokenizer, getattr(processor, "chat_template", None))
+        self._placeholders = dict(self.placeholders())
+        self._generation = _generation_config(folder)
+        self.max_context_tokens: int = self.language.config.max_position_embeddings
+        self.eos_token_ids = self._eos_token_ids()
+
+    @abstractmethod
+    def placeholders(self) -> Mapping[int, Kind]:
+        """Token id to the kind of item that it stands for; one such token in a rendered template is one item."""
+
+    @abstractmethod
+    def place(self, tokens: VisualTokens) -> Placed:
+        """Where an item's kept tokens lie."""
+
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The Rust tokenizer, for incremental decoding."""
+        return self.tokenizer.backend_tokenizer
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset(self._placeholders.values())
+
+    @property
+    def default_sampling(self) -> dict[str, float]:
+        """The checkpoint's own `temperature` and `top_p`: what its generation_config.json says, else plain sampling."""
+        if self._generation.get("do_sample") is False:
+            return {"temperature": 0.0, "top_p": 1.0}
+        return {name: float(self._generation.get(name) or 1.0) for name in ("temperature", "top_p")}
+
+    def _eos_token_ids(self) -> frozenset[int]:
+        found = self._generation.get("eos_token_id", self.language.config.eos_token_id)
+        return frozenset(found if isinstance(found, list | tuple) else [] if found is None else [found])
+
+    def splice(self, messages: Sequence[Message], visual: Sequence[VisualTokens]) -> Prompt:
+        """The prompt's rows: text embeddings, with each placeholder replaced by its item's kept tokens.
+
+        Rows keep the positions they have in the unreduced prompt: text behind an image does not move when tokens go.
+
+        Raises:
+            InvalidRequest: The template does not place each item once, in order.
+            MediaError: The checkpoint does not take an item's kind.
+        """
+        for tokens in visual:
+            if tokens.kind not in self.kinds:
+                raise MediaError("not_supported", tokens.kind)
+        ids = self._template.token_ids(messages)
+        self._check_placeholders(ids, [part.kind for m in messages for part in m.parts if isinstance(part, MediaPart)])
+        return splice(
+            ids, frozenset(self._placeholders), visual, self.language.embed, self.place, self.num_position_rows
+        )
+
+    def _check_placeholders(self, ids: Sequence[int], sent: Sequence[Kind]) -> None:
+        placed = [self._placeholders[token] for token in ids if token in self._placeholders]
+        if placed != list(sent):
+            raise InvalidRequest(
+                f"this model's chat template places {placed or 'no media'} where the messages hold {list(sent)}; "
+                "send media in user messages, in an order that the template keeps",
+                "messages",
+            )
+
+
+def splice(
+    ids: Sequence[int],
+    placeholders: frozenset[int],
+    visual: Sequence[VisualTokens],
+    embed: Callable[[Tensor], Tensor],
+    place: Callable[[VisualTokens], Placed],
+    num_position_rows: int = 1,
+) -> Prompt:
+    """Rows of `ids` with each placeholder replaced by the next item's kept tokens, at their unreduced positions.
+
+    Args:
+        ids: Token ids with one placeholder per item, in order.
+        embed: (L,) ids to (L, D) embeddings; decides device and dtype of the prompt.
+        place: Where an item's tokens lie.
+    """
+    items = iter(visual)
+    rows: list[Tensor] = []
+    token_ids: list[int] = []
+    positions: list[Tensor] = []
+    next_position = 0
+    for is_item, run in itertools.groupby(ids, key=placeholders.__contains__):
+        for group in [[token] for token in run] if is_item else [list(run)]:
+            tokens = next(items) if is_item else None
+            placed = _text(len(group)) if tokens is None else place(tokens)
+            rows.append(embed(torch.tensor(group)) if tokens is None else tokens.embeddings)
+            token_ids += group if tokens is None else group * tokens.num_tokens
+            positions.append(placed.offsets.cpu().expand(num_position_rows, -1) + next_position)
+            next_position += placed.advance
+    like = embed(torch.tensor(ids[:1]))
+    all_ids = torch.tensor(token_ids, device=like.device)
+    return Prompt(
+        token_ids=all_ids,
+        embeddings=torch.cat([row.to(like.device, like.dtype) for row in rows]),
+        positions=torch.cat(positions, dim=1).to(like.device),
+        next_position=next_position,
+        is_visual=torch.isin(all_ids, torch.tensor(sorted(placeholders), device=like.device)),
+    )
+
+
+def in_sequence(tokens: VisualTokens) -> Placed:
+    """One position per token of the unreduced item, in reading order."""
+    return Placed(offsets=tokens.indices.unsqueeze(0), advance=tokens.num_tokens_in)
+
+
+def _text(num_tokens: int) -> Placed:
+    return Placed(offsets=torch.arange(num_tokens).unsqueeze(0), advance=num_tokens)
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says itself; transformers' defaults are not the checkpoint's wish."""
+    path = folder / "generation_config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
