@@ -1,6 +1,6 @@
 """Between the stages: run the trained tower over the pictures of the first N seeds and keep its patch features on disk.
 
-Writes scenes.bin (N, 256, D) and clips.bin (all frames of all clips, 256, D) in bfloat16, and features.json.
+Writes scenes.bin (N, 256, D) and clips.bin (all distinct frames of all clips, 256, D) in bfloat16, and features.json.
 
     python -m demos.train.cache_features --run RUN --scenes 16000 --clips 1200
 """
@@ -25,7 +25,7 @@ BATCH = 16
 
 
 class Pictures(Dataset[np.ndarray]):
-    """Item i: uint8 pictures (n, 224, 224, 3); BATCH scenes, or the frames of one clip."""
+    """Item i: uint8 pictures (n, 224, 224, 3); BATCH scenes, or the distinct frames of one clip."""
 
     def __init__(self, kind: str, count: int) -> None:
         self.kind, self.count = kind, count
@@ -35,7 +35,7 @@ class Pictures(Dataset[np.ndarray]):
 
     def __getitem__(self, index: int) -> np.ndarray:
         if self.kind == "clips":
-            return draw_clip(sample_clip(index))
+            return draw_clip(sample_clip(index), distinct=True)
         seeds = range(index * BATCH, min(self.count, (index + 1) * BATCH))
         return np.stack([draw_scene(sample_scene(seed)) for seed in seeds])
 
@@ -58,7 +58,7 @@ def main() -> None:
     tower = build_model(build_config()).model.vision_tower.to(args.device).eval()
     state = torch.load(args.run / "vit.pt", map_location=args.device)
     tower.load_state_dict(state["tower"])
-    squares, count = 0.0, 0
+    squares, total, count = 0.0, torch.zeros(tower.config.hidden_size), 0
     for kind, number in (("scenes", args.scenes), ("clips", args.clips)):
         if args.only not in (None, kind):
             continue
@@ -66,12 +66,15 @@ def main() -> None:
             for block in features(tower, kind, number, args.device):
                 file.write(block.view(torch.uint16).numpy().tobytes())
                 squares, count = squares + block.float().square().mean().item(), count + 1
+                total += block.float().mean((0, 1))
     if args.only == "clips":
         return
     info = {"scenes": args.scenes, "clips": args.clips, "tokens": IMAGE_TOKENS, "width": tower.config.hidden_size}
-    info |= {"scale": (squares / count) ** 0.5, "vit_step": state["step"]}
+    mean = total / count
+    info |= {"scale": (squares / count - mean.square().mean().item()) ** 0.5, "vit_step": state["step"]}
+    info["mean"] = [round(v, 4) for v in mean.tolist()]
     (args.run / "features.json").write_text(json.dumps(info, indent=2) + "\n")
-    print(info)
+    print({key: value for key, value in info.items() if key != "mean"})
 
 
 if __name__ == "__main__":

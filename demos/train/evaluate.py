@@ -1,5 +1,7 @@
-"""Ask a model folder held-out questions and count the exactly right answers, generated freely by `transformers`.
+"""Ask a model folder held-out questions and count the right answers, generated freely by `transformers`.
 
+An answer is right if it is the true one, word for word; a description, if it says the same of the same things in the
+same order (`content`), in whatever style.
 The control asks the same questions on another item's picture: what it still gets right does not come from seeing.
 Prints a table, then one JSON line.
 
@@ -22,37 +24,49 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from demos.train.data.clips import draw_clip, sample_clip
-from demos.train.data.questions import CLIP_KINDS, SCENE_KINDS, ClipAsker, Question, SceneAsker
+from demos.train.data.questions import CLIP_KINDS, SCENE_KINDS, ClipAsker, Question, SceneAsker, SeveralAsker, content
 from demos.train.data.scenes import HELD_OUT, draw_scene, sample_scene
 from demos.train.model import IMAGE_TOKENS, pool_frames
 
 FIRST_SEED = HELD_OUT + 100_000  # none of them is used by the check during training
 MAX_NEW_TOKENS = 130
 BATCH = 12
+DESCRIPTIONS = {"caption", "tour", "list"}
 
 
 @dataclass
 class Item:
-    """One question on one picture (or clip), uint8 (T, 224, 224, 3); T is 1 for a picture."""
+    """One question on pictures uint8 (T, 224, 224, 3): one image, the frames of a video, or several images."""
 
     question: Question
     pixels: np.ndarray
-    group: str  # of the number of things: "1-2", "3-6"
+    group: str  # of the number of things: "0", "1-2", "3-6"
+    medium: str = "image"
 
     @property
     def task(self) -> str:
-        return f"clip {self.question.kind}" if len(self.pixels) > 1 else self.question.kind
+        return f"clip {self.question.kind}" if self.medium == "video" else self.question.kind
+
+    def right(self, answer: str) -> bool:
+        if self.question.kind in DESCRIPTIONS:
+            return content(answer) == content(self.question.answer)
+        return answer.strip() == self.question.answer
+
+
+def group_of(num_things: int) -> str:
+    return "0" if num_things == 0 else "1-2" if num_things < 3 else "3-6"
 
 
 def scene_items(count: int, unseen: bool, per_scene: int) -> Iterator[Item]:
-    """`per_scene` kinds of question on each scene, in turn, so that every kind is asked about equally often."""
+    """`per_scene` kinds of question on each scene, in turn, so that every kind has its share."""
     for i in range(count):
         scene, rng = sample_scene(FIRST_SEED + i), np.random.default_rng([10, i])
         asker, pixels = SceneAsker(scene, rng, unseen=unseen), draw_scene(scene)[None]
-        for k in range(per_scene):
-            question = asker.ask(SCENE_KINDS[(i * per_scene + k) % len(SCENE_KINDS)])
-            if question:
-                yield Item(question, pixels, "1-2" if len(scene.things) < 3 else "3-6")
+        kinds = [SCENE_KINDS[(i * per_scene + k) % len(SCENE_KINDS)] for k in range(per_scene)]
+        kinds += ["chart"] * bool(scene.chart) + ["number"] * bool(scene.display)  # few scenes have any
+        for kind in dict.fromkeys(kinds):
+            if question := asker.ask(kind):
+                yield Item(question, pixels, group_of(len(scene.things)))
 
 
 def clip_items(count: int, unseen: bool, per_clip: int) -> Iterator[Item]:
@@ -61,27 +75,34 @@ def clip_items(count: int, unseen: bool, per_clip: int) -> Iterator[Item]:
         asker, frames = ClipAsker(clip, rng, unseen=unseen), draw_clip(clip)
         asked = [q for kind in CLIP_KINDS if (q := asker.ask(kind))]
         for k in range(min(per_clip, len(asked))):
-            yield Item(asked[(i + k) % len(asked)], frames, "1-2" if len(clip.things) < 3 else "3-6")
+            yield Item(asked[(i + k) % len(asked)], frames, group_of(len(clip.things)), "video")
+
+
+def several_items(count: int, unseen: bool) -> Iterator[Item]:
+    """Two pictures each: which of them shows something, and something about one of them."""
+    for i in range(count):
+        scenes = [sample_scene(FIRST_SEED + 50_000 + 2 * i + k) for k in range(2)]
+        asker = SeveralAsker(scenes, np.random.default_rng([12, i]), unseen=unseen)
+        pixels = np.stack([draw_scene(scene) for scene in scenes])
+        for kind in ("which", "one"):
+            if question := asker.ask(kind):
+                yield Item(question, pixels, group_of(sum(len(s.things) for s in scenes)), "images")
 
 
 @torch.no_grad()
 def answer(model: torch.nn.Module, processor: object, items: list[Item], pictures: list[np.ndarray]) -> list[str]:
     """Greedy answers to prompts of one medium; `pictures` may be those of other items."""
-    clip = len(items[0].pixels) > 1
-    content = [[{"type": "video" if clip else "image"}, {"type": "text", "text": i.question.text}] for i in items]
-    prompts = [
-        processor.apply_chat_template([{"role": "user", "content": c}], add_generation_prompt=True) for c in content
-    ]
-    if not clip:
-        inputs = processor(images=[p[0] for p in pictures], text=prompts, padding=True, return_tensors="pt").to(
-            model.device
-        )
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[
-            :, inputs["input_ids"].shape[1] :
-        ]
-        return processor.batch_decode(ids, skip_special_tokens=True)
-    return [answer_clip(model, processor, prompt, frames) for prompt, frames in zip(prompts, pictures, strict=True)]
+    medium = items[0].medium
+    media = [{"type": "video"}] if medium == "video" else [{"type": "image"}] * len(pictures[0])
+    turns = [{"role": "user", "content": [*media, {"type": "text", "text": i.question.text}]} for i in items]
+    prompts = [processor.apply_chat_template([turn], add_generation_prompt=True) for turn in turns]
+    if medium == "video":
+        return [answer_clip(model, processor, prompt, frames) for prompt, frames in zip(prompts, pictures, strict=True)]
+    images = [list(p) for p in pictures]
+    inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt").to(model.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(ids, skip_special_tokens=True)
 
 
 def answer_clip(model: torch.nn.Module, processor: object, prompt: str, frames: np.ndarray) -> str:
@@ -102,18 +123,19 @@ def answer_clip(model: torch.nn.Module, processor: object, prompt: str, frames: 
 def run(model: torch.nn.Module, processor: object, items: list[Item], swapped: bool) -> list[str]:
     """Answers in the order of the items; long answers are batched together so that few steps are spent on padding."""
     media = [item.pixels for item in items]
+    mediums = sorted({item.medium for item in items})
     if swapped:  # the picture of the item half a list away, of the same medium
-        for group in ([i for i, m in enumerate(media) if len(m) == 1], [i for i, m in enumerate(media) if len(m) > 1]):
+        for group in [[i for i, item in enumerate(items) if item.medium == medium] for medium in mediums]:
             pixels = [items[i].pixels for i in group]
             for i, other in zip(group, pixels[len(pixels) // 2 :] + pixels[: len(pixels) // 2], strict=True):
                 media[i] = other
-    order = sorted(range(len(items)), key=lambda i: (len(items[i].pixels) > 1, len(items[i].question.answer)))
+    order = sorted(range(len(items)), key=lambda i: (items[i].medium, len(items[i].question.answer)))
     answers = [""] * len(items)
     starts = range(0, len(order), BATCH)
     for start in tqdm(starts, desc="swapped" if swapped else "true picture", mininterval=5):
         batch = order[start : start + BATCH]
-        for clip in (False, True):
-            part = [i for i in batch if (len(items[i].pixels) > 1) == clip]
+        for medium in mediums:
+            part = [i for i in batch if items[i].medium == medium]
             if part:
                 given = answer(model, processor, [items[i] for i in part], [media[i] for i in part])
                 for i, text in zip(part, given, strict=True):
@@ -134,8 +156,8 @@ def tabulate(items: list[Item], answers: dict[str, list[str]]) -> dict[str, dict
         for name in (item.task, f"{item.task} n={item.group}"):
             row = tasks.setdefault(name, {"items": 0, "right": 0, "swapped_right": 0})
             row["items"] += 1
-            row["right"] += answers["true"][i] == item.question.answer
-            row["swapped_right"] += answers["swapped"][i] == item.question.answer
+            row["right"] += item.right(answers["true"][i])
+            row["swapped_right"] += item.right(answers["swapped"][i])
     for row in tasks.values():
         row["accuracy"] = round(row["right"] / row["items"], 3)
         row["interval"] = [round(v, 3) for v in wilson(row["right"], row["items"])]
@@ -148,6 +170,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=150)
     parser.add_argument("--clips", type=int, default=60)
+    parser.add_argument("--several", type=int, default=40, help="prompts with two pictures")
     parser.add_argument("--per-scene", type=int, default=4)
     parser.add_argument("--per-clip", type=int, default=4)
     parser.add_argument("--unseen", action="store_true", help="ask in the wordings kept out of the training")
@@ -164,6 +187,7 @@ def main() -> None:
     items = [
         *scene_items(args.scenes, args.unseen, args.per_scene),
         *clip_items(args.clips, args.unseen, args.per_clip),
+        *several_items(args.several, args.unseen),
     ]
     answers = {name: run(model, processor, items, name == "swapped") for name in ("true", "swapped")}
     tasks = tabulate(items, answers)
@@ -171,7 +195,7 @@ def main() -> None:
     for name, row in sorted(tasks.items()):
         low, high = row["interval"]
         print(f"{name:24}{row['items']:6}{row['accuracy']:8.2f}{f'{low:.2f}-{high:.2f}':>14}{row['swapped']:9.2f}")
-    wrong = [i for i, item in enumerate(items) if answers["true"][i] != item.question.answer]
+    wrong = [i for i, item in enumerate(items) if not item.right(answers["true"][i])]
     for i in wrong[:: max(1, len(wrong) // max(1, args.show))][: args.show]:
         print(
             f"{items[i].task}: {items[i].question.text}\n"

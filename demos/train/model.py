@@ -33,9 +33,12 @@ from demos.train.data.questions import (
     WORDINGS,
     ClipAsker,
     SceneAsker,
+    SeveralAsker,
     answer_words,
+    templates,
 )
-from demos.train.data.scenes import CHARACTERS, GRID, PATCH_PX, SIDE_PX, sample_scene
+from demos.train.data.scenes import sample_scene
+from demos.train.data.things import CHARACTERS, GRID, PATCH_PX, SIDE_PX
 
 SEED = 0
 VOCAB = 1024
@@ -140,8 +143,9 @@ def tokenizer_corpus() -> list[str]:
         rng = np.random.default_rng([7, seed])
         scene, clip = SceneAsker(sample_scene(seed), rng), ClipAsker(sample_clip(seed), rng)
         asked = [scene.ask(kind) for kind in SCENE_KINDS] + [clip.ask(kind) for kind in CLIP_KINDS]
+        asked += [SeveralAsker([sample_scene(seed), sample_scene(seed + 1)], rng).ask_which()]
         lines += [f"{q.text} {q.answer}" for q in asked if q]
-    lines += [w for wordings in WORDINGS.values() for w in wordings] * 20
+    lines += [text for kind in WORDINGS for text in templates(kind)] * 3
     lines += [text for w in [*answer_words(), *CHARACTERS] for text in (w, f" {w}")] * 300
     lines += [text for w in MORE_WORDS.split() for text in (w, f" {w}", f" {w}")] * 10
     return lines

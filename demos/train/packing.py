@@ -31,6 +31,7 @@ class Row:
     visual_at: int = 0
     targets: list[tuple[int, int, float, int]] = field(default_factory=list)  # place, next token, weight, question
     looks: list[tuple[int, int, Focus]] = field(default_factory=list)
+    events: list[tuple[int, int, int]] = field(default_factory=list)  # visual token, kind and order
 
     def add(self, ids: list[int], group: int, position: int) -> int:
         """Append tokens; gives the position after the last."""
@@ -127,6 +128,10 @@ class Packed:
     look_place: Tensor
     look_slot: Tensor
     look_at: Tensor  # (K, T) bool
+    event_kind: (
+        Tensor  # (B, n) as `kept`: 0 nothing, else 1 + kind of the event that changes the token, -1 past the end
+    )
+    event_order: Tensor  # (B, n): 0 nothing, 1 the first event, 2 the second, -1 past the end
 
 
 def collate(rows: list[Row], kept: np.ndarray, num_visual: int, first_question: list[int], pad: int = 0) -> Packed:
@@ -135,6 +140,7 @@ def collate(rows: list[Row], kept: np.ndarray, num_visual: int, first_question: 
     ids = np.full((len(rows), length), pad)
     positions, group = np.zeros((len(rows), length), dtype=np.int64), np.full((len(rows), length), -1)
     targets, looks, look_at = [], [], []
+    event_kind, event_order = (np.where(kept < 0, -1, 0) for _ in range(2))
     for b, row in enumerate(rows):
         ids[b, : len(row.ids)], positions[b, : len(row.ids)] = row.ids, row.positions
         group[b, : len(row.ids)] = row.group
@@ -142,6 +148,10 @@ def collate(rows: list[Row], kept: np.ndarray, num_visual: int, first_question: 
         column = np.full(num_visual, -1)
         own = kept[b][kept[b] >= 0]
         column[own] = row.visual_at + np.arange(len(own))
+        for token, kind, order in row.events:
+            if column[token] >= 0:
+                at = column[token] - row.visual_at
+                event_kind[b, at], event_order[b, at] = 1 + kind, 1 + order
         for place, slot, focus in row.looks:
             columns = column[list(focus)]
             at = np.zeros(length, dtype=bool)
@@ -170,4 +180,6 @@ def collate(rows: list[Row], kept: np.ndarray, num_visual: int, first_question: 
         look_place=look[:, 1],
         look_slot=look[:, 2],
         look_at=torch.from_numpy(np.stack(look_at)),
+        event_kind=torch.from_numpy(event_kind),
+        event_order=torch.from_numpy(event_order),
     )

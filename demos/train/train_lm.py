@@ -1,8 +1,8 @@
 """Stage 2: train projector and decoder on cached features of the frozen tower.
 
-Rows of many questions on one picture (see packing.py). Two losses: the answers' tokens, and an attention loss that
-makes a few heads look at the tokens an answer is read from. Kinds of questions that are still answered badly are asked
-more often.
+Rows of many questions on one picture (see packing.py, lm_data.py). Losses: the answers' tokens; an attention loss that
+makes a few heads look at the tokens an answer is read from; and read-outs by which clip tokens tell what happens where
+they are. Kinds of short questions that are still answered badly are asked more often.
 
     python -m demos.train.train_lm --run RUN --start FOLDER --steps 4000 [--resume] [--device cuda]
 
@@ -10,173 +10,74 @@ RUN holds vit.pt and the cached features; lm.pt and lm.jsonl are written there. 
 """
 
 import argparse
-import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from demos.train.data.clips import draw_clip, sample_clip
-from demos.train.data.questions import (
-    CLIP_KINDS,
-    FRAME_TOKENS,
-    POOL,
-    SHORT_KINDS,
-    ClipAsker,
-    Question,
-    SceneAsker,
-)
-from demos.train.data.scenes import GRID, HELD_OUT, draw_scene, sample_scene
-from demos.train.model import FRAME_POOL, IMAGE_TOKENS, build_config, build_model, normalise, pool_frames
-from demos.train.packing import Packed, Packer, Row, collate
+from demos.train.data.questions import EVENT_KINDS, FRAME_TOKENS, PICTURE_TOKENS, POOL, SHORT_KINDS
+from demos.train.data.scenes import draw_scene, sample_scene
+from demos.train.data.things import GRID, HELD_OUT
+from demos.train.lm_data import Batch, Batches, Features
+from demos.train.model import FRAME_POOL, build_config, build_model, normalise, pool_frames
+from demos.train.packing import Packed
 from demos.train.train_vit import run_tower
 from demos.train.training import Optimisers, append_record, mean_where, save_checkpoint, split_matrices
 
 MUON_LR, ADAM_LR = 0.01, 1.5e-3
 WARMUP_STEPS, DECAY_FROM = 50, 0.38
-SCENES_PER_BATCH, CLIPS_PER_BATCH = 8, 3
-QUESTIONS = 14  # per scene
-LONG_SHARE = {"read": 0.7, "caption": 0.3, "tour": 0.15, "list": 0.2}  # of the rows; the rest are short questions
-KEEP, KEEP_CELLS = 96, 30  # visual tokens of an image, pooled cells of a clip, until FULL_FROM
-FULL_FROM = 0.75  # share of the steps after which all visual tokens are in the row
-CLIPS_FROM, CLIP_SHARE = 0.15, 0.25  # clips come in after the first lookups have formed
-SHAPES_FROM = 0.3  # when other row shapes (turns, system message, question first) come in
 ATTENTION_WEIGHT = 0.5
 PREVIOUS_WEIGHT = 0.2
-HEADS = ((1, 0), (1, 1), (3, 2), (3, 3))  # (layer, head) of each look slot: asked thing, second thing, written, after
+EVENT_WEIGHT = 0.3
+HEADS = ((1, 0), (1, 1), (3, 2), (3, 3))  # (layer, head) of each look slot: asked thing, second thing, written, before
 PREVIOUS_HEAD = (0, 3)  # in clips, every visual token looks at its own place one frame earlier
+KIND_LAYER, ORDER_LAYER = 1, 2  # after which clip tokens are to tell what happens there, and as which event
 MIX_EVERY = 100
-
-
-@dataclass
-class Batch:
-    packed: Packed
-    questions: list[Question]
-    items: list[int]  # which scenes or clips
-    clip: bool
-
-
-# ── data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Features:
-    """Tower features on disk: scenes (N, 256, D) and the frames of clips (M, 256, D) with each clip's first frame."""
-
-    def __init__(self, folder: Path) -> None:
-        self.info = json.loads((folder / "features.json").read_text())
-        self.scenes = self.open(folder / "scenes.bin")
-        self.folder, self.clips = folder, None
-        lengths = [sample_clip(seed).num_frames for seed in range(self.info["clips"])]
-        self.first_frame = [0, *np.cumsum(lengths)]
-
-    def open(self, path: Path) -> Tensor:
-        size = path.stat().st_size // 2
-        flat = torch.from_file(str(path), shared=False, size=size, dtype=torch.bfloat16)
-        return flat.view(-1, self.info["tokens"], self.info["width"])
-
-    def clip(self, seed: int) -> Tensor:
-        if self.clips is None:  # opened at the first use: it may still be written while the first steps run
-            self.clips = self.open(self.folder / "clips.bin")
-        return self.clips[self.first_frame[seed] : self.first_frame[seed + 1]]
-
-
-class Batches(Dataset[Batch]):
-    """The batch of each step. `mix` (kinds,) are the weights of short kinds, shared with the training process."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, info: dict, first_step: int, num_steps: int, mix: Tensor
-    ) -> None:
-        self.packer, self.info, self.mix = Packer(tokenizer), info, mix
-        self.first_step, self.num_steps = first_step, num_steps
-
-    def __len__(self) -> int:
-        return self.num_steps - self.first_step
-
-    def __getitem__(self, index: int) -> Batch:
-        step = self.first_step + index
-        rng = np.random.default_rng([9, step])
-        done = step / self.num_steps
-        full, plain = done >= FULL_FROM, done < SHAPES_FROM
-        if self.info["clips"] and done >= CLIPS_FROM and rng.random() < CLIP_SHARE:
-            return self.clips(rng.integers(self.info["clips"], size=CLIPS_PER_BATCH).tolist(), rng, full, plain)
-        return self.scenes(rng.integers(self.info["scenes"], size=SCENES_PER_BATCH).tolist(), rng, full, plain)
-
-    def scenes(self, seeds: list[int], rng: np.random.Generator, full: bool, plain: bool) -> Batch:
-        rows, kept, questions, starts = [], [], [], []
-        for seed in seeds:
-            asker = SceneAsker(sample_scene(seed), rng)
-            marked = {p for patches in asker.patches + asker.characters for p in patches}
-            kept.append(choose(marked, IMAGE_TOKENS, IMAGE_TOKENS if full else KEEP, rng))
-            kinds = [kind for kind, share in LONG_SHARE.items() if rng.random() < share]
-            weights = self.mix.numpy() / self.mix.sum().item()
-            kinds += rng.choice(SHORT_KINDS, size=QUESTIONS - len(kinds), p=weights / weights.sum()).tolist()
-            asked = [q for kind in kinds if (q := asker.ask(kind))]
-            rng.shuffle(asked)
-            starts.append(len(questions))
-            questions += asked
-            rows.append(self.packer.pack(asked, IMAGE_TOKENS, kept[-1], rng, plain))
-        return Batch(collate(rows, np.stack(kept), IMAGE_TOKENS, starts), questions, seeds, clip=False)
-
-    def clips(self, seeds: list[int], rng: np.random.Generator, full: bool, plain: bool) -> Batch:
-        packed_rows: list[Row] = []
-        kept, questions, starts = [], [], []
-        most = 0
-        for seed in seeds:
-            clip = sample_clip(seed)
-            asker = ClipAsker(clip, rng)
-            cells = set()
-            for frame in range(clip.num_frames):
-                for i in range(len(clip.things)):
-                    cells |= {token % FRAME_TOKENS for token in asker.tokens(i, frame)}
-            chosen = choose(cells, FRAME_TOKENS, FRAME_TOKENS if full else KEEP_CELLS, rng)
-            tokens = (np.arange(clip.num_frames)[:, None] * FRAME_TOKENS + chosen).ravel()
-            asked = [q for kind in CLIP_KINDS for _ in range(2) if (q := asker.ask(kind))]
-            rng.shuffle(asked)
-            starts.append(len(questions))
-            questions += asked
-            packed_rows.append(self.packer.pack(asked, clip.num_frames * FRAME_TOKENS, tokens, rng, plain))
-            kept.append(tokens)
-            most = max(most, len(tokens))
-        padded = np.stack([np.pad(tokens, (0, most - len(tokens)), constant_values=-1) for tokens in kept])
-        return Batch(collate(packed_rows, padded, 16 * FRAME_TOKENS, starts), questions, seeds, clip=True)
-
-
-def choose(marked: set[int], total: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` of `total` tokens, ascending: the marked ones first, others at random."""
-    if count >= total:
-        return np.arange(total)
-    score = rng.random(total)
-    score[list(marked)] += 1
-    return np.sort(np.argsort(-score)[:count])
 
 
 # ── model ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Readouts(nn.Module):
+    """What clip tokens are to tell of what happens to them; thrown away after the training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.kind = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 1 + len(EVENT_KINDS)))
+        self.order = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 3))
+
+
 def visual_tokens(model: LlavaForConditionalGeneration, features: Features, batch: Batch, device: str) -> list[Tensor]:
-    """Projected tokens (n, D) of each item, those that are kept."""
+    """Projected tokens (n, D) of each row, those that are kept."""
     projector = model.model.multi_modal_projector
     if not batch.clip:
-        picked = torch.stack([features.scenes[i][k] for i, k in zip(batch.items, batch.packed.kept, strict=True)])
-        return list(projector(picked.to(device)))
+        picked = []
+        for items, kept in zip(batch.items, batch.packed.kept, strict=True):
+            pictures = features.scenes[list(items)]
+            picked.append(pictures[kept // PICTURE_TOKENS, kept % PICTURE_TOKENS])
+        return list(projector(torch.stack(picked).to(device)))
     result = []
-    for item, kept in zip(batch.items, batch.packed.kept, strict=True):
+    for (item,), kept in zip(batch.items, batch.packed.kept, strict=True):
         kept = kept[kept >= 0]
-        frames = features.clip(item)
+        distinct, frames = features.clip(item)
         if len(kept) == len(frames) * FRAME_TOKENS:
-            result.append(pool_frames(projector(frames.to(device))))
+            pooled = pool_frames(projector(distinct.to(device))).view(len(distinct), FRAME_TOKENS, -1)
+            result.append(pooled[frames.to(device)].flatten(0, 1))
             continue
-        frame, cell = kept // FRAME_TOKENS, kept % FRAME_TOKENS
+        frame, cell = frames[kept // FRAME_TOKENS], kept % FRAME_TOKENS
         row, column = cell // (GRID // POOL) * FRAME_POOL, cell % (GRID // POOL) * FRAME_POOL
-        four = [frames[frame, (row + dy) * GRID + column + dx] for dy in range(FRAME_POOL) for dx in range(FRAME_POOL)]
+        four = [
+            distinct[frame, (row + dy) * GRID + column + dx] for dy in range(FRAME_POOL) for dx in range(FRAME_POOL)
+        ]
         result.append(projector(torch.stack(four).to(device)).mean(0))
     return result
 
@@ -226,14 +127,24 @@ def previous_frame_loss(logits: Tensor, packed: Packed) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def event_loss(readout: nn.Module, hidden: Tensor, packed: Packed, labels: Tensor) -> Tensor:
+    """Cross-entropy of what the clip tokens tell; those where something happens weigh as much as all others."""
+    losses = []
+    for row, at, label in zip(hidden, packed.visual_at.tolist(), labels, strict=True):
+        label = label[label >= 0]
+        loss = F.cross_entropy(readout(row[at : at + len(label)].float()).float(), label, reduction="none")
+        losses.append(mean_where(loss, label > 0) + mean_where(loss, label == 0))
+    return torch.stack(losses).mean()
+
+
 def run_decoder(
-    model: LlavaForConditionalGeneration, embeds: Tensor, packed: Packed, clip: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits at the targets (S, vocab), attention loss, previous-frame loss), layer by layer."""
+    model: LlavaForConditionalGeneration, embeds: Tensor, packed: Packed, clip: bool, readouts: Readouts | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logits at the targets (S, vocab), attention loss, previous-frame loss, event loss), layer by layer."""
     decoder = model.model.language_model
     rotary = decoder.rotary_emb(embeds, packed.positions)
     mask = torch.zeros_like(packed.mask, dtype=embeds.dtype).masked_fill(~packed.mask, -math.inf)
-    hidden, look_loss, previous_loss = embeds, embeds.new_zeros(()).float(), embeds.new_zeros(()).float()
+    hidden, (look_loss, previous_loss, told_loss) = embeds, embeds.new_zeros(3).float()
     for i, layer in enumerate(decoder.layers):
         hidden, logits = run_layer(layer, hidden, rotary, mask)
         for slot, (at, head) in enumerate(HEADS):
@@ -241,37 +152,49 @@ def run_decoder(
                 look_loss = look_loss + attention_loss(logits[:, head], packed, slot)
         if clip and i == PREVIOUS_HEAD[0]:
             previous_loss = previous_frame_loss(logits[:, PREVIOUS_HEAD[1]], packed)
+        if clip and readouts and i == KIND_LAYER:
+            told_loss = told_loss + event_loss(readouts.kind, hidden, packed, packed.event_kind)
+        if clip and readouts and i == ORDER_LAYER:
+            told_loss = told_loss + event_loss(readouts.order, hidden, packed, packed.event_order)
     states = decoder.norm(hidden)[packed.target_row, packed.target_place]
-    return model.lm_head(states), look_loss / max(1, len(packed.look_slot)), previous_loss
+    return model.lm_head(states), look_loss / max(1, len(packed.look_slot)), previous_loss, told_loss
 
 
 def to_device(packed: Packed, device: str) -> Packed:
     return Packed(**{f.name: getattr(packed, f.name).to(device) for f in fields(Packed)})
 
 
-def exact(logits: Tensor, packed: Packed, questions: list[Question]) -> list[tuple[str, bool]]:
-    """(kind, whether every token of the answer is the most likely one) of the questions that the batch asks."""
-    right = torch.ones(len(questions), dtype=torch.bool)
-    wrong = logits.argmax(-1).cpu() != packed.target_token.cpu()
-    target_question = packed.target_question.cpu()
-    right[target_question[wrong]] = False
-    asked = set(target_question.tolist())
-    return [(q.kind, bool(right[i])) for i, q in enumerate(questions) if i in asked]
+def exact(logits: Tensor, batch: Batch) -> list[tuple[str, bool]]:
+    """(kind, whether every token of the answer is the most likely one) of the questions that the batch asks.
+
+    The first word of a caption picks one of several styles and does not count.
+    """
+    packed, right = batch.packed, torch.ones(len(batch.questions), dtype=torch.bool)
+    wrong = logits.argmax(-1).cpu() != packed.target_token
+    asked = packed.target_question
+    begins = torch.cat([torch.ones(1, dtype=torch.bool), asked[1:] != asked[:-1]])
+    styled = torch.tensor([q.kind == "caption" for q in batch.questions])
+    right[asked[wrong & ~(begins & styled[asked])]] = False
+    present = set(asked.tolist())
+    return [(batch.name(q), bool(right[i])) for i, q in enumerate(batch.questions) if i in present]
 
 
 # ── held-out check, teacher-forced ────────────────────────────────────────────────────────────────────────────────────
 
 
 class HeldOut:
-    """Features and questions of held-out scenes and clips, all visual tokens in; made once."""
+    """Features and questions of held-out scenes and clips, all visual tokens in; made once.
+
+    Asked in wordings of the training, and in those that it never uses.
+    """
 
     def __init__(
-        self, batches: Batches, tower: torch.nn.Module, device: str, *, scenes: int = 96, clips: int = 24
+        self, batches: Batches, tower: torch.nn.Module, device: str, *, scenes: int = 96, clips: int = 36
     ) -> None:
         seeds, rng = [HELD_OUT + i for i in range(max(scenes, clips))], np.random.default_rng(0)
         self.features = Features.__new__(Features)
         pictures = [np.stack([draw_scene(sample_scene(s)) for s in seeds[:scenes]])]
-        pictures += [draw_clip(sample_clip(s)) for s in seeds[:clips]]
+        pictures += [draw_clip(sample_clip(s), distinct=True) for s in seeds[:clips]]
         blocks = []
         for block in pictures:
             with torch.no_grad(), torch.autocast(device, torch.bfloat16):
@@ -281,26 +204,36 @@ class HeldOut:
                 ]
             blocks.append(torch.cat(parts).to("cpu", torch.bfloat16))
         self.features.scenes, self.features.clips = blocks[0], torch.cat(blocks[1:])
-        self.features.first_frame = [0, *np.cumsum([len(b) for b in blocks[1:]])]
-        self.batches = []
-        for start in range(0, scenes, 8):
-            self.batches.append(batches.scenes(seeds[start : min(scenes, start + 8)], rng, True, True))
-        for start in range(0, clips, 3):
-            self.batches.append(batches.clips(seeds[start : min(clips, start + 3)], rng, True, True))
-        for batch in self.batches:
-            batch.items = [s - HELD_OUT for s in batch.items]
+        self.features.index_clips(seeds[:clips])
+        self.batches: dict[str, list[Batch]] = {}
+        for name, unseen in (("held_out", False), ("unseen", True)):
+            made = [batches.scenes(seeds[i : min(scenes, i + 8)], rng, True, True, unseen) for i in range(0, scenes, 8)]
+            made += [batches.clips(seeds[i : min(clips, i + 3)], rng, True, True, unseen) for i in range(0, clips, 3)]
+            for batch in made:
+                batch.items = [(seed - HELD_OUT,) for (seed,) in batch.items]
+            self.batches[name] = made
 
     @torch.no_grad()
-    def accuracy(self, model: LlavaForConditionalGeneration, device: str) -> dict[str, float]:
-        found: dict[str, list[bool]] = {}
-        for batch in self.batches:
-            packed = to_device(batch.packed, device)
-            with torch.autocast(device, torch.bfloat16):
-                embeds = splice(model, packed, visual_tokens(model, self.features, batch, device))
-                logits, _, _ = run_decoder(model, embeds, packed, batch.clip)
-            for kind, right in exact(logits, packed, batch.questions):
-                found.setdefault(f"clip {kind}" if batch.clip else kind, []).append(right)
-        return {kind: round(float(np.mean(rights)), 3) for kind, rights in sorted(found.items())}
+    def accuracy(self, model: LlavaForConditionalGeneration, device: str) -> dict[str, dict[str, float]]:
+        result = {}
+        for name, batches in self.batches.items():
+            found: dict[str, list[bool]] = {}
+            for batch in batches:
+                packed = to_device(batch.packed, device)
+                with torch.autocast(device, torch.bfloat16):
+                    embeds = splice(model, packed, visual_tokens(model, self.features, batch, device))
+                    logits, *_ = run_decoder(model, embeds, packed, batch.clip)
+                for kind, right in exact(logits, batch):
+                    found.setdefault(kind, []).append(right)
+            result[name] = {kind: round(float(np.mean(rights)), 3) for kind, rights in sorted(found.items())}
+        return result
+
+
+@torch.no_grad()
+def center_inputs(linear: nn.Linear, info: dict) -> None:
+    """Let an untrained layer start as if its inputs had mean 0 and about unit size."""
+    linear.weight.div_(info["scale"])
+    linear.bias.sub_(linear.weight @ torch.tensor(info["mean"], device=linear.weight.device))
 
 
 # ── run ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -313,6 +246,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--init", type=Path, help="exported folder with this tokenizer whose decoder to start from")
     parser.add_argument("--resume", action="store_true", help="continue RUN/lm.pt; --steps may be larger than before")
     parser.add_argument("--eval-every", type=int, default=250)
     parser.add_argument("--attention-weight", type=float, default=ATTENTION_WEIGHT, help="0: train without that loss")
@@ -324,13 +258,18 @@ def main() -> None:
     features = Features(args.run)
     model = build_model(build_config()).to(args.device)
     model.model.vision_tower.load_state_dict(torch.load(args.run / "vit.pt", map_location=args.device)["tower"])
-    with torch.no_grad():  # the projector wants inputs of about unit size
-        model.model.multi_modal_projector.linear_1.weight.div_(features.info["scale"])
+    if not args.init:
+        center_inputs(model.model.multi_modal_projector.linear_1, features.info)
+    if args.init:
+        start = LlavaForConditionalGeneration.from_pretrained(args.init).float()
+        for name in ("language_model", "multi_modal_projector"):
+            getattr(model.model, name).load_state_dict(getattr(start.model, name).state_dict())
     decoder, projector = model.model.language_model, model.model.multi_modal_projector
+    readouts = Readouts(decoder.config.hidden_size).to(args.device)
     matrices, others = split_matrices(decoder, decoder.layers)
     optimisers = Optimisers(
         matrices,
-        others + list(projector.parameters()),
+        [*others, *projector.parameters(), *readouts.parameters()],
         muon_lr=MUON_LR,
         adam_lr=ADAM_LR,
         num_steps=args.steps,
@@ -341,6 +280,7 @@ def main() -> None:
     if args.resume:
         state = torch.load(args.run / "lm.pt", map_location=args.device)
         model.load_state_dict(state["model"])
+        readouts.load_state_dict(state["readouts"])
         optimisers.load_state_dict(state["optimisers"])
         mix.copy_(state["mix"])
         first = state["step"]
@@ -355,17 +295,19 @@ def main() -> None:
         packed = to_device(batch.packed, args.device)
         with torch.autocast(args.device, torch.bfloat16):
             embeds = splice(model, packed, visual_tokens(model, features, batch, args.device))
-            logits, look_loss, previous_loss = run_decoder(model, embeds, packed, batch.clip)
+            logits, look_loss, previous_loss, told_loss = run_decoder(model, embeds, packed, batch.clip, readouts)
         losses = F.cross_entropy(logits.float(), packed.target_token, reduction="none")
         answer_loss = mean_where(losses, packed.target_weight)
-        (answer_loss + args.attention_weight * (look_loss + PREVIOUS_WEIGHT * previous_loss)).backward()
+        attention = args.attention_weight * (look_loss + PREVIOUS_WEIGHT * previous_loss)
+        (answer_loss + attention + EVENT_WEIGHT * told_loss).backward()
         optimisers.step(step)
-        for kind, right in exact(logits, packed, batch.questions):
-            recent.setdefault(f"clip {kind}" if batch.clip else kind, []).append(right)
+        for kind, right in exact(logits, batch):
+            recent.setdefault(kind, []).append(right)
         if step % 20 == 0:
             look = round(look_loss.item(), 3)
             bar.set_postfix_str(f"answer {answer_loss.item():.3f} look {look:.3f}", refresh=False)
             record = {"answer_loss": round(answer_loss.item(), 4), "look_loss": look, "clip": batch.clip}
+            record |= {"previous_loss": round(previous_loss.item(), 3), "event_loss": round(told_loss.item(), 3)}
             append_record(args.run / "lm.jsonl", step=step, **record)
         last = step + 1 == (args.stop_at or args.steps)
         if (step + 1) % MIX_EVERY == 0:
@@ -376,11 +318,12 @@ def main() -> None:
             recent = {}
         if (step + 1) % args.eval_every == 0 or last:
             scores = held_out.accuracy(model, args.device)
-            append_record(args.run / "lm.jsonl", step=step + 1, held_out=scores)
-            tqdm.write(f"step {step + 1} held out {scores}")
+            append_record(args.run / "lm.jsonl", step=step + 1, **scores)
+            tqdm.write(f"step {step + 1} {scores}")
             save_checkpoint(
                 args.run / "lm.pt",
                 model=model.state_dict(),
+                readouts=readouts.state_dict(),
                 optimisers=optimisers.state_dict(),
                 mix=mix.clone(),
                 step=step + 1,

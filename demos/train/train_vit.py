@@ -1,11 +1,11 @@
 """Stage 1: train the tower alone, to say in every patch what is there and where it is.
 
-Fresh pictures for every step: crowded ones (many texts and things) and scenes. Per-patch labels: shape, color, size,
-the cell of the thing's centre, characters, row and column; from [CLS]: which colored shapes and characters are
-present. For the first part of the run only the labelled patches, their neighbours and some ground go through the
-tower.
+Fresh pictures for every step: crowded ones (many texts and things) and scenes. Per-patch labels: see data/labels.py;
+from [CLS]: which colored shapes and characters are present. For the first part of the run only the labelled patches,
+their neighbours and some ground go through the tower.
 
     python -m demos.train.train_vit --out RUN --steps 2000 [--resume] [--device cuda --batch 128]
+    python -m demos.train.train_vit --out RUN --steps 2000 --init mm/models/weights/tiny     # not from nothing
 """
 
 import argparse
@@ -18,41 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
-from demos.train.data.scenes import (
-    CHARACTERS,
-    COLORS,
-    GRID,
-    HELD_OUT,
-    SHAPES,
-    SIZES,
-    Scene,
-    draw_scene,
-    patch_labels,
-    sample_crowd,
-    sample_scene,
-    thing_patches,
-)
+from demos.train.data.labels import NUM_CLASSES, patch_labels, sample_crowd
+from demos.train.data.scenes import draw_scene, sample_scene
+from demos.train.data.things import CHARACTERS, COLORS, GRID, HELD_OUT, SHAPES, Scene
 from demos.train.model import build_config, build_model, normalise
 from demos.train.training import Optimisers, append_record, mean_where, save_checkpoint, split_matrices
 
 MUON_LR = 0.02
 ADAM_LR = 1.5e-3
-CROWD_SHARE = 0.6
+INIT_MUON_LR, INIT_WARMUP = 0.012, 150  # with --init: the read-outs are new, the tower is not
+CROWD_SHARE = 0.5
+DECAY_FROM = 0.4
 CUT_UNTIL = 0.97  # share of the steps that see KEEP of the 256 patches
 KEEP = 144
-NUM_CLASSES = {
-    "shape": 1 + len(SHAPES),
-    "color": 1 + len(COLORS),
-    "size": 1 + len(SIZES),
-    "cell": 1 + 9,
-    "char1": 1 + len(CHARACTERS),
-    "char2": 1 + len(CHARACTERS),
-    "row": GRID,
-    "column": GRID,
-}
 LOSS_WEIGHT = {"char1": 1.5, "char2": 0.3, "cell": 0.7, "row": 0.25, "column": 0.25, "size": 0.7}
+LOSS_WEIGHT |= {"last": 0.5, "level": 0.4, "extreme": 0.4}
 GROUND_WEIGHT = 0.5  # of the loss on patches with nothing in them, against that on the others
 CLS_WEIGHT = 5.0
 EVAL_SCENES = 96
@@ -76,18 +58,13 @@ class Heads(nn.Module):
 
 
 def make_batch(scenes: list[Scene]) -> Batch:
-    labels = [patch_labels(s.things, s.texts) for s in scenes]
-    for scene, label in zip(scenes, labels, strict=True):
-        label["cell"] = np.zeros(GRID * GRID, dtype=np.int64)
-        for thing in scene.things:
-            label["cell"][thing_patches(thing)] = 1 + thing.row * 3 + thing.column
-        label["row"], label["column"] = np.divmod(np.arange(GRID * GRID), GRID)
+    labels = [patch_labels(s) for s in scenes]
     present = torch.zeros(len(scenes), len(SHAPES) * len(COLORS) + len(CHARACTERS))
     colors = list(COLORS)
     for i, scene in enumerate(scenes):
         for thing in scene.things:
             present[i, SHAPES.index(thing.shape) * len(COLORS) + colors.index(thing.color)] = 1
-        for character in "".join(t.string for t in scene.texts):
+        for character in "".join(t.string for t in scene.all_texts):
             present[i, len(SHAPES) * len(COLORS) + CHARACTERS.index(character)] = 1
     stacked = {name: torch.from_numpy(np.stack([x[name] for x in labels])) for name in NUM_CLASSES}
     return Batch(np.stack([draw_scene(s) for s in scenes]), stacked, present)
@@ -181,17 +158,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
+    parser.add_argument("--init", type=Path, help="exported folder whose tower to start from, instead of from nothing")
     parser.add_argument("--resume", action="store_true", help="continue OUT/vit.pt; --steps may be larger than before")
     parser.add_argument("--eval-every", type=int, default=250)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    tower = build_model(build_config()).model.vision_tower.to(args.device)
+    start = LlavaForConditionalGeneration.from_pretrained(args.init) if args.init else build_model(build_config())
+    tower = start.model.vision_tower.float().to(args.device)
     heads = Heads(tower.config.hidden_size).to(args.device)
     matrices, others = split_matrices(tower, tower.encoder.layers)
     optimisers = Optimisers(
-        matrices, others + list(heads.parameters()), muon_lr=MUON_LR, adam_lr=ADAM_LR, num_steps=args.steps
+        matrices,
+        others + list(heads.parameters()),
+        muon_lr=INIT_MUON_LR if args.init else MUON_LR,
+        adam_lr=ADAM_LR,
+        num_steps=args.steps,
+        warmup_steps=INIT_WARMUP if args.init else 50,
+        decay_from=DECAY_FROM,
     )
     first = 0
     if args.resume:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from demos.train.data.questions import answer_words
-from demos.train.data.scenes import CHARACTERS
+from demos.train.data.things import CHARACTERS
 from demos.train.evaluate import answer, scene_items
 
 FOLDER = Path(__file__).parents[2] / "mm" / "models" / "weights" / "tiny"

@@ -1,163 +1,96 @@
-"""Still scenes: a seed gives a scene, a scene gives a picture and the labels of its patches.
+"""Still scenes: a seed gives a scene, and a scene gives a picture.
 
-A scene is plain data (what is where); drawing and questions only read it, so picture, answer and labels cannot
-disagree. Objects sit in different cells of a 3x3 grid, off its centre by a jitter, which makes "where" and the reading
-order of a caption unambiguous. Seeds below HELD_OUT are for training, the others for evaluation.
+A scene is plain data (what is where, see things.py); drawing and questions only read it, so picture, answer and labels
+cannot disagree. Objects sit in different cells of a 3x3 grid, off its centre by a jitter, which makes "where" and the
+reading order of a caption unambiguous. Most scenes hold objects and texts; some a chart, a display, one big object or
+only words. Seeds below HELD_OUT are for training, the others for evaluation.
 
 Knows nothing of models or tokenizers. Look at some:  python -m demos.train.data.scenes --seed 3 --out /tmp/scenes.png
 """
 
 import argparse
 import math
-from dataclasses import dataclass
-from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image
 
-SIDE_PX = 224
-PATCH_PX = 14
-GRID = SIDE_PX // PATCH_PX  # 16 patches per side
-CELL_PX = SIDE_PX / 3
-HELD_OUT = 1_000_000_000  # first seed of the held-out range
-
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
-COLORS = {
-    "red": (214, 30, 36),
-    "orange": (245, 134, 20),
-    "yellow": (247, 222, 36),
-    "green": (28, 150, 56),
-    "blue": (32, 76, 216),
-    "purple": (128, 36, 168),
-    "pink": (250, 132, 186),
-    "black": (18, 18, 22),
-    "white": (250, 250, 250),
-}
-SIZES = {"small": (11, 15), "large": (22, 28)}  # radius in px, inclusive
-ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "center", "right")
-CHARACTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # no 0/O, 1/I
-FONTS = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSans-Oblique",
-    "DejaVuSansMono",
-    "DejaVuSansMono-Bold",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSerif-Italic",
+from demos.train.data.drawing import RGB, draw_chart, draw_ground, finish, paste_thing, write_text
+from demos.train.data.things import (
+    CELL_PX,
+    COLORS,
+    FONTS,
+    HELD_OUT,
+    SEGMENTS,
+    SHAPES,
+    SIDE_PX,
+    SIZES,
+    WORDS,
+    Bar,
+    Chart,
+    Scene,
+    Text,
+    Thing,
+    cell_name,
+    jitter,
+    sample_number,
+    sample_string,
 )
-FONT_PX = (24, 32)
+
+__all__ = ["HELD_OUT", "Scene", "cell_name", "draw_scene", "sample_scene"]
+
+LAYOUTS = {"objects": 0.62, "chart": 0.14, "display": 0.11, "single": 0.06, "page": 0.07}
+TEXT_COUNTS = (0.30, 0.38, 0.22, 0.10)  # of 0-3 texts among objects
+WORD_SHARE, NUMBER_SHARE = 0.35, 0.07
+PLAIN_SHARE = 0.25
+FONT_PX, TITLE_PX = (24, 32), (33, 50)
 TEXT_LENGTH = (3, 6)
 JITTER_PX = 16
 OUTLINE_SHARE = 0.3
-CLUTTER_SHARE = 0.5
-MIN_CONTRAST = 95.0  # RGB distance between the background's colours and every object's colour
-
-
-@dataclass(frozen=True)
-class Thing:
-    """One drawn object. x, y: centre in px; angle in degrees; rgb: its colour with jitter."""
-
-    shape: str
-    color: str
-    size: str
-    x: float
-    y: float
-    radius: float
-    angle: float
-    rgb: tuple[int, int, int]
-    outline: bool
-
-    @property
-    def row(self) -> int:
-        return min(2, int(self.y / CELL_PX))
-
-    @property
-    def column(self) -> int:
-        return min(2, int(self.x / CELL_PX))
-
-    @property
-    def name(self) -> str:
-        return f"{self.color} {self.shape}"
-
-
-@dataclass(frozen=True)
-class Text:
-    """One line of characters. x, y: left edge and vertical middle in px."""
-
-    string: str
-    color: str
-    font: str
-    font_px: int
-    x: float
-    y: float
-    rgb: tuple[int, int, int]
-
-    @property
-    def centers(self) -> list[tuple[float, float]]:
-        """Centre (x, y) in px of each character."""
-        x, centers = self.x, []
-        for character in self.string:
-            advance = load_font(self.font, self.font_px).getlength(character)
-            centers.append((x + advance / 2, self.y))
-            x += advance
-        return centers
-
-    @property
-    def width(self) -> float:
-        return sum(load_font(self.font, self.font_px).getlength(c) for c in self.string)
-
-    @property
-    def row(self) -> int:
-        return min(2, int(self.y / CELL_PX))
-
-    @property
-    def column(self) -> int:
-        return min(2, int((self.x + self.width / 2) / CELL_PX))
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Things in reading order (cell row, then cell column), texts from top to bottom."""
-
-    seed: int
-    things: tuple[Thing, ...]
-    texts: tuple[Text, ...]
-
-
-def cell_name(row: int, column: int) -> str:
-    """("top", "left") → "top left"; the middle cell is just "center"."""
-    return "center" if (row, column) == (1, 1) else f"{ROWS[row]} {COLUMNS[column]}"
-
-
-@cache
-def load_font(name: str, size_px: int) -> ImageFont.FreeTypeFont:
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # fonts that ship with a Python package, on any machine
-    return ImageFont.truetype(str(folder / f"{name}.ttf"), size_px)
+CHART_VALUES = {9: 1, 20: 2, 60: 4, 99: 7}  # highest value → least difference of two bars
+DISPLAY_COLORS = ("red", "green", "orange", "yellow", "blue", "white")
 
 
 # ── sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def sample_scene(seed: int, *, num_things: int | None = None, num_texts: int | None = None) -> Scene:
-    """The scene of a seed. Counts left open are drawn: 1-6 things, 0-2 texts (.35, .55, .10)."""
+    """The scene of a seed. Counts left open are drawn: 1-6 things, 0-3 texts. With a count given: objects and texts.
+
+    Texts come first, so that things get the cells they leave free: there may be fewer things than asked for.
+    """
     rng = np.random.default_rng([1, seed])
-    num_things = int(rng.integers(1, 7)) if num_things is None else num_things
-    num_texts = int(rng.choice(3, p=(0.35, 0.55, 0.10))) if num_texts is None else num_texts
-    texts = sample_texts(rng, num_texts)
+    layout = str(rng.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
+    plain = bool(rng.random() < (PLAIN_SHARE if layout == "objects" else 0.5))
+    if num_things is not None or num_texts is not None:
+        layout = "objects"
+    if layout == "single":
+        return Scene(seed, (sample_big(rng),), (), plain=plain)
+    rows = [int(row) for row in rng.permutation(3)]
+    chart, display = None, None
+    if layout == "chart":
+        chart, rows = sample_chart(rng)
+    elif layout == "display":
+        display = sample_display(rng, rows.pop())
+    if num_texts is None:
+        shares = TEXT_COUNTS if layout == "objects" else (0.0, 0.4, 0.4, 0.2) if layout == "page" else (0.6, 0.4)
+        num_texts = int(rng.choice(len(shares), p=shares))
+    if num_things is None:
+        num_things = 0 if layout == "page" else int(rng.integers(1, 7))
+    texts = sample_texts(rng, rows[:num_texts], titles=layout == "page")
     taken = {(t.row, column) for t in texts for column in range(3) if overlaps_column(t, column)}
-    free = [(row, column) for row in range(3) for column in range(3) if (row, column) not in taken]
+    free = [(row, column) for row in rows for column in range(3) if (row, column) not in taken]
     cells = [free[i] for i in rng.permutation(len(free))[:num_things]]
     things: list[Thing] = []
     for row, column in sorted(cells):
-        things.append(sample_thing(rng, row, column, things))
-    return Scene(seed, tuple(things), tuple(sorted(texts, key=lambda t: t.y)))
+        things.append(sample_thing(rng, row, column, things, centered=plain and bool(seed % 2)))
+    return Scene(seed, tuple(things), tuple(sorted(texts, key=lambda t: t.y)), chart, display, plain)
 
 
-def sample_thing(rng: np.random.Generator, row: int, column: int, others: list[Thing]) -> Thing:
+def sample_thing(
+    rng: np.random.Generator, row: int, column: int, others: list[Thing], *, centered: bool = False
+) -> Thing:
     """A thing in a cell that overlaps no other and shares neither all of (shape, color) with one."""
     names = {t.name for t in others}
     while True:
@@ -168,34 +101,64 @@ def sample_thing(rng: np.random.Generator, row: int, column: int, others: list[T
         if f"{color} {shape}" not in names:
             break
     size = str(rng.choice(list(SIZES)))
-    radius = float(rng.integers(SIZES[size][0], SIZES[size][1] + 1))
+    radius = float(rng.integers(SIZES[size][0], SIZES[size][1] + (6 if size == "large" else 1)))
+    spread = 1.0 if centered else JITTER_PX
     while True:
-        x, y = ((c + 0.5) * CELL_PX + rng.uniform(-JITTER_PX, JITTER_PX) for c in (column, row))
+        x, y = ((c + 0.5) * CELL_PX + rng.uniform(-spread, spread) for c in (column, row))
         if all(math.hypot(x - o.x, y - o.y) > radius + o.radius + 2 for o in others):
             break
         radius = max(SIZES[size][0], radius - 0.5)
-    angle = float(rng.uniform(-12, 12))
-    return Thing(shape, color, size, x, y, radius, angle, jitter(rng, color), bool(rng.random() < OUTLINE_SHARE))
+    return dress(
+        rng, Thing(shape, color, size, x, y, radius, 0, jitter(rng, color), bool(rng.random() < OUTLINE_SHARE))
+    )
 
 
-def sample_texts(rng: np.random.Generator, count: int) -> list[Text]:
-    """Texts of different colours in different rows of the grid."""
-    rows, colors = rng.permutation(3), rng.permutation(list(COLORS))
+def dress(rng: np.random.Generator, thing: Thing) -> Thing:
+    """The thing turned a little, perhaps stretched, in one of its variants."""
+    wide = thing.shape in ("star", "heart", "triangle", "cross") and rng.random() < 0.2
+    angle = float(rng.uniform(-28, 28) if wide else rng.uniform(-12, 12) if rng.random() < 0.7 else 0)
+    stretch = float(rng.uniform(0.86, 1.16)) if rng.random() < 0.35 else 1.0
+    style = int(rng.choice(3, p=(0.5, 0.25, 0.25)))
+    return Thing(**{**thing.__dict__, "angle": angle, "stretch": stretch, "style": style})
+
+
+def sample_big(rng: np.random.Generator) -> Thing:
+    """One thing that fills much of the picture."""
+    shape, color = str(rng.choice(SHAPES)), str(rng.choice(list(COLORS)))
+    row, column = (1, 1) if rng.random() < 0.7 else (int(v) for v in rng.integers(0, 3, size=2))
+    x, y = ((c + 0.5) * CELL_PX + rng.uniform(-6, 6) for c in (column, row))
+    radius = float(rng.uniform(26, min(90, x - 4, y - 4, SIDE_PX - x - 4, SIDE_PX - y - 4)))
+    return dress(rng, Thing(shape, color, "large", x, y, radius, 0, jitter(rng, color), bool(rng.random() < 0.3)))
+
+
+def sample_texts(rng: np.random.Generator, rows: list[int], *, titles: bool = False) -> list[Text]:
+    """Texts of different colours, one in each of the rows of the grid."""
+    colors = [str(c) for c in rng.permutation(list(COLORS))]
     texts = []
-    for i in range(count):
-        string = sample_string(rng, int(rng.integers(TEXT_LENGTH[0], TEXT_LENGTH[1] + 1)))
-        color, font = str(colors[i]), str(rng.choice(FONTS))
-        font_px = int(rng.integers(FONT_PX[0], FONT_PX[1] + 1))
-        text = Text(
-            string, color, font, font_px, 0, (rows[i] + 0.5) * CELL_PX + rng.uniform(-14, 14), jitter(rng, color)
-        )
+    for row, color in zip(rows, colors, strict=False):
+        if titles and rng.random() < 0.6:
+            color = "black" if "black" not in {t.color for t in texts} else color
+        string, font = sample_writing(rng), str(rng.choice(FONTS))
+        sizes = TITLE_PX if rng.random() < (0.6 if titles else 0.1) else FONT_PX
+        font_px = int(rng.integers(sizes[0], sizes[1] + 1))
+        text = Text(string, color, font, font_px, 0, 0, jitter(rng, color))
+        while text.width > SIDE_PX - 16:
+            text = Text(string, color, font, text.font_px - 2, 0, 0, text.rgb)
+        y = (row + 0.5) * CELL_PX + rng.uniform(-12, 12)
         x = rng.uniform(6, SIDE_PX - 6 - text.width)
-        texts.append(Text(string, color, font, font_px, x, text.y, text.rgb))
+        if titles and rng.random() < 0.5:
+            x = (SIDE_PX - text.width) / 2
+        texts.append(Text(string, color, font, text.font_px, x, y, text.rgb))
     return texts
 
 
-def sample_string(rng: np.random.Generator, length: int) -> str:
-    return "".join(rng.choice(list(CHARACTERS), size=length))
+def sample_writing(rng: np.random.Generator) -> str:
+    kind = rng.random()
+    if kind < WORD_SHARE:
+        return str(rng.choice(WORDS))
+    if kind < WORD_SHARE + NUMBER_SHARE:
+        return sample_number(rng, int(rng.integers(2, 5)))
+    return sample_string(rng, int(rng.integers(TEXT_LENGTH[0], TEXT_LENGTH[1] + 1)))
 
 
 def overlaps_column(text: Text, column: int) -> bool:
@@ -204,9 +167,58 @@ def overlaps_column(text: Text, column: int) -> bool:
     return text.x < right and text.x + text.width > left
 
 
-def jitter(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
-    values = np.clip(np.array(COLORS[color]) + rng.integers(-10, 11, size=3), 0, 255)
-    return (int(values[0]), int(values[1]), int(values[2]))
+def sample_display(rng: np.random.Generator, row: int) -> Text:
+    """A number of 1-4 digits in a box, in seven segments or a bold font, somewhere in a row of the grid."""
+    string = sample_number(rng, int(rng.integers(1, 5)))
+    color, font_px = str(rng.choice(DISPLAY_COLORS)), int(rng.integers(32, 47))
+    shade = int(rng.integers(5, 50))
+    panel = (shade, shade, shade + int(rng.integers(0, 12)))
+    if rng.random() < 0.2:  # a display of the plain kind
+        color, panel = "black", (190 + shade, 205 + shade, 190 + shade)
+    font = SEGMENTS if rng.random() < 0.65 else ("DejaVuSansMono-Bold", "DejaVuSans-Bold")[int(rng.integers(2))]
+    blank = Text(string, color, font, font_px, 0, 0, jitter(rng, color, 6), panel)
+    x = rng.uniform(12, SIDE_PX - 12 - blank.width)
+    return Text(string, color, font, font_px, x, (row + 0.5) * CELL_PX + rng.uniform(-4, 4), blank.rgb, panel)
+
+
+def sample_chart(rng: np.random.Generator) -> tuple[Chart, list[int]]:
+    """A chart of 2-5 bars, and the rows of the grid that it leaves free."""
+    top_row, bottom_row = ((0, 2), (0, 1), (1, 2))[int(rng.choice(3, p=(0.3, 0.35, 0.35)))]
+    count, labelled = int(rng.integers(2, 6)), bool(rng.random() < 0.6)
+    ceiling = top_row * CELL_PX + rng.uniform(6, 12) + 22
+    floor = (bottom_row + 1) * CELL_PX - rng.uniform(5, 10) - (24 if labelled else 0)
+    left, right = rng.uniform(12, 30), SIDE_PX - rng.uniform(8, 30)
+    slot = (right - left) / count
+    width = min(slot * rng.uniform(0.5, 0.8), 44)
+    values = sample_values(rng, count)
+    ink = (250, 250, 250) if rng.random() < 0.2 else (20, 20, 24)
+    ink_color = "white" if ink[0] > 128 else "black"
+    colors = [str(c) for c in rng.permutation([c for c in COLORS if c != ink_color])[:count]]
+    font, font_px = str(rng.choice(FONTS[:7:2])), int(rng.integers(18, 23))
+    bars = []
+    for i, (value, color) in enumerate(zip(values, colors, strict=True)):
+        middle = left + (i + 0.5) * slot
+        top = floor - (floor - ceiling) * value / max(values)
+        number = centred(str(value), ink_color, font, font_px, middle, top - font_px * 0.55, ink)
+        letter = None
+        if labelled:
+            letter = centred("ABCDE"[i], ink_color, font, font_px, middle, floor + 13, ink)
+        bars.append(
+            Bar(color, jitter(rng, color), value, middle - width / 2, top, middle + width / 2, floor, number, letter)
+        )
+    return Chart(tuple(bars), ink), [row for row in range(3) if not top_row <= row <= bottom_row]
+
+
+def sample_values(rng: np.random.Generator, count: int) -> list[int]:
+    highest, gap = list(CHART_VALUES.items())[int(rng.integers(len(CHART_VALUES)))]
+    while True:
+        values = sorted(int(v) for v in rng.integers(max(1, highest // 10), highest + 1, size=count))
+        if all(b - a >= gap for a, b in pairwise(values)):
+            return [values[i] for i in rng.permutation(count)]
+
+
+def centred(string: str, color: str, font: str, font_px: int, x: float, y: float, rgb: RGB) -> Text:
+    return Text(string, color, font, font_px, x - Text(string, color, font, font_px, 0, 0, rgb).width / 2, y, rgb)
 
 
 # ── drawing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -215,242 +227,31 @@ def jitter(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
 def draw_scene(scene: Scene) -> np.ndarray:
     """The picture, uint8 (224, 224, 3)."""
     rng = np.random.default_rng([2, scene.seed])
-    image = draw_background(rng, {t.color for t in (*scene.things, *scene.texts)})
+    in_use = [item.rgb for item in (*scene.things, *scene.texts)]
+    if scene.chart:
+        in_use += [scene.chart.ink, *(bar.rgb for bar in scene.chart.bars)]
+    if scene.display and scene.display.panel:
+        in_use.append(scene.display.panel)
+    image = draw_ground(rng, in_use, plain=scene.plain)
+    if scene.chart:
+        draw_chart(image, scene.chart)
     for thing in scene.things:
         paste_thing(image, thing)
-    for text in scene.texts:
+    for text in (*scene.texts, *((scene.display,) if scene.display else ())):
         write_text(image, text)
-    return add_grain(rng, image)
-
-
-def draw_background(rng: np.random.Generator, avoid: set[str]) -> Image.Image:
-    """A flat, graded, cloudy, striped or checked ground in two close colours that contrast with those in use."""
-    far_from = np.array([COLORS[c] for c in sorted(avoid)] or [(-999, -999, -999)])
-    contrast = MIN_CONTRAST
-    while True:
-        base = rng.integers(20, 250, size=3).astype(float)
-        if rng.random() < 0.6:  # grounds are mostly dull
-            base = base.mean() + (base - base.mean()) * 0.35
-        other = np.clip(base + rng.uniform(-30, 30, size=3), 0, 255)
-        if min(np.linalg.norm(far_from - c, axis=1).min() for c in (base, other)) > contrast:
-            break
-        contrast -= 0.3
-    ramp = {0: flat, 1: graded, 2: cloudy, 3: striped, 4: checked}[int(rng.integers(5))](rng)  # (224, 224) in 0..1
-    image = Image.fromarray((base + (other - base) * ramp[..., None]).astype(np.uint8))
-    if rng.random() < CLUTTER_SHARE:
-        draw_clutter(rng, image, other)
-    return image
-
-
-def flat(rng: np.random.Generator) -> np.ndarray:
-    return np.zeros((SIDE_PX, SIDE_PX))
-
-
-def graded(rng: np.random.Generator) -> np.ndarray:
-    angle, axis = rng.uniform(0, 2 * math.pi), np.linspace(-0.5, 0.5, SIDE_PX)
-    return np.clip(0.5 + 0.8 * (math.cos(angle) * axis[None] + math.sin(angle) * axis[:, None]), 0, 1)
-
-
-def cloudy(rng: np.random.Generator) -> np.ndarray:
-    size = int(rng.integers(4, 12))
-    noise = Image.fromarray((rng.random((size, size)) * 255).astype(np.uint8))
-    return np.asarray(noise.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)) / 255
-
-
-def striped(rng: np.random.Generator) -> np.ndarray:
-    period, axis = rng.integers(8, 40), np.arange(SIDE_PX)
-    mix = [(1, 0), (0, 1), (1, 1)][int(rng.integers(3))]
-    return ((mix[0] * axis[None] + mix[1] * axis[:, None]) // period % 2).astype(float) * np.ones((SIDE_PX, SIDE_PX))
-
-
-def checked(rng: np.random.Generator) -> np.ndarray:
-    tiles = np.arange(SIDE_PX) // rng.integers(10, 40)
-    return ((tiles[None] + tiles[:, None]) % 2).astype(float)
-
-
-def draw_clutter(rng: np.random.Generator, image: Image.Image, base: np.ndarray) -> None:
-    """Thin lines, dots and squiggles near the ground's colour: things to be ignored."""
-    draw = ImageDraw.Draw(image)
-    for _ in range(int(rng.integers(4, 22))):
-        color = tuple(int(v) for v in np.clip(base + rng.uniform(-38, 38, size=3), 0, 255))
-        x, y = rng.uniform(0, SIDE_PX, size=2)
-        kind = rng.integers(3)
-        if kind == 0:
-            angle, length = rng.uniform(0, 2 * math.pi), rng.uniform(8, 60)
-            end = (x + length * math.cos(angle), y + length * math.sin(angle))
-            draw.line((x, y, *end), fill=color, width=int(rng.integers(1, 3)))
-        elif kind == 1:
-            radius = rng.uniform(1, 4)
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
-        else:
-            start = rng.uniform(0, 300)
-            draw.arc(
-                (x, y, x + rng.uniform(6, 30), y + rng.uniform(6, 30)), start, start + rng.uniform(60, 300), fill=color
-            )
-
-
-def paste_thing(image: Image.Image, thing: Thing) -> None:
-    mask, corner = thing_mask(thing)
-    if thing.outline:  # a darker rim, drawn as a slightly larger silhouette
-        rim, rim_corner = thing_mask(Thing(**{**thing.__dict__, "radius": thing.radius + 2}))
-        image.paste(tuple(int(v * 0.45) for v in thing.rgb), rim_corner, rim)
-    image.paste(thing.rgb, corner, mask)
-
-
-def thing_mask(thing: Thing) -> tuple[Image.Image, tuple[int, int]]:
-    """Antialiased silhouette and its top-left corner in the picture."""
-    scale, half = 3, math.ceil(thing.radius) + 2
-    left, top = math.floor(thing.x) - half, math.floor(thing.y) - half
-    side = 2 * half + 1
-    center = np.array([thing.x - left, thing.y - top])
-    large = Image.new("L", (side * scale, side * scale), 0)
-    draw = ImageDraw.Draw(large)
-    for outline, fill in outlines(thing.shape):
-        angle = math.radians(thing.angle)
-        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        points = (center + thing.radius * outline @ turn.T) * scale
-        draw.polygon([(float(x), float(y)) for x, y in points], fill=fill)
-    return large.resize((side, side), Image.Resampling.BOX), (left, top)
-
-
-@cache
-def outlines(shape: str) -> tuple[tuple[np.ndarray, int], ...]:
-    """Polygons (P, 2) inside the unit circle, y down, with their fill; a ring is a disc with a hole."""
-    turn = np.linspace(0, 2 * math.pi, 40, endpoint=False)
-    disc = np.stack([np.cos(turn), np.sin(turn)], axis=1)
-    if shape == "circle":
-        return ((disc * 0.95, 255),)
-    if shape == "ring":
-        return ((disc, 255), (disc * 0.55, 0))
-    if shape == "square":
-        return ((np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.8, 255),)
-    if shape == "diamond":
-        return ((np.array([(0, -1), (0.72, 0), (0, 1), (-0.72, 0)]), 255),)
-    if shape == "triangle":
-        return ((np.array([(0, -0.95), (0.95, 0.75), (-0.95, 0.75)]), 255),)
-    if shape == "cross":
-        a, b = 0.95, 0.32
-        corners = [
-            (-b, -a),
-            (b, -a),
-            (b, -b),
-            (a, -b),
-            (a, b),
-            (b, b),
-            (b, a),
-            (-b, a),
-            (-b, b),
-            (-a, b),
-            (-a, -b),
-            (-b, -b),
-        ]
-        return ((np.array(corners), 255),)
-    if shape == "star":
-        angles = np.arange(10) * math.pi / 5 - math.pi / 2
-        radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
-        return ((np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1), 255),)
-    heart_x = 16 * np.sin(turn) ** 3
-    heart_y = -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn))
-    return ((np.stack([heart_x, heart_y], axis=1) / 17, 255),)
-
-
-def write_text(image: Image.Image, text: Text) -> None:
-    draw, font = ImageDraw.Draw(image), load_font(text.font, text.font_px)
-    for character, (x, y) in zip(text.string, text.centers, strict=True):
-        draw.text((x, y), character, font=font, fill=text.rgb, anchor="mm")
-
-
-def add_grain(rng: np.random.Generator, image: Image.Image) -> np.ndarray:
-    if rng.random() < 0.2:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7)))
-    pixels = np.asarray(image)
-    level = int(rng.integers(0, 9))
-    if level == 0:
-        return pixels.copy()
-    grain = rng.integers(-level, level + 1, size=(SIDE_PX, SIDE_PX, 1), dtype=np.int16)
-    return np.clip(pixels.astype(np.int16) + grain, 0, 255).astype(np.uint8)
-
-
-# ── labels ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def thing_patches(thing: Thing) -> np.ndarray:
-    """Indices (raster) of the patches that a thing covers by a quarter or more; its centre's patch at least."""
-    full = Image.new("L", (SIDE_PX, SIDE_PX), 0)
-    full.paste(*thing_mask(thing))
-    cover = np.asarray(full, dtype=np.float32).reshape(GRID, PATCH_PX, GRID, PATCH_PX).mean((1, 3)) / 255
-    found = np.flatnonzero(cover.ravel() > 0.25)
-    return found if len(found) else np.array([patch_at(thing.x, thing.y)])
-
-
-def patch_at(x: float, y: float) -> int:
-    column, row = (int(min(max(v // PATCH_PX, 0), GRID - 1)) for v in (x, y))
-    return row * GRID + column
-
-
-def patch_labels(things: tuple[Thing, ...], texts: tuple[Text, ...]) -> dict[str, np.ndarray]:
-    """Per patch, 0 for nothing else 1 + class, int64 (256,): shape, color, size, first and second character in it."""
-    labels = {name: np.zeros(GRID * GRID, dtype=np.int64) for name in ("shape", "color", "size", "char1", "char2")}
-    colors, sizes = list(COLORS), list(SIZES)
-    for thing in things:
-        patches = thing_patches(thing)
-        labels["shape"][patches] = 1 + SHAPES.index(thing.shape)
-        labels["color"][patches] = 1 + colors.index(thing.color)
-        labels["size"][patches] = 1 + sizes.index(thing.size)
-    for text in texts:
-        for character, center in zip(text.string, text.centers, strict=True):
-            patch = patch_at(*center)
-            name = "char2" if labels["char1"][patch] else "char1"
-            labels[name][patch] = 1 + CHARACTERS.index(character)
-            labels["color"][patch] = 1 + colors.index(text.color)
-    return labels
-
-
-# ── crowded pictures for the tower's own training ─────────────────────────────────────────────────────────────────────
-
-
-def sample_crowd(seed: int) -> Scene:
-    """Many texts and things wherever they fit: more labels per picture than a scene has. Not for questions."""
-    rng = np.random.default_rng([3, seed])
-    taken = np.zeros((SIDE_PX, SIDE_PX), dtype=bool)
-    things, texts = [], []
-    for _ in range(int(rng.integers(30, 60))):
-        color = str(rng.choice(list(COLORS)))
-        if rng.random() < 0.55:
-            string, font = sample_string(rng, int(rng.integers(1, 7))), str(rng.choice(FONTS))
-            text = Text(string, color, font, int(rng.integers(22, 34)), 0, 0, jitter(rng, color))
-            height = text.font_px * 0.8
-            if text.width > SIDE_PX - 4:
-                continue
-            x, y = rng.uniform(2, SIDE_PX - 2 - text.width), rng.uniform(height / 2, SIDE_PX - height / 2)
-            if claim(taken, x, y - height / 2, x + text.width, y + height / 2):
-                texts.append(Text(string, color, font, text.font_px, x, y, text.rgb))
-            continue
-        size = str(rng.choice(list(SIZES), p=(0.6, 0.4)))
-        radius = float(rng.integers(SIZES[size][0], SIZES[size][1] + 1))
-        x, y = rng.uniform(radius, SIDE_PX - radius, size=2)
-        if claim(taken, x - radius, y - radius, x + radius, y + radius):
-            shape, outline = str(rng.choice(SHAPES)), bool(rng.random() < OUTLINE_SHARE)
-            angle = float(rng.uniform(-12, 12))
-            things.append(Thing(shape, color, size, x, y, radius, angle, jitter(rng, color), outline))
-    return Scene(seed, tuple(things), tuple(texts))
-
-
-def claim(taken: np.ndarray, left: float, top: float, right: float, bottom: float) -> bool:
-    """Mark a box as taken and say True, or say False when part of it is."""
-    box = (slice(max(0, int(top)), int(bottom) + 1), slice(max(0, int(left)), int(right) + 1))
-    if taken[box].any():
-        return False
-    taken[box] = True
-    return True
+    return finish(rng, image, plain=scene.plain)
 
 
 def main() -> None:
+    from demos.train.data.labels import sample_crowd  # labels import this module
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=4, help="of scenes, then one of crowded pictures")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    rows = [[draw_scene(f(args.seed + i)) for i in range(5)] for f in (sample_scene, sample_crowd)]
+    rows = [[draw_scene(sample_scene(args.seed + 7 * r + i)) for i in range(7)] for r in range(args.rows)]
+    rows.append([draw_scene(sample_crowd(args.seed + i)) for i in range(7)])
     Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(args.out)
 
 
