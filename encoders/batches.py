@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,12 @@ from torch import Tensor
 from mm.core.errors import CapacityError
 
 log = logging.getLogger(__name__)
+
+FULL = "the device has no memory left for one picture; send fewer or smaller media, or try later"
+
+Item = TypeVar("Item")
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
 
 def in_batches(forward: Callable[[Tensor], dict[str, Tensor]], pixels: Tensor, max_batch: int) -> dict[str, Tensor]:
@@ -31,17 +39,52 @@ def in_batches(forward: Callable[[Tensor], dict[str, Tensor]], pixels: Tensor, m
             continue
         tried = min(size, len(pixels) - start)
         if tried == 1:
-            raise CapacityError(
-                "the device has no memory left for one picture; send fewer or smaller media, or try later"
-            )
+            raise CapacityError(FULL)
         size = tried // 2
         log.warning("event=encode_out_of_memory batch=%d retry_batch=%d", tried, size)
     return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]} if outputs else {}
 
 
-def _unless_out_of_memory(forward: Callable[[Tensor], dict[str, Tensor]], pixels: Tensor) -> dict[str, Tensor] | None:
+def in_groups(
+    forward: Callable[[Sequence[Item]], list[Output]], items: Sequence[Item], sizes: Sequence[int], max_size: int
+) -> list[Output]:
+    """`forward` of items of unequal size, neighbours together up to `max_size`; one result per item, in order.
+
+    A larger item goes alone. When the device runs out of memory the group is halved and tried again.
+
+    Raises:
+        CapacityError: A group of one does not fit either.
+    """
+    outputs: list[Output] = []
+    waiting = deque(_groups(sizes, max_size))
+    while waiting:
+        start, stop = waiting.popleft()
+        output = _unless_out_of_memory(forward, items[start:stop])
+        if output is not None:
+            outputs += output
+            continue
+        if stop - start == 1:
+            raise CapacityError(FULL)
+        middle = (start + stop) // 2
+        waiting.extendleft([(middle, stop), (start, middle)])
+        log.warning("event=encode_out_of_memory batch=%d retry_batch=%d", stop - start, middle - start)
+    return outputs
+
+
+def _groups(sizes: Sequence[int], max_size: int) -> Iterator[tuple[int, int]]:
+    start = total = 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > max_size:
+            yield start, i
+            start, total = i, 0
+        total += size
+    if start < len(sizes):
+        yield start, len(sizes)
+
+
+def _unless_out_of_memory(forward: Callable[[Input], Output], batch: Input) -> Output | None:
     try:
-        return forward(pixels)
+        return forward(batch)
     except torch.OutOfMemoryError:
         # The exception holds the frames, and they hold tensors: memory is given back after this clause, not inside.
         pass

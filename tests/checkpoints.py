@@ -14,6 +14,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
 )
 
 TEMPLATE = (
@@ -23,26 +31,50 @@ TEMPLATE = (
     "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_MEDIA = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: any text encodes, some characters need several tokens."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level(["<pad>", "<s>", "</s>", "<image>", "<video>"]),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+    )
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """As `tokenizer`, with Qwen's control tokens and without a token that begins every text."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *QWEN_MEDIA]),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=QWEN_MEDIA,
+    )
+
+
+def _byte_level(special: list[str]) -> Tokenizer:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=["<pad>", "<s>", "</s>", "<image>", "<video>"],
+        special_tokens=special,
         show_progress=False,
     )
     raw.train_from_iterator(["USER: what colour is the circle ASSISTANT: the circle is red and blue"] * 4, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
-    )
+    return raw
 
 
 def random_llava(
@@ -108,5 +140,87 @@ def random_llava(
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
         image_token="<image>",
+    ).save_pretrained(folder)
+    return folder
+
+
+def random_qwen2_5_vl(
+    folder: Path,
+    *,
+    model_type: str = "qwen2_5_vl",
+    width: int = 48,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    tie_word_embeddings: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write a Qwen2.5-VL or Qwen2-VL checkpoint with its processors and tokenizer to `folder`.
+
+    Real patch size, merger and windows (of 2 x 2 merged cells), few channels; pictures become 4 to 64 tokens.
+    """
+    torch.manual_seed(seed)
+    words = qwen_tokenizer()
+    config_class, model_class, processor_class, vision = {
+        "qwen2_5_vl": (
+            Qwen2_5_VLConfig,
+            Qwen2_5_VLForConditionalGeneration,
+            Qwen2_5_VLProcessor,
+            {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "out_hidden_size": width,
+                "fullatt_block_indexes": [1, 3],
+                "window_size": 56,
+                "tokens_per_second": 2,
+            },
+        ),
+        "qwen2_vl": (
+            Qwen2VLConfig,
+            Qwen2VLForConditionalGeneration,
+            Qwen2VLProcessor,
+            {"embed_dim": 32, "hidden_size": width, "mlp_ratio": 2},
+        ),
+    }[model_type]
+    half = width // num_heads // 2
+    ids = {f"{name}_token_id": words.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    config = config_class(
+        vision_config={"depth": 4, "num_heads": 2, **vision},
+        text_config={
+            "hidden_size": width,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_kv_heads,
+            "intermediate_size": 2 * width,
+            "vocab_size": len(words),
+            "max_position_embeddings": 2048,
+            "bos_token_id": None,
+            "eos_token_id": words.eos_token_id,
+            "initializer_range": 0.3,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [half - 2 * (half // 3), half // 3, half // 3],
+            },
+        },
+        image_token_id=words.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=words.convert_tokens_to_ids("<|video_pad|>"),
+        tie_word_embeddings=tie_word_embeddings,
+        **ids,
+    )
+    model = model_class(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "visual" in name and parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    model.generation_config.eos_token_id = [words.eos_token_id, words.pad_token_id]
+    model.generation_config.do_sample = False
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 64 * 28 * 28}
+    processor_class(
+        image_processor=Qwen2VLImageProcessor(size=size),
+        video_processor=Qwen2VLVideoProcessor(size=size),
+        tokenizer=words,
+        chat_template=QWEN_TEMPLATE,
     ).save_pretrained(folder)
     return folder

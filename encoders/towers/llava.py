@@ -27,7 +27,7 @@ from encoders.batches import in_batches
 from encoders.fingerprint import fingerprint
 from mm.core.data import Grid, Image, Kind, Video, VisualTokens
 from mm.core.errors import MediaError
-from mm.models.checkpoint import BadCheckpoint, find, load_module, read_config, read_tensors
+from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
 
 MAX_BATCH = 16
 """Pictures per forward pass. Up to so many images of one call are one batch, as in `generate` of transformers."""
@@ -177,7 +177,7 @@ def _load(path: Path, config: Any, device: torch.device, dtype: torch.dtype) -> 
         tower, projector = AutoModel.from_config(config.vision_config), LlavaMultiModalProjector(config)
     for module, pattern in ((tower, TOWER_KEY), (projector, PROJECTOR_KEY)):
         tensors = read_tensors(path, _renamer(module, pattern))
-        _fill_buffers(module, device)
+        fill_buffers(module, device)
         load_module(module, tensors, dtype=dtype, device=str(device), folder=path)
     return tower.eval(), projector.eval()
 
@@ -194,17 +194,6 @@ def _renamer(module: nn.Module, pattern: re.Pattern[str]):
         return own.get(match[1]) if match else None
 
     return rename
-
-
-def _fill_buffers(model: nn.Module, device: torch.device) -> None:
-    """Compute the buffers that no checkpoint holds, such as position ids, which the meta device left empty.
-
-    Modules of transformers fill them in `_init_weights`; weights that this fills too are replaced by the checkpoint's.
-    """
-    for module in model.modules():
-        if module._non_persistent_buffers_set:
-            module.to_empty(device=device)
-            model._init_weights(module)  # pyright: ignore[reportCallIssue]
 
 
 def _blocks(tower: Any) -> nn.ModuleList:

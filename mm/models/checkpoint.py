@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -130,6 +131,17 @@ def load_module(
     module.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+
+
+def fill_buffers(model: Any, device: str | torch.device) -> None:
+    """Compute the buffers that no checkpoint holds, such as position ids, which the meta device left empty.
+
+    Modules of transformers fill them in `_init_weights`; weights that this fills too are replaced by `load_module`.
+    """
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            module.to_empty(device=device)
+            model._init_weights(module)
 
 
 def _few(names: list[str], most: int = 3) -> str:

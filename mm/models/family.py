@@ -24,6 +24,9 @@ from mm.core.errors import InvalidRequest, MediaError
 from mm.models.chat import ChatTemplate
 from mm.models.language import LanguageModel
 
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields of a generation_config.json that a request may replace."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
@@ -79,10 +82,11 @@ class CheckpointFamily(ABC):
 
     @property
     def default_sampling(self) -> dict[str, float]:
-        """The checkpoint's own `temperature` and `top_p`: what its generation_config.json says, else plain sampling."""
+        """The checkpoint's own wishes: `temperature`, `top_p`, and what else of `SAMPLING` it names."""
+        named = {name: float(self._generation[name]) for name in SAMPLING if self._generation.get(name) is not None}
         if self._generation.get("do_sample") is False:
-            return {"temperature": 0.0, "top_p": 1.0}
-        return {name: float(self._generation.get(name) or 1.0) for name in ("temperature", "top_p")}
+            return named | {"temperature": 0.0, "top_p": 1.0}
+        return {"temperature": 1.0, "top_p": 1.0} | named
 
     def _eos_token_ids(self) -> frozenset[int]:
         found = self._generation.get("eos_token_id", self.language.config.eos_token_id)
