@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from mm.core.errors import InvalidRequest
@@ -22,6 +23,8 @@ MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 32
+MAX_MULTIPLE = 100_000
+"""Of all `multipleOf` in a schema together. An automaton has a state per remainder: a million of them take 350 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +83,18 @@ def _schema_text(schema: Mapping[str, Any], param: str) -> str:
     """The schema as JSON, once it is known to be small enough."""
     too_large = InvalidRequest(f"{param} takes more than the limit of {MAX_SCHEMA_BYTES} bytes", param)
     level: list[Any] = [schema]
-    num_values = 1
+    num_values, multiples = 1, []
     for _ in range(MAX_SCHEMA_DEPTH):
+        multiples += [v["multipleOf"] for v in level if isinstance(v, Mapping) and _is_number(v.get("multipleOf"))]
         level = [child for value in level for child in _children(value)]
         num_values += len(level)
         if num_values > MAX_SCHEMA_BYTES:  # each takes a byte at least
             raise too_large
     if level:
         raise InvalidRequest(f"{param} is nested deeper than the limit of {MAX_SCHEMA_DEPTH} levels", param)
+    if _common_multiple(multiples) > MAX_MULTIPLE:
+        message = f"{param} has multipleOf whose least common multiple takes more than {MAX_MULTIPLE} steps"
+        raise InvalidRequest(message, param)
     try:
         text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         size = len(text.encode())
@@ -96,6 +103,16 @@ def _schema_text(schema: Mapping[str, Any], param: str) -> str:
     if size > MAX_SCHEMA_BYTES:
         raise too_large
     return text
+
+
+def _common_multiple(values: Sequence[float]) -> int:
+    """The least common multiple, counted in the last decimal place that any of the values has."""
+    parts = [Decimal(v if isinstance(v, int) else repr(v)) for v in values if v]
+    exponents = [exponent for part in parts if isinstance(exponent := part.as_tuple().exponent, int)]
+    places = max(0, -min(exponents, default=0))
+    if max((part.adjusted() for part in parts), default=0) + places > 30:
+        return 10**30
+    return math.lcm(*(abs(int(part.scaleb(places))) for part in parts))
 
 
 def _children(value: Any) -> Sequence[Any]:
@@ -119,7 +136,9 @@ def _shown(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _check(name: str, value: Any, allowed: str, holds: Callable[[Any], bool]) -> None:

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from mm.engine.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-COMPILE_DEADLINE_S = 10.0
+COMPILE_DEADLINE_S = 5.0
 NUM_COMPILERS = 2
 NUM_CACHED = 32
 MAX_REASON_CHARS = 300
@@ -117,10 +117,20 @@ class GrammarCompiler:
 
 
 PARAM = "response_format.json_schema.schema"
+OPTIONS: Any = {
+    "whitespace_pattern": WHITESPACE,
+    "item_separator": ",",
+    "key_separator": ":",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+"""Stand before what a schema's own "x-guidance" asks of the library, which may be no JSON or less than the schema."""
+MAX_LEXER_STATES = 50_000
+"""The library takes 1 to 2 kB for each."""
 
 
 def compile_matcher(form: ResponseFormat, vocabulary: Vocabulary) -> LLMatcher:
-    """The library's matcher at the start of `form`.
+    """The library's matcher at the start of `form`, with the first step's work done.
 
     Raises:
         InvalidRequest: With the library's reason.
@@ -129,15 +139,20 @@ def compile_matcher(form: ResponseFormat, vocabulary: Vocabulary) -> LLMatcher:
 
     schema = form.schema if form.schema is not None else '{"type":"object"}'
     # Errors would otherwise quote the parser's state, many lines of it.
-    limits = LLParserLimits(verbose_errors=False)
+    limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
     try:
-        # Overrides go before what a schema's own "x-guidance" asks of the library.
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
         matcher = LLMatcher(vocabulary.library, grammar, log_level=0, limits=limits)
     except ValueError as error:
         raise InvalidRequest(f"the schema cannot be used: {_reason(str(error))}", PARAM) from None
     if matcher.is_error():
         raise InvalidRequest(f"the schema cannot be used: {_reason(matcher.get_error())}", PARAM)
+    try:
+        begins = Matcher(matcher).allowed(vocabulary.size).any()
+    except EngineError:
+        begins = False
+    if not begins:
+        raise InvalidRequest("the schema cannot be used: no answer fulfils it, or it is too complex", PARAM)
     return matcher
 
 
