@@ -10,10 +10,11 @@ content   The answer says the same as the right one, whatever the sentences arou
 What `content` sees, sentence by sentence:
 
 - an *object*: a shape, with the size and colors named since the object before it. Synonyms are one (big = large);
-- a *text*: characters in quotation marks, or two and more capitals and digits outside of them, letter by letter;
+- a *text*: characters in quotation marks, or a number, or two and more capitals and digits, letter by letter, with the
+  colors named since the object before it;
 - a *place*: words for row and column next to each other (upper left = top left; the middle one is center). In a
   sentence that begins with a place, a place belongs to what follows it, else to what precedes it;
-- an *event*: a verb (moves, appears, disappears, turns) with its direction or new color.
+- an *event*: a verb (moves, appears, disappears, turns, grows, shrinks) with its direction, new color or new shape.
 """
 
 from __future__ import annotations
@@ -80,15 +81,17 @@ VERBS = {
     "appear": ("appear", "appears", "appeared", "appearing"),
     "disappear": ("disappear", "disappears", "disappeared", "disappearing", "vanishes", "vanish", "vanished"),
     "turn": ("turn", "turns", "turned", "turning", "becomes", "changes"),
+    "grow": ("grow", "grows", "grew", "growing"),
+    "shrink": ("shrink", "shrinks", "shrank", "shrinking"),
 }
-DETAILS = {"move": DIRECTIONS, "turn": COLORS}
+DETAILS = {"move": DIRECTIONS, "turn": (*COLORS, *SHAPES)}
 """What may be said after a verb."""
 
 VERB_OF = {form: verb for verb, forms in VERBS.items() for form in forms}
 PHRASES = {"shows up": "appears", "goes away": "disappears", "goes": "moves"}  # tried in this order
 
 SENTENCE_END = re.compile(r"[.;!?\n]+(?=\s|$)")
-TOKEN = re.compile(r"[\"“«]([^\"“”«»]*)[\"”»]|([A-Z0-9]{2,})(?![\w])|(\w+)")
+TOKEN = re.compile(r"[\"“«]([^\"“”«»]*)[\"”»]|\b([A-Z0-9]{2,}|\d+)\b|(\w+)")
 
 
 @dataclass
@@ -163,13 +166,13 @@ class _Reading:
 
     def read(self, word: str, is_text: bool) -> None:
         in_place, self.in_place = self.in_place, False
-        if is_text or word in SHAPES:
+        if not is_text and word in DETAILS.get(self.awaiting, ()):
+            self.facts[-1].events[-1] += f" {word}"
+            self.awaiting = ""
+        elif is_text or word in SHAPES:
             self._thing(word, is_text)
         elif word in VERB_OF:
             self._verb(VERB_OF[word])
-        elif word in DETAILS.get(self.awaiting, ()):
-            self.facts[-1].events[-1] += f" {word}"
-            self.awaiting = ""
         elif word in PLACES:
             self.in_place = True
             self._place(word, in_place)
