@@ -26,6 +26,9 @@ from mm.engine.noise import gumbel, keys_of
 from mm.engine.structured import Matcher
 from mm.engine.warping import Penalty, Warp, add_biases, penalise, warp
 
+NUM_CACHED_LOGITS = 2**16
+"""Rows of this many numbers, in float32 and float64, fit a core's second-level cache."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
@@ -219,12 +222,16 @@ def choose(logits: Tensor, samplers: Sequence[Sampler], positions: Sequence[int]
     careful = [i for i, sampler in enumerate(samplers) if not sampler.is_plain(positions[i])]
     if not careful:
         return _greedy(logits)
-    if len(careful) == len(samplers):
-        return _careful(logits.to(torch.float32, copy=True), samplers, positions)
     plain = sorted(set(range(len(samplers))) - set(careful))
-    found: dict[int, Chosen | EngineError] = dict(zip(plain, _greedy(logits[plain]), strict=True))
-    rows = _careful(logits[careful].float(), [samplers[i] for i in careful], [positions[i] for i in careful])
-    found |= zip(careful, rows, strict=True)
+    found: dict[int, Chosen | EngineError] = {}
+    if plain:
+        found |= zip(plain, _greedy(logits[plain]), strict=True)
+    # Some rows at a time on a CPU, so that they stay in its caches.
+    step = len(careful) if logits.is_cuda else max(1, NUM_CACHED_LOGITS // logits.shape[1])
+    for start in range(0, len(careful), step):
+        rows = careful[start : start + step]
+        part = logits[rows].float()
+        found |= zip(rows, _careful(part, [samplers[i] for i in rows], [positions[i] for i in rows]), strict=True)
     return [found[i] for i in range(len(samplers))]
 
 
@@ -257,15 +264,10 @@ def _careful(logits: Tensor, samplers: Sequence[Sampler], positions: Sequence[in
 
 def _draw(law: Tensor, keys: Sequence[tuple[int, int, int]]) -> Tensor:
     """(B,) token ids: argmax(law + noise), the noise computed only where the law has mass."""
-    vocab = law.shape[1]
     row_keys = keys_of(keys, law.device)
     possible = law > -torch.inf
-    # Row after row on a CPU: what is in the way of the caches costs more than the loop.
     if possible.sum() * 4 > law.numel():
-        columns = torch.arange(vocab, device=law.device)
-        step = 1 if law.device.type == "cpu" else law.shape[0]
-        parts = zip(law.split(step), row_keys.split(step), strict=True)
-        return torch.cat([(part + gumbel(key, columns)).argmax(-1) for part, key in parts])
+        return (law + gumbel(row_keys, torch.arange(law.shape[1], device=law.device))).argmax(-1)
     rows, columns = possible.nonzero(as_tuple=True)
     scores = torch.full(law.shape, -torch.inf, dtype=torch.float64, device=law.device)
     scores[rows, columns] = law[rows, columns] + gumbel(row_keys[rows, 0], columns)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NUM_SORTED = 256
-"""Tokens looked at first for a nucleus; sorting 49k of them takes 2.8 ms on a CPU core, finding these 0.07 ms."""
+NUM_SUMMED = 256
+"""Tokens whose probabilities are summed first; most nuclei end among them."""
 COLDEST = 1e-30
 """Divisor for temperatures below it, whose law is the same: float32 cannot hold quotients by smaller numbers."""
 
@@ -99,40 +99,40 @@ def warp(logits: Tensor, warps: Sequence[Warp]) -> Tensor:
 def _floor(law: Tensor, warps: Sequence[Warp]) -> Tensor:
     """(B, 1): the log-probability of the least probable token that stays."""
     floor = law.amax(-1, keepdim=True) + _column([warp.min_p for warp in warps], law).log()
-    for few in (True, False):
-        rows = [i for i, warp in enumerate(warps) if _needs_order(warp) and _starts_small(warp, law) == few]
-        if rows:
-            least = _least_kept(law[rows], [warps[i] for i in rows], few=few)
-            floor[rows] = torch.maximum(floor[rows], least)
+    rows = [i for i, warp in enumerate(warps) if warp.top_k > 0 or warp.top_p < 1]
+    if rows:
+        least = _least_kept(_descending(law[rows]), [warps[i] for i in rows], NUM_SUMMED)
+        floor[rows] = torch.maximum(floor[rows], least)
     return floor
 
 
-def _needs_order(warp: Warp) -> bool:
-    return warp.top_k > 0 or warp.top_p < 1
+def _descending(law: Tensor) -> Tensor:
+    """Each row's values, the largest first. numpy sorts 49k of them in 0.09 ms on a CPU core, torch in 2.8 ms."""
+    if law.device.type != "cpu":
+        return law.sort(descending=True).values
+    return torch.from_numpy(np.sort(-law.numpy(), axis=-1)).neg_()
 
 
-def _starts_small(warp: Warp, law: Tensor) -> bool:
-    """Whether the answer may lie among the NUM_SORTED most probable tokens. Depends on the row alone."""
-    return warp.top_k < NUM_SORTED < law.shape[1]
+def _least_kept(ordered: Tensor, warps: Sequence[Warp], num_summed: int) -> Tensor:
+    """(B, 1): the least log-probability that top_k, and top_p within it, keep.
 
-
-def _least_kept(law: Tensor, warps: Sequence[Warp], *, few: bool) -> Tensor:
-    """(B, 1): the least log-probability that top_k, and top_p within it, keep."""
-    vocab = law.shape[1]
-    ordered = law.topk(NUM_SORTED).values if few else law.sort(descending=True).values
-    top_k = torch.tensor([min(warp.top_k, vocab) or vocab for warp in warps], device=law.device).unsqueeze(1)
-    top_p = _column([warp.top_p for warp in warps], law).double()
-    kth = torch.where(top_k < vocab, ordered.gather(1, (top_k - 1).clamp(max=ordered.shape[1] - 1)), -torch.inf)
-    probs = ordered.double().exp()
+    Looks at `num_summed` tokens first; a row for which they are too few is done again with all.
+    """
+    vocab = ordered.shape[1]
+    first = ordered[:, :num_summed]
+    top_k = torch.tensor([min(warp.top_k, vocab) or vocab for warp in warps], device=ordered.device).unsqueeze(1)
+    top_p = _column([warp.top_p for warp in warps], ordered).double()
+    kth = torch.where(top_k < vocab, ordered.gather(1, top_k - 1), -torch.inf)
+    probs = first.double().exp()
     # What top_p counts: everything that top_k leaves, which is all of it in rows without top_k.
-    mass = torch.where(top_k < vocab, (probs * (ordered >= kth)).sum(-1, keepdim=True), 1.0)
+    mass = torch.where(top_k < vocab, (probs * (first >= kth)).sum(-1, keepdim=True), 1.0)
     inside = (probs.cumsum(-1) - probs < top_p * mass).sum(-1, keepdim=True)
-    least = torch.where(top_p < 1, torch.maximum(ordered.gather(1, inside - 1), kth), kth)
-    if few:
-        # What goes on behind the tokens looked at: a nucleus, or a tie at the k-th place.
-        more = torch.where(top_k < vocab, ordered[:, -1:] >= kth, inside == NUM_SORTED).squeeze(1)
-        if unsure := more.nonzero().squeeze(1).tolist():
-            least[unsure] = _least_kept(law[unsure], [warps[i] for i in unsure], few=False)
+    least = torch.where(top_p < 1, torch.maximum(first.gather(1, inside - 1), kth), kth)
+    if num_summed < vocab:
+        # What goes on behind the tokens looked at: a nucleus, or tokens as probable as the k-th.
+        more = (top_p < 1) & torch.where(top_k < vocab, first[:, -1:] >= kth, inside == num_summed)
+        if unsure := more.squeeze(1).nonzero().squeeze(1).tolist():
+            least[unsure] = _least_kept(ordered[unsure], [warps[i] for i in unsure], vocab)
     return least
 
 
