@@ -266,6 +266,8 @@ def _ids(ids: Any) -> tuple[int, ...]:
 def _biases(bias: Any) -> tuple[tuple[int, float], ...]:
     """`logit_bias` from a mapping, whose keys JSON makes strings, or from pairs."""
     name = "logit_bias"
+    if not isinstance(bias, Mapping | tuple | None):
+        raise InvalidRequest(f"{name} was {_shown(bias)}; it has to map token ids to numbers", name)
     pairs = list(bias.items()) if isinstance(bias, Mapping) else list(bias or ())
     if len(pairs) > MAX_BIASES:
         raise InvalidRequest(f"{name} has {len(pairs)} entries; the limit is {MAX_BIASES}", name)

@@ -25,13 +25,15 @@ class TextStream:
         self._ids: list[int] = []
         self._text = ""
         self._num_sent = 0
+        self._num_passed = 0  # stop strings that begin before are text
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """Text that this token makes safe to send; `stopped` turns true when a stop string is complete."""
         self._ids.append(token_id)
         self._text += self._stream.step(self._tokenizer, token_id) or ""
-        cut = self._first_stop() if len(self._ids) >= self._min_tokens else None
+        while (cut := self._first_stop()) is not None and len(self._ids) < self._min_tokens:
+            self._num_passed = cut + 1
         if cut is not None:
             self.stopped = True
             self._text = self._text[:cut]
@@ -49,7 +51,8 @@ class TextStream:
 
     def _first_stop(self) -> int | None:
         """Where the earliest stop string begins. Text already sent holds no start of one: it was held back."""
-        found = [at for stop in self._stop if (at := self._text.find(stop, self._num_sent)) >= 0]
+        start = max(self._num_sent, self._num_passed)
+        found = [at for stop in self._stop if (at := self._text.find(stop, start)) >= 0]
         return min(found, default=None)
 
     def _held(self) -> int:

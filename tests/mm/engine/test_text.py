@@ -67,3 +67,16 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_known():
 @pytest.mark.parametrize("tail", ["E", "EN"])
 def test_a_stop_string_that_never_completes_is_sent_at_the_end(tail):
     assert "".join(stream("x" + tail, ("END",))[0]) == "x" + tail
+
+
+@pytest.mark.parametrize("stop", [("END",), ("ENDENDy", "END")])
+@pytest.mark.parametrize(("min_tokens", "sent"), [(5, "ab"), (6, "abEND"), (8, "abEND"), (9, "abENDENDx")])
+def test_a_stop_string_that_is_complete_too_early_is_text(min_tokens, sent, stop):
+    out = TextStream(TOKENIZER, stop, min_tokens=min_tokens)
+    pieces = []
+    for character in "abENDENDx":
+        pieces.append(out.push(TOKENIZER.token_to_id(character)))
+        if out.stopped:
+            break
+    assert "".join([*pieces, out.finish()]) == sent
+    assert out.stopped == (sent != "abENDENDx")
