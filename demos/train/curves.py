@@ -12,8 +12,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TOWER_LINES = ("shape", "color", "size", "cell", "char1", "cls_ap")
-DECODER_LINES = ("color", "where", "exist", "relation", "count", "read", "caption", "clip happens", "clip direction")
+TOWER_LINES = ("shape", "color", "size", "cell", "char1", "index", "extreme", "cls_ap")
+DECODER_LINES = ("color", "where", "exist", "relation", "count", "read", "chart", "number", "caption")
+DECODER_LINES += ("clip happens", "clip first", "clip direction")
+UNSEEN_LINES = ("color", "where", "exist", "count", "read", "chart", "clip happens")
 
 
 def read_records(path: Path) -> list[dict]:
@@ -25,10 +27,14 @@ def read_records(path: Path) -> list[dict]:
     return sorted(by_key.values(), key=lambda r: r["step"])
 
 
-def draw(axes: plt.Axes, records: list[dict], names: tuple[str, ...], title: str) -> None:
+def draw(axes: plt.Axes, records: list[dict], names: tuple[str, ...], title: str, unseen: tuple[str, ...] = ()) -> None:
+    """Held-out accuracy; dotted, in the same color, in wordings that training never uses."""
     points = [r for r in records if "held_out" in r]
     for name in names:
-        axes.plot([r["step"] for r in points], [r["held_out"].get(name) for r in points], label=name)
+        (line,) = axes.plot([r["step"] for r in points], [r["held_out"].get(name) for r in points], label=name)
+        if name in unseen:
+            values = [r.get("unseen", {}).get(name) for r in points]
+            axes.plot([r["step"] for r in points], values, ":", color=line.get_color())
     axes.set(title=title, xlabel="step", ylim=(0, 1))
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
@@ -47,17 +53,18 @@ def main() -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     losses = [r for r in vit if "loss" in r]
     axes[0, 0].plot([r["step"] for r in losses], smooth([r["loss"] for r in losses]))
-    axes[0, 0].set(title="tower: training loss", xlabel="step", ylim=(0, 20))
+    axes[0, 0].set(title="tower: training loss", xlabel="step", ylim=(0, 25))
     draw(axes[0, 1], vit, TOWER_LINES, "tower: held-out patches")
     for clip, name in ((False, "images"), (True, "clips")):
         part = [r for r in lm if r.get("clip") is clip]
         axes[1, 0].plot([r["step"] for r in part], smooth([r["answer_loss"] for r in part]), label=name)
     axes[1, 0].set(title="decoder: answer loss", xlabel="step", ylim=(0, 2.5))
     axes[1, 0].legend()
-    draw(axes[1, 1], lm, DECODER_LINES, "decoder: held-out answers, teacher-forced")
+    title = "decoder: held-out answers, teacher-forced (dotted: unseen wordings)"
+    draw(axes[1, 1], lm, DECODER_LINES, title, UNSEEN_LINES)
     figure.savefig(args.out, dpi=80)
-    evaluation = args.run / "evaluation.json"
-    if evaluation.exists():
+    for evaluation in sorted(args.run.glob("evaluation*.json")):
+        print(f"\n{evaluation.name}\n")
         print("| task | items | exact | 95 % | swapped picture |\n|---|---|---|---|---|")
         for name, row in json.loads(evaluation.read_text())["tasks"].items():
             low, high = row["interval"]

@@ -4,7 +4,8 @@ A batch holds rows of one sort: scenes, clips, or several scenes side by side.
 """
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from demos.train.data.questions import (
     Question,
     SceneAsker,
     SeveralAsker,
+    disturb,
 )
 from demos.train.data.scenes import sample_scene
 from demos.train.data.things import Scene
@@ -31,9 +33,10 @@ from demos.train.packing import Packed, Packer, Row, collate
 SCENES_PER_BATCH, CLIPS_PER_BATCH, GROUPS_PER_BATCH = 8, 3, 4
 QUESTIONS = 14  # per scene
 READS, CHARTS = 2, 4  # questions on a scene that has texts, and on one that has a chart
+DISTURBED_SHARE = 0.15  # of the questions, after SHAPES_FROM
 LONG_SHARE = {"caption": 0.3, "tour": 0.12, "list": 0.15}  # of the rows; the rest are short questions
 KEEP, KEEP_CELLS = 96, 30  # visual tokens of an image, pooled cells of a clip, until FULL_FROM
-FULL_FROM = 0.75  # share of the steps after which all visual tokens are in the row
+FULL_FROM = 0.85  # share of the steps after which all visual tokens are in the row
 CLIPS_FROM, CLIP_SHARE = 0.12, 0.3  # clips come in after the first lookups have formed
 GROUPS_FROM, GROUP_SHARE, THREE_SHARE = 0.35, 0.06, 0.25  # several pictures in a row; three instead of two
 SHAPES_FROM = 0.3  # when other row shapes (turns, system message, question first) come in
@@ -78,7 +81,10 @@ class Features:
     def clip(self, item: int) -> tuple[Tensor, Tensor]:
         """Its distinct frames (m, 256, D), and which of them each frame is (T,)."""
         if self.clips is None:  # opened at the first use: it may still be written while the first steps run
-            self.clips = self.open(self.folder / "clips.bin")
+            path = self.folder / "clips.bin"
+            while path.stat().st_size < 2 * self.first[-1] * self.info["tokens"] * self.info["width"]:
+                time.sleep(5)
+            self.clips = self.open(path)
         return self.clips[self.first[item] : self.first[item + 1]], self.frames[item]
 
 
@@ -172,6 +178,7 @@ class Batches(Dataset[Batch]):
         questions: list[Question] = []
         starts = []
         for own, kept, events in asked:
+            own = [q if plain or rng.random() > DISTURBED_SHARE else replace(q, text=disturb(rng, q.text)) for q in own]
             rng.shuffle(own)
             starts.append(len(questions))
             questions += own

@@ -6,7 +6,8 @@ they are. Kinds of short questions that are still answered badly are asked more 
 
     python -m demos.train.train_lm --run RUN --start FOLDER --steps 4000 [--resume] [--device cuda]
 
-RUN holds vit.pt and the cached features; lm.pt and lm.jsonl are written there. FOLDER: what `demos.train.model` wrote.
+RUN holds vit.pt and the cached features; lm.pt and lm.jsonl are written there, or in --out. FOLDER: what
+`demos.train.model` wrote.
 """
 
 import argparse
@@ -241,7 +242,8 @@ def center_inputs(linear: nn.Linear, info: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True, help="folder with vit.pt and the cached features")
+    parser.add_argument("--out", type=Path, help="folder for lm.pt and lm.jsonl; as a rule that of --run")
     parser.add_argument("--start", type=Path, required=True, help="folder with the tokenizer")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--device", default="cpu")
@@ -254,6 +256,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    out = args.out or args.run
 
     features = Features(args.run)
     model = build_model(build_config()).to(args.device)
@@ -278,7 +281,7 @@ def main() -> None:
     )
     mix, first = torch.ones(len(SHORT_KINDS)).share_memory_(), 0
     if args.resume:
-        state = torch.load(args.run / "lm.pt", map_location=args.device)
+        state = torch.load(out / "lm.pt", map_location=args.device)
         model.load_state_dict(state["model"])
         readouts.load_state_dict(state["readouts"])
         optimisers.load_state_dict(state["optimisers"])
@@ -308,20 +311,20 @@ def main() -> None:
             bar.set_postfix_str(f"answer {answer_loss.item():.3f} look {look:.3f}", refresh=False)
             record = {"answer_loss": round(answer_loss.item(), 4), "look_loss": look, "clip": batch.clip}
             record |= {"previous_loss": round(previous_loss.item(), 3), "event_loss": round(told_loss.item(), 3)}
-            append_record(args.run / "lm.jsonl", step=step, **record)
+            append_record(out / "lm.jsonl", step=step, **record)
         last = step + 1 == (args.stop_at or args.steps)
         if (step + 1) % MIX_EVERY == 0:
             seen = {kind: round(float(np.mean(rights)), 3) for kind, rights in sorted(recent.items())}
             mix.copy_(torch.tensor([0.15 + 1 - seen.get(kind, 0.5) for kind in SHORT_KINDS]))
-            append_record(args.run / "lm.jsonl", step=step + 1, train=seen)
+            append_record(out / "lm.jsonl", step=step + 1, train=seen)
             tqdm.write(f"step {step + 1} train {seen}")
             recent = {}
         if (step + 1) % args.eval_every == 0 or last:
             scores = held_out.accuracy(model, args.device)
-            append_record(args.run / "lm.jsonl", step=step + 1, **scores)
+            append_record(out / "lm.jsonl", step=step + 1, **scores)
             tqdm.write(f"step {step + 1} {scores}")
             save_checkpoint(
-                args.run / "lm.pt",
+                out / "lm.pt",
                 model=model.state_dict(),
                 readouts=readouts.state_dict(),
                 optimisers=optimisers.state_dict(),

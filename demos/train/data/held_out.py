@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -25,58 +26,55 @@ from serve.evaluation.items import Item, held_out_path, with_swaps, write_test_s
 from serve.evaluation.scoring import Scoring, content
 
 FIRST_SEED = HELD_OUT + 500_000  # the checks during training and demos.train.evaluate use others
-NUM_SEEDS = {"image": 4000, "video": 800}  # looked through
+NUM_MEDIA = {"image": 330, "video": 170}  # seeds that every kind of question draws from
+NUM_MORE = 2000  # further seeds, for kinds that need a picture of a rare sort
 FRAMES_PER_S = 8
 JPEG_QUALITY = 92
 QP = 18  # a constant quantiser: x264's rate control adds up floats in an order that differs from run to run
 
 MANY, FEWER = 120, 60  # questions in unseen wordings: of kinds that the model is held to, and of the others
 HELD_TO = ("exist", "where", "relation", "count", "read", "chart", "caption", "clip-happens", "clip-first")
-ATTRIBUTES = ("color", "shape", "size")  # a third more: held to where there are 3 or more objects
+ATTRIBUTES, MORE = ("color", "shape", "size"), 216  # held to where there are 3 or more objects: half of the pictures
 TRAINED = 40  # questions of each kind in wordings of the training
-PER_KIND = 2  # questions of one kind and wording about one picture
-PER_MEDIUM = {"image": 6, "video": 8}  # questions about one picture or clip, at most
-AT_LEAST = (1.0, 0.5, 0.0)  # of that number, what a picture has to give, pass by pass, to be taken
+PER_KIND = 2  # questions of one kind and wording about one picture, at most
 
-VERBATIM = ("read",)
+VERBATIM = ("read", "number", "text")
 CONTENT = ("caption", "tour", "list", "happens", "first", "last")
+DIGITS = [str(number) for number in range(11)]
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def quotas(kinds: tuple[str, ...], prefix: str) -> Counter[tuple[str, str]]:
-    """(kind, wording) → questions wanted."""
-    wanted: Counter[tuple[str, str]] = Counter()
-    for kind in kinds:
-        task = prefix + kind
-        many = round(MANY * 1.4) if task in ATTRIBUTES else MANY if task in HELD_TO else FEWER
-        wanted[kind, "unseen"], wanted[kind, "trained"] = many, TRAINED
-    return wanted
+def quota(task: str, wording: str) -> int:
+    """Questions wanted."""
+    if wording == "trained":
+        return TRAINED
+    return MORE if task in ATTRIBUTES else MANY if task in HELD_TO else FEWER
 
 
-def asker_of(medium: str, seed: int, wording: str) -> tuple[SceneAsker | ClipAsker, int]:
+def asker_of(medium: str, seed: int, rng: np.random.Generator, wording: str) -> tuple[SceneAsker | ClipAsker, int]:
     """Who asks about the picture or clip of a seed, and how many objects it shows."""
-    rng, unseen = np.random.default_rng([12, seed, wording == "unseen"]), wording == "unseen"
     if medium == "image":
         scene = sample_scene(seed)
-        return SceneAsker(scene, rng, unseen=unseen), len(scene.things)
+        return SceneAsker(scene, rng, unseen=wording == "unseen"), len(scene.things)
     clip = sample_clip(seed)
-    return ClipAsker(clip, rng, unseen=unseen), len(clip.things)
+    return ClipAsker(clip, rng, unseen=wording == "unseen"), len(clip.things)
 
 
-def questions(medium: str, seed: int, wanted: Counter[tuple[str, str]]) -> Iterator[tuple[Question, str, int]]:
-    """Different questions on one seed that are still wanted: (question, wording, number of objects)."""
-    for wording in ("unseen", "trained"):
-        asker, num_objects = asker_of(medium, seed, wording)
-        for kind in dict.fromkeys(kind for kind, _ in wanted):
-            asked: set[str] = set()
-            for _ in range(min(PER_KIND if wording == "unseen" else 1, wanted[kind, wording])):
-                question = asker.ask(kind)
-                if question and question.text not in asked:
-                    asked.add(question.text)
-                    yield question, wording, num_objects
+def seeds_of(medium: str, rng: np.random.Generator) -> Iterator[int]:
+    """Seeds to ask about, each PER_KIND times: those that all kinds share, then further ones.
+
+    The shared ones come in random order, so that a kind meets pictures as the generator draws them and not those which
+    another kind had no use for.
+    """
+    for _ in range(PER_KIND):
+        yield from (FIRST_SEED + int(i) for i in rng.permutation(NUM_MEDIA[medium]))
+    for seed in range(FIRST_SEED + NUM_MEDIA[medium], FIRST_SEED + NUM_MEDIA[medium] + NUM_MORE):
+        yield from [seed] * PER_KIND
 
 
-def item_of(question: Question, wording: str, num_objects: int, medium: str, seed: int, number: int) -> Item:
+def item_of(
+    question: Question, others: tuple[str, ...], wording: str, num_objects: int, medium: str, seed: int, number: int
+) -> Item:
     task = question.kind if medium == "image" else f"clip-{question.kind}"
     scoring: Scoring = "content" if question.kind in CONTENT else "verbatim" if question.kind in VERBATIM else "exact"
     if scoring == "content" and not content(question.answer):
@@ -89,7 +87,7 @@ def item_of(question: Question, wording: str, num_objects: int, medium: str, see
         media_index=seed,
         question=question.text,
         answer=question.answer,
-        accepted=accepted(question.answer),
+        accepted=(*accepted(question.answer), *others),
         scoring=scoring,
         num_objects=num_objects,
         wording=wording,
@@ -99,8 +97,8 @@ def item_of(question: Question, wording: str, num_objects: int, medium: str, see
 
 def accepted(answer: str) -> tuple[str, ...]:
     """Other words for the same answer, for models that were not trained on ours."""
-    if answer.isdecimal() and int(answer) < len(NUMBERS):
-        return (NUMBERS[int(answer)],)
+    if answer in DIGITS:
+        return (NUMBERS[int(answer)],) if answer != "0" else ("zero", "none")
     if answer == "center":
         return ("centre", "middle", "middle center", "the center")
     if answer in ("top center", "bottom center"):
@@ -108,29 +106,40 @@ def accepted(answer: str) -> tuple[str, ...]:
     return {"small": ("little",), "large": ("big",)}.get(answer, ())
 
 
+def other_captions(asker: SceneAsker | ClipAsker, question: Question) -> tuple[str, ...]:
+    """Descriptions that say other things and are right too: some styles name the colors of texts, some do not."""
+    if question.kind not in ("caption", "tour") or not isinstance(asker, SceneAsker):
+        return ()
+    said, others = {content(question.answer)}, []
+    for style in (0, 2):
+        other = asker.describe(style).answer
+        if content(other) not in said:
+            said.add(content(other))
+            others.append(other)
+    return tuple(others)
+
+
 def choose(medium: str, kinds: tuple[str, ...]) -> list[Item]:
-    """Items of one medium, seed by seed. The kinds that lack most come first; a picture that gives few comes last."""
-    wanted, counts = quotas(kinds, "" if medium == "image" else "clip-"), Counter()
-    chosen: dict[int, list[Item]] = {}
-    for share in AT_LEAST:
-        for seed in range(FIRST_SEED, FIRST_SEED + NUM_SEEDS[medium]):
-            if not wanted.total():
-                break
-            if seed in chosen:
-                continue
-            found = sorted(questions(medium, seed, wanted), key=lambda f: -wanted[f[0].kind, f[1]])[
-                : PER_MEDIUM[medium]
-            ]
-            if len(found) < max(1, share * PER_MEDIUM[medium]):
-                continue
-            chosen[seed] = []
-            for question, wording, num_objects in found:
-                key = question.kind, wording
-                wanted[key], counts[key] = wanted[key] - 1, counts[key] + 1
-                chosen[seed].append(item_of(question, wording, num_objects, medium, seed, counts[key]))
-    if missing := {key: count for key, count in wanted.items() if count > 0}:
-        print(f"{medium}: too few of {missing}")
-    return [item for seed in sorted(chosen) for item in chosen[seed]]
+    """Items of one medium, seed by seed."""
+    items = []
+    for kind_index, kind in enumerate(kinds):
+        task = kind if medium == "image" else f"clip-{kind}"
+        for wording in ("unseen", "trained"):
+            rng = np.random.default_rng([12, medium == "video", kind_index, wording == "unseen"])
+            asked: set[tuple[int, str]] = set()
+            wanted = quota(task, wording)
+            for seed in seeds_of(medium, rng):
+                if len(asked) == wanted:
+                    break
+                asker, num_objects = asker_of(medium, seed, rng, wording)
+                question = asker.ask(kind)
+                if question and (seed, question.text) not in asked:
+                    asked.add((seed, question.text))
+                    others = other_captions(asker, question)
+                    items.append(item_of(question, others, wording, num_objects, medium, seed, len(asked)))
+            if len(asked) < wanted:
+                print(f"{task}: only {len(asked)} of {wanted} questions in {wording} wordings")
+    return sorted(items, key=lambda item: item.seed or 0)
 
 
 # ── media ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,7 +188,10 @@ def check(items: list[Item], model_name: str, every: int = 8) -> None:
     for item in items[::every]:
         pixels = pixels_of(item)
         times_s = tuple(i / FRAMES_PER_S for i in range(len(pixels)))
-        raw = Video(pixels, times_s, len(pixels) / FRAMES_PER_S, f"raw {item.seed}") if len(pixels) > 1 else pixels[0]
+        duration_s, name = len(pixels) / FRAMES_PER_S, f"raw {item.seed}"
+        raw: Any = pixels[0]
+        if len(pixels) > 1:
+            raw = Video(frames=pixels, timestamps_s=times_s, duration_s=duration_s, content_hash=name)
         options = {"temperature": 0.0, "max_new_tokens": 192} | ({"num_frames": 16} if item.kind == "video" else {})
         texts = [
             model.generate(item.question, **{f"{item.kind}s": [medium]}, **options).text for medium in (item.media, raw)

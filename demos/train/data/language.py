@@ -42,6 +42,7 @@ HELD_CLAUSE_FRAMES = ("I wonder {}.", "Let me know {}.", "Would you tell me {}?"
 IMAGE, VIDEO = ("image", "picture", "photo"), ("video", "clip")
 BRIEF = (" Answer with one word.", " Answer briefly.", " Be brief.", " Short answer.", " Just the answer.")
 OPENERS = ("Look at the {}. ", "Here is the {}. ", "Question: ", "Hi! ", "Look carefully. ", "About this {}: ")
+SPARE = "tell me you can could would like to know please say give find state do does is are the there"
 LONG = {"caption", "tour", "list", "read", "read only", "happens", "first", "last"}  # not to be answered in one word
 WORDINGS = SCENE_WORDINGS | CLIP_WORDINGS
 
@@ -72,6 +73,28 @@ def dress(rng: np.random.Generator, text: str, *, short: bool, video: bool) -> s
     if rng.random() < 0.12:
         text = uncapitalise(text)
     return text
+
+
+def disturb(rng: np.random.Generator, text: str) -> str:
+    """The question with an invented word put in, or in the place of a word that matters little.
+
+    For training: what is asked is to be found among words never met before.
+    """
+    words = text.split(" ")
+    spare = [i for i, word in enumerate(words) if word.lower() in SPARE.split()]
+    if spare and rng.random() < 0.5:
+        words[spare[rng.integers(len(spare))]] = invented(rng)
+    else:
+        words.insert(0 if rng.random() < 0.7 else len(words), invented(rng))
+    return " ".join(words)
+
+
+def invented(rng: np.random.Generator) -> str:
+    letters = [
+        str(rng.choice(list("aeiou" if i % 2 else "bcdfghjklmnprstvwy"))) for i in range(int(rng.integers(2, 8)))
+    ]
+    word = "".join(letters)
+    return word.capitalize() if rng.random() < 0.4 else word
 
 
 def templates(kind: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from demos.train.data.asking import Asker, Composer, Focus, Question, Span, content
 from demos.train.data.clip_questions import CLIP_KINDS, EVENT_KINDS, FRAME_TOKENS, POOL, ClipAsker
-from demos.train.data.language import WORDINGS, draw_wording, templates
+from demos.train.data.language import WORDINGS, disturb, draw_wording, templates
 from demos.train.data.scene_questions import SCENE_KINDS, SHORT_KINDS, SceneAsker
 from demos.train.data.several import PICTURE_TOKENS, SeveralAsker
 from demos.train.data.things import COLORS, COLUMNS, ROWS, SHAPES, SIZES
@@ -26,6 +26,7 @@ __all__ = [
     "Span",
     "answer_words",
     "content",
+    "disturb",
     "draw_wording",
     "templates",
 ]
