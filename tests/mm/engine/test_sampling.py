@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mm.core.errors import EngineError
+from mm.engine.noise import gumbel
 from mm.engine.sampling import Chosen, Rule, Sampler, choose, new_seed
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
@@ -56,6 +57,22 @@ def test_draws_follow_penalised_and_biased_logits():
     assert chi_square(counts, law) < 18.47
 
 
+def test_the_prompt_counts_for_repetition_alone():
+    rule = Rule(temperature=1.0, repetition_penalty=2.0, frequency_penalty=1.0, presence_penalty=0.5)
+    sampler = Sampler(rule, prompt_token_ids=[0, 0, 3])
+    for token_id in (4, 4, 3):
+        sampler.observe(token_id)
+    expected = torch.tensor([2.0 / 2, 1.0, 0.0, -1.0 * 2 - 1.5, 0.5 / 2 - 2.5]).log_softmax(-1)
+    torch.testing.assert_close(sampler.law(LOGITS, 3), expected)
+
+
+def test_the_noise_is_splitmix64():
+    # The first numbers of the reference implementation (prng.di.unimi.it/splitmix64.c) for the seed 1234567.
+    numbers = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    expected = [-math.log(-math.log(((number >> 12) + 0.5) / 2**52)) for number in numbers]
+    assert gumbel(torch.tensor([1234567]), torch.arange(3)).tolist() == pytest.approx(expected, rel=1e-12)
+
+
 def test_noise_of_neighbouring_tokens_and_positions_is_independent():
     noise = torch.stack([Sampler(Rule(seed=1)).noise(position, 1000) for position in range(200)])
     # Standard Gumbel: mean 0.5772, variance pi^2 / 6; standard errors of 200,000 numbers are 0.003 and 0.008.
@@ -67,12 +84,12 @@ def test_noise_of_neighbouring_tokens_and_positions_is_independent():
 
 
 def test_a_tiny_top_p_is_greedy():
-    assert draws(Rule(temperature=1.0, top_p=1e-6, seed=1), 50)[0] == 50
+    assert draws(Rule(temperature=1.0, top_p=1e-6, seed=1), 50, LOGITS.roll(2))[2] == 50
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-300])
 def test_the_coldest_temperatures_are_greedy(temperature):
-    assert draws(Rule(temperature=temperature, seed=1), 50)[0] == 50
+    assert draws(Rule(temperature=temperature, seed=1), 50, LOGITS.roll(2))[2] == 50
 
 
 def test_zero_temperature_is_argmax_with_the_lowest_index_on_ties():
