@@ -9,6 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -22,6 +26,9 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessor,
 )
 
 TEMPLATE = (
@@ -40,6 +47,15 @@ QWEN_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 QWEN_MEDIA = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+IDEFICS_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+IDEFICS_MEDIA = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+IDEFICS_MEDIA += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -63,17 +79,30 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_level(special: list[str]) -> Tokenizer:
+def idefics_tokenizer() -> PreTrainedTokenizerFast:
+    """As `tokenizer`, with the tags of crops, and one token for two line breaks as in SmolVLM's."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level(["<|endoftext|>", "<|im_start|>", *IDEFICS_MEDIA], "lines\n\n", vocab_size=360),
+        bos_token="<|im_start|>",
+        eos_token="<end_of_utterance>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=IDEFICS_MEDIA,
+    )
+
+
+def _byte_level(special: list[str], *more: str, vocab_size: int = 320) -> Tokenizer:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=vocab_size,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=special,
         show_progress=False,
     )
-    raw.train_from_iterator(["USER: what colour is the circle ASSISTANT: the circle is red and blue"] * 4, trainer)
+    raw.train_from_iterator(
+        ["USER: what colour is the circle ASSISTANT: the circle is red and blue", *more] * 4, trainer
+    )
     return raw
 
 
@@ -223,4 +252,67 @@ def random_qwen2_5_vl(
         tokenizer=words,
         chat_template=QWEN_TEMPLATE,
     ).save_pretrained(folder)
+    return folder
+
+
+def random_idefics3(folder: Path, *, model_type: str = "idefics3", splits: bool = True, seed: int = 0) -> Path:
+    """Write an Idefics3 or SmolVLM checkpoint with its processor and tokenizer to `folder`.
+
+    Crops of 56 pixels and four tokens; a picture has at most 4 x 4 of them and the whole. Of SmolVLM the parts are
+    written without its processor, which cannot be made without another package (num2words).
+    """
+    torch.manual_seed(seed)
+    words = idefics_tokenizer()
+    config_class, model_class, image_processor_class = {
+        "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor),
+        "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessor),
+    }[model_type]
+    config = config_class(
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "image_size": 56,
+            "patch_size": 14,
+            "initializer_range": 0.2,
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 96,
+            "vocab_size": len(words),
+            "max_position_embeddings": 2048,
+            "bos_token_id": words.bos_token_id,
+            "eos_token_id": words.eos_token_id,
+            "pad_token_id": words.pad_token_id,
+            "initializer_range": 0.3,
+        },
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        pad_token_id=words.pad_token_id,
+        scale_factor=2,
+    )
+    model = model_class(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "text_model" not in name:
+                parameter.normal_(0, 0.2)
+    model.generation_config.eos_token_id = words.eos_token_id
+    model.generation_config.do_sample = False
+    model.save_pretrained(folder)
+    image_processor = image_processor_class(
+        size={"longest_edge": 4 * 56}, max_image_size={"longest_edge": 56}, do_image_splitting=splits
+    )
+    if model_type == "idefics3":
+        Idefics3Processor(image_processor, words, image_seq_len=4, chat_template=IDEFICS_TEMPLATE).save_pretrained(
+            folder
+        )
+    else:
+        image_processor.save_pretrained(folder)
+        words.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(IDEFICS_TEMPLATE)
+        (folder / "processor_config.json").write_text('{"image_seq_len": 4, "processor_class": "SmolVLMProcessor"}')
     return folder

@@ -18,7 +18,7 @@ from mm.core.sampling import ResponseFormat, Sampling
 
 Kind = Literal["image", "video"]
 Grid = tuple[int, int, int]
-"""Tokens along time, height and width: (t, h, w). An image has t = 1."""
+"""Tokens along time, height and width: (t, h, w). An image has t = 1, or one step per crop of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,8 @@ class VisualTokens:
         kind: "image" or "video".
         evidence: What the tower observed, by name; per token where the last axis is N; dropped after reduction.
         seconds_per_step: Clip time between two steps along t; None for an image, or where the family does not ask.
+        crops: Rows and columns of crops where the steps of an image are its crops, row by row, and then the whole
+            image at the crops' size; None where the grid is the image's own.
     """
 
     embeddings: Tensor
@@ -114,6 +116,7 @@ class VisualTokens:
     kind: Kind
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
     seconds_per_step: float | None = None
+    crops: tuple[int, int] | None = None
 
     @classmethod
     def full(
@@ -123,6 +126,7 @@ class VisualTokens:
         kind: Kind,
         evidence: Mapping[str, Tensor] | None = None,
         seconds_per_step: float | None = None,
+        crops: tuple[int, int] | None = None,
     ) -> VisualTokens:
         """Unreduced tokens of `embeddings` (t*h*w, D) in raster order."""
         t, h, w = grid
@@ -139,6 +143,7 @@ class VisualTokens:
             kind=kind,
             evidence=evidence or {},
             seconds_per_step=seconds_per_step,
+            crops=crops,
         )
 
     @property
@@ -260,7 +265,7 @@ class KeptMap:
     """Which tokens of one media item reached the decoder.
 
     Attributes:
-        grid: (t, h, w) of the unreduced item.
+        grid: (t, h, w) of the unreduced item; t above 1 in an image counts its crops, see `VisualTokens.crops`.
         kept: Ascending raster indices into that grid.
     """
 

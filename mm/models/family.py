@@ -35,10 +35,13 @@ class Placed:
     Attributes:
         offsets: (P, N) int64, or (1, N) where all rows are equal.
         advance: How far behind the item's first position the text goes on, whatever was dropped.
+        token_ids: (N,) ids of an item that brings text of its own, with placeholders where its kept tokens stand; None
+            where all rows are tokens.
     """
 
     offsets: Tensor
     advance: int
+    token_ids: Tensor | None = None
 
 
 class CheckpointFamily(ABC):
@@ -54,14 +57,18 @@ class CheckpointFamily(ABC):
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        self.tokenizer, template = self.load_tokenizer(folder)
         self.language = LanguageModel(folder, self.config, device, dtype)
-        self.tokenizer = processor.tokenizer
-        self._template = ChatTemplate(processor.tokenizer, getattr(processor, "chat_template", None))
+        self._template = ChatTemplate(self.tokenizer, template)
         self._placeholders = dict(self.placeholders())
         self._generation = _generation_config(folder)
         self.max_context_tokens: int = self.language.config.max_position_embeddings
         self.eos_token_ids = self._eos_token_ids()
+
+    def load_tokenizer(self, folder: Path) -> tuple[Any, str | None]:
+        """The tokenizer and the chat template, None for the tokenizer's own."""
+        processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        return processor.tokenizer, getattr(processor, "chat_template", None)
 
     @abstractmethod
     def placeholders(self) -> Mapping[int, Kind]:
@@ -136,32 +143,60 @@ def splice(
         place: Where an item's tokens lie.
     """
     items = iter(visual)
-    rows: list[Tensor] = []
-    token_ids: list[int] = []
+    media = torch.tensor(sorted(placeholders))
+    runs: list[tuple[Tensor, Tensor]] = []
     positions: list[Tensor] = []
     next_position = 0
     for is_item, run in itertools.groupby(ids, key=placeholders.__contains__):
         for group in [[token] for token in run] if is_item else [list(run)]:
             tokens = next(items) if is_item else None
             placed = _text(len(group)) if tokens is None else place(tokens)
-            rows.append(embed(torch.tensor(group)) if tokens is None else tokens.embeddings)
-            token_ids += group if tokens is None else group * tokens.num_tokens
+            runs.append(_rows(torch.tensor(group), tokens, placed, media, embed))
             positions.append(placed.offsets.cpu().expand(num_position_rows, -1) + next_position)
             next_position += placed.advance
-    like = embed(torch.tensor(ids[:1]))
-    all_ids = torch.tensor(token_ids, device=like.device)
+    embeddings = torch.cat([rows for _, rows in runs])
+    token_ids = torch.cat([run_ids for run_ids, _ in runs])
     return Prompt(
-        token_ids=all_ids,
-        embeddings=torch.cat([row.to(like.device, like.dtype) for row in rows]),
-        positions=torch.cat(positions, dim=1).to(like.device),
+        token_ids=token_ids.to(embeddings.device),
+        embeddings=embeddings,
+        positions=torch.cat(positions, dim=1).to(embeddings.device),
         next_position=next_position,
-        is_visual=torch.isin(all_ids, torch.tensor(sorted(placeholders), device=like.device)),
+        is_visual=torch.isin(token_ids, media).to(embeddings.device),
     )
+
+
+def _rows(
+    group: Tensor, tokens: VisualTokens | None, placed: Placed, media: Tensor, embed: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Ids (N,) and embeddings (N, D) of a run of text, or of an item's kept tokens and its own text."""
+    if tokens is None:
+        return group, embed(group)
+    if placed.token_ids is None:
+        like = embed(group)
+        return group.expand(tokens.num_tokens), tokens.embeddings.to(like.device, like.dtype)
+    rows = embed(placed.token_ids)
+    is_media = torch.isin(placed.token_ids, media).unsqueeze(1).to(rows.device)
+    return placed.token_ids, rows.masked_scatter(is_media, tokens.embeddings.to(rows.device, rows.dtype))
 
 
 def in_sequence(tokens: VisualTokens) -> Placed:
     """One position per token of the unreduced item, in reading order."""
     return Placed(offsets=tokens.indices.unsqueeze(0), advance=tokens.num_tokens_in)
+
+
+def among_text(item_ids: Sequence[int], placeholder: int, tokens: VisualTokens) -> Placed:
+    """As `in_sequence`, for an item that brings text of its own, which stays whatever is dropped.
+
+    Args:
+        item_ids: The unreduced item: its text, and `placeholder` once per token, in reading order.
+    """
+    ids = torch.tensor(item_ids)
+    cells = torch.nonzero(ids == placeholder).flatten()
+    if len(cells) != tokens.num_tokens_in:
+        raise AssertionError(f"{len(cells)} places for an item of {tokens.num_tokens_in} tokens")
+    stays = ids != placeholder
+    stays[cells[tokens.indices.cpu()]] = True
+    return Placed(offsets=torch.nonzero(stays).T, advance=len(ids), token_ids=ids[stays])
 
 
 def _text(num_tokens: int) -> Placed:

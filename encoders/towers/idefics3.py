@@ -1,0 +1,135 @@
+"""Idefics3 and SmolVLM: the vision tower and its pixel-shuffling connector, and nothing else of a checkpoint.
+
+Pictures go through the checkpoint's own image processor, which cuts a large one into rows and columns of square crops
+and adds the whole at a crop's size. In float32 the tokens equal `get_image_features` of transformers bit by bit for the
+same batch. It does not know prompts, tags or reducers. Clips are not taken.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+
+from encoders.batches import in_groups
+from encoders.fingerprint import fingerprint
+from mm.core.data import Image, Video, VisualTokens
+from mm.core.errors import MediaError
+from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
+
+MODEL_TYPES = ("idefics3", "smolvlm")
+
+MAX_BATCH_CROPS = 32
+"""Crops per forward pass; a picture of more goes alone. Up to so many, all pictures of one call are one batch."""
+
+TOWER_KEY = re.compile(r"^(?:model\.)?vision_model\.(.+)$")
+CONNECTOR_KEY = re.compile(r"^(?:model\.)?connector\.(.+)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """One picture as the tower reads it.
+
+    Attributes:
+        pixels: (crops, 3, S, S), row by row, the whole picture last.
+        layout: Rows and columns of crops; None when there is the whole only.
+    """
+
+    pixels: Tensor
+    layout: tuple[int, int] | None
+
+
+class Idefics3Encoder:
+    """Pictures to the tokens that an Idefics3 or SmolVLM decoder was trained on, crop by crop.
+
+    It supplies no evidence: the tower has no [CLS].
+
+    Args:
+        folder: A checkpoint: a local folder or a hub name.
+        device, dtype: Where and in what the tower computes.
+
+    Raises:
+        BadCheckpoint: The folder is no such checkpoint, or lacks weights.
+    """
+
+    provides: frozenset[str] = frozenset()
+    kinds: frozenset[str] = frozenset({"image"})
+
+    def __init__(
+        self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        path = find(folder)
+        model_type = read_config(path)["model_type"]
+        if model_type not in MODEL_TYPES:
+            raise BadCheckpoint(str(path), f"is of model_type {model_type!r}, not one of {', '.join(MODEL_TYPES)}")
+        self.config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+        self.processor: Any = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        self.device, self.dtype = torch.device(device), dtype
+        self.tower, self.connector = _load(path, self.config, self.device, dtype)
+        self.fingerprint: str = self._fingerprint(path, model_type)
+
+    def _fingerprint(self, path: Path, model_type: str) -> str:
+        settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
+        weights = [
+            *self.tower.state_dict(prefix="tower.").items(),
+            *self.connector.state_dict(prefix="connector.").items(),
+        ]
+        config = (path / "config.json").read_text()
+        return fingerprint(model_type, config, settings, str(self.dtype), tensors=weights)
+
+    def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
+        """One `VisualTokens` per picture, in order; the steps of its grid are its crops.
+
+        Raises:
+            MediaError: A clip.
+            CapacityError: The device has no memory for one picture.
+        """
+        pictures = []
+        for item in items:
+            if not isinstance(item, Image):
+                raise MediaError("not_supported", item.kind)
+            pictures.append(self.preprocess(item))
+        sizes = [len(picture.pixels) for picture in pictures]
+        embeddings = in_groups(self._forward, pictures, sizes, MAX_BATCH_CROPS)
+        return [self._tokens(*pair) for pair in zip(pictures, embeddings, strict=True)]
+
+    def preprocess(self, image: Image) -> Crops:
+        """The picture's crops by the checkpoint's own image processor."""
+        found = self.processor(
+            images=[image.pixels], input_data_format="channels_last", return_row_col_info=True, return_tensors="pt"
+        )
+        rows, columns = found["rows"][0][0], found["cols"][0][0]
+        return Crops(pixels=found["pixel_values"][0], layout=(rows, columns) if rows else None)
+
+    @torch.inference_mode()
+    def _forward(self, pictures: Sequence[Crops]) -> list[Tensor]:
+        """Tokens (crops, n, D) of each picture."""
+        pixels = torch.cat([picture.pixels for picture in pictures]).to(self.device, self.dtype)
+        tokens = self.connector(self.tower(pixels).last_hidden_state)
+        return list(tokens.split([len(picture.pixels) for picture in pictures]))
+
+    def _tokens(self, picture: Crops, embeddings: Tensor) -> VisualTokens:
+        cell = self.config.vision_config.patch_size * self.config.scale_factor
+        height, width = picture.pixels.shape[-2] // cell, picture.pixels.shape[-1] // cell
+        grid = (len(picture.pixels), height, width)
+        return VisualTokens.full(embeddings.flatten(0, 1), grid, "image", crops=picture.layout)
+
+
+def _load(path: Path, config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:
+    with torch.device("meta"):
+        tower: Any = AutoModel.from_config(config.vision_config)
+        # SmolVLM's connector is a copy of this one.
+        connector = Idefics3Connector(config)
+    fill_buffers(tower, device)
+    for module, pattern in ((tower, TOWER_KEY), (connector, CONNECTOR_KEY)):
+        tensors = read_tensors(path, lambda key, found=pattern: match[1] if (match := found.match(key)) else None)
+        load_module(module, tensors, dtype=dtype, device=str(device), folder=path)
+    return tower.eval(), connector.eval()
