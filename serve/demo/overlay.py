@@ -19,9 +19,12 @@ def kept_mask(item: KeptMap) -> np.ndarray:
 
 
 def has_layout(item: KeptMap) -> bool:
-    """Whether the grid says where its cells lie: a tower without a grid reports one row of all tokens."""
-    _, h, w = item.grid
-    return h > 1 or w == 1
+    """Whether the grid says where its cells lie.
+
+    A tower without a grid reports one row of all tokens; one that cuts an image into crops, a grid for each.
+    """
+    t, h, w = item.grid
+    return (h > 1 or w == 1) and (t == 1 or item.kind == "video")
 
 
 def frame_of_slice(time_index: int, num_slices: int, num_frames: int) -> int:

@@ -63,6 +63,8 @@ def test_border_separates_kept_from_dropped_and_nothing_else(seed: int) -> None:
 def test_a_row_of_tokens_without_a_grid_has_no_layout() -> None:
     assert not has_layout(KeptMap(kind="image", grid=(1, 1, 577), kept=(0,)))
     assert has_layout(KeptMap(kind="image", grid=(1, 24, 24), kept=(0,)))
+    assert has_layout(KeptMap(kind="video", grid=(17, 8, 8), kept=(0,)))
+    assert not has_layout(KeptMap(kind="image", grid=(17, 8, 8), kept=(0,)))
     assert has_layout(KeptMap(kind="image", grid=(1, 1, 1), kept=(0,)))
 
 
