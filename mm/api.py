@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,11 +42,14 @@ from mm.core.data import (
     Video,
     VisionOptions,
 )
-from mm.core.errors import InvalidOption, InvalidRequest
+from mm.core.errors import InvalidOption, InvalidRequest, MmError
 from mm.core.messages import parse_messages
 from mm.core.plugins import build_reducer, check_compatible, create, names
+from mm.engine.engine import Engine
 from mm.engine.feature_cache import FeatureCache
-from mm.engine.generate import Decoder, EncodeParts, generate
+from mm.engine.generate import EncodeParts, generate, generate_batch
+from mm.engine.memory import has_bfloat16, kv_cache_bytes
+from mm.engine.scheduler import Limits
 from mm.media import MediaBudget, image_from_array, image_from_pil
 from mm.models.checkpoint import BadCheckpoint, find, read_config
 
@@ -55,7 +58,7 @@ MediaInput = str | Path | bytes | PIL.Image.Image | np.ndarray | Image | Video
 
 def _dtype(config: ModelConfig) -> torch.dtype:
     if config.dtype == "auto":
-        return torch.bfloat16 if config.device.startswith("cuda") else torch.float32
+        return torch.bfloat16 if has_bfloat16(config.device) else torch.float32
     return getattr(torch, config.dtype)
 
 
@@ -102,10 +105,19 @@ def build_encode_parts(config: ModelConfig) -> EncodeParts:
     )
 
 
-def build_decoder(config: ModelConfig) -> Decoder:
+def build_engine(config: ModelConfig) -> Engine:
     """The decoder's half of a model: only the language weights are read."""
     _use_threads(config)
-    return Decoder(family=_plugin("family", config))
+    family = _plugin("family", config)
+    on_cpu = not config.device.startswith("cuda")
+    limits = Limits(
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens or (512 if on_cpu else 4096),
+        max_waiting=config.max_waiting,
+    )
+    most = config.max_num_seqs * family.max_context_tokens
+    kv_bytes = kv_cache_bytes(family.language.cache_shape, most, config.kv_cache_gb)
+    return Engine(family, limits=limits, kv_bytes=kv_bytes, share_prefixes=config.prefix_caching)
 
 
 def _use_threads(config: ModelConfig) -> None:
@@ -135,12 +147,12 @@ class Answer:
 
 
 class Model:
-    """A loaded model: both halves in this process. Safe to use from several threads; requests take turns."""
+    """A loaded model: both halves in this process. Requests from several threads are answered in one batch."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.encode_parts = build_encode_parts(config)
-        self.decoder = build_decoder(config)
+        self.engine = build_engine(config)
 
     def generate(
         self,
@@ -180,7 +192,30 @@ class Model:
 
     def run(self, request: Request) -> Iterator[Event]:
         """The events of a ready-made request."""
-        return generate(request, self.encode_parts, self.decoder)
+        return generate(request, self.encode_parts, self.engine)
+
+    def generate_batch(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> list[Answer | MmError]:
+        """Answer many questions together, in their order. What is wrong with one is its result, and stops no other.
+
+        Args:
+            prompts: What `generate` takes, as mappings: {"prompt": ..., "images": [...], "max_new_tokens": ...}.
+            **options: For every question that does not say otherwise.
+        """
+        results: dict[int, Answer | MmError] = {}
+        requests = []
+        for i, item in enumerate(prompts):
+            try:
+                budget = MediaBudget(self.config.limits)
+                requests.append((i, build_request(**{"budget": budget, **options, **item})))
+            except MmError as error:
+                results[i] = error
+        for at, outcome in self.run_batch(request for _, request in requests):
+            results[requests[at][0]] = outcome if isinstance(outcome, MmError) else collect(iter(outcome))
+        return [results[i] for i in sorted(results)]
+
+    def run_batch(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Event] | MmError]]:
+        """Ready-made requests; see `mm.engine.generate.generate_batch`."""
+        return generate_batch(requests, self.encode_parts, self.engine, ahead=2 * self.config.max_num_seqs)
 
 
 def load(
@@ -306,4 +341,4 @@ def _media(item: MediaInput, kind: Kind, param: str, budget: MediaBudget) -> Med
     raise InvalidRequest(f"cannot use a {type(item).__name__} as {kind}; give a path, bytes or a data: URL", param)
 
 
-__all__ = ["Answer", "Delta", "Model", "build_decoder", "build_encode_parts", "build_request", "collect", "load"]
+__all__ = ["Answer", "Delta", "Model", "build_encode_parts", "build_engine", "build_request", "collect", "load"]

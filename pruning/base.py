@@ -144,6 +144,21 @@ class ScoreReducer(BudgetReducer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InsideReducer:
+    """A reducer that acts inside the decoder: what the encoder hands over stays as it is."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    query_aware: ClassVar[bool] = True
+    count: ClassVar[Count] = "fixed"
+
+    def plan(self, num_tokens: int) -> int:
+        return num_tokens
+
+    def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
+        return keep_all(tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoReduction:
     """Keep every token: the reference every reducer is measured against."""
 
@@ -159,15 +174,17 @@ class NoReduction:
         return keep_all(tokens)
 
 
+ORDER = tuple(Stage)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """Several reducers, one after the other: each sees what the one before it left.
 
     Attributes:
-        stages: At least one reducer that acts before the decoder. Pipelines among them are unfolded.
+        stages: At least one reducer, in the order in which tokens meet them. Pipelines among them are unfolded.
     """
 
-    stage: ClassVar[Stage] = Stage.PRE_LLM
     stages: tuple[Reducer, ...] = ()
 
     def __post_init__(self) -> None:
@@ -176,12 +193,20 @@ class Pipeline:
                 "pipeline", "stages", f"has to be a tuple of reducers, got {self.stages!r}; write a + b"
             )
         for stage in self.stages:
-            if not isinstance(stage, Reducer) or stage.stage is not Stage.PRE_LLM:
-                raise InvalidOption(
-                    "pipeline", "stages", f"takes only reducers that act before the decoder, got {stage!r}"
-                )
+            if not isinstance(stage, Reducer):
+                raise InvalidOption("pipeline", "stages", f"takes only reducers, got {stage!r}")
         flat = (inner for stage in self.stages for inner in (stage.stages if isinstance(stage, Pipeline) else (stage,)))
         object.__setattr__(self, "stages", tuple(flat))
+        order = [ORDER.index(stage.stage) for stage in self.stages]
+        if order != sorted(order):
+            names = " + ".join(f"{type(stage).__name__} ({stage.stage.value})" for stage in self.stages)
+            message = f"are in an order in which tokens do not meet them: {names}; put earlier stages first"
+            raise InvalidOption("pipeline", "stages", message)
+
+    @property
+    def stage(self) -> Stage:
+        """Of the first reducer."""
+        return self.stages[0].stage
 
     @property
     def needs(self) -> frozenset[str]:

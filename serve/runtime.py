@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from mm.core.data import Encoded, Event, Request
 from mm.core.errors import CapacityError
 from mm.core.plugins import build_reducer, canonical_spec
+from mm.engine.report import EngineStats
 from serve.config import ServeConfig
 
 INLINE_BYTES = 1024 * 1024
@@ -59,10 +60,15 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Requests in the decoders: being answered, and waiting their turn."""
+    """Answers in the decoders: being decoded, and waiting their turn.
+
+    Attributes:
+        engines: Every decoder's own figures.
+    """
 
     num_running: int
     num_waiting: int
+    engines: tuple[EngineStats, ...] = ()
 
 
 class Runtime(Protocol):
@@ -240,7 +246,9 @@ class RayRuntime:
         # Answered even when every slot is taken: a broadcast does not queue behind requests.
         loads: list[Load] = await self._decoder.broadcast("load").results_async(timeout_s=2.0)
         return Load(
-            num_running=sum(load.num_running for load in loads), num_waiting=sum(load.num_waiting for load in loads)
+            num_running=sum(load.num_running for load in loads),
+            num_waiting=sum(load.num_waiting for load in loads),
+            engines=tuple(stats for load in loads for stats in load.engines),
         )
 
     async def healthy(self) -> bool:

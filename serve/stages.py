@@ -1,4 +1,5 @@
-"""The engine's two plain functions, put into threads: a replica holds one of the two, a process without Ray both.
+"""The encoder's plain function and the engine, put into threads: a replica holds one of the two, a process without Ray
+both.
 
 Nothing here knows HTTP or Ray.
 """
@@ -7,26 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
-import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import cast
+from typing import Any, Protocol
 
 import torch
 
-from mm.api import build_decoder, build_encode_parts
-from mm.core.data import Encoded, Event, Request, Summary
+from mm.api import build_encode_parts, build_engine
+from mm.core.data import Encoded, Event, Request
 from mm.core.plugins import canonical_spec
-from mm.engine.generate import answer, encode, resolve_reducer
+from mm.engine.generate import encode, reducer_of, resolve_reducer
+from mm.engine.report import EngineStats
+from mm.engine.sequence import Job, Sink
 from mm.media import prepare_decoder
 from serve.config import ServeConfig
 from serve.runtime import Features, Load, LocalRuntime, default_reducer
-
-Answer = Callable[[Request, Sequence[Encoded], str], Generator[Event]]
-"""The decoder's half of a request's journey; the text says how its media were reduced. Closing it frees everything."""
 
 
 def _pool(name: str, workers: int, num_threads: int | None) -> ThreadPoolExecutor:
@@ -68,7 +67,6 @@ class _Feed:
     """Events on their way from a worker thread to one consumer on the event loop."""
 
     def __init__(self) -> None:
-        self.cancelled = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
         self._events: deque[Event] = deque()
@@ -101,97 +99,120 @@ class _Feed:
                 return
 
 
-class DecoderStage:
-    """Answers one request at a time in a thread of its own; the others wait in order, and leave when cancelled."""
+class _Collected:
+    """All events of a request, for one who waits for the last."""
 
-    def __init__(self, answer: Answer, max_context_tokens: int, *, num_threads: int | None = None) -> None:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[None] = self._loop.create_future()
+
+    def put(self, event: Event) -> None:
+        self.events.append(event)
+
+    def end(self, error: BaseException | None = None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._settle, error)
+
+    def _settle(self, error: BaseException | None) -> None:
+        if self._done.done():
+            return
+        if error is None:
+            self._done.set_result(None)
+        else:
+            self._done.set_exception(error)
+
+    async def wait(self) -> list[Event]:
+        await self._done
+        return self.events
+
+
+class DecoderHalfOf(Protocol):
+    """What a decoder stage asks of an engine."""
+
+    wake: threading.Event
+
+    @property
+    def has_work(self) -> bool: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def submit(self, request: Request, encoded: Sequence[Encoded], sink: Sink, reducer: Any, spec: str) -> Job: ...
+
+    def cancel(self, job: Job) -> None: ...
+
+    def step(self) -> bool: ...
+
+
+class DecoderStage:
+    """Runs the engine in a thread of its own; requests are prepared in another, never on the event loop."""
+
+    def __init__(self, engine: DecoderHalfOf, max_context_tokens: int, *, num_threads: int | None = None) -> None:
         self.max_context_tokens = max_context_tokens
-        self._answer = answer
-        self._pool = _pool("decode", 1, num_threads)
-        self._num_submitted = 0
-        self._num_started = 0
-        self._num_ended = 0
+        self._engine = engine
+        self._prepare = _pool("prepare", 2, num_threads)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(num_threads,), name="decode", daemon=True)
+        self._thread.start()
 
     @property
     def load(self) -> Load:
-        return Load(
-            num_running=self._num_started - self._num_ended, num_waiting=self._num_submitted - self._num_started
-        )
+        stats = self._engine.stats
+        return Load(num_running=stats.num_running, num_waiting=stats.num_waiting, engines=(stats,))
 
     async def stream(self, request: Request, encoded: Sequence[Encoded], reducer: str) -> AsyncGenerator[list[Event]]:
-        """Events, coalesced. Closing it, or cancelling its task, ends the work within one token."""
+        """Events, coalesced. Closing it, or cancelling its task, frees everything within one pass."""
         feed = _Feed()
-        job = self._submit(request, encoded, reducer, feed.put, feed.cancelled)
-        job.add_done_callback(lambda done: feed.end(None if done.cancelled() else done.exception()))
-        try:
+        async with self._submitted(request, encoded, reducer, feed):
             async for batch in feed.batches():
                 yield batch
-        finally:
-            feed.cancelled.set()
-            job.cancel()
 
     async def complete(self, request: Request, encoded: Sequence[Encoded], reducer: str) -> list[Event]:
         """All events, without a wake-up per token."""
-        events: list[Event] = []
-        cancelled = threading.Event()
+        collected = _Collected()
+        async with self._submitted(request, encoded, reducer, collected):
+            return await collected.wait()
+
+    @contextlib.asynccontextmanager
+    async def _submitted(
+        self, request: Request, encoded: Sequence[Encoded], reducer: str, sink: Sink
+    ) -> AsyncIterator[None]:
+        submit = functools.partial(self._engine.submit, request, encoded, sink, reducer_of(reducer), reducer)
+        work = asyncio.get_running_loop().run_in_executor(self._prepare, submit)
         try:
-            await self._submit(request, encoded, reducer, events.append, cancelled)
+            job = await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(self._cancel_submitted)
+            raise
+        try:
+            yield
         finally:
-            cancelled.set()
-        return events
+            self._engine.cancel(job)
 
-    def _submit(
-        self,
-        request: Request,
-        encoded: Sequence[Encoded],
-        reducer: str,
-        put: Callable[[Event], None],
-        cancelled: threading.Event,
-    ) -> asyncio.Future[None]:
-        arrived = time.perf_counter()
-        begun = False
+    def _cancel_submitted(self, work: asyncio.Future[Job]) -> None:
+        if not work.cancelled() and work.exception() is None:
+            self._engine.cancel(work.result())
 
-        def work() -> None:
-            nonlocal begun
-            begun = True
-            self._num_started += 1
-            try:
-                waited_s = time.perf_counter() - arrived
-                for event in self._events(request, encoded, reducer, cancelled):
-                    put(_with_wait(event, waited_s))
-            finally:
-                self._num_ended += 1
-
-        def left(done: asyncio.Future[None]) -> None:
-            if not begun and done.cancelled():
-                self._num_submitted -= 1
-
-        self._num_submitted += 1
-        job = asyncio.get_running_loop().run_in_executor(self._pool, work)
-        job.add_done_callback(left)
-        return job
-
-    def _events(
-        self, request: Request, encoded: Sequence[Encoded], reducer: str, cancelled: threading.Event
-    ) -> Iterator[Event]:
-        if cancelled.is_set():
-            return
-        # Closed in the thread that runs it: it holds the decoder's lock and its cache.
-        with contextlib.closing(self._answer(request, encoded, reducer)) as events:
-            for event in events:
-                if cancelled.is_set():
-                    return
-                yield event
+    def _run(self, num_threads: int | None) -> None:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        while not self._closed.is_set():
+            self._engine.wake.clear()
+            if not self._engine.step() and not self._closed.is_set():
+                self._engine.wake.wait(IDLE_S)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Stop; requests that are here get no more events."""
+        self._closed.set()
+        self._engine.wake.set()
+        self._prepare.shutdown(wait=False, cancel_futures=True)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=10)
 
 
-def _with_wait(event: Event, waited_s: float) -> Event:
-    """The time in line here counts as queueing too."""
-    if not isinstance(event, Summary):
-        return event
-    return replace(event, timings=replace(event.timings, queue_s=event.timings.queue_s + waited_s))
+IDLE_S = 0.5
+"""How often an idle engine looks for requests past their deadline."""
 
 
 def build_encoder_stage(config: ServeConfig) -> EncoderStage:
@@ -215,12 +236,8 @@ def build_encoder_stage(config: ServeConfig) -> EncoderStage:
 def build_decoder_stage(config: ServeConfig) -> DecoderStage:
     """Load the language model."""
     model = config.with_threads().model
-    decoder = build_decoder(model)
-
-    def answer_request(request: Request, encoded: Sequence[Encoded], reducer: str) -> Generator[Event]:
-        return cast("Generator[Event]", answer(request, encoded, decoder, reducer=reducer))
-
-    return DecoderStage(answer_request, decoder.family.max_context_tokens, num_threads=model.num_threads)
+    engine = build_engine(model)
+    return DecoderStage(engine, engine.family.max_context_tokens, num_threads=model.num_threads)
 
 
 def build_local_runtime(config: ServeConfig) -> LocalRuntime:

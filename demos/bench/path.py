@@ -116,7 +116,7 @@ def medians(runs: list[dict]) -> dict[str, float]:
 
 def limits(model: mm.Model, prompt_tokens: int) -> dict[str, float]:
     """Milliseconds that prefill and one decoded token take at least, at this run's own measured rates."""
-    language = model.decoder.family.language
+    language = model.engine.family.language
     layers = sum(p.numel() for p in language.model.layers.parameters())
     weights = layers + language.head_weight.numel()
     config = language.config

@@ -79,6 +79,11 @@ class ModelConfig:
         video_decoder: "pyav", or "decord" for files the operator trusts.
         num_threads: CPU threads of torch; None leaves torch's own choice.
         cache_bytes: Size of the encoder's feature cache; 0 turns it off.
+        kv_cache_gb: Size of the decoder's KV cache in GiB; None takes a share of what the device has free.
+        max_num_seqs: Answers decoded at a time.
+        max_batch_tokens: Rows of one pass through the decoder; None takes 512 on a CPU, 4096 on a GPU.
+        max_waiting: Requests that may wait for the decoder; more are refused.
+        prefix_caching: Whether prompts begin with the rows that earlier ones left in the KV cache.
         limits, sources: What media may be, and from where.
     """
 
@@ -91,6 +96,11 @@ class ModelConfig:
     video_decoder: VideoDecoder = "pyav"
     num_threads: int | None = None
     cache_bytes: int = 512 * MiB
+    kv_cache_gb: float | None = None
+    max_num_seqs: int = 64
+    max_batch_tokens: int | None = None
+    max_waiting: int = 1024
+    prefix_caching: bool = True
     limits: MediaLimits = MediaLimits()
     sources: SourcePolicy = SourcePolicy()
 
@@ -99,5 +109,9 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 given = getattr(self, name)
                 raise InvalidOption("model", name, f"was {given!r}; allowed: {', '.join(allowed)}")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise InvalidOption("model", "num_threads", f"was {self.num_threads}; it has to be at least 1")
+        for name in ("num_threads", "max_num_seqs", "max_batch_tokens", "max_waiting"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidOption("model", name, f"was {value}; it has to be at least 1")
+        if self.kv_cache_gb is not None and not self.kv_cache_gb > 0:
+            raise InvalidOption("model", "kv_cache_gb", f"was {self.kv_cache_gb}; it has to be above 0")

@@ -210,13 +210,22 @@ class VisionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One question about some media. `messages` refer to `media` by index, each item exactly once and in order."""
+    """One question about some media. `messages` refer to `media` by index, each item exactly once and in order.
+
+    Attributes:
+        priority: Lower is served first; requests of one priority in order of arrival.
+        timeout_s: Longest time until the last token; None leaves it to the server.
+        cache_salt: Requests with different salts share no cached features and no cached prefix.
+    """
 
     request_id: str
     messages: tuple[Message, ...]
     media: tuple[Media, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     vision: VisionOptions = field(default_factory=VisionOptions)
+    priority: int = 0
+    timeout_s: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,11 +239,16 @@ class EncodeTimings:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """One media item, ready to be spliced into a prompt: what travels from encoder to decoder."""
+    """One media item, ready to be spliced into a prompt: what travels from encoder to decoder.
+
+    Attributes:
+        key: Names what the tokens depend on: content, encoder, reducer, tenant. Empty for tokens nobody may share.
+    """
 
     tokens: VisualTokens
     timings: EncodeTimings = field(default_factory=EncodeTimings)
     cache_hit: bool = False
+    key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +294,7 @@ class Usage:
 
     num_prompt_tokens: int
     num_completion_tokens: int
+    num_cached_tokens: int = 0
     num_image_tokens_in: int = 0
     num_image_tokens_kept: int = 0
     num_video_tokens_in: int = 0

@@ -7,6 +7,7 @@
     │   ├── UnknownModel        no model of that name is served
     │   └── MediaError          an image or clip cannot be used
     ├── CapacityError           later: the same request may succeed in a while
+    │   └── DeadlineExceeded    it took longer than it may
     ├── PluginError             at build, or when a request names a plugin
     │   ├── UnknownPlugin
     │   ├── MissingPackage
@@ -140,6 +141,12 @@ class CapacityError(MmError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class DeadlineExceeded(CapacityError):
+    """The answer took longer than the request or the server allows."""
+
+    code = "timeout"
 
 
 class PluginError(MmError):

@@ -110,6 +110,47 @@ class Reducer(Protocol):
         ...
 
 
+class PrefillView(Protocol):
+    """What a reducer sees of one prompt at the input of a decoder layer; see `mm.engine.step.PrefillView`."""
+
+    layer: int
+    hidden: Tensor
+    visual: Tensor
+    origins: Tensor
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def attention_rows(self, rows: Tensor, layer: int | None = None) -> Tensor: ...
+
+    def keys(self) -> Tensor: ...
+
+
+class InPrefill(Protocol):
+    """A reducer of the stage IN_PREFILL: drops visual rows at the input of some decoder layers."""
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """At the input of which of `num_layers` layers it is asked, ascending; not 0."""
+        ...
+
+    def in_prefill(self, layer: int, view: PrefillView) -> Tensor:
+        """(k,) int64, ascending: which of `view.visual` stay, in this layer and all above."""
+        ...
+
+
+class InDecode(Protocol):
+    """A reducer of the stage IN_DECODE: evicts rows from the cache once the prompt is in, or refuses new ones."""
+
+    def prefill_done(self, lengths: Sequence[int], visual: Sequence[Tensor]) -> Mapping[int, Tensor]:
+        """Layer to (k,) int64 rows of its cache that stay, ascending; layers not named keep all.
+
+        Args:
+            lengths: Rows that each layer holds.
+            visual: Per layer, (V,) int64: which of them are visual.
+        """
+        ...
+
+
 class Encoder(Protocol):
     """Pixels to visual tokens.
 
@@ -274,8 +315,33 @@ def check_compatible(reducer: Reducer, encoder: Encoder, host: str) -> None:
     missing = sorted(reducer.needs - encoder.provides)
     if missing:
         raise IncompatiblePlugin(type(reducer).__name__, host, missing)
-    if reducer.stage is not Stage.PRE_LLM:
-        raise IncompatiblePlugin(type(reducer).__name__, host, [f"the stage {reducer.stage.value}"])
+    for stage in flat_stages(reducer):
+        if stage.stage not in SERVED_STAGES:
+            raise IncompatiblePlugin(type(stage).__name__, host, [f"the stage {stage.stage.value}"])
+
+
+SERVED_STAGES = frozenset({Stage.PRE_LLM, Stage.IN_PREFILL, Stage.IN_DECODE})
+"""Stages that encoders and the engine carry out."""
+
+
+def flat_stages(reducer: Reducer) -> tuple[Reducer, ...]:
+    """The reducers of a pipeline, or the one there is."""
+    return tuple(getattr(reducer, "stages", None) or (reducer,))
+
+
+def encode_spec(reducer: Reducer) -> str:
+    """Canonical text of what happens to an item's tokens before the decoder: all that encoded features depend on."""
+    outside = [stage for stage in flat_stages(reducer) if stage.stage not in (Stage.IN_PREFILL, Stage.IN_DECODE)]
+    return " + ".join(canonical_spec(stage) for stage in outside) or "none"
+
+
+def inner_stages(reducer: Reducer) -> tuple[tuple[InPrefill, ...], tuple[InDecode, ...]]:
+    """The reducers that act inside the decoder: in prefill, and on the cache. One may be both."""
+    stages: tuple[Any, ...] = flat_stages(reducer)
+    return (
+        tuple(stage for stage in stages if hasattr(stage, "in_prefill")),
+        tuple(stage for stage in stages if hasattr(stage, "prefill_done")),
+    )
 
 
 CAPABILITIES = ("stage", "needs", "provides", "kinds", "query_aware", "count", "model_types")
@@ -313,7 +379,10 @@ __all__ = [
     "Encoder",
     "Family",
     "Grid",
+    "InDecode",
+    "InPrefill",
     "PluginKind",
+    "PrefillView",
     "ReduceContext",
     "Reducer",
     "Reduction",
@@ -323,7 +392,10 @@ __all__ = [
     "check_compatible",
     "create",
     "describe",
+    "encode_spec",
+    "flat_stages",
     "get",
+    "inner_stages",
     "names",
     "options_of",
     "parse_spec",

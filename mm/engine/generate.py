@@ -6,39 +6,34 @@
 
 from __future__ import annotations
 
-import threading
+import functools
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mm.core.config import MediaLimits, SourcePolicy, VideoDecoder
 from mm.core.data import (
-    Delta,
     Encoded,
     EncodeTimings,
     Event,
     FrameSampling,
     Image,
-    KeptMap,
     Media,
     MediaSource,
-    Prompt,
     Request,
-    Sampling,
-    Summary,
-    Timings,
-    Usage,
     Video,
     VisionOptions,
 )
-from mm.core.errors import ContextTooLong, MediaError
-from mm.core.plugins import Encoder, Reducer, build_reducer, canonical_spec, check_compatible
+from mm.core.errors import MediaError, MmError
+from mm.core.plugins import Encoder, Reducer, build_reducer, canonical_spec, check_compatible, encode_spec
 from mm.core.reduce import reduce_tokens
-from mm.engine.decode import Progress, decode
+from mm.engine.engine import Engine
 from mm.engine.feature_cache import FeatureCache, cache_key
-from mm.engine.output import Output
-from mm.engine.samplers import SamplerFactory
+from mm.engine.report import Feed
+from mm.engine.sequence import Job
 from mm.media import MediaBudget, content_hash, fetch
 from mm.media.loading import decode as decode_media
 
@@ -55,18 +50,6 @@ class EncodeParts:
     limits: MediaLimits = field(default_factory=MediaLimits)
     sources: SourcePolicy = field(default_factory=SourcePolicy)
     video_decoder: VideoDecoder = "pyav"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoder:
-    """What the decoder's half needs: a model family, and the lock that lets one request at a time use it."""
-
-    family: Any
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    samplers: SamplerFactory = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "samplers", SamplerFactory(self.family))
 
 
 def resolve_reducer(vision: VisionOptions, parts: EncodeParts) -> Reducer:
@@ -94,7 +77,7 @@ def encode(request: Request, parts: EncodeParts) -> list[Encoded]:
     loaded: dict[str, tuple[Image | Video, float]] = {}
     keys = []
     for item in request.media:
-        key, media, load_s = _load(item, frames, reducer, budget, parts, found)
+        key, media, load_s = _load(item, frames, reducer, budget, parts, found, request.cache_salt)
         keys.append(key)
         if media is not None:
             loaded.setdefault(key, (media, load_s))
@@ -109,6 +92,7 @@ def _load(
     budget: MediaBudget,
     parts: EncodeParts,
     found: dict[str, Encoded],
+    tenant: str,
 ) -> tuple[str, Image | Video | None, float]:
     """The item's cache key, and its pixels with the seconds they took; a cached item goes to `found` instead."""
     if item.kind not in parts.encoder.kinds:
@@ -119,7 +103,7 @@ def _load(
         content = content_hash(item.kind, data, frames, parts.video_decoder)
     else:
         data, content = None, item.content_hash
-    key = cache_key(content, parts.encoder.fingerprint, canonical_spec(reducer))
+    key = cache_key(content, parts.encoder.fingerprint, encode_spec(reducer), tenant)
     if (cached := parts.cache.get(key)) is not None:
         found[key] = cached
         return key, None, 0.0
@@ -148,74 +132,98 @@ def _encode_batch(
         start = time.perf_counter()
         kept = reduce_tokens(reducer, tokens)
         reduce_s = time.perf_counter() - start
-        encoded[key] = Encoded(tokens=kept, timings=EncodeTimings(load_s=load_s, encode_s=encode_s, reduce_s=reduce_s))
+        timings = EncodeTimings(load_s=load_s, encode_s=encode_s, reduce_s=reduce_s)
+        encoded[key] = Encoded(tokens=kept, timings=timings, key=key)
         parts.cache.put(key, replace(encoded[key], timings=EncodeTimings()))
     return encoded
 
 
-def answer(request: Request, encoded: Sequence[Encoded], decoder: Decoder, *, reducer: str = "none") -> Iterator[Event]:
+def answer(request: Request, encoded: Sequence[Encoded], engine: Engine, *, reducer: str = "none") -> Generator[Event]:
     """Deltas of every choice, then one `Summary`. Closing the generator frees everything at once.
 
     Args:
-        reducer: How the tokens were reduced, for the summary.
+        reducer: How the tokens were reduced, and are to be reduced inside the decoder.
 
     Raises:
         ContextTooLong, InvalidRequest, MediaError: Before the first event.
     """
-    queued = time.perf_counter()
-    with decoder.lock:
-        queue_s = time.perf_counter() - queued
-        family, sampling = decoder.family, request.sampling
-        prompt = family.splice(request.messages, [item.tokens for item in encoded])
-        max_new_tokens = _max_new_tokens(sampling, prompt, family)
-        samplers = decoder.samplers.make(sampling, prompt)
-        outputs = [Output(decoder.samplers.vocabulary, sampler, sampling, max_new_tokens) for sampler in samplers]
-        cache = family.language.new_cache(prompt.length + max_new_tokens)
-        progress = Progress()
-        yield from decode(family.language, prompt, cache, samplers, outputs, progress)
-        yield _summary(request, encoded, prompt, progress, queue_s, reducer)
+    feed = Feed()
+    job = engine.submit(request, encoded, feed, reducer_of(reducer), reducer)
+    yield from engine.events(job, feed)
 
 
-def generate(request: Request, parts: EncodeParts, decoder: Decoder) -> Iterator[Event]:
+def generate(request: Request, parts: EncodeParts, engine: Engine) -> Generator[Event]:
     """The whole journey in one process."""
     encoded = encode(request, parts)
-    yield from answer(request, encoded, decoder, reducer=canonical_spec(resolve_reducer(request.vision, parts)))
+    yield from answer(request, encoded, engine, reducer=canonical_spec(resolve_reducer(request.vision, parts)))
 
 
-def _max_new_tokens(sampling: Sampling, prompt: Prompt, family: Any) -> int:
-    room = family.max_context_tokens - prompt.next_position
-    if room < max(1, sampling.max_new_tokens or 0):
-        raise ContextTooLong(prompt.next_position, sampling.max_new_tokens or 1, family.max_context_tokens)
-    return sampling.max_new_tokens or room
+def generate_batch(
+    requests: Iterable[Request], parts: EncodeParts, engine: Engine, *, ahead: int = 32
+) -> Iterator[tuple[int, list[Event] | MmError]]:
+    """Many requests: their number in the sequence with all their events or what was wrong, in order of completion.
+
+    Media are encoded in a thread of their own while earlier requests are decoded.
+
+    Args:
+        ahead: Requests that are encoded or in the engine at a time; bounds the memory of an endless sequence.
+    """
+    numbered = enumerate(requests)
+    encoding: dict[Future[tuple[list[Encoded], str]], tuple[int, Request]] = {}
+    running: dict[int, tuple[Job, Feed, list[Event]]] = {}
+
+    def encode_one(request: Request) -> tuple[list[Encoded], str]:
+        return encode(request, parts), canonical_spec(resolve_reducer(request.vision, parts))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
+        try:
+            while True:
+                room = ahead - len(encoding) - len(running)
+                for number, request in itertools.islice(numbered, room):
+                    encoding[pool.submit(encode_one, request)] = number, request
+                if not encoding and not running:
+                    return
+                if not running:
+                    wait(encoding, return_when=FIRST_COMPLETED)
+                for done in [future for future in encoding if future.done()]:
+                    number, request = encoding.pop(done)
+                    try:
+                        encoded, spec = done.result()
+                        feed = Feed()
+                        running[number] = engine.submit(request, encoded, feed, reducer_of(spec), spec), feed, []
+                    except MmError as error:
+                        yield number, error
+                engine.step()
+                for number, (_, feed, events) in list(running.items()):
+                    if (outcome := _drained(feed, events)) is not None:
+                        del running[number]
+                        yield number, outcome
+        finally:
+            for future in encoding:
+                future.cancel()
+            for job, _, _ in running.values():
+                engine.cancel(job)
 
 
-def _summary(
-    request: Request, encoded: Sequence[Encoded], prompt: Prompt, progress: Progress, queue_s: float, reducer: str
-) -> Summary:
-    def count(kind: str, what: str) -> int:
-        return sum(getattr(item.tokens, what) for item in encoded if item.tokens.kind == kind)
-
-    usage = Usage(
-        num_prompt_tokens=prompt.length,
-        num_completion_tokens=progress.num_completion_tokens,
-        num_image_tokens_in=count("image", "num_tokens_in"),
-        num_image_tokens_kept=count("image", "num_tokens"),
-        num_video_tokens_in=count("video", "num_tokens_in"),
-        num_video_tokens_kept=count("video", "num_tokens"),
-    )
-    timings = Timings(
-        load_s=sum(item.timings.load_s for item in encoded),
-        encode_s=sum(item.timings.encode_s for item in encoded),
-        reduce_s=sum(item.timings.reduce_s for item in encoded),
-        queue_s=queue_s,
-        prefill_s=progress.prefill_s,
-        decode_s=progress.decode_s,
-    )
-    kept = tuple(
-        KeptMap(kind=item.tokens.kind, grid=item.tokens.grid, kept=tuple(item.tokens.indices.tolist()))
-        for item in encoded
-    )
-    return Summary(usage=usage, timings=timings, kept=kept if request.vision.return_map else (), reducer=reducer)
+def _drained(feed: Feed, events: list[Event]) -> list[Event] | MmError | None:
+    """Move what is there to `events`; the outcome once it is over."""
+    while (item := feed.take()) is not None:
+        event, error = item
+        if event is not None:
+            events.append(event)
+        elif error is None:
+            return events
+        elif isinstance(error, MmError):
+            return error
+        else:
+            raise error
+    return None
 
 
-__all__ = ["Decoder", "Delta", "EncodeParts", "answer", "encode", "generate", "resolve_reducer"]
+@functools.lru_cache(maxsize=256)
+def reducer_of(spec: str) -> Reducer:
+    """The reducer of a specification; immutable, so one object serves all requests."""
+    return build_reducer(spec)
+
+
+__all__ = ["EncodeParts", "answer", "encode", "generate", "generate_batch", "reducer_of", "resolve_reducer"]

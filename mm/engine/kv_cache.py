@@ -1,53 +1,267 @@
-"""Keys and values of one sequence. Everything that touches the cache's layout is in this file.
+"""Keys and values of every sequence, in blocks. Everything that touches the cache's layout or counts its bytes is here.
 
-A row's place in the cache and its rotary position are different things: after reduction, rows are dense and positions
-are not. Keys and values are separate tensors per layer, and every layer has its own length, so that layers may come to
-hold different rows.
+A block holds `block_size` rows of one layer and belongs to no layer until it is given out: one pool for all of them.
+So a token that is dropped at layer K frees memory which any sequence may use in any layer, below K too; with a pool per
+layer the lower ones would run full while the upper ones stand empty. Keys and values are two tensors.
+
+A sequence lives in a slot. Layers that hold the same rows form a segment; `lengths[layer, slot]` says how many, and
+`tables[layer, slot]` which blocks hold them. A row's place in the cache and its rotary position are different things.
+
+Blocks are shared by counting references: prefixes that several sequences begin with, and the prompt of several answers.
+Whoever writes into a block that is not its own alone gets a copy of it first.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from mm.core.errors import EngineError
 
-class KVCache:
-    """Room for `capacity` rows in each layer; written in place, owned by one request.
 
-    Args:
+class OutOfBlocks(EngineError):
+    """There are too few free blocks; the scheduler makes room and tries again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What one row of one layer takes.
+
+    Attributes:
         num_heads: Key/value heads.
         head_dim: Width of one head.
+        block_size: Rows of a block.
     """
 
-    def __init__(
-        self, *, num_layers: int, num_heads: int, head_dim: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        shape = (1, num_heads, capacity, head_dim)
-        self._keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(num_layers)]
-        self._values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(num_layers)]
-        self._lengths = [0] * num_layers
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (1, H_kv, L, d) rows behind those the layer holds and return views of all of them."""
-        start = self._lengths[layer]
-        end = start + key.shape[2]
-        if end > self._keys[layer].shape[2]:
-            raise AssertionError(f"layer {layer} has no room for row {end} of {self._keys[layer].shape[2]}")
-        self._keys[layer][:, :, start:end] = key
-        self._values[layer][:, :, start:end] = value
-        self._lengths[layer] = end
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
-
-    def length(self, layer: int = 0) -> int:
-        """Rows that a layer holds."""
-        return self._lengths[layer]
-
-    def rewind(self, length: int) -> None:
-        """Forget every row from `length` on, in all layers, so that another answer can follow the same prompt."""
-        self._lengths = [min(length, held) for held in self._lengths]
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    block_size: int = 16
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the rows held, keys and values of all layers."""
-        row_bytes = [k.shape[1] * k.shape[3] * k.element_size() * 2 for k in self._keys]
-        return sum(held * size for held, size in zip(self._lengths, row_bytes, strict=True))
+    def row_bytes(self) -> int:
+        """Key and value of one token in one layer."""
+        return 2 * self.num_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        return self.row_bytes * self.block_size
+
+    def num_blocks(self, num_rows: int) -> int:
+        """Blocks that hold `num_rows` rows in one layer."""
+        return -(-num_rows // self.block_size)
+
+
+class KVCache:
+    """The pool, and the tables of the sequences that live in it.
+
+    Args:
+        num_blocks: Size of the pool.
+        num_slots: Sequences at a time.
+
+    Attributes:
+        keys, values: (num_blocks, block_size, num_heads, head_dim).
+        tables: (num_layers, num_slots, W) int32, block ids; only the first ceil(length / block_size) count.
+        lengths: (num_layers, num_slots) int64, rows held.
+    """
+
+    def __init__(self, shape: CacheShape, *, num_blocks: int, num_slots: int) -> None:
+        self.shape = shape
+        size = (num_blocks, shape.block_size, shape.num_heads, shape.head_dim)
+        self.keys = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self.values = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self.num_blocks = num_blocks
+        self.tables = np.zeros((shape.num_layers, num_slots, 8), dtype=np.int32)
+        self.lengths = np.zeros((shape.num_layers, num_slots), dtype=np.int64)
+        self._references = np.zeros(num_blocks, dtype=np.int32)
+        self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # a stack; low ids are given out first
+        self._num_free = num_blocks
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._layers = np.arange(shape.num_layers)
+
+    # ── slots ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._num_free
+
+    @property
+    def num_used_bytes(self) -> int:
+        """Bytes of all blocks that somebody holds; a shared one counts once."""
+        return (self.num_blocks - self._num_free) * self.shape.block_bytes
+
+    def open(self) -> int:
+        """A free slot, empty."""
+        slot = self._free_slots.pop()
+        self.lengths[:, slot] = 0
+        return slot
+
+    def close(self, slot: int) -> None:
+        """Give back the slot and every block that nobody else holds."""
+        for layer in range(self.shape.num_layers):
+            self.release(self.blocks(layer, slot))
+        self.lengths[:, slot] = 0
+        self._free_slots.append(slot)
+
+    def blocks(self, layer: int, slot: int) -> np.ndarray:
+        """Ids of the blocks that hold a slot's rows in a layer, in order; a view."""
+        return self.tables[layer, slot, : self.shape.num_blocks(int(self.lengths[layer, slot]))]
+
+    def held_bytes(self, slot: int) -> int:
+        """Bytes of all blocks in a slot's tables, shared ones included."""
+        per_layer = -(-self.lengths[:, slot] // self.shape.block_size)
+        return int(per_layer.sum()) * self.shape.block_bytes
+
+    # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def blocks_for(self, slot: int, num_rows: int) -> int:
+        """Free blocks that `grow` of all layers by `num_rows` takes, copies of shared blocks included."""
+        size, lengths = self.shape.block_size, self.lengths[:, slot]
+        more = int((-(-(lengths + num_rows) // size)).sum() - (-(-lengths // size)).sum())
+        return more + len(self._shared_tails(slot, self._layers)) if num_rows else 0
+
+    def grow(self, slot: int, num_rows: int, start: int = 0, stop: int | None = None) -> None:
+        """Make room for `num_rows` rows behind those that layers start..stop hold, and count them as held.
+
+        Raises:
+            OutOfBlocks: Nothing was changed.
+        """
+        layers = self._layers[start:stop]
+        size, lengths = self.shape.block_size, self.lengths[layers, slot]
+        held, wanted = -(-lengths // size), -(-(lengths + num_rows) // size)
+        tails = self._shared_tails(slot, layers)
+        num_new = int((wanted - held).sum())
+        if num_new + len(tails) > self._num_free:
+            raise OutOfBlocks(f"{num_new + len(tails)} blocks are needed and {self._num_free} are free")
+        self._unshare(slot, tails)
+        if num_new:
+            self._widen(int(wanted.max()))
+            ids, at = self._take(num_new), 0
+            for layer, old, new in zip(layers.tolist(), held.tolist(), wanted.tolist(), strict=True):
+                self.tables[layer, slot, old:new] = ids[at : at + new - old]
+                at += new - old
+        self.lengths[layers, slot] = lengths + num_rows
+
+    def shrink(self, slot: int, layer: int, length: int) -> None:
+        """Forget a layer's rows from `length` on."""
+        kept = self.shape.num_blocks(length)
+        self.release(self.blocks(layer, slot)[kept:])
+        self.lengths[layer, slot] = length
+
+    def keep_rows(self, slot: int, layer: int, rows: Tensor) -> None:
+        """Keep only `rows` (ascending indices) of those that a layer holds, densely, in their order.
+
+        Raises:
+            OutOfBlocks: Shared blocks had to be copied and there is no room.
+        """
+        places = self.places(layer, slot)
+        flat_keys, flat_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+        source = torch.from_numpy(places).to(rows.device)[rows]
+        keys, values = flat_keys[source], flat_values[source]
+        self.shrink(slot, layer, 0)
+        self.grow(slot, rows.shape[0], layer, layer + 1)
+        target = torch.from_numpy(self.places(layer, slot)).to(rows.device)
+        flat_keys[target], flat_values[target] = keys, values
+
+    def places(self, layer: int, slot: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """(n,) int64: where in the flattened pool (num_blocks * block_size rows) rows start..stop of a layer are."""
+        size = self.shape.block_size
+        rows = np.arange(start, int(self.lengths[layer, slot]) if stop is None else stop)
+        return self.tables[layer, slot, rows // size].astype(np.int64) * size + rows % size
+
+    # ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def fork(self, slot: int) -> int:
+        """A new slot that holds the same rows by reference."""
+        copy = self.open()
+        self.tables[:, copy] = self.tables[:, slot]
+        self.lengths[:, copy] = self.lengths[:, slot]
+        for layer in range(self.shape.num_layers):
+            self.retain(self.blocks(layer, copy))
+        return copy
+
+    def adopt(self, slot: int, ids: np.ndarray) -> None:
+        """Begin an empty slot with whole blocks that are held elsewhere.
+
+        Args:
+            ids: (num_layers, n) block ids.
+        """
+        if not ids.shape[1]:
+            return
+        self._widen(ids.shape[1])
+        self.tables[:, slot, : ids.shape[1]] = ids
+        self.lengths[:, slot] = ids.shape[1] * self.shape.block_size
+        self.retain(ids.ravel())
+
+    def retain(self, ids: np.ndarray) -> None:
+        """Hold blocks once more. An id may be named once per call."""
+        self._references[ids] += 1
+
+    def release(self, ids: np.ndarray) -> None:
+        """Hold blocks once less; those that nobody holds any more are free."""
+        if not len(ids):
+            return
+        self._references[ids] -= 1
+        gone = ids[self._references[ids] == 0]
+        self._free[self._num_free : self._num_free + len(gone)] = gone
+        self._num_free += len(gone)
+
+    def num_references(self, ids: np.ndarray) -> np.ndarray:
+        return self._references[ids]
+
+    def _take(self, count: int) -> np.ndarray:
+        self._num_free -= count
+        ids = self._free[self._num_free : self._num_free + count][::-1].copy()
+        self._references[ids] = 1
+        return ids
+
+    def _shared_tails(self, slot: int, layers: np.ndarray) -> np.ndarray:
+        """Layers whose last block is partly filled and held by others too: it has to be copied before it is written."""
+        lengths = self.lengths[layers, slot]
+        partial = lengths % self.shape.block_size != 0
+        last = self.tables[layers, slot, np.maximum(lengths - 1, 0) // self.shape.block_size]
+        return layers[partial & (self._references[last] > 1)]
+
+    def _unshare(self, slot: int, layers: np.ndarray) -> None:
+        if not len(layers):
+            return
+        last = (self.lengths[layers, slot] - 1) // self.shape.block_size
+        shared, own = self.tables[layers, slot, last], self._take(len(layers))
+        source, target = torch.from_numpy(shared.astype(np.int64)), torch.from_numpy(own.astype(np.int64))
+        self.keys[target.to(self.keys.device)] = self.keys[source.to(self.keys.device)]
+        self.values[target.to(self.values.device)] = self.values[source.to(self.values.device)]
+        self._references[shared] -= 1
+        self.tables[layers, slot, last] = own
+
+    def _widen(self, num_columns: int) -> None:
+        width = self.tables.shape[2]
+        if num_columns > width:
+            wider = np.zeros((*self.tables.shape[:2], max(num_columns, 2 * width)), dtype=np.int32)
+            wider[:, :, :width] = self.tables
+            self.tables = wider
+
+    def check(self, shared: np.ndarray | None = None) -> None:
+        """Assert that every reference is accounted for; for tests.
+
+        Args:
+            shared: Ids held by others than slots, once per hold.
+        """
+        counted = np.zeros_like(self._references)
+        for slot in range(self.lengths.shape[1]):
+            for layer in range(self.shape.num_layers):
+                np.add.at(counted, self.blocks(layer, slot), 1)
+        if shared is not None:
+            np.add.at(counted, shared, 1)
+        free = self._free[: self._num_free]
+        assert np.array_equal(counted, self._references), "references do not equal the holds"
+        assert len(np.unique(free)) == self._num_free == int((counted == 0).sum()), "the free list is wrong"
+        assert not counted[free].any(), "a free block is held"

@@ -1,7 +1,7 @@
 """A language model taken apart: embedding, decoder layers, norm and head of any transformers text model.
 
-The engine drives the layers one by one, so that tokens can leave between two of them; the layers stay transformers'
-own. What it asks of a text model is the signature that all of transformers' decoder layers share, not a class.
+The engine drives the layers one by one, so that tokens can leave between two of them. What it asks of a text model is
+the signature that all of transformers' decoder layers share, not a class.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from mm.engine.attention import ATTENTION
-from mm.engine.kv_cache import KVCache
+from mm.engine.attention import ATTENTION, Attention, Rotary, RowBatch
+from mm.engine.kv_cache import CacheShape
 from mm.models.checkpoint import BadCheckpoint, load_module, read_tensors
+from mm.models.layers import build_layer
 
 HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight")
 TEXT_KEY = re.compile(
@@ -61,6 +62,9 @@ class LanguageModel:
         self.config = text
         self.device, self.dtype = torch.device(device), dtype
         self.head_weight = self._head(head, config, folder)
+        self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.layers = [build_layer(layer, i, self.head_dim) for i, layer in enumerate(self.model.layers)]
+        self._table: Rotary | None = None
 
     def _head(self, head: Tensor | None, config: PretrainedConfig, folder: Path) -> Tensor:
         embedding = self.model.get_input_embeddings().weight
@@ -72,45 +76,59 @@ class LanguageModel:
 
     @property
     def num_layers(self) -> int:
-        return len(self.model.layers)
+        return len(self.layers)
 
     @property
     def vocab_size(self) -> int:
         return self.head_weight.shape[0]
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """What a row of this model takes in the cache."""
+        return CacheShape(
+            num_layers=self.num_layers,
+            num_heads=self.config.num_key_value_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:
         """(L,) ids to (L, D) embeddings."""
         return self.model.get_input_embeddings()(token_ids.to(self.device))
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for one sequence of at most `capacity` rows."""
-        heads = self.config.num_key_value_heads
-        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        return KVCache(
-            num_layers=self.num_layers,
-            num_heads=heads,
-            head_dim=width,
-            capacity=capacity,
-            device=self.device,
-            dtype=self.dtype,
-        )
+    def rotary(self, positions: Tensor) -> Rotary:
+        """cos and sin (R, w) float32 of positions (P, R), which need not be contiguous; P = 1, or 3 for M-RoPE."""
+        if positions.shape[0] > 1:
+            return self._rotary(positions.unsqueeze(1))
+        most = int(positions.max()) + 1
+        if self._table is None or self._table[0].shape[0] < most:
+            size = max(1024, 1 << (most - 1).bit_length())
+            rows = 3 if self._multi_axis else 1
+            self._table = self._rotary(torch.arange(size, device=self.device).expand(rows, 1, size))
+        cos, sin = self._table
+        return cos[positions[0]], sin[positions[0]]
 
-    @torch.inference_mode()
-    def forward(self, embeddings: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """Run all layers over new rows and return the logits that follow the last one.
+    @property
+    def _multi_axis(self) -> bool:
+        return "mrope_section" in (getattr(self.config, "rope_parameters", None) or {})
 
-        Args:
-            embeddings: (L, D) rows; their keys and values are appended to `cache`.
-            positions: (P, L) rotary positions, which need not be contiguous; P = 1, or 3 for M-RoPE.
+    def _rotary(self, positions: Tensor) -> Rotary:
+        """Of positions (P, 1, R)."""
+        like = torch.empty(1, dtype=torch.float32, device=self.device)
+        rows = positions if positions.shape[0] > 1 else positions[0]
+        cos, sin = self.model.rotary_emb(like, position_ids=rows)
+        return cos[0].contiguous(), sin[0].contiguous()
 
-        Returns:
-            Logits (vocab,).
-        """
-        hidden = embeddings.unsqueeze(0)
-        rows = positions if positions.shape[0] == 1 else positions.unsqueeze(1)
-        cos_sin = self.model.rotary_emb(hidden, position_ids=rows)
-        for layer in self.model.layers:
-            hidden = layer(hidden, attention_mask=None, position_embeddings=cos_sin, mm_cache=cache)
-        last = self.model.norm(hidden[:, -1:])
-        return nn.functional.linear(last, self.head_weight)[0, 0]
+    def layer(self, index: int, hidden: Tensor, batch: RowBatch, rotary: Rotary, attention: Attention) -> Tensor:
+        """One decoder layer over packed rows (R, D); their keys and values go to the cache behind `attention`."""
+        return self.layers[index](hidden, batch, rotary, attention)
+
+    def queries_keys(self, index: int, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Rotated queries (R, H, d) and keys (R, H_kv, d) of a layer's input; nothing is stored."""
+        return self.layers[index].queries_keys(hidden, rotary)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(R, vocab) of the last layer's output (R, D)."""
+        return nn.functional.linear(self.model.norm(hidden), self.head_weight)

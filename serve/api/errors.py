@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from mm.core.errors import (
     CapacityError,
+    DeadlineExceeded,
     InvalidOption,
     InvalidRequest,
     MediaError,
@@ -50,12 +51,6 @@ class Unauthorized(RequestError):
 
     def __str__(self) -> str:
         return "this server wants an API key: send the header Authorization: Bearer <key>"
-
-
-class DeadlineExceeded(CapacityError):
-    """The answer took longer than the server allows."""
-
-    code = "timeout"
 
 
 @dataclass(frozen=True, kw_only=True)

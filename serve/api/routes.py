@@ -21,9 +21,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mm.core.data import Delta, Event, Request, Summary
-from mm.core.errors import CapacityError, InvalidRequest, MmError, UnknownModel
+from mm.core.errors import CapacityError, DeadlineExceeded, InvalidRequest, MmError, UnknownModel
 from serve.api.body import read_json, with_media
-from serve.api.errors import DeadlineExceeded, Failure, failure_of
+from serve.api.errors import Failure, failure_of
 from serve.api.guard import Guard
 from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.render import Head, completion, summary_of, to_json

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from mm.api import build_decoder, build_encode_parts, collect
+from mm.api import build_encode_parts, build_engine, collect
 from mm.core.config import MediaLimits, SourcePolicy
 from mm.core.data import (
     Encoded,
@@ -33,7 +33,8 @@ from mm.core.data import (
 )
 from mm.core.errors import MmError, RequestError
 from mm.core.plugins import build_reducer, canonical_spec
-from mm.engine.generate import Decoder, EncodeParts, answer, encode
+from mm.engine.engine import Engine
+from mm.engine.generate import EncodeParts, answer, encode
 from mm.media import MediaBudget, content_hash, fetch
 from serve.jobs.discover import Item
 from serve.jobs.job import CaptionJob
@@ -62,7 +63,7 @@ class LocalCaptioner:
     """A model in this process."""
 
     parts: EncodeParts
-    decoder: Decoder
+    engine: Engine
     reducer: str
     num_threads: int | None
 
@@ -76,8 +77,8 @@ class LocalCaptioner:
         # No feature cache: every file is seen once, and equal files share a caption already.
         config = replace(job.model, cache_bytes=0)
         reducer = canonical_spec(build_reducer(config.reducer))
-        parts, decoder = build_encode_parts(config), build_decoder(config)
-        return cls(parts=parts, decoder=decoder, reducer=reducer, num_threads=config.num_threads)
+        parts, engine = build_encode_parts(config), build_engine(config)
+        return cls(parts=parts, engine=engine, reducer=reducer, num_threads=config.num_threads)
 
     def prepare_thread(self) -> None:
         if self.num_threads is not None:
@@ -87,7 +88,7 @@ class LocalCaptioner:
         return encode(request, self.parts)
 
     def answer(self, request: Request, encoded: Sequence[Encoded]) -> Iterator[Event]:
-        return answer(request, encoded, self.decoder, reducer=self.reducer)
+        return answer(request, encoded, self.engine, reducer=self.reducer)
 
 
 @dataclass(frozen=True, kw_only=True)

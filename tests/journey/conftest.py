@@ -22,6 +22,7 @@ from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.runtime import Features, LocalRuntime
 from serve.stages import DecoderStage, EncoderStage
+from tests.scripted import ScriptedEngine
 
 
 @dataclass
@@ -90,7 +91,7 @@ def engine() -> FakeEngine:
 
 def build(engine: FakeEngine, **options: Any) -> tuple[Any, LocalRuntime]:
     config = ServeConfig(**{"served_model_names": ("tiny", "alias/tiny")} | options)
-    decoder = DecoderStage(engine.answer, 2048)
+    decoder = DecoderStage(ScriptedEngine(engine.answer), 2048)
     runtime = LocalRuntime(EncoderStage(engine.encode, ("image", "video")), decoder, "none")
     return create_app(runtime, config), runtime
 

@@ -88,7 +88,7 @@ async def test_bias_penalties_and_truncation_change_the_answer_as_they_say(shipp
     plain = await text_of(shipped)
     first = model.generate("What colour is the circle?", max_new_tokens=1, temperature=0).token_ids[0][0]
     banned = (await post(shipped, logit_bias={str(first): -100}, logprobs=True)).json()["choices"][0]
-    word = model.decoder.samplers.vocabulary.text_of(first)
+    word = model.engine.samplers.vocabulary.text_of(first)
     assert all(token["token"] != word for token in banned["logprobs"]["content"])
     assert await text_of(shipped, temperature=2, top_k=1) == plain
     assert await text_of(shipped, temperature=2, min_p=1) == plain
@@ -101,7 +101,7 @@ async def test_bias_penalties_and_truncation_change_the_answer_as_they_say(shipp
 
 
 async def test_min_tokens_holds_off_the_end_and_stop_strings(shipped, model) -> None:
-    (eos,) = model.decoder.family.eos_token_ids
+    (eos,) = model.engine.family.eos_token_ids
     for min_tokens in (0, 7):
         usage = (await post(shipped, logit_bias={str(eos): 100}, min_tokens=min_tokens)).json()["usage"]
         assert usage["completion_tokens"] == min_tokens + 1

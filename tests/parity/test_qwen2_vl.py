@@ -20,6 +20,7 @@ from mm.engine.generate import encode
 from mm.media import MediaBudget, video_from_array
 from pruning.base import budget
 from tests.checkpoints import random_qwen2_5_vl
+from tests.passes import logits_along
 
 NEW_TOKENS = 16
 TEXT = "What colour is the circle, and where?"
@@ -93,18 +94,12 @@ def request_for(images, clips, **options) -> Request:
 
 def our_prompt(ours, request: Request) -> Prompt:
     visual = [item.tokens for item in encode(request, ours.encode_parts)]
-    return ours.decoder.family.splice(request.messages, visual)
+    return ours.engine.family.splice(request.messages, visual)
 
 
 def our_logits(ours, prompt: Prompt, tokens: list[int]) -> list[torch.Tensor]:
     """Logits at each of `tokens`, fed one by one through our cache."""
-    language = ours.decoder.family.language
-    cache = language.new_cache(prompt.length + len(tokens))
-    steps = [language.forward(prompt.embeddings, prompt.positions, cache)]
-    for i, token in enumerate(tokens[:-1]):
-        position = torch.full((prompt.positions.shape[0], 1), prompt.next_position + i)
-        steps.append(language.forward(language.embed(torch.tensor([token])), position, cache))
-    return steps
+    return logits_along(ours.engine.family.language, prompt, tokens)
 
 
 def reference(theirs, images, clips):
@@ -136,7 +131,7 @@ def test_tokens_and_logits_equal_generate(ours, theirs, name):
     _, tokens, logits = reference(theirs, images, clips)
     request = request_for(images, clips, max_new_tokens=NEW_TOKENS, temperature=0)
     assert list(mm.api.collect(ours.run(request)).token_ids[0]) == tokens
-    assert furthest(our_logits(ours, our_prompt(ours, request), tokens), logits) == 0.0
+    assert furthest(our_logits(ours, our_prompt(ours, request), tokens), logits) <= 1e-4  # sums in another order
 
 
 @pytest.mark.parametrize("name", MEDIA)
@@ -184,7 +179,7 @@ def test_clip_time_counts_for_qwen2_5_alone(ours):
     frames = clip(5, 6, 84, 112, 0.5).frames
     slow, fast = (our_prompt(ours, request_for([], [Clip(frames=frames, frame_s=s)])) for s in (4.0, 0.5))
     assert torch.equal(slow.embeddings, fast.embeddings)
-    assert torch.equal(slow.positions, fast.positions) == ("Qwen2_5" not in type(ours.decoder.family.config).__name__)
+    assert torch.equal(slow.positions, fast.positions) == ("Qwen2_5" not in type(ours.engine.family.config).__name__)
 
 
 def test_a_reducer_that_keeps_all_equals_generate(ours, theirs):
@@ -194,7 +189,7 @@ def test_a_reducer_that_keeps_all_equals_generate(ours, theirs):
         images, clips, reducer="divprune:keep_ratio=1", max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True
     )
     assert list(mm.api.collect(ours.run(request)).token_ids[0]) == tokens
-    assert furthest(our_logits(ours, our_prompt(ours, request), tokens), logits) == 0.0
+    assert furthest(our_logits(ours, our_prompt(ours, request), tokens), logits) <= 1e-4  # sums in another order
 
 
 def test_kept_tokens_keep_their_places(ours):

@@ -13,6 +13,7 @@ from mm.core.errors import InvalidOption, ReducerFault
 from mm.core.plugins import ReduceContext, Reduction, Stage, build_reducer, canonical_spec, create
 from mm.core.reduce import reduce_tokens
 from pruning.base import Pipeline, ScoreReducer
+from pruning.in_llm.fastv import FastV
 from pruning.pre_llm.divprune import DivPrune
 from pruning.pre_llm.uniform import Uniform
 
@@ -117,13 +118,11 @@ def test_bad_stages_are_refused(stages):
         create("reducer", "pipeline", stages=stages)
 
 
-def test_a_stage_of_another_place_is_refused():
-    @dataclass(frozen=True, kw_only=True)
-    class InPrefill(Uniform):
-        stage: ClassVar[Stage] = Stage.IN_PREFILL
-
-    with pytest.raises(InvalidOption, match="before the decoder"):
-        Pipeline(stages=(Uniform(), InPrefill()))
+def test_an_order_in_which_tokens_do_not_meet_them_is_refused():
+    inside = FastV(keep_ratio=0.5)
+    assert Pipeline(stages=(Uniform(keep_ratio=0.5), inside)).stage is Stage.PRE_LLM
+    with pytest.raises(InvalidOption, match="put earlier stages first"):
+        Pipeline(stages=(inside, Uniform(keep_ratio=0.5)))
 
 
 def test_a_faulty_stage_is_named():

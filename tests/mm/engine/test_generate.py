@@ -42,7 +42,7 @@ def test_streamed_text_adds_up_to_the_answer(model):
 
 def test_an_answer_ends_at_the_models_end_token(model):
     free = model.generate("What?", max_new_tokens=6, ignore_eos=True).token_ids[0]
-    family = model.decoder.family
+    family = model.engine.family
     before, family.eos_token_ids = family.eos_token_ids, frozenset([free[3]])
     try:
         answer = model.generate("What?", max_new_tokens=6)
@@ -87,13 +87,15 @@ def test_usage_and_map_say_what_was_kept(model):
 def test_closing_a_stream_frees_the_decoder(model):
     stream = model.stream("What?", max_new_tokens=50)
     next(stream)
-    assert model.decoder.lock.locked()
+    assert model.engine.stats.num_running == 1
     stream.close()
-    assert not model.decoder.lock.locked()
+    assert model.engine.stats.num_running == 0
+    assert model.engine.cache.num_free_slots == model.config.max_num_seqs
+    model.engine.cache.check(model.engine.prefixes.held)
     assert model.generate("What?", max_new_tokens=1).text is not None
 
 
-def test_requests_take_turns_and_answer_as_if_alone(model):
+def test_requests_from_several_threads_answer_as_if_alone(model):
     prompts = [f"Question {i}?" for i in range(4)]
     alone = [model.generate(p, max_new_tokens=8).token_ids for p in prompts]
     together: dict[str, tuple] = {}

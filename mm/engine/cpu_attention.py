@@ -1,0 +1,240 @@
+"""Attention over the block cache on a CPU, compiled by Numba.
+
+torch has no CPU kernel that reads block tables; gathering the blocks for it would copy the whole cache once per token.
+These loops read each key and value once, where it lies. Sums are float32. Chunks of many rows are matrix products and
+go to torch.
+
+Measured on one core (AVX-512, 320 rows of 2 heads of 64): one sequence 11 us against 43 us of torch's batched products
+on a gathered copy in bfloat16 and 13 against 22 us in float32; at 8 sequences even.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic as _intrinsic
+from torch import Tensor
+
+from mm.engine.attention import Rotary, RowBatch, prompt_attend, split
+from mm.engine.kv_cache import KVCache
+
+FEW_ROWS = 16
+"""Chunks up to this size are read by the loops here, larger ones are multiplied by torch."""
+
+PARALLEL_ROWS = 4096
+"""Cached rows from which a pass over one layer is shared between threads; about 100 us of one."""
+
+intrinsic: Any = _intrinsic
+"""Its functions take a typing context that their callers do not pass, which type checkers cannot know."""
+
+NO_MASKS = np.zeros((0, 0, 0), dtype=np.bool_)
+NO_ROTARY = np.zeros((0, 0), dtype=np.float32)
+
+
+@intrinsic
+def _load(typing_context: Any, number: Any) -> Any:
+    """An element of the cache as float32; bfloat16 comes as the uint16 of its bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return args[0]
+        wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(wide, ir.FloatType())
+
+    return types.float32(number), codegen
+
+
+@intrinsic
+def _store(typing_context: Any, number: Any, like: Any) -> Any:
+    """A float32 as an element of the kind of `like`: to the nearest, ties to even, as torch rounds."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if signature.args[1] == types.float32:
+            return args[0]
+        word = ir.IntType(32)
+        bits = builder.bitcast(args[0], word)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
+
+    return like(types.float32, like), codegen
+
+
+def _put(rows, cos, sin, keys, values, table, lengths, slots, firsts, counts):
+    """Rotate the queries and keys of all chunks in place, and write keys and values into the blocks."""
+    width, num_kv, size = cos.shape[1], keys.shape[2], keys.shape[1]
+    num_heads, dim = rows.shape[1] - 2 * num_kv, rows.shape[2]
+    half = width // 2
+    for chunk in range(slots.shape[0]):
+        slot, first, count = slots[chunk], firsts[chunk], counts[chunk]
+        base = lengths[slot] - count
+        for i in range(count):
+            row = first + i
+            if width:
+                for head in range(num_heads + num_kv):
+                    for d in range(half):
+                        one, other = rows[row, head, d], rows[row, head, d + half]
+                        a, b = _load(one), _load(other)
+                        rows[row, head, d] = _store(a * cos[row, d] - b * sin[row, d], one)
+                        rows[row, head, d + half] = _store(b * cos[row, d + half] + a * sin[row, d + half], other)
+            block, place = table[slot, (base + i) // size], (base + i) % size
+            for head in range(num_kv):
+                for d in range(dim):
+                    keys[block, place, head, d] = rows[row, num_heads + head, d]
+                    values[block, place, head, d] = rows[row, num_heads + num_kv + head, d]
+
+
+def _attend(rows, scale, keys, values, table, lengths, slots, firsts, counts, masks, few, output):
+    """Attention of the chunks of at most `few` rows, one sequence and key head at a time."""
+    size, num_kv, dim = keys.shape[1], keys.shape[2], keys.shape[3]
+    num_heads = rows.shape[1] - 2 * num_kv
+    group = num_heads // num_kv
+    for work in numba.prange(slots.shape[0] * num_kv):
+        chunk, head = work // num_kv, work % num_kv
+        slot, first, count = slots[chunk], firsts[chunk], counts[chunk]
+        if 0 < count <= few:
+            length = lengths[slot]
+            base = length - count
+            num_parts = (length + size - 1) // size
+            num_queries = count * group
+            query = np.empty((num_queries, dim), np.float32)
+            for i in range(num_queries):
+                for d in range(dim):
+                    query[i, d] = _load(rows[first + i // group, head * group + i % group, d]) * scale
+            scores = np.empty((num_queries, length), np.float32)
+            wide = np.empty(dim, np.float32)
+            for part in range(num_parts):
+                block, start = table[slot, part], part * size
+                for place in range(min(size, length - start)):
+                    for d in range(dim):
+                        wide[d] = _load(keys[block, place, head, d])
+                    for i in range(num_queries):
+                        total = np.float32(0)
+                        for d in range(dim):
+                            total += query[i, d] * wide[d]
+                        scores[i, start + place] = total
+            for i in range(num_queries):
+                row = i // group
+                for t in range(base, length):
+                    seen = t - base <= row if masks.shape[0] == 0 else masks[chunk, row, t - base]
+                    if not seen:
+                        scores[i, t] = np.float32(-1e30)
+                most = np.float32(-1e30)
+                for t in range(length):
+                    most = max(most, scores[i, t])
+                total = np.float32(0)
+                for t in range(length):
+                    weight = np.exp(scores[i, t] - most)
+                    scores[i, t] = weight
+                    total += weight
+                for t in range(length):
+                    scores[i, t] /= total
+            for i in range(num_queries):
+                for d in range(dim):
+                    query[i, d] = 0
+            for part in range(num_parts):
+                block, start = table[slot, part], part * size
+                for place in range(min(size, length - start)):
+                    for d in range(dim):
+                        wide[d] = _load(values[block, place, head, d])
+                    for i in range(num_queries):
+                        weight = scores[i, start + place]
+                        for d in range(dim):
+                            query[i, d] += weight * wide[d]
+            for i in range(num_queries):
+                for d in range(dim):
+                    output[first + i // group, head * group + i % group, d] = _store(query[i, d], rows[0, 0, 0])
+
+
+def _compile(function: Any, name: str, **options: Any) -> Any:
+    """Compiled on first use for each dtype, and kept on disk where there is a place for it."""
+    copy = FunctionType(function.__code__, function.__globals__, name)
+    copy.__qualname__ = name  # by which the copies on disk are told apart
+    options = {"fastmath": True, "nogil": True, "error_model": "numpy"} | options
+    try:
+        return numba.njit(cache=True, **options)(copy)
+    except RuntimeError:  # no folder that we may write to
+        return numba.njit(**options)(copy)
+
+
+put = _compile(_put, "put")
+attend = _compile(_attend, "attend")
+attend_in_parallel = _compile(_attend, "attend_in_parallel", parallel=True)
+
+
+def _view(tensor: Tensor) -> np.ndarray:
+    """The same memory as NumPy sees it; NumPy has no bfloat16, so its bits stand in."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+class CpuAttention:
+    """Numba's loops for decoding rows and draft trees, torch's products for prompts."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self._keys, self._values = _view(cache.keys), _view(cache.values)
+        self._scale = np.float32(cache.shape.head_dim**-0.5)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Now, and not while the first request waits."""
+        shape = self.cache.shape
+        rows = torch.empty((1, 3 * shape.num_heads, shape.head_dim), dtype=shape.dtype)
+        nothing = RowBatch.of([], [])
+        for rotary in ((torch.ones(1, shape.head_dim), torch.zeros(1, shape.head_dim)), None):
+            self.attend(0, rows, nothing, rotary)
+
+    def attend(self, layer: int, rows: Tensor, batch: RowBatch, rotary: Rotary | None) -> Tensor:
+        cache = self.cache
+        output = torch.empty(
+            (rows.shape[0], rows.shape[1] - 2 * cache.shape.num_heads, rows.shape[2]), dtype=rows.dtype
+        )
+        cos, sin = (NO_ROTARY, NO_ROTARY) if rotary is None else (rotary[0].numpy(), rotary[1].numpy())
+        states, table, lengths = _view(rows), cache.tables[layer], cache.lengths[layer]
+        chunks = batch.slots, batch.firsts, batch.counts
+        put(states, cos, sin, self._keys, self._values, table, lengths, *chunks)
+        self._kernel(lengths, batch)(
+            states,
+            self._scale,
+            self._keys,
+            self._values,
+            table,
+            lengths,
+            *chunks,
+            _masks(batch),
+            FEW_ROWS,
+            _view(output),
+        )
+        if (batch.counts > FEW_ROWS).any():
+            query, key, value = split(rows, cache.shape.num_heads)
+            for chunk in np.flatnonzero(batch.counts > FEW_ROWS).tolist():
+                prompt_attend(cache, layer, query, key, value, batch, chunk, output)
+        return output
+
+    def _kernel(self, lengths: np.ndarray, batch: RowBatch) -> Any:
+        """On several threads where the work is worth their meeting at its end."""
+        num_threads = torch.get_num_threads()
+        if num_threads == 1 or (int(lengths[batch.slots].sum()) < PARALLEL_ROWS and len(batch.slots)):
+            return attend
+        numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        return attend_in_parallel
+
+
+def _masks(batch: RowBatch) -> np.ndarray:
+    """(C, n, n) bool of the small chunks, or an empty array when all are causal."""
+    if not batch.masks:
+        return NO_MASKS
+    small = np.minimum(batch.counts, FEW_ROWS)
+    masks = np.zeros((len(small), int(small.max()), int(small.max())), dtype=np.bool_)
+    masks[:] = np.tril(np.ones(masks.shape[1:], dtype=np.bool_))
+    for chunk, mask in batch.masks.items():
+        count = mask.shape[0]
+        if count <= FEW_ROWS:
+            masks[chunk, :count, :count] = mask.cpu().numpy()
+    return masks

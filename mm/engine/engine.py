@@ -1,0 +1,364 @@
+"""The engine: takes requests whose media are encoded, and answers all of them together.
+
+`submit` and `cancel` may be called from any thread. `step` runs one pass and hands out what it gave; whoever runs the
+engine calls it again and again: a server from a thread of its own, `events` from the thread that waits for an answer.
+One lock lets one of them in at a time, so the cache and the line have one owner.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mm.core.data import Encoded, Event, Request
+from mm.core.errors import CapacityError, ContextTooLong, DeadlineExceeded, EngineError, InvalidRequest, ReducerFault
+from mm.core.plugins import Reducer, inner_stages
+from mm.engine.attention import build_attention
+from mm.engine.kv_cache import KVCache
+from mm.engine.output import Output
+from mm.engine.prefix_cache import PrefixCache
+from mm.engine.report import EngineStats, Feed, summary
+from mm.engine.samplers import SamplerFactory
+from mm.engine.sampling import choose
+from mm.engine.scheduler import Limits, Planned, Scheduler
+from mm.engine.sequence import Answer, Job, Sink
+from mm.engine.step import Chunk, Pass
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class _Counters:
+    num_steps: int = 0
+    num_rows: int = 0
+    step_s: float = 0.0
+    model_s: float = 0.0
+    order: Any = field(default_factory=itertools.count)
+
+
+class Engine:
+    """One model's decoder with its cache.
+
+    Args:
+        family: The decoder side of a checkpoint: language model, template, splice.
+        limits: Bounds of the line and of a pass.
+        kv_bytes: Size of the cache.
+        share_prefixes: Whether prompts begin with what earlier ones left.
+    """
+
+    def __init__(self, family: Any, *, limits: Limits, kv_bytes: int, share_prefixes: bool = True) -> None:
+        self.family, self.limits = family, limits
+        self.samplers = SamplerFactory(family)
+        shape = family.language.cache_shape
+        num_blocks = kv_bytes // shape.block_bytes
+        if num_blocks < shape.num_layers:
+            least = shape.num_layers * shape.block_bytes
+            raise EngineError(f"a KV cache of {kv_bytes} bytes is too small; {least} hold {shape.block_size} tokens")
+        self.cache = KVCache(shape, num_blocks=num_blocks, num_slots=limits.max_num_seqs)
+        self.prefixes = PrefixCache(self.cache, enabled=share_prefixes)
+        self._scheduler = Scheduler(self.cache, self.prefixes, limits)
+        self._pass = Pass(family.language, build_attention(self.cache))
+        self._lock = threading.Lock()
+        self._arrivals: queue.SimpleQueue[list[Answer]] = queue.SimpleQueue()
+        self._num_arriving = 0
+        self._answers: set[Answer] = set()
+        self._counters = _Counters()
+        self._draining = False
+        self.wake = threading.Event()
+
+    # ── taking requests ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, request: Request, encoded: Sequence[Encoded], sink: Sink, reducer: Reducer, spec: str) -> Job:
+        """Take a request; its events go to `sink`. May wait for a schema to be compiled: not for the event loop.
+
+        Args:
+            reducer: How its media were reduced, and are to be reduced inside the decoder.
+            spec: The same as text, for the summary.
+
+        Raises:
+            ContextTooLong, InvalidRequest, MediaError: It cannot be answered as asked.
+            CapacityError: Too many wait already, or the engine is being shut down.
+        """
+        self._check_room()
+        prompt = self.family.splice(request.messages, [item.tokens for item in encoded])
+        max_new_tokens = self._max_new_tokens(request, prompt.length, prompt.next_position)
+        samplers = self.samplers.make(request.sampling, prompt)
+        before = time.perf_counter()
+        job = Job(
+            request=request,
+            encoded=encoded,
+            prompt=prompt,
+            sink=sink,
+            reducer=spec,
+            priority=request.priority,
+            deadline=None if request.timeout_s is None else before + request.timeout_s,
+            num_left=len(samplers),
+        )
+        self._add_hooks(job, reducer)
+        answers = [
+            Answer(job=job, sampler=s, output=Output(self.samplers.vocabulary, s, request.sampling, max_new_tokens))
+            for s in samplers
+        ]
+        answers[0].siblings = answers[1:]
+        names = job.names(self.cache.shape.block_size)
+        for answer in answers:
+            answer.prefix, answer.order = names, next(self._counters.order)
+        self._num_arriving += 1
+        self._arrivals.put(answers)
+        self.wake.set()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Forget a request. What it holds is freed at the next step, or at once when none is running."""
+        job.cancelled.set()
+        self.wake.set()
+        if self._lock.acquire(blocking=False):
+            try:
+                self._reap()
+            finally:
+                self._lock.release()
+
+    def drain(self) -> None:
+        """Take no more requests; those that are here are answered."""
+        self._draining = True
+
+    def _check_room(self) -> None:
+        if self._draining:
+            raise CapacityError("the server is being stopped; ask another one", 5)
+        waiting = len(self._scheduler.waiting) + self._num_arriving
+        if waiting >= self.limits.max_waiting:
+            raise CapacityError(f"{waiting} requests are waiting already; try again shortly", self._retry_after_s())
+
+    def _retry_after_s(self) -> int:
+        counters = self._counters
+        step_s = counters.step_s / max(1, counters.num_steps)
+        return max(1, min(60, round(step_s * len(self._scheduler.waiting))))
+
+    def _max_new_tokens(self, request: Request, num_rows: int, next_position: int) -> int:
+        asked = request.sampling.max_new_tokens
+        context = self.family.max_context_tokens
+        if context - next_position < max(1, asked or 0):
+            raise ContextTooLong(next_position, asked or 1, context)
+        shape = self.cache.shape
+        room = self.cache.num_blocks // shape.num_layers * shape.block_size - num_rows
+        if room < max(1, asked or 0):
+            raise InvalidRequest(
+                f"the prompt has {num_rows} tokens and {asked or 1} were asked for, but this server's KV cache holds "
+                f"{room + num_rows}; shorten the prompt, keep fewer visual tokens, or lower max_tokens",
+                "messages",
+                "context_length_exceeded",
+            )
+        return asked or min(room, context - next_position)
+
+    def _add_hooks(self, job: Job, reducer: Reducer) -> None:
+        prefill, decode = inner_stages(reducer)
+        num_layers = self.family.language.num_layers
+        for stage in prefill:
+            for layer in stage.layers(num_layers):
+                if not 0 < layer < num_layers or layer in job.hooks:
+                    raise InvalidRequest(
+                        f"{type(stage).__name__} acts at layer {layer}; this model allows 1 to {num_layers - 1}, each "
+                        "for one reducer",
+                        "vision.reducer",
+                    )
+                job.hooks[layer] = stage
+        job.evictors = decode
+        if not job.prompt.is_visual.any():
+            job.hooks, job.evictors = {}, ()
+
+    # ── running ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._answers) or not self._arrivals.empty()
+
+    @property
+    def stats(self) -> EngineStats:
+        counters, cache = self._counters, self.cache
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting) + self._num_arriving,
+            kv_used_bytes=cache.num_used_bytes,
+            kv_total_bytes=cache.num_blocks * cache.shape.block_bytes,
+            kv_prefix_bytes=self.prefixes.num_bytes,
+            num_preemptions=self._scheduler.num_preemptions,
+            prefix_queries=self.prefixes.num_queries,
+            prefix_hits=self.prefixes.num_hits,
+            num_steps=counters.num_steps,
+            num_rows=counters.num_rows,
+            step_s=counters.step_s,
+            model_s=counters.model_s,
+        )
+
+    def events(self, job: Job, feed: Feed) -> Generator[Event]:
+        """A request's events, running the engine as long as nobody else does. Closing it cancels."""
+        try:
+            while True:
+                while (item := feed.take()) is not None:
+                    event, error = item
+                    if event is not None:
+                        yield event
+                    elif error is not None:
+                        raise error
+                    else:
+                        return
+                with self._lock:
+                    if feed._items.empty():
+                        self._step()
+        finally:
+            self.cancel(job)
+            if job in {answer.job for answer in self._answers}:
+                with self._lock:
+                    self._reap()
+
+    def step(self) -> bool:
+        """One pass. Whether there was anything to do."""
+        with self._lock:
+            return self._step()
+
+    def _step(self) -> bool:
+        start = time.perf_counter()
+        self._take_arrivals()
+        self._reap()
+        planned = self._scheduler.plan()
+        if not planned:
+            return False
+        try:
+            self._run(planned)
+        except Exception as error:
+            log.exception("a pass failed: rows=%d", sum(item.count for item in planned))
+            for item in planned:
+                self._fail(item.answer.job, EngineError(f"a pass of the decoder failed: {type(error).__name__}"))
+        self._counters.num_steps += 1
+        self._counters.num_rows += sum(item.count for item in planned)
+        self._counters.step_s += time.perf_counter() - start
+        return True
+
+    def _take_arrivals(self) -> None:
+        while not self._arrivals.empty():
+            answers = self._arrivals.get()
+            self._num_arriving -= 1
+            self._answers.update(answers)
+            self._scheduler.add(answers[0])
+
+    def _reap(self) -> None:
+        """Let go of the cancelled and the late."""
+        self._take_arrivals()
+        now = time.perf_counter()
+        for answer in list(self._answers):
+            job = answer.job
+            if job.cancelled.is_set():
+                self._forget(job)
+                job.sink.end()
+            elif job.deadline is not None and now > job.deadline:
+                self._fail(job, DeadlineExceeded("the request took longer than it may"))
+
+    def _run(self, planned: Sequence[Planned]) -> None:
+        chunks = []
+        texts = [item.answer.generated(item.count) for item in planned]
+        rows = self.family.language.embed(torch.tensor([t for text in texts for t in text], dtype=torch.int64))
+        at = 0
+        for item, text in zip(planned, texts, strict=True):
+            chunks.append(item.answer.chunk(item.count, rows[at : at + len(text)] if text else None))
+            at += len(text)
+        start = time.perf_counter()
+        logits = self._pass.run(chunks)
+        self._counters.model_s += time.perf_counter() - start
+        ready: list[Answer] = []
+        sources: list[int] = []
+        row = 0
+        for item, chunk in zip(planned, chunks, strict=True):
+            answer = item.answer
+            answer.num_computed += item.count
+            if chunk.error is not None:
+                self._fail(answer.job, chunk.error)
+                row += chunk.num_logits
+                continue
+            if answer.job.evictors and answer.num_computed == answer.job.prompt.length:
+                self._evict(answer, chunk)
+            if chunk.num_logits and answer in self._answers:
+                with_siblings = self._prompt_done(answer) if not answer.output.token_ids else [answer]
+                ready += with_siblings
+                sources += [row] * len(with_siblings)
+            row += chunk.num_logits
+        if ready:
+            self._emit(ready, logits if sources == list(range(logits.shape[0])) else logits[sources])
+
+    def _prompt_done(self, answer: Answer) -> list[Answer]:
+        """The answers that the prompt's last row now gives a token to."""
+        assert answer.slot is not None
+        self.prefixes.put(answer.slot, answer.prefix)
+        ready = [answer]
+        for sibling in answer.siblings:
+            if self._scheduler.fork(answer, sibling):
+                ready.append(sibling)
+            else:
+                self._scheduler.add(sibling)
+        answer.siblings = []
+        return ready
+
+    def _evict(self, answer: Answer, chunk: Chunk) -> None:
+        """Ask the reducers of the decode stage which rows of the prompt may go."""
+        slot, job = answer.slot, answer.job
+        assert slot is not None
+        visual = job.prompt.is_visual.nonzero().squeeze(1)
+        lengths = self.cache.lengths[:, slot].tolist()
+        # Layers above a drop hold fewer rows; visual ones are where the last drop left them.
+        last = chunk.drops.visual + (job.prompt.length - chunk.num_rows) if chunk.drops else visual
+        per_layer = [visual if length == job.prompt.length else last for length in lengths]
+        for evictor in job.evictors:
+            try:
+                for layer, rows in evictor.prefill_done(lengths, per_layer).items():
+                    self.prefixes.make_room(self.cache.shape.num_blocks(rows.shape[0]))
+                    self.cache.keep_rows(slot, layer, rows)
+            except Exception as error:
+                self._fail(job, ReducerFault(type(evictor).__name__, f"failed: {type(error).__name__}: {error}"))
+                return
+
+    def _emit(self, answers: Sequence[Answer], logits: torch.Tensor) -> None:
+        chosen = choose(logits, [a.sampler for a in answers], [a.output.position for a in answers])
+        now = time.perf_counter()
+        for answer, one in zip(answers, chosen, strict=True):
+            job = answer.job
+            if isinstance(one, EngineError):
+                self._fail(job, one)
+                continue
+            if answer not in self._answers:
+                continue  # a sibling's failure took the request away
+            job.num_completion_tokens += 1
+            first = job.first_token is None
+            job.first_token = job.first_token or now
+            job.sink.put(answer.output.push(one, job.prompt.length if first else None))
+            if answer.output.finish_reason is not None:
+                self._finish(answer, now)
+
+    def _finish(self, answer: Answer, now: float) -> None:
+        job = answer.job
+        if answer.slot is not None and job.shares_prompt:
+            size = self.cache.shape.block_size
+            if answer.num_computed // size > len(answer.prefix):
+                self.prefixes.put(answer.slot, job.names(size, answer.output.token_ids[:-1]))
+        self._scheduler.remove(answer)
+        self._answers.discard(answer)
+        job.num_left -= 1
+        if not job.num_left:
+            job.sink.put(summary(job, now))
+            job.sink.end()
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if any(answer.job is job for answer in self._answers):
+            self._forget(job)
+            job.sink.end(error)
+
+    def _forget(self, job: Job) -> None:
+        for answer in [answer for answer in self._answers if answer.job is job]:
+            self._scheduler.remove(answer)
+            self._answers.discard(answer)

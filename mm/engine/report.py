@@ -1,0 +1,90 @@
+"""What the engine tells: figures of its own, events to those who wait, a summary of each request."""
+
+from __future__ import annotations
+
+import queue
+from dataclasses import dataclass
+
+from mm.core.data import Event, KeptMap, Summary, Timings, Usage
+from mm.engine.sequence import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What the engine holds now and has done so far.
+
+    Attributes:
+        num_running, num_waiting: Answers being served, and in line.
+        kv_used_bytes, kv_total_bytes: Of the pool; blocks that only the prefix cache holds count as used.
+        kv_prefix_bytes: Blocks that the prefix cache holds.
+        num_preemptions: Answers that had to give up their rows.
+        prefix_queries, prefix_hits: Prompt rows looked up in the prefix cache, and found.
+        num_steps, num_rows: Passes, and rows of all of them.
+        step_s, model_s: Seconds in passes, and in the model's part of them.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_used_bytes: int
+    kv_total_bytes: int
+    kv_prefix_bytes: int
+    num_preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    num_steps: int
+    num_rows: int
+    step_s: float
+    model_s: float
+
+
+class Feed:
+    """A sink that a thread reads from."""
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[tuple[Event | None, BaseException | None]] = queue.SimpleQueue()
+
+    def put(self, event: Event) -> None:
+        self._items.put((event, None))
+
+    def end(self, error: BaseException | None = None) -> None:
+        self._items.put((None, error))
+
+    def take(self) -> tuple[Event | None, BaseException | None] | None:
+        """The next event, (None, error) at the end, or None when nothing is there yet."""
+        try:
+            return self._items.get_nowait()
+        except queue.Empty:
+            return None
+
+
+def summary(job: Job, now: float) -> Summary:
+    """Of a request whose last token came at `now`."""
+
+    def count(kind: str, what: str) -> int:
+        return sum(getattr(item.tokens, what) for item in job.encoded if item.tokens.kind == kind)
+
+    assert job.admitted is not None
+    assert job.first_token is not None
+    usage = Usage(
+        num_prompt_tokens=job.prompt.length,
+        num_completion_tokens=job.num_completion_tokens,
+        num_cached_tokens=job.num_cached_tokens,
+        num_image_tokens_in=count("image", "num_tokens_in"),
+        num_image_tokens_kept=count("image", "num_tokens"),
+        num_video_tokens_in=count("video", "num_tokens_in"),
+        num_video_tokens_kept=count("video", "num_tokens"),
+    )
+    timings = Timings(
+        load_s=sum(item.timings.load_s for item in job.encoded),
+        encode_s=sum(item.timings.encode_s for item in job.encoded),
+        reduce_s=sum(item.timings.reduce_s for item in job.encoded),
+        queue_s=job.admitted - job.arrived,
+        prefill_s=job.first_token - job.admitted,
+        decode_s=now - job.first_token,
+    )
+    kept = tuple(
+        KeptMap(kind=item.tokens.kind, grid=item.tokens.grid, kept=tuple(item.tokens.indices.tolist()))
+        for item in job.encoded
+    )
+    shown = kept if job.request.vision.return_map else ()
+    return Summary(usage=usage, timings=timings, kept=shown, reducer=job.reducer)

@@ -1,0 +1,176 @@
+"""Who takes part in the next pass, and with how many rows. Pure policy: no model, no tensors.
+
+Every pass first takes one row of each answer that decodes, then goes on with prompts that are under way, then admits
+waiting ones while slots, free blocks and the token budget last. The line is first come, first served within a
+priority, and its head is never passed by: so everyone is served. Who has waited longer than `max_wait_s` goes before
+all priorities. When blocks run out, the last in line gives up its rows and computes them again later.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mm.engine.kv_cache import KVCache
+from mm.engine.prefix_cache import PrefixCache
+from mm.engine.sequence import Answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of one engine.
+
+    Attributes:
+        max_num_seqs: Answers decoded at a time.
+        max_batch_tokens: Rows of one pass; a longer prompt goes in several.
+        max_waiting: Requests that may wait; more are refused.
+        max_wait_s: Waiting time behind which a request goes before all priorities.
+    """
+
+    max_num_seqs: int = 64
+    max_batch_tokens: int = 512
+    max_waiting: int = 1024
+    max_wait_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """`count` rows of an answer in the next pass."""
+
+    answer: Answer
+    count: int
+
+
+class Scheduler:
+    """The line and those being served.
+
+    Args:
+        clock: For tests.
+    """
+
+    def __init__(
+        self, cache: KVCache, prefixes: PrefixCache, limits: Limits, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._cache, self._prefixes, self._limits, self._clock = cache, prefixes, limits, clock
+        self.running: list[Answer] = []
+        self.waiting: list[Answer] = []
+        self.num_preemptions = 0
+
+    def add(self, answer: Answer) -> None:
+        """Put in line, by priority and order of arrival."""
+        bisect.insort(self.waiting, answer, key=self._place)
+
+    def remove(self, answer: Answer) -> None:
+        """Take out of the line or the pass; its rows are freed."""
+        if answer.slot is not None:
+            self.running.remove(answer)
+            self._leave(answer)
+        elif answer in self.waiting:
+            self.waiting.remove(answer)
+
+    def plan(self) -> list[Planned]:
+        """The next pass. Room for its rows is there when it begins."""
+        planned = self._continue()
+        budget = self._limits.max_batch_tokens - sum(item.count for item in planned)
+        self._age()
+        while self.waiting and budget > 0 and self._cache.num_free_slots:
+            answer = self.waiting[0]
+            if answer.goes_whole and answer.most_rows() > budget and planned:
+                break  # goes through whole: it waits for a pass with room, and alone it has any
+            if not self._admit(answer, sum(self._blocks(item) for item in planned)):
+                break
+            self.waiting.pop(0)
+            planned.append(self._share(answer, budget))
+            budget -= planned[-1].count
+        return planned
+
+    def _continue(self) -> list[Planned]:
+        """Those being served: decoding ones first, each with what it needs, while blocks last."""
+        planned: list[Planned] = []
+        budget = self._limits.max_batch_tokens
+        line = sorted(self.running, key=lambda answer: (not answer.is_decoding, *self._place(answer)))
+        needed = 0
+        for answer in line:
+            if answer.slot is None or budget <= 0:
+                continue
+            item = self._share(answer, budget)
+            while answer.slot is not None and not self._prefixes.make_room(needed + self._blocks(item)):
+                victim = max(self.running, key=self._place)
+                gone = next((p for p in planned if p.answer is victim), None)
+                if gone is not None:
+                    planned.remove(gone)
+                    needed -= self._blocks(gone)
+                    budget += gone.count
+                self.preempt(victim)
+            if answer.slot is not None:
+                planned.append(item)
+                needed += self._blocks(item)
+                budget -= item.count
+        return planned
+
+    def _share(self, answer: Answer, budget: int) -> Planned:
+        most = answer.most_rows()
+        return Planned(answer, most if answer.goes_whole else min(most, budget))
+
+    def _blocks(self, item: Planned) -> int:
+        assert item.answer.slot is not None
+        return self._cache.blocks_for(item.answer.slot, item.count)
+
+    def _admit(self, answer: Answer, reserved: int) -> bool:
+        """Give the answer a slot with what is already known of its rows, if the rest of them fits."""
+        slot = self._cache.open()
+        known = self._prefixes.match(answer.prefix)
+        self._cache.adopt(slot, known)
+        num_known = known.shape[1] * self._cache.shape.block_size
+        # One block per layer is left for each of those being served, or they would soon push this one out again.
+        growth = (len(self.running) + 1) * self._cache.shape.num_layers if self.running else 0
+        if not self._prefixes.make_room(reserved + growth + self._cache.blocks_for(slot, answer.num_rows - num_known)):
+            self._cache.close(slot)
+            return False
+        answer.slot, answer.num_computed = slot, num_known
+        self._prefixes.count(answer.num_rows, num_known)
+        answer.job.num_cached_tokens = max(answer.job.num_cached_tokens, num_known)
+        answer.job.admitted = answer.job.admitted or self._clock()
+        self.running.append(answer)
+        return True
+
+    def fork(self, answer: Answer, sibling: Answer) -> bool:
+        """Let a sibling begin from the same rows, if there is a slot and room for a copy of the last block."""
+        layers = self._cache.shape.num_layers
+        if not self._cache.num_free_slots or not self._prefixes.make_room(layers * (len(self.running) + 1)):
+            return False
+        assert answer.slot is not None
+        sibling.slot, sibling.num_computed = self._cache.fork(answer.slot), answer.num_computed
+        self.running.append(sibling)
+        return True
+
+    def preempt(self, answer: Answer) -> None:
+        """Free the rows; back in line, at its old place."""
+        self.running.remove(answer)
+        self._leave(answer)
+        answer.job.num_preemptions += 1
+        self.num_preemptions += 1
+        self.add(answer)
+
+    def _leave(self, answer: Answer) -> None:
+        assert answer.slot is not None
+        self._cache.close(answer.slot)
+        answer.slot, answer.num_computed = None, 0
+
+    def _age(self) -> None:
+        """Who has waited too long goes to the front."""
+        late = self._clock() - self._limits.max_wait_s
+        if any(answer.job.priority > -PRIORITY_LIMIT and answer.job.arrived < late for answer in self.waiting):
+            for answer in self.waiting:
+                if answer.job.arrived < late:
+                    answer.job.priority = -PRIORITY_LIMIT
+            self.waiting.sort(key=self._place)
+
+    def _place(self, answer: Answer) -> tuple[int, int]:
+        return answer.job.priority, answer.order
+
+
+PRIORITY_LIMIT = 1 << 31
+"""Beyond what requests may ask for."""

@@ -1,0 +1,169 @@
+"""A request under way and its answers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mm.core.data import Encoded, Event, Prompt, Request
+from mm.core.plugins import InDecode, InPrefill
+from mm.engine.output import Output
+from mm.engine.prefix_cache import Name, RowNames
+from mm.engine.sampling import Sampler
+from mm.engine.step import Chunk, Drops
+
+
+class Sink(Protocol):
+    """Where a request's events go. Called by the thread that runs the engine; must not wait."""
+
+    def put(self, event: Event) -> None: ...
+
+    def end(self, error: BaseException | None = None) -> None: ...
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """A request that the engine has taken.
+
+    Attributes:
+        reducer: How its visual tokens are reduced, for the summary.
+        hooks: Layer to reducer, for those that act in prefill.
+        evictors: Reducers that act on the cache once the prompt is in.
+        deadline: On the clock of `time.perf_counter`; None waits for ever.
+        num_left: Answers not finished yet.
+        cancelled: Set by anyone, seen at the next step.
+    """
+
+    request: Request
+    encoded: Sequence[Encoded]
+    prompt: Prompt
+    sink: Sink
+    reducer: str = "none"
+    hooks: dict[int, InPrefill] = field(default_factory=dict)
+    evictors: tuple[InDecode, ...] = ()
+    priority: int = 0
+    deadline: float | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+    admitted: float | None = None
+    first_token: float | None = None
+    num_left: int = 1
+    num_completion_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether the rows behind the first visual one are the same for every question."""
+        return not self.hooks and not self.evictors
+
+    def names(self, block_size: int, generated: Sequence[int] = ()) -> list[Name]:
+        """Names of the whole blocks that may be shared: the last row is always computed, for its logits."""
+        prompt = self.prompt
+        ids = np.concatenate([prompt.token_ids.cpu().numpy(), np.asarray(generated, dtype=np.int64)])
+        behind = np.arange(prompt.next_position, prompt.next_position + len(generated))
+        positions = prompt.positions.cpu().numpy()
+        positions = np.concatenate([positions, np.broadcast_to(behind, (len(positions), len(behind)))], axis=1)
+        stop = len(ids) if generated else len(ids) - 1
+        item_of_row = np.full(len(ids), -1, dtype=np.int64)
+        visual = np.flatnonzero(prompt.is_visual.cpu().numpy())
+        item_of_row[visual] = np.repeat(np.arange(len(self.encoded)), [e.tokens.num_tokens for e in self.encoded])
+        keys = [item.key for item in self.encoded]
+        if len(visual) and (not self.shares_prompt or not all(keys)):
+            stop = min(stop, int(visual[0]))
+        return RowNames(
+            token_ids=ids[:stop],
+            positions=positions[:, :stop],
+            items=keys,
+            item_of_row=item_of_row[:stop],
+            salt=self.request.cache_salt,
+        ).names(block_size)
+
+
+@dataclass(kw_only=True, eq=False)
+class Answer:
+    """One answer of a request: the unit that is scheduled.
+
+    Attributes:
+        slot: Where its rows are cached; None while it waits.
+        num_computed: Rows of prompt and answer that have been through the decoder.
+        siblings: Further answers that begin when the prompt is in, from the same rows.
+        order: Place in line; kept through preemption.
+    """
+
+    job: Job
+    sampler: Sampler
+    output: Output
+    order: int = 0
+    slot: int | None = None
+    num_computed: int = 0
+    siblings: list[Answer] = field(default_factory=list)
+    prefix: list[Name] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that have to be in the cache before the next token is known."""
+        return self.job.prompt.length + len(self.output.token_ids)
+
+    @property
+    def num_todo(self) -> int:
+        return self.num_rows - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_todo == 1 and self.num_computed >= self.job.prompt.length
+
+    @property
+    def goes_whole(self) -> bool:
+        """Whether the rest of the prompt has to be one chunk, since its last row decides about the others."""
+        return bool(self.job.hooks) and self.num_computed < self.job.prompt.length
+
+    def most_rows(self) -> int:
+        """The longest next chunk. Where reducers act inside the decoder, prompt and answer are never in one."""
+        left = self.job.prompt.length - self.num_computed
+        return left if left > 0 and not self.job.shares_prompt else self.num_todo
+
+    def chunk(self, count: int, token_rows: Tensor | None) -> Chunk:
+        """The next `count` rows.
+
+        Args:
+            token_rows: Embeddings of the generated tokens among them.
+        """
+        prompt, start = self.job.prompt, self.num_computed
+        stop = start + count
+        assert self.slot is not None
+        in_prompt = slice(start, min(stop, prompt.length))
+        parts, places = [], []
+        if start < prompt.length:
+            parts.append(prompt.embeddings[in_prompt])
+            places.append(prompt.positions[:, in_prompt])
+        if token_rows is not None:
+            first = max(start, prompt.length) - prompt.length + prompt.next_position
+            behind = torch.arange(first, first + token_rows.shape[0], device=prompt.positions.device)
+            parts.append(token_rows)
+            places.append(behind.expand(prompt.positions.shape[0] if places else 1, -1))
+        return Chunk(
+            slot=self.slot,
+            embeddings=parts[0] if len(parts) == 1 else torch.cat(parts),
+            positions=places[0] if len(places) == 1 else torch.cat(places, dim=1),
+            num_logits=int(stop == self.num_rows),
+            drops=self._drops(start) if self.job.hooks and start < prompt.length else None,
+        )
+
+    def generated(self, count: int) -> list[int]:
+        """Generated tokens among the next `count` rows."""
+        behind = self.job.prompt.length
+        return self.output.token_ids[max(self.num_computed - behind, 0) : max(self.num_computed + count - behind, 0)]
+
+    def _drops(self, start: int) -> Drops:
+        visual = self.job.prompt.is_visual[start:].nonzero().squeeze(1)
+        before = int(self.job.prompt.is_visual[:start].sum())
+        origins = torch.arange(before, before + visual.shape[0], device=visual.device)
+        return Drops(hooks=self.job.hooks, visual=visual, origins=origins)

@@ -1,0 +1,116 @@
+"""Decoder layers on packed rows: transformers' own, or the same arithmetic in fewer calls where we know the layer.
+
+A step of a small or heavily batched model on a CPU spends its time in calls, not in products. `FusedLayer` computes
+what Llama's, Mistral's and Qwen2's layers do with one product for queries, keys and values, one for gate and up, and
+rotation, cache write and attention in one kernel. Any other layer runs as transformers wrote it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mm.engine.attention import Attention, Rotary, RowBatch, rotate
+
+FUSED = frozenset(
+    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer"}
+)
+"""Layers that are: RMS norm, attention with optional biases on q, k, v, residual, RMS norm, gated MLP, residual."""
+
+
+class Layer(Protocol):
+    """One decoder layer over packed rows."""
+
+    def __call__(self, hidden: Tensor, batch: RowBatch, rotary: Rotary, attention: Attention) -> Tensor:
+        """(R, D) to (R, D)."""
+        ...
+
+    def queries_keys(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Rotated queries (R, H, d) and keys (R, H_kv, d) of the layer's input; nothing is stored."""
+        ...
+
+
+def build_layer(module: nn.Module, index: int, head_dim: int) -> Layer:
+    """The fused form where the module is known to have one."""
+    if type(module).__name__ in FUSED:
+        return FusedLayer(module, index, head_dim)
+    return ModuleLayer(module, head_dim)
+
+
+class ModuleLayer:
+    """transformers' layer, called as it is; our attention function does the rest."""
+
+    def __init__(self, module: nn.Module, head_dim: int) -> None:
+        self._module: Any = module
+        self._head_dim = head_dim
+
+    def __call__(self, hidden: Tensor, batch: RowBatch, rotary: Rotary, attention: Attention) -> Tensor:
+        cos_sin = tuple(part.to(hidden.dtype).unsqueeze(0) for part in rotary)
+        return self._module(
+            hidden.unsqueeze(0),
+            attention_mask=None,
+            position_embeddings=cos_sin,
+            mm_batch=batch,
+            mm_attention=attention,
+        ).squeeze(0)
+
+    def queries_keys(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        inner = self._module.self_attn
+        rows = self._module.input_layernorm(hidden)
+        both = []
+        for project, norm in ((inner.q_proj, "q_norm"), (inner.k_proj, "k_norm")):
+            heads = project(rows).unflatten(-1, (-1, self._head_dim))
+            both.append(rotate(getattr(inner, norm)(heads) if hasattr(inner, norm) else heads, *rotary))
+        return both[0], both[1]
+
+
+class FusedLayer:
+    """The same in nine calls. The module's weights become views of the joined ones, so none is held twice."""
+
+    def __init__(self, module: Any, index: int, head_dim: int) -> None:
+        self._index, self._head_dim = index, head_dim
+        inner, mlp = module.self_attn, module.mlp
+        self._num_queries = inner.q_proj.out_features
+        self._qkv, self._qkv_bias = _join(inner.q_proj, inner.k_proj, inner.v_proj)
+        self._gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
+        self._out, self._down = inner.o_proj.weight.t(), mlp.down_proj.weight.t()
+        self._activation = mlp.act_fn
+        self._norms = [
+            (norm.weight, norm.variance_epsilon) for norm in (module.input_layernorm, module.post_attention_layernorm)
+        ]
+
+    def __call__(self, hidden: Tensor, batch: RowBatch, rotary: Rotary, attention: Attention) -> Tensor:
+        rows = nn.functional.linear(self._norm(hidden, 0), self._qkv, self._qkv_bias)
+        seen = attention.attend(self._index, rows.unflatten(-1, (-1, self._head_dim)), batch, rotary)
+        hidden = torch.addmm(hidden, seen.flatten(1), self._out)
+        gate, up = nn.functional.linear(self._norm(hidden, 1), self._gate_up).chunk(2, dim=-1)
+        return torch.addmm(hidden, self._activation(gate).mul_(up), self._down)
+
+    def queries_keys(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        rows = nn.functional.linear(self._norm(hidden, 0), self._qkv, self._qkv_bias)
+        num_queries, num_keys = self._num_queries, (rows.shape[-1] - self._num_queries) // 2
+        query, key, _ = rows.split([num_queries, num_keys, num_keys], dim=-1)
+        return (
+            rotate(query.unflatten(-1, (-1, self._head_dim)), *rotary),
+            rotate(key.unflatten(-1, (-1, self._head_dim)), *rotary),
+        )
+
+    def _norm(self, hidden: Tensor, which: int) -> Tensor:
+        weight, epsilon = self._norms[which]
+        return nn.functional.rms_norm(hidden, (hidden.shape[-1],), weight, epsilon)
+
+
+def _join(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Their weights and biases one below the other; the parts keep views."""
+    weight = torch.cat([part.weight.data for part in parts])
+    bias = None if parts[0].bias is None else torch.cat([part.bias.data for part in parts])
+    at = 0
+    for part in parts:
+        stop = at + part.out_features
+        part.weight = nn.Parameter(weight[at:stop], requires_grad=False)
+        if bias is not None:
+            part.bias = nn.Parameter(bias[at:stop], requires_grad=False)
+        at = stop
+    return weight, bias

@@ -1,0 +1,1 @@
+"""Inside the decoder: reducers that act in prefill or on its cache."""

@@ -1,0 +1,50 @@
+"""FastV: after a few layers, keep the visual tokens that the end of the question attends to.
+
+Paper     arXiv:2403.06764 (ECCV 2024), training-free.      Stage  in_prefill, at the input of layer K.
+Needs     attention of the prompt's last row in layer K - 1. Cost   one attention row; no full map.
+Equation  s_j = mean_h A[h, last, j] of layer K - 1; keep the half_even(N * keep_ratio) largest s_j, in reading order.
+Differs   from the paper's text, which averages received attention over all rows: its code and authors use the last row.
+          All items of a request are ranked together. Original positions stay. Layers below K keep every token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mm.core.errors import InvalidOption
+from mm.core.plugins import PrefillView, Stage
+from pruning.base import InsideReducer, budget, ratio_option, top_k_ascending
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(InsideReducer):
+    """Keep what the question attends to (FastV).
+
+    Attributes:
+        keep_ratio: Visual tokens kept / visual tokens in, from layer `layer` on.
+        layer: The first layer that sees fewer tokens; at least 1.
+    """
+
+    stage: ClassVar[Stage] = Stage.IN_PREFILL
+    keep_ratio: float = 0.5
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_ratio", ratio_option("fastv", "keep_ratio", self.keep_ratio))
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+            raise InvalidOption("fastv", "layer", f"was {self.layer!r}; it has to be a whole number of at least 1")
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def in_prefill(self, layer: int, view: PrefillView) -> Tensor:
+        num_visual = view.visual.shape[0]
+        k = budget(num_visual, self.keep_ratio, "half_even")
+        if k >= num_visual:
+            return torch.arange(num_visual, device=view.visual.device)
+        last = torch.tensor([view.num_rows - 1], device=view.visual.device)
+        return top_k_ascending(view.attention_rows(last, layer - 1).mean(dim=0)[0], k)
