@@ -8,7 +8,9 @@ from typing import Any
 
 import mm
 from mm.core.config import ModelConfig
+from mm.core.errors import RequestError
 from serve.evaluation.asking import Ask, Reply
+from serve.evaluation.items import EvaluationError
 
 
 class LocalAnswerer:
@@ -41,14 +43,17 @@ class LocalAnswerer:
             options: dict[str, Any] = {"images": [ask.media]}
             if ask.kind == "video":
                 options = {"videos": [ask.media], "num_frames": self._num_frames}
-            answer = self._model.generate(
-                ask.question,
-                reducer=reducer,
-                temperature=0.0,
-                max_new_tokens=self._max_tokens,
-                return_map=False,
-                **options,
-            )
+            try:
+                answer = self._model.generate(
+                    ask.question,
+                    reducer=reducer,
+                    temperature=0.0,
+                    max_new_tokens=self._max_tokens,
+                    return_map=False,
+                    **options,
+                )
+            except RequestError as error:
+                raise EvaluationError(f"at item {ask.item_id!r}: {error}") from error
             usage = answer.usage
             yield Reply(
                 text=answer.text,

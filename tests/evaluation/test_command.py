@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 import serve.app as app_module
 import serve.evaluation.command as command
+from serve.evaluation.items import write_test_set
 from tests.evaluation.conftest import FakeAnswerer
 
 
@@ -79,6 +81,15 @@ def test_mistakes_are_told_in_one_line(run, file, tmp_path, monkeypatch, argumen
     assert code == 1
     assert table == ""
     assert message in told
+    assert len(told.splitlines()) == 1
+
+
+def test_a_medium_that_is_none_is_named_by_its_item(run, tmp_path, items):
+    damaged = [dataclasses.replace(item, media=item.media[:40]) for item in items if item.task == "color"]
+    write_test_set(tmp_path / "set.parquet", damaged)
+    code, table, told = run("--data", tmp_path / "set.parquet", "--quiet", "--threads", 1)
+    assert (code, table) == (1, "")
+    assert told.startswith("mm: at item 'color-0': ")
     assert len(told.splitlines()) == 1
 
 
