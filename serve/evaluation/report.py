@@ -88,15 +88,16 @@ def _tasks(rows: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, Any
 
 
 def _by_objects(rows: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, Any]]) -> str:
-    cells: dict[tuple[str, int], dict[int, str]] = {}
+    cells: dict[tuple[str, int], dict[str, str]] = {}
     for row in rows:
         if row["group"].startswith("objects="):
-            number = int(row["group"].removeprefix("objects="))
+            number = row["group"].removeprefix("objects=")
             for i, cell in enumerate(row["cells"]):
                 cells.setdefault((row["task"], i), {})[number] = f"{cell['exact']:.2f} of {row['items']}"
-    numbers = sorted({number for by_number in cells.values() for number in by_number})
+    found = {number for by_number in cells.values() for number in by_number}
+    numbers = sorted(found, key=lambda number: (number.endswith("+"), int(number.removesuffix("+"))))
     several = len(columns) > 1
-    header = ["task", *(["reducer"] if several else []), *(str(n) for n in numbers)]
+    header = ["task", *(["reducer"] if several else []), *numbers]
     lines = []
     for (task, i), by_number in cells.items():
         reducer = [columns[i]["reducer"] or "default"] if several else []

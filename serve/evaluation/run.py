@@ -21,6 +21,9 @@ from serve.evaluation.scoring import is_right
 FORMAT = 1
 """Of the result; raised when a field changes its meaning."""
 
+CROWDED = 3
+"""From so many objects on a question has to tell several apart."""
+
 Advance = Callable[[], None]
 
 
@@ -121,7 +124,7 @@ def _right(item: Item, reply: Reply) -> bool:
 def summarize(items: Sequence[Item], columns: Sequence[Column]) -> list[dict[str, Any]]:
     """One JSON-ready row per task and group of its items, with one cell per column; see README.
 
-    Groups are "all", each wording, and each number of objects ("objects=3"; "objects=3 unseen" for one wording).
+    Groups are "all", each wording, each number of objects ("objects=3"), and many of them together ("objects=3+").
     """
     rows = []
     for task in dict.fromkeys(item.task for item in items):
@@ -136,8 +139,11 @@ def _groups(items: Sequence[Item], task: str) -> Iterable[tuple[str, list[int]]]
     yield "all", of_task
     if len(wordings) > 1:
         yield from ((wording, [i for i in of_task if items[i].wording == wording]) for wording in wordings)
-    for number in sorted({n for i in of_task if (n := items[i].num_objects) is not None}):
-        yield f"objects={number}", [i for i in of_task if items[i].num_objects == number]
+    numbers = {i: n for i in of_task if (n := items[i].num_objects) is not None}
+    for number in sorted(set(numbers.values())):
+        yield f"objects={number}", [i for i, n in numbers.items() if n == number]
+    if crowded := [i for i, n in numbers.items() if n >= CROWDED]:
+        yield f"objects={CROWDED}+", crowded
 
 
 def _row(

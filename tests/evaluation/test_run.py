@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 from serve.evaluation.report import tables
@@ -32,6 +33,18 @@ def test_answers_are_counted_by_task_wording_and_number_of_objects(items):
     assert row(found, "clip-length")["cells"][0]["right"] == 0
     assert row(found, "color", "objects=1")["items"] == 2
     assert [r["group"] for r in found["rows"] if r["task"] == "exist"] == ["all", "objects=1", "objects=2"]
+
+
+def test_pictures_of_many_objects_are_also_counted_together(items):
+    more = [dataclasses.replace(item, num_objects=2 + item.media_index) for item in items if item.task == "color"]
+    found, _, _ = result(more)
+    assert [(r["group"], r["items"]) for r in found["rows"]] == [
+        ("all", 4),
+        *((f"objects={n}", 1) for n in (2, 3, 4, 5)),
+        ("objects=3+", 3),
+    ]
+    header = next(line for line in tables(found).splitlines() if "3+" in line)
+    assert [cell.strip() for cell in header.strip("|").split("|")] == ["task", "2", "3", "4", "5", "3+"]
 
 
 def test_the_control_shows_another_medium_and_asks_the_same(items):
