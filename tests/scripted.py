@@ -9,8 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm.core.data import Encoded, Event, Request
-from mm.engine.report import EngineStats
+from mm.engine.report import INTER_TOKEN_S, STEP_ROWS, EngineStats, Histogram
 from mm.engine.sequence import Sink
+
+
+def stats_of(**figures: Any) -> EngineStats:
+    """An engine's figures: 0 where nothing is given."""
+    figures = dict.fromkeys(EngineStats.__dataclass_fields__, 0) | {"engine_id": "scripted"} | figures
+    for name, bounds in (("step_rows", STEP_ROWS), ("inter_token_s", INTER_TOKEN_S)):
+        figures[name] = figures[name] or Histogram(bounds)
+    return EngineStats(**figures)
+
 
 Play = Callable[[Request, Sequence[Encoded], str], Generator[Event]]
 
@@ -40,8 +49,7 @@ class ScriptedEngine:
     @property
     def stats(self) -> EngineStats:
         running = sum(scene.begun for scene in list(self._scenes))
-        numbers: dict[str, Any] = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
-        return EngineStats(**numbers | {"num_running": running, "num_waiting": len(self._scenes) - running})
+        return stats_of(num_running=running, num_waiting=len(self._scenes) - running)
 
     def submit(self, request: Request, encoded: Sequence[Encoded], sink: Sink, reducer: Any, spec: str) -> Scene:
         scene = Scene(self._play(request, encoded, spec), sink)

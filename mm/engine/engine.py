@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from mm.engine.attention import build_attention
 from mm.engine.kv_cache import KVCache
 from mm.engine.output import Output
 from mm.engine.prefix_cache import PrefixCache
-from mm.engine.report import EngineStats, Feed, summary
+from mm.engine.report import INTER_TOKEN_S, STEP_ROWS, EngineStats, Feed, Histogram, summary
 from mm.engine.samplers import SamplerFactory
 from mm.engine.sampling import choose
 from mm.engine.scheduler import Limits, Planned, Scheduler
@@ -41,6 +42,8 @@ class _Counters:
     num_rows: int = 0
     step_s: float = 0.0
     model_s: float = 0.0
+    step_rows: Histogram = field(default_factory=lambda: Histogram(STEP_ROWS))
+    inter_token_s: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_S))
     order: Any = field(default_factory=itertools.count)
 
 
@@ -55,6 +58,7 @@ class Engine:
     """
 
     def __init__(self, family: Any, *, limits: Limits, kv_bytes: int, share_prefixes: bool = True) -> None:
+        self.engine_id = uuid.uuid4().hex
         self.family, self.limits = family, limits
         self.samplers = SamplerFactory(family)
         shape = family.language.cache_shape
@@ -184,11 +188,14 @@ class Engine:
     def stats(self) -> EngineStats:
         counters, cache = self._counters, self.cache
         return EngineStats(
+            engine_id=self.engine_id,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting) + self._num_arriving,
+            num_waiting_tokens=sum(answer.num_todo for answer in list(self._scheduler.waiting)),
             kv_used_bytes=cache.num_used_bytes,
             kv_total_bytes=cache.num_blocks * cache.shape.block_bytes,
             kv_prefix_bytes=self.prefixes.num_bytes,
+            kv_idle_bytes=self.prefixes.num_idle_bytes,
             num_preemptions=self._scheduler.num_preemptions,
             prefix_queries=self.prefixes.num_queries,
             prefix_hits=self.prefixes.num_hits,
@@ -196,6 +203,8 @@ class Engine:
             num_rows=counters.num_rows,
             step_s=counters.step_s,
             model_s=counters.model_s,
+            step_rows=counters.step_rows.copy(),
+            inter_token_s=counters.inter_token_s.copy(),
         )
 
     def events(self, job: Job, feed: Feed) -> Generator[Event]:
@@ -237,8 +246,10 @@ class Engine:
             log.exception("a pass failed: rows=%d", sum(item.count for item in planned))
             for item in planned:
                 self._fail(item.answer.job, EngineError(f"a pass of the decoder failed: {type(error).__name__}"))
+        num_rows = sum(item.count for item in planned)
         self._counters.num_steps += 1
-        self._counters.num_rows += sum(item.count for item in planned)
+        self._counters.num_rows += num_rows
+        self._counters.step_rows.observe(num_rows)
         self._counters.step_s += time.perf_counter() - start
         return True
 
@@ -334,6 +345,9 @@ class Engine:
             if answer not in self._answers:
                 continue  # a sibling's failure took the request away
             job.num_completion_tokens += 1
+            if answer.last_token is not None:
+                self._counters.inter_token_s.observe(now - answer.last_token)
+            answer.last_token = now
             first = job.first_token is None
             job.first_token = job.first_token or now
             job.sink.put(answer.output.push(one, job.prompt.length if first else None))

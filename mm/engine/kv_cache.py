@@ -218,6 +218,11 @@ class KVCache:
     def num_references(self, ids: np.ndarray) -> np.ndarray:
         return self._references[ids]
 
+    @property
+    def references(self) -> np.ndarray:
+        """(num_blocks,) how often each block is held; not to be written."""
+        return self._references
+
     def _take(self, count: int) -> np.ndarray:
         self._num_free -= count
         ids = self._free[self._num_free : self._num_free + count][::-1].copy()

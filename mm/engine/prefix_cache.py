@@ -65,6 +65,7 @@ class PrefixCache:
     def __init__(self, cache: KVCache, *, enabled: bool = True) -> None:
         self._cache, self._enabled = cache, enabled
         self._entries: OrderedDict[Name, np.ndarray] = OrderedDict()
+        self._is_held = np.zeros(cache.num_blocks, dtype=bool)
         self.num_queries = 0
         self.num_hits = 0
 
@@ -75,6 +76,11 @@ class PrefixCache:
     def num_bytes(self) -> int:
         """Bytes of all entries, whether or not a sequence uses them too."""
         return len(self._entries) * self._cache.shape.num_layers * self._cache.shape.block_bytes
+
+    @property
+    def num_idle_bytes(self) -> int:
+        """Bytes of the blocks that nothing but an entry holds. May be read by any thread."""
+        return int((self._is_held & (self._cache.references == 1)).sum()) * self._cache.shape.block_bytes
 
     def match(self, names: Sequence[Name]) -> np.ndarray:
         """(num_layers, n) block ids of the longest known beginning. They stay only while something retains them."""
@@ -104,6 +110,7 @@ class PrefixCache:
             ids = self._cache.tables[:, slot, i].copy()
             self._cache.retain(ids)
             self._entries[names[i]] = ids
+            self._is_held[ids] = True
 
     def make_room(self, num_blocks: int) -> bool:
         """Drop entries that only this cache holds until so many blocks are free; whether that came about."""
@@ -112,7 +119,7 @@ class PrefixCache:
         for name in list(self._entries):
             ids = self._entries[name]
             if (self._cache.num_references(ids) == 1).all():
-                self._cache.release(ids)
+                self._release(ids)
                 del self._entries[name]
                 if self._cache.num_free_blocks >= num_blocks:
                     return True
@@ -120,8 +127,12 @@ class PrefixCache:
 
     def clear(self) -> None:
         for ids in self._entries.values():
-            self._cache.release(ids)
+            self._release(ids)
         self._entries.clear()
+
+    def _release(self, ids: np.ndarray) -> None:
+        self._is_held[ids] = False
+        self._cache.release(ids)
 
     @property
     def held(self) -> np.ndarray:

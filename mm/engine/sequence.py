@@ -96,6 +96,7 @@ class Answer:
         num_computed: Rows of prompt and answer that have been through the decoder.
         siblings: Further answers that begin when the prompt is in, from the same rows.
         order: Place in line; kept through preemption.
+        last_token: When the last token came, on the clock of `time.perf_counter`.
     """
 
     job: Job
@@ -106,6 +107,7 @@ class Answer:
     num_computed: int = 0
     siblings: list[Answer] = field(default_factory=list)
     prefix: list[Name] = field(default_factory=list)
+    last_token: float | None = None
 
     @property
     def num_rows(self) -> int:
