@@ -169,8 +169,8 @@ class Model:
             images, videos: Put before the text, images first. Paths, encoded bytes, data URLs; images also as PIL
                 images or uint8 arrays (H, W, 3).
             **options: Fields of `Sampling` (max_new_tokens, temperature, top_p, top_k, seed, stop, n, logprobs,
-                response_format and more) and of `VisionOptions` (reducer, keep_ratio, num_frames, fps). Without a
-                temperature the model's own default holds.
+                response_format and more), of `VisionOptions` (reducer, keep_ratio, num_frames, fps) and of `Request`
+                (priority, timeout_s, cache_salt). Without a temperature the model's own default holds.
 
         Raises:
             MmError: Names what was given, what is allowed and what to do.
@@ -276,6 +276,8 @@ def collect(events: Iterator[Event]) -> Answer:
 SAMPLING_FIELDS = {f.name for f in dataclasses.fields(Sampling)}
 VISION_FIELDS = {"reducer", "keep_ratio", "return_map"}
 FRAME_FIELDS = {f.name for f in dataclasses.fields(FrameSampling)}
+REQUEST_FIELDS = {"priority", "timeout_s", "cache_salt"}
+FIELDS = SAMPLING_FIELDS | VISION_FIELDS | FRAME_FIELDS | REQUEST_FIELDS
 
 
 def build_request(
@@ -294,10 +296,8 @@ def build_request(
     Raises:
         InvalidRequest: An option does not exist or a value cannot be used.
     """
-    unknown = sorted(options.keys() - SAMPLING_FIELDS - VISION_FIELDS - FRAME_FIELDS)
-    if unknown:
-        allowed = ", ".join(sorted(SAMPLING_FIELDS | VISION_FIELDS | FRAME_FIELDS))
-        raise InvalidRequest(f"unknown option {unknown[0]!r}; allowed: {allowed}", unknown[0])
+    if unknown := sorted(options.keys() - FIELDS):
+        raise InvalidRequest(f"unknown option {unknown[0]!r}; allowed: {', '.join(sorted(FIELDS))}", unknown[0])
     budget = budget or MediaBudget(MediaLimits())
     extra = [_media(x, "image", f"images[{i}]", budget) for i, x in enumerate(images)]
     extra += [_media(x, "video", f"videos[{i}]", budget) for i, x in enumerate(videos)]
@@ -311,6 +311,7 @@ def build_request(
         media=media,
         sampling=Sampling(**sampling),
         vision=VisionOptions(**vision, frames=FrameSampling(**frames) if frames else None),
+        **{name: options[name] for name in REQUEST_FIELDS & options.keys()},
     )
 
 

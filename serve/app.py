@@ -6,10 +6,8 @@ instant. Environment variables are read here and nowhere else.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
-import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,9 +16,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mm import __version__
+from serve.options import (
+    BatchTokensOption,
+    CacheOption,
+    DecoderOption,
+    DeviceOption,
+    DtypeOption,
+    FpsOption,
+    FramesOption,
+    ModelArgument,
+    ModelOption,
+    PrefixOption,
+    ReducerOption,
+    SeqsOption,
+    ThreadsOption,
+    WaitingOption,
+    check_model,
+    check_port,
+    model_config,
+    need,
+)
 
 if TYPE_CHECKING:
-    from mm.core.config import ModelConfig
     from serve.config import ServeConfig
 
 app = typer.Typer(
@@ -32,18 +49,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ModelArgument = Annotated[str, typer.Argument(help='"tiny" (the shipped model), a folder, or a hub name.')]
-ModelOption = Annotated[str, typer.Option("--model", help='"tiny" (the shipped model), a folder, or a hub name.')]
-ReducerOption = Annotated[
-    str, typer.Option(help="Default reducer, e.g. divprune:keep_ratio=0.25; `mm plugins` lists them.")
-]
-DeviceOption = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-DecoderOption = Annotated[str, typer.Option(help="pyav, or decord for files you trust.")]
-FramesOption = Annotated[int, typer.Option(help="Frames sampled from a clip, evenly over its length.")]
-FpsOption = Annotated[float | None, typer.Option(help="Sample by frames per second of clip time instead.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads per process; torch decides when not given.")]
 
 
 def main() -> None:
@@ -120,6 +125,11 @@ def serve(
     fps: FpsOption = None,
     video_decoder: DecoderOption = "pyav",
     threads: ThreadsOption = None,
+    kv_cache_gb: CacheOption = None,
+    max_num_seqs: SeqsOption = 64,
+    max_batch_tokens: BatchTokensOption = None,
+    max_waiting: WaitingOption = 256,
+    prefix_caching: PrefixOption = True,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API; repeat for aliases.")] = None,
     allow_media_domain: Annotated[
         list[str] | None, typer.Option(help="Fetch media from this host; repeat. Without it remote URLs are off.")
@@ -133,11 +143,24 @@ def serve(
 
     _log_to_stderr()
     if not in_process:
-        _need("ray", "serve")
-    _need("fastapi", "server")
+        need("ray", "serve")
+    need("fastapi", "server")
     config = ServeConfig(
-        model=_model_config(
-            model, reducer, device, dtype, frames, fps, video_decoder, threads, allowed_domains=allow_media_domain
+        model=model_config(
+            model=model,
+            reducer=reducer,
+            device=device,
+            dtype=dtype,
+            num_frames=frames,
+            fps=fps,
+            video_decoder=video_decoder,
+            num_threads=threads,
+            kv_cache_gb=kv_cache_gb,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+            max_waiting=max_waiting,
+            prefix_caching=prefix_caching,
+            allowed_domains=tuple(allow_media_domain or ()),
         ),
         host=host,
         port=port,
@@ -150,8 +173,8 @@ def serve(
         served_model_names=tuple(served_model_name or ()),
         api_keys=tuple(api_key or ()),
     )
-    _check_port(host, port)
-    _check_model(config.model)
+    check_port(host, port)
+    check_model(config.model)
     if host not in ("127.0.0.1", "localhost", "::1") and not config.api_keys:
         typer.echo(f"mm: listening on {host} without an API key: everyone who can reach it may use it", err=True)
     ready = partial(_say_ready, config)
@@ -186,9 +209,13 @@ def caption(
     fps: FpsOption = None,
     video_decoder: DecoderOption = "pyav",
     threads: ThreadsOption = None,
+    kv_cache_gb: CacheOption = None,
+    max_num_seqs: SeqsOption = 64,
+    max_batch_tokens: BatchTokensOption = None,
+    prefix_caching: PrefixOption = True,
 ) -> None:
     """Caption images and clips into JSON lines; run again to resume. Exits with 0, 3 (some failed) or 1 (none ran)."""
-    _need("transformers", "batch")
+    need("transformers", "batch")
     from serve.jobs.caption import run_caption
     from serve.jobs.job import CaptionJob
 
@@ -196,7 +223,21 @@ def caption(
         inputs=tuple(inputs),
         out=out,
         prompt=prompt,
-        model=_model_config(model, reducer, device, dtype, frames, fps, video_decoder, threads, allow_paths=True),
+        model=model_config(
+            model=model,
+            reducer=reducer,
+            device=device,
+            dtype=dtype,
+            num_frames=frames,
+            fps=fps,
+            video_decoder=video_decoder,
+            num_threads=threads,
+            kv_cache_gb=kv_cache_gb,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+            prefix_caching=prefix_caching,
+            allow_paths=True,
+        ),
         max_tokens=max_tokens,
         patterns=tuple(pattern or ()),
         limit=limit,
@@ -243,7 +284,7 @@ def evaluate(
 ) -> None:
     """Ask the held-out set and count the right answers, by task, wording, number of objects and reducer."""
     for package in ("pyarrow", "rich", "transformers"):
-        _need(package, "batch")
+        need(package, "batch")
     from serve.evaluation.command import Evaluation, run_evaluation
 
     job = Evaluation(
@@ -261,7 +302,7 @@ def evaluate(
         served_model=model,
         api_key=api_key,
         concurrency=concurrency,
-        model=_model_config(model or "tiny", "none", device, dtype, frames, None, "pyav", threads),
+        model=model_config(model=model or "tiny", device=device, dtype=dtype, num_frames=frames, num_threads=threads),
         num_frames=frames,
         max_tokens=max_tokens,
     )
@@ -285,69 +326,13 @@ def demo(
     from serve.demo.launch import DemoConfig, run_demo
 
     _log_to_stderr()
-    _need("gradio", "demo")
-    server = ServeConfig(model=_model_config(model, reducer, device, dtype, 8, None, "pyav", threads))
-    if url is None:
-        _check_model(server.model)
-    run_demo(DemoConfig(url=url, api_key=api_key, server=server, host=host, port=port))
-
-
-def _model_config(
-    model: str,
-    reducer: str,
-    device: str,
-    dtype: str,
-    frames: int,
-    fps: float | None,
-    video_decoder: Any,
-    threads: int | None,
-    *,
-    allowed_domains: list[str] | None = None,
-    allow_paths: bool = False,
-) -> ModelConfig:
-    from mm.core.config import ModelConfig, SourcePolicy
-
-    return ModelConfig(
-        model=model,
-        reducer=reducer,
-        device=device,
-        dtype=dtype,
-        num_frames=frames,
-        fps=fps,
-        video_decoder=video_decoder,
-        num_threads=threads,
-        sources=SourcePolicy(allowed_domains=tuple(allowed_domains or ()), allow_paths=allow_paths),
+    need("gradio", "demo")
+    server = ServeConfig(
+        model=model_config(model=model, reducer=reducer, device=device, dtype=dtype, num_threads=threads)
     )
-
-
-def _need(package: str, extra: str) -> None:
-    """Stop with the name of the extra that brings a missing package."""
-    if importlib.util.find_spec(package) is None:
-        typer.echo(f"mm: this command needs {package}: pip install 'mm-serving[{extra}]'", err=True)
-        raise typer.Exit(1)
-
-
-def _check_port(host: str, port: int) -> None:
-    """Refuse a taken port before anything is loaded."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.socket(family) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-    except OSError as error:
-        typer.echo(
-            f"mm: cannot listen on {host}:{port} ({error.strerror}); choose another with --host or --port", err=True
-        )
-        raise typer.Exit(1) from None
-
-
-def _check_model(config: ModelConfig) -> None:
-    """Refuse a wrong model or reducer in one line, before replicas fail to start over it."""
-    from mm.core.plugins import build_reducer
-    from mm.models.checkpoint import find, read_config
-
-    read_config(find(config.model))
-    build_reducer(config.reducer)
+    if url is None:
+        check_model(server.model)
+    run_demo(DemoConfig(url=url, api_key=api_key, server=server, host=host, port=port))
 
 
 def _log_to_stderr() -> None:

@@ -24,8 +24,7 @@ class ServeConfig:
             only: how many threads torch uses is `model.num_threads`.
         encoder_gpus, decoder_gpus: GPUs, or fractions of one, per replica.
         encode_workers: Requests whose media one encoder works on at a time.
-        max_ongoing_requests: Requests that one decoder replica holds, running or waiting their turn.
-        max_queued_requests: Requests that may wait in an ingress beyond those; more are refused with 429.
+        max_queued_requests: Requests that an ingress holds beyond those that decoders may hold; more are refused.
         api_keys: Keys that callers have to send; empty lets everyone in.
         max_body_bytes: Size of a request body, enforced while it streams in.
         max_choices: Upper bound of `n`.
@@ -49,8 +48,7 @@ class ServeConfig:
     encoder_gpus: float = 0.0
     decoder_gpus: float = 0.0
     encode_workers: int = 2
-    max_ongoing_requests: int = 64
-    max_queued_requests: int = 256
+    max_queued_requests: int = 64
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_body_bytes: int = 32 * MiB
     max_choices: int = 8
@@ -66,7 +64,6 @@ class ServeConfig:
             "num_encoders",
             "num_decoders",
             "encode_workers",
-            "max_ongoing_requests",
             "max_choices",
         )
         for name in at_least_one:
@@ -80,6 +77,11 @@ class ServeConfig:
         """Every name the model answers to, the preferred one first. A local folder answers to its last part."""
         given = self.model.model
         return self.served_model_names or (Path(given).resolve().name if Path(given).is_dir() else given,)
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        """Requests that one decoder replica holds, running or waiting their turn."""
+        return self.model.max_num_seqs + self.model.max_waiting
 
     @property
     def max_in_flight(self) -> int:

@@ -53,6 +53,7 @@ def test_plugins_lists_all_that_is_registered(monkeypatch, capsys):
         (["serve", "--in-process", "--video-decoder", "ffmpeg"], "ffmpeg"),
         (["serve", "--in-process", "--dtype", "float8"], "float8"),
         (["serve", "--in-process", "--device", "gpu9"], "gpu9"),
+        (["serve", "--in-process", "--kv-cache-gb", "0"], "kv_cache_gb"),
         (["caption", "absent-folder", "--out", "out"], "absent-folder"),
         (["demo", "--url", "localhost"], "http://"),
     ],
@@ -80,3 +81,23 @@ def test_a_taken_port_is_told_before_anything_is_loaded(monkeypatch, capsys):
         taken.listen()
         assert run_here(monkeypatch, "serve", "--in-process", "--port", str(taken.getsockname()[1])) == 1
     assert "choose another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "caption"])
+def test_the_engine_is_bounded_from_the_command_line(command, tmp_path, monkeypatch):
+    """What is given arrives in the configuration that the model is built from."""
+    made = []
+
+    def caught(**fields):
+        made.append(fields)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(app_module, "model_config", caught)
+    arguments = {"serve": ["--in-process", "--max-waiting", "7"], "caption": [str(tmp_path), "--out", "out"]}[command]
+    given = ["--kv-cache-gb", "0.5", "--max-num-seqs", "3", "--max-batch-tokens", "64", "--no-prefix-caching"]
+    assert run_here(monkeypatch, command, *arguments, *given, "--dtype", "float32") == 0
+    (fields,) = made
+    assert fields["kv_cache_gb"] == 0.5
+    assert (fields["max_num_seqs"], fields["max_batch_tokens"]) == (3, 64)
+    assert (fields["prefix_caching"], fields["dtype"]) == (False, "float32")
+    assert fields.get("max_waiting", 7) == 7

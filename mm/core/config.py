@@ -99,7 +99,7 @@ class ModelConfig:
     kv_cache_gb: float | None = None
     max_num_seqs: int = 64
     max_batch_tokens: int | None = None
-    max_waiting: int = 1024
+    max_waiting: int = 256
     prefix_caching: bool = True
     limits: MediaLimits = MediaLimits()
     sources: SourcePolicy = SourcePolicy()

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from mm.core.data import Request, Summary
+from serve.api.engine_metrics import EngineMetrics
 from serve.runtime import Features, Load
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -23,6 +24,8 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
         self._model = model
+        self._engines = EngineMetrics(model)
+        self.registry.register(self._engines)
         self.running = self._gauge("vllm:num_requests_running", "Requests being answered by a decoder.")
         self.waiting = self._gauge("vllm:num_requests_waiting", "Requests waiting for their turn in a decoder.")
         self.in_flight = self._gauge(
@@ -44,6 +47,7 @@ class Metrics:
         self.queue = self._histogram("vllm:request_queue_time_seconds", "Waiting for the decoder.", STAGE_SECONDS)
         self.prefill = self._histogram("vllm:request_prefill_time_seconds", "Prefill.", STAGE_SECONDS)
         self.decode = self._histogram("vllm:request_decode_time_seconds", "Decode, all choices.", STAGE_SECONDS)
+        self.inference = self._histogram("vllm:request_inference_time_seconds", "Prefill and decode.", STAGE_SECONDS)
         self.request_prompt_tokens = self._histogram("vllm:request_prompt_tokens", "Prompt tokens.", TOKENS)
         self.request_generation_tokens = self._histogram("vllm:request_generation_tokens", "Generated tokens.", TOKENS)
         self.params_n = self._histogram("vllm:request_params_n", "Choices asked for.", (1, 2, 4, 8, 16))
@@ -91,6 +95,7 @@ class Metrics:
         self.queue.labels(model).observe(timings.queue_s)
         self.prefill.labels(model).observe(timings.prefill_s)
         self.decode.labels(model).observe(timings.decode_s)
+        self.inference.labels(model).observe(timings.prefill_s + timings.decode_s)
         if usage.num_completion_tokens > 1:
             self.tpot.labels(model).observe(timings.decode_s / (usage.num_completion_tokens - 1))
         for stage, seconds in asdict(timings).items():
@@ -113,4 +118,5 @@ class Metrics:
         if load is not None:
             self.running.labels(self._model).set(load.num_running)
             self.waiting.labels(self._model).set(load.num_waiting)
+            self._engines.update(load)
         return generate_latest(self.registry)

@@ -44,7 +44,7 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.num_completion_tokens,
         "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
         "prompt_tokens_details": {
-            "cached_tokens": 0,
+            "cached_tokens": usage.num_cached_tokens,
             "image_tokens": usage.num_image_tokens_kept,
             "video_tokens": usage.num_video_tokens_kept,
         },

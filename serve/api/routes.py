@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -128,16 +129,17 @@ class Chat:
         self._in_flight -= 1
         self._metrics.in_flight.labels(self._config.names[0]).dec()
 
-    async def _prepared(self, call: ChatCall) -> tuple[Request, Any]:
+    async def _prepared(self, call: ChatCall, deadline: float) -> tuple[Request, Any]:
         request = await with_media(call.request, self._config.model.limits, self._config.model.sources)
         self._metrics.requested(request)
         features = await self._runtime.encode(request)
         self._metrics.encoded(features)
-        return request, features
+        # The engine lets go of it by itself, even where nobody can tell it that the time is over.
+        return replace(request, timeout_s=max(0.0, deadline - asyncio.get_running_loop().time())), features
 
     async def _complete(self, call: ChatCall, arrived: float, deadline: float) -> list[Event]:
         async with _until(deadline):
-            events = await self._runtime.complete(*await self._prepared(call))
+            events = await self._runtime.complete(*await self._prepared(call, deadline))
         self._finished(summary_of(events), _reasons(events), arrived)
         return events
 
@@ -157,7 +159,7 @@ class Chat:
         reasons: list[str] = []
         started = False
         async with _until(deadline):
-            request, features = await self._prepared(call)
+            request, features = await self._prepared(call, deadline)
         # The media stay here until the first token, should they have to be encoded once more.
         events = self._runtime.stream(request, features)
         del request, features

@@ -21,6 +21,8 @@ from mm.core.sampling import MAX_TOP_LOGPROBS
 from serve.config import ServeConfig
 
 INT64 = 2**63
+INT32 = 2**31
+MAX_SALT_CHARACTERS = 256
 
 IGNORED = frozenset(
     {
@@ -153,6 +155,12 @@ class ChatBody(BaseModel):
     response_format: Form | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(gt=-INT32, lt=INT32)] | None = Field(
+        default=None, description="Lower is served first; 0 if absent. Who waits too long goes before all."
+    )
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = Field(
+        default=None, description="Requests with different salts share nothing that is cached."
+    )
     vision: Vision | None = None
 
 
@@ -217,6 +225,8 @@ def parse_chat(body: Any, request_id: str, config: ServeConfig) -> ChatCall:
         media=media,
         sampling=_sampling(chat),
         vision=_vision(chat.vision or Vision(), config.model.limits),
+        priority=chat.priority or 0,
+        cache_salt=chat.cache_salt or "",
     )
     return ChatCall(
         request=request,

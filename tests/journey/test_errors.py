@@ -264,7 +264,7 @@ async def test_deadline_is_a_504(make_client, engine, ask) -> None:
 
 async def test_more_requests_than_places_are_refused_with_a_hint(make_client, engine, ask) -> None:
     engine.delay_s = 0.05
-    async with make_client(max_ongoing_requests=1, max_queued_requests=1) as client:
+    async with make_client(model=ModelConfig(max_num_seqs=1, max_waiting=1), max_queued_requests=0) as client:
         responses = await asyncio.gather(*(client.post("/v1/chat/completions", json=ask()) for _ in range(5)))
         statuses = sorted(response.status_code for response in responses)
         assert statuses == [200, 200, 429, 429, 429]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from mm.core.data import Request, Sampling, Summary, Timings, Usage
+from mm.engine.report import STEP_ROWS, Histogram
 from serve.api.metrics import Metrics
 from serve.runtime import Features, Load
+from tests.scripted import stats_of
 
 NAMES = (
     "vllm:num_requests_running",
@@ -20,7 +22,15 @@ NAMES = (
     "vllm:request_queue_time_seconds_bucket",
     "vllm:request_prefill_time_seconds_bucket",
     "vllm:request_decode_time_seconds_bucket",
+    "vllm:request_inference_time_seconds_bucket",
     "vllm:request_params_n_bucket",
+    "vllm:kv_cache_usage_perc",
+    "vllm:num_preemptions_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:iteration_tokens_total_bucket",
+    "vllm:inter_token_latency_seconds_bucket",
+    "mm:num_tokens_waiting",
     "mm:visual_tokens_in_total",
     "mm:visual_tokens_kept_total",
     "mm:stage_seconds_bucket",
@@ -37,7 +47,7 @@ def test_a_finished_request_shows_under_every_name() -> None:
     timings = Timings(load_s=0.1, encode_s=0.2, prefill_s=0.3, decode_s=1.0)
     metrics.ttft.labels("tiny").observe(0.5)
     metrics.finished(Summary(usage=usage, timings=timings, reducer="divprune:keep_ratio=0.3"), ["stop", "length"], 2.0)
-    text = metrics.exposition(Load(num_running=2, num_waiting=5)).decode()
+    text = metrics.exposition(Load(num_running=2, num_waiting=5, engines=(stats_of(),))).decode()
     for name in NAMES:
         assert f"\n{name}{{" in text, name
 
@@ -55,3 +65,46 @@ def test_a_finished_request_shows_under_every_name() -> None:
 
 def test_a_silent_decoder_does_not_break_the_page() -> None:
     assert b"vllm:num_requests_running" in Metrics("tiny").exposition(None)
+
+
+def test_figures_of_several_engines_are_summed_and_counts_never_go_down() -> None:
+    metrics = Metrics("tiny")
+
+    def shown(*engines) -> dict[str, float | None]:
+        metrics.exposition(Load(num_running=0, num_waiting=0, engines=engines))
+        names = ("vllm:num_preemptions_total", "vllm:kv_cache_usage_perc", "vllm:iteration_tokens_total_sum")
+        return {name: metrics.registry.get_sample_value(name, {"model_name": "tiny"}) for name in names}
+
+    def engine(engine_id: str, num_preemptions: int, *rows: int, used: int = 0, idle: int = 0):
+        step_rows = Histogram(STEP_ROWS)
+        for count in rows:
+            step_rows.observe(count)
+        return stats_of(
+            engine_id=engine_id,
+            num_preemptions=num_preemptions,
+            step_rows=step_rows,
+            kv_used_bytes=used,
+            kv_idle_bytes=idle,
+            kv_total_bytes=100,
+        )
+
+    both = shown(engine("a", 3, 5, used=50, idle=10), engine("b", 4, 7, 8, used=20))
+    assert list(both.values()) == [7, 0.3, 20]
+    restarted = shown(engine("a", 3, 5), engine("c", 1, 2))
+    assert list(restarted.values()) == [8, 0.0, 22]
+    assert list(shown(engine("a", 5, 5, 5), engine("c", 1, 2)).values()) == [10, 0.0, 27]
+
+
+def test_buckets_hold_all_that_is_below_them() -> None:
+    metrics, step_rows = Metrics("tiny"), Histogram(STEP_ROWS)
+    for count in (1, 2, 3, 64, 9999):
+        step_rows.observe(count)
+    metrics.exposition(Load(num_running=0, num_waiting=0, engines=(stats_of(step_rows=step_rows),)))
+
+    def below(bound: str) -> float | None:
+        labels = {"model_name": "tiny", "le": bound}
+        return metrics.registry.get_sample_value("vllm:iteration_tokens_total_bucket", labels)
+
+    assert [below(bound) for bound in ("1.0", "2.0", "4.0", "64.0", "8192.0", "+Inf")] == [1, 2, 3, 4, 4, 5]
+    labels = {"model_name": "tiny"}
+    assert metrics.registry.get_sample_value("vllm:iteration_tokens_total_count", labels) == 5

@@ -95,3 +95,19 @@ def test_long_values_are_not_quoted_back_whole() -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(temperature="x" * 100_000)
     assert len(str(caught.value)) < 300
+
+
+def test_priority_and_salt_reach_the_request() -> None:
+    request = parse(priority=-3, cache_salt="tenant").request
+    assert (request.priority, request.cache_salt) == (-3, "tenant")
+    assert (parse().request.priority, parse().request.cache_salt) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("priority", 2**31), ("priority", -(2**31)), ("priority", 1.5), ("cache_salt", ""), ("cache_salt", "x" * 257)],
+)
+def test_priority_and_salt_are_bounded(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse(**{field: value})
+    assert refused.value.param == field

@@ -1,0 +1,83 @@
+"""The decoders' own figures in Prometheus form, summed over all of them.
+
+Every engine counts from its start. Its last known counts stay in the sums after it is gone, and one that took its place
+begins beside them: so no sum ever goes down. What an engine counted after it was last asked is lost with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from mm.engine.report import EngineStats, Histogram
+from serve.runtime import Load
+
+Figure = Callable[[EngineStats], float]
+
+GAUGES: tuple[tuple[str, str, Figure], ...] = (
+    ("mm:num_tokens_waiting", "Rows that answers in line still have to be given.", lambda s: s.num_waiting_tokens),
+    ("mm:kv_cache_used_bytes", "KV blocks that requests hold.", lambda s: s.kv_used_bytes - s.kv_idle_bytes),
+    ("mm:kv_cache_prefix_bytes", "KV blocks that the prefix cache holds.", lambda s: s.kv_prefix_bytes),
+    ("mm:kv_cache_total_bytes", "Size of the KV caches.", lambda s: s.kv_total_bytes),
+)
+COUNTERS: tuple[tuple[str, str, Figure], ...] = (
+    ("vllm:num_preemptions", "Answers that gave up their KV blocks for a while.", lambda s: s.num_preemptions),
+    ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda s: s.prefix_queries),
+    ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda s: s.prefix_hits),
+    ("mm:engine_steps", "Passes through a decoder.", lambda s: s.num_steps),
+    ("mm:engine_step_seconds", "Seconds in passes.", lambda s: s.step_s),
+    ("mm:engine_model_seconds", "Seconds in the model's part of passes.", lambda s: s.model_s),
+)
+HISTOGRAMS: tuple[tuple[str, str, Callable[[EngineStats], Histogram]], ...] = (
+    ("vllm:iteration_tokens_total", "Rows of a pass, those of prompts included.", lambda s: s.step_rows),
+    ("vllm:inter_token_latency_seconds", "Between two tokens of an answer.", lambda s: s.inter_token_s),
+)
+
+
+class EngineMetrics(Collector):
+    """Gauges of the engines that answered last, counts of all that ever did."""
+
+    def __init__(self, model: str) -> None:
+        self._labels = [model]
+        self._known: dict[str, EngineStats] = {}
+        self._present: tuple[EngineStats, ...] = ()
+
+    def update(self, load: Load) -> None:
+        self._present = load.engines
+        self._known |= {stats.engine_id: stats for stats in load.engines}
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of the KV caches that requests hold, 0 to 1.", self._usage)
+        for name, text, figure in GAUGES:
+            yield self._gauge(name, text, sum(map(figure, self._present)))
+        for name, text, figure in COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=["model_name"])
+            counter.add_metric(self._labels, sum(map(figure, self._known.values())))
+            yield counter
+        for name, text, figure in HISTOGRAMS:
+            histogram = HistogramMetricFamily(name, text, labels=["model_name"])
+            if self._known:
+                histogram.add_metric(self._labels, *_summed([figure(stats) for stats in self._known.values()]))
+            yield histogram
+
+    @property
+    def _usage(self) -> float:
+        total = sum(stats.kv_total_bytes for stats in self._present)
+        return sum(stats.kv_used_bytes - stats.kv_idle_bytes for stats in self._present) / max(1, total)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+        gauge.add_metric(self._labels, value)
+        return gauge
+
+
+def _summed(histograms: Sequence[Histogram]) -> tuple[list[tuple[str, float]], float]:
+    """Buckets as Prometheus counts them, each with all below it, and the sum of the values."""
+    counts = [sum(column) for column in zip(*(one.counts for one in histograms), strict=True)]
+    bounds = [str(float(bound)) for bound in histograms[0].bounds]
+    buckets = list(zip([*bounds, "+Inf"], map(float, itertools.accumulate(counts)), strict=True))
+    return buckets, sum(one.total for one in histograms)

@@ -1,0 +1,80 @@
+"""Options that several commands share, what they configure, and what is checked before anything is loaded.
+
+Imports nothing heavy; see `serve.app`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mm.core.config import ModelConfig
+
+ModelArgument = Annotated[str, typer.Argument(help='"tiny" (the shipped model), a folder, or a hub name.')]
+ModelOption = Annotated[str, typer.Option("--model", help='"tiny" (the shipped model), a folder, or a hub name.')]
+ReducerOption = Annotated[
+    str, typer.Option(help="Default reducer, e.g. divprune:keep_ratio=0.25; `mm plugins` lists them.")
+]
+DeviceOption = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto (bfloat16 where the device computes in it), float32, bfloat16 or float16.")
+]
+DecoderOption = Annotated[str, typer.Option(help="pyav, or decord for files you trust.")]
+FramesOption = Annotated[int, typer.Option(help="Frames sampled from a clip, evenly over its length.")]
+FpsOption = Annotated[float | None, typer.Option(help="Sample by frames per second of clip time instead.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads per process; torch decides when not given.")]
+CacheOption = Annotated[
+    float | None, typer.Option(help="GiB of the decoder's KV cache; a share of free memory when not given.")
+]
+SeqsOption = Annotated[int, typer.Option(min=1, help="Answers decoded at a time.")]
+BatchTokensOption = Annotated[
+    int | None, typer.Option(min=1, help="Rows of one decoder pass; 512 on a CPU and 4096 on a GPU when not given.")
+]
+WaitingOption = Annotated[int, typer.Option(min=1, help="Requests that may wait for a decoder; more are refused.")]
+PrefixOption = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-caching/--no-prefix-caching", help="Begin prompts with what earlier ones left in the cache."
+    ),
+]
+
+
+def model_config(*, allowed_domains: tuple[str, ...] = (), allow_paths: bool = False, **fields: Any) -> ModelConfig:
+    """The configuration that a command's options describe; `fields` are those of `ModelConfig`."""
+    from mm.core.config import ModelConfig, SourcePolicy
+
+    return ModelConfig(**fields, sources=SourcePolicy(allowed_domains=allowed_domains, allow_paths=allow_paths))
+
+
+def need(package: str, extra: str) -> None:
+    """Stop with the name of the extra that brings a missing package."""
+    if importlib.util.find_spec(package) is None:
+        typer.echo(f"mm: this command needs {package}: pip install 'mm-serving[{extra}]'", err=True)
+        raise typer.Exit(1)
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a taken port before anything is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+    except OSError as error:
+        typer.echo(
+            f"mm: cannot listen on {host}:{port} ({error.strerror}); choose another with --host or --port", err=True
+        )
+        raise typer.Exit(1) from None
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuse a wrong model or reducer in one line, before replicas fail to start over it."""
+    from mm.core.plugins import build_reducer
+    from mm.models.checkpoint import find, read_config
+
+    read_config(find(config.model))
+    build_reducer(config.reducer)
