@@ -259,7 +259,8 @@ class Prompt:
         token_ids: (L,) int64; visual rows hold the placeholder id.
         embeddings: (L, D).
         positions: (P, L) int64 with P = 1, or 3 for M-RoPE: the positions of the unreduced prompt at the kept rows.
-        next_position: The position of the first generated token: the unreduced maximum + 1.
+        next_position: The position of the first generated token: where text behind the unreduced prompt goes on. With
+            M-RoPE a clip may have reached further in time.
         is_visual: (L,) bool.
     """
 
