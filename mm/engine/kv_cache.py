@@ -160,16 +160,26 @@ class KVCache:
     def keep_rows(self, slot: int, layer: int, rows: Tensor) -> None:
         """Keep only `rows` (ascending indices) of those that a layer holds, densely, in their order.
 
+        Blocks before the first row that goes stay as they are, shared or not.
+
         Raises:
-            OutOfBlocks: Shared blocks had to be copied and there is no room.
+            OutOfBlocks: Shared blocks have to be copied and there is no room; nothing was changed.
         """
-        places = self.places(layer, slot)
+        kept, size = rows.cpu().numpy(), self.shape.block_size
+        moved = np.flatnonzero(kept != np.arange(len(kept)))
+        if not len(moved):
+            return self.shrink(slot, layer, len(kept))
+        start = int(moved[0]) // size * size
+        num_new = self.shape.num_blocks(len(kept) - start)
+        own = int((self._references[self.blocks(layer, slot)[start // size :]] == 1).sum())
+        if num_new > self._num_free + own:
+            raise OutOfBlocks(f"{num_new} blocks are needed and {self._num_free + own} are free")
         flat_keys, flat_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
-        source = torch.from_numpy(places).to(rows.device)[rows]
+        source = torch.from_numpy(self.places(layer, slot)[kept[start:]]).to(self.keys.device)
         keys, values = flat_keys[source], flat_values[source]
-        self.shrink(slot, layer, 0)
-        self.grow(slot, rows.shape[0], layer, layer + 1)
-        target = torch.from_numpy(self.places(layer, slot)).to(rows.device)
+        self.shrink(slot, layer, start)
+        self.grow(slot, len(kept) - start, layer, layer + 1)
+        target = torch.from_numpy(self.places(layer, slot, start)).to(self.keys.device)
         flat_keys[target], flat_values[target] = keys, values
 
     def places(self, layer: int, slot: int, start: int = 0, stop: int | None = None) -> np.ndarray:
