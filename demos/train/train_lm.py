@@ -190,7 +190,7 @@ class HeldOut:
     """
 
     def __init__(
-        self, batches: Batches, tower: torch.nn.Module, device: str, *, scenes: int = 96, clips: int = 36
+        self, batches: Batches, tower: torch.nn.Module, device: str, *, scenes: int = 64, clips: int = 24
     ) -> None:
         seeds, rng = [HELD_OUT + i for i in range(max(scenes, clips))], np.random.default_rng(0)
         self.features = Features.__new__(Features)

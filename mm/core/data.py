@@ -277,7 +277,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptMap:
-    """Which tokens of one media item reached the decoder.
+    """Which tokens of one media item were kept, before the decoder and inside it.
 
     Attributes:
         grid: (t, h, w) of the unreduced item; t above 1 in an image counts its crops, see `VisualTokens.crops`.
@@ -291,14 +291,20 @@ class KeptMap:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Token counts of one request. `num_prompt_tokens` is what the decoder really saw, after reduction."""
+    """Token counts of one request. `num_prompt_tokens` is what the decoder really saw, after reduction.
+
+    Of visual tokens: `_in` came from the encoder, `_prompt` entered the decoder, `_kept` are left behind the last layer
+    at whose input some were dropped.
+    """
 
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int = 0
     num_image_tokens_in: int = 0
+    num_image_tokens_prompt: int = 0
     num_image_tokens_kept: int = 0
     num_video_tokens_in: int = 0
+    num_video_tokens_prompt: int = 0
     num_video_tokens_kept: int = 0
 
     @property

@@ -23,6 +23,7 @@ from mm.core.data import Encoded, Event, Request
 from mm.core.errors import CapacityError, ContextTooLong, DeadlineExceeded, EngineError, InvalidRequest, ReducerFault
 from mm.core.plugins import Reducer, inner_stages
 from mm.engine.attention import build_attention
+from mm.engine.eviction import evict
 from mm.engine.kv_cache import KVCache
 from mm.engine.output import Output
 from mm.engine.prefix_cache import PrefixCache
@@ -72,7 +73,7 @@ class Engine:
         self._pass = Pass(family.language, build_attention(self.cache))
         self._lock = threading.Lock()
         self._arrivals: queue.SimpleQueue[list[Answer]] = queue.SimpleQueue()
-        self._num_arriving = 0
+        self._door = threading.Lock()
         self._answers: set[Answer] = set()
         self._counters = _Counters()
         self._draining = False
@@ -114,9 +115,12 @@ class Engine:
         answers[0].siblings = answers[1:]
         names = job.names(self.cache.shape.block_size)
         for answer in answers:
-            answer.prefix, answer.order = names, next(self._counters.order)
-        self._num_arriving += 1
-        self._arrivals.put(answers)
+            answer.prefix = list(names)
+        with self._door:
+            self._check_room()  # again: others may have come in meanwhile
+            for answer in answers:
+                answer.order = next(self._counters.order)
+            self._arrivals.put(answers)
         self.wake.set()
         return job
 
@@ -137,7 +141,7 @@ class Engine:
     def _check_room(self) -> None:
         if self._draining:
             raise CapacityError("the server is being stopped; ask another one", 5)
-        waiting = len(self._scheduler.waiting) + self._num_arriving
+        waiting = len(self._scheduler.waiting) + self._arrivals.qsize()
         if waiting >= self.limits.max_waiting:
             raise CapacityError(f"{waiting} requests are waiting already; try again shortly", self._retry_after_s())
 
@@ -190,7 +194,7 @@ class Engine:
         return EngineStats(
             engine_id=self.engine_id,
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting) + self._num_arriving,
+            num_waiting=len(self._scheduler.waiting) + self._arrivals.qsize(),
             num_waiting_tokens=sum(answer.num_todo for answer in list(self._scheduler.waiting)),
             kv_used_bytes=cache.num_used_bytes,
             kv_total_bytes=cache.num_blocks * cache.shape.block_bytes,
@@ -223,9 +227,9 @@ class Engine:
                     if feed._items.empty():
                         self._step()
         finally:
-            self.cancel(job)
-            if job in {answer.job for answer in self._answers}:
-                with self._lock:
+            job.cancelled.set()
+            if not job.is_over:
+                with self._lock:  # who runs the engine now may be the last to do so
                     self._reap()
 
     def step(self) -> bool:
@@ -256,7 +260,6 @@ class Engine:
     def _take_arrivals(self) -> None:
         while not self._arrivals.empty():
             answers = self._arrivals.get()
-            self._num_arriving -= 1
             self._answers.update(answers)
             self._scheduler.add(answers[0])
 
@@ -266,6 +269,8 @@ class Engine:
         now = time.perf_counter()
         for answer in list(self._answers):
             job = answer.job
+            if answer not in self._answers:
+                continue  # went with its sibling
             if job.cancelled.is_set():
                 self._forget(job)
                 job.sink.end()
@@ -296,7 +301,7 @@ class Engine:
             if answer.job.evictors and answer.num_computed == answer.job.prompt.length:
                 self._evict(answer, chunk)
             if chunk.num_logits and answer in self._answers:
-                with_siblings = self._prompt_done(answer) if not answer.output.token_ids else [answer]
+                with_siblings = [answer] if answer.output.token_ids else self._prompt_done(answer)
                 ready += with_siblings
                 sources += [row] * len(with_siblings)
             row += chunk.num_logits
@@ -317,22 +322,15 @@ class Engine:
         return ready
 
     def _evict(self, answer: Answer, chunk: Chunk) -> None:
-        """Ask the reducers of the decode stage which rows of the prompt may go."""
-        slot, job = answer.slot, answer.job
-        assert slot is not None
-        visual = job.prompt.is_visual.nonzero().squeeze(1)
-        lengths = self.cache.lengths[:, slot].tolist()
-        # Layers above a drop hold fewer rows; visual ones are where the last drop left them.
-        last = chunk.drops.visual + (job.prompt.length - chunk.num_rows) if chunk.drops else visual
-        per_layer = [visual if length == job.prompt.length else last for length in lengths]
-        for evictor in job.evictors:
-            try:
-                for layer, rows in evictor.prefill_done(lengths, per_layer).items():
-                    self.prefixes.make_room(self.cache.shape.num_blocks(rows.shape[0]))
-                    self.cache.keep_rows(slot, layer, rows)
-            except Exception as error:
-                self._fail(job, ReducerFault(type(evictor).__name__, f"failed: {type(error).__name__}: {error}"))
-                return
+        """Let the reducers of the decode stage take rows out; only blocks that stay as they are may be shared."""
+        job = answer.job
+        assert answer.slot is not None
+        try:
+            untouched = evict(self.cache, answer.slot, job.prompt, chunk, job.evictors)
+        except ReducerFault as error:
+            self._fail(job, error)
+        else:
+            del answer.prefix[untouched // self.cache.shape.block_size :]
 
     def _emit(self, answers: Sequence[Answer], logits: torch.Tensor) -> None:
         chosen = choose(logits, [a.sampler for a in answers], [a.output.position for a in answers])
@@ -350,7 +348,12 @@ class Engine:
             answer.last_token = now
             first = job.first_token is None
             job.first_token = job.first_token or now
-            job.sink.put(answer.output.push(one, job.prompt.length if first else None))
+            try:
+                job.sink.put(answer.output.push(one, job.prompt.length if first else None))
+            except Exception as error:
+                log.exception("an answer cannot go on: request_id=%s", job.request.request_id)
+                self._fail(job, EngineError(f"a token could not be added to the answer: {type(error).__name__}"))
+                continue
             if answer.output.finish_reason is not None:
                 self._finish(answer, now)
 
@@ -364,6 +367,7 @@ class Engine:
         self._answers.discard(answer)
         job.num_left -= 1
         if not job.num_left:
+            job.is_over = True
             job.sink.put(summary(job, now))
             job.sink.end()
 
@@ -373,6 +377,7 @@ class Engine:
             job.sink.end(error)
 
     def _forget(self, job: Job) -> None:
+        job.is_over = True
         for answer in [answer for answer in self._answers if answer.job is job]:
             self._scheduler.remove(answer)
             self._answers.discard(answer)

@@ -80,7 +80,11 @@ class PrefixCache:
     @property
     def num_idle_bytes(self) -> int:
         """Bytes of the blocks that nothing but an entry holds. May be read by any thread."""
-        return int((self._is_held & (self._cache.references == 1)).sum()) * self._cache.shape.block_bytes
+        return self._num_idle * self._cache.shape.block_bytes
+
+    @property
+    def _num_idle(self) -> int:
+        return int((self._is_held & (self._cache.references == 1)).sum())
 
     def match(self, names: Sequence[Name]) -> np.ndarray:
         """(num_layers, n) block ids of the longest known beginning. They stay only while something retains them."""
@@ -116,6 +120,8 @@ class PrefixCache:
         """Drop entries that only this cache holds until so many blocks are free; whether that came about."""
         if self._cache.num_free_blocks >= num_blocks:
             return True
+        if self._cache.num_free_blocks + self._num_idle < num_blocks:
+            return False  # nothing is forgotten in vain
         for name in list(self._entries):
             ids = self._entries[name]
             if (self._cache.num_references(ids) == 1).all():

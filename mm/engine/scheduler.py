@@ -121,7 +121,8 @@ class Scheduler:
     def _admit(self, answer: Answer, reserved: int) -> bool:
         """Give the answer a slot with what is already known of its rows, if the rest of them fits."""
         slot = self._cache.open()
-        known = self._prefixes.match(answer.prefix)
+        # What reducers may take out of the cache has to be the answer's own, so that it never needs a copy to go.
+        known = self._prefixes.match([] if answer.job.evictors else answer.prefix)
         self._cache.adopt(slot, known)
         num_known = known.shape[1] * self._cache.shape.block_size
         # One block per layer is left for each of those being served, or they would soon push this one out again.
@@ -130,9 +131,9 @@ class Scheduler:
             self._cache.close(slot)
             return False
         answer.slot, answer.num_computed = slot, num_known
-        self._prefixes.count(answer.num_rows, num_known)
-        answer.job.num_cached_tokens = max(answer.job.num_cached_tokens, num_known)
-        answer.job.admitted = answer.job.admitted or self._clock()
+        if answer.job.admitted is None:  # what it finds when it comes back are its own rows
+            self._prefixes.count(answer.job.prompt.length, num_known)
+            answer.job.num_cached_tokens, answer.job.admitted = num_known, self._clock()
         self.running.append(answer)
         return True
 

@@ -36,9 +36,11 @@ class Job:
         reducer: How its visual tokens are reduced, for the summary.
         hooks: Layer to reducer, for those that act in prefill.
         evictors: Reducers that act on the cache once the prompt is in.
+        drops: Once the prompt has gone in, which visual rows the last of `hooks` left; None without hooks.
         deadline: On the clock of `time.perf_counter`; None waits for ever.
         num_left: Answers not finished yet.
         cancelled: Set by anyone, seen at the next step.
+        is_over: Whether the engine holds nothing of it any more.
     """
 
     request: Request
@@ -48,6 +50,7 @@ class Job:
     reducer: str = "none"
     hooks: dict[int, InPrefill] = field(default_factory=dict)
     evictors: tuple[InDecode, ...] = ()
+    drops: Drops | None = None
     priority: int = 0
     deadline: float | None = None
     arrived: float = field(default_factory=time.perf_counter)
@@ -58,6 +61,7 @@ class Job:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
+    is_over: bool = False
 
     @property
     def shares_prompt(self) -> bool:
@@ -156,7 +160,7 @@ class Answer:
             embeddings=parts[0] if len(parts) == 1 else torch.cat(parts),
             positions=places[0] if len(places) == 1 else torch.cat(places, dim=1),
             num_logits=int(stop == self.num_rows),
-            drops=self._drops(start) if self.job.hooks and start < prompt.length else None,
+            drops=self._begin_drops(start) if self.job.hooks and start < prompt.length else None,
         )
 
     def generated(self, count: int) -> list[int]:
@@ -164,8 +168,9 @@ class Answer:
         behind = self.job.prompt.length
         return self.output.token_ids[max(self.num_computed - behind, 0) : max(self.num_computed + count - behind, 0)]
 
-    def _drops(self, start: int) -> Drops:
+    def _begin_drops(self, start: int) -> Drops:
         visual = self.job.prompt.is_visual[start:].nonzero().squeeze(1)
         before = int(self.job.prompt.is_visual[:start].sum())
         origins = torch.arange(before, before + visual.shape[0], device=visual.device)
-        return Drops(hooks=self.job.hooks, visual=visual, origins=origins)
+        self.job.drops = Drops(hooks=self.job.hooks, visual=visual, origins=origins)
+        return self.job.drops

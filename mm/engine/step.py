@@ -43,11 +43,13 @@ class Drops:
         hooks: Layer to the reducer that is asked at its input.
         visual: (V,) int64, rows of the chunk that are visual; kept up to date.
         origins: (V,) int64, which of the prompt's visual rows these are; kept up to date.
+        visual_from: Layer to what `visual` became there, for layers in which rows were dropped.
     """
 
     hooks: Mapping[int, InPrefill]
     visual: Tensor
     origins: Tensor
+    visual_from: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -222,6 +224,7 @@ def _ask(chunk: Chunk, layer: int, view: PrefillView) -> Tensor:
     rows = everything[stays]
     place = torch.cumsum(stays, 0) - 1
     drops.visual, drops.origins = place[drops.visual[keep]], drops.origins[keep]
+    drops.visual_from[layer] = drops.visual
     return rows
 
 

@@ -45,8 +45,8 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
         "prompt_tokens_details": {
             "cached_tokens": usage.num_cached_tokens,
-            "image_tokens": usage.num_image_tokens_kept,
-            "video_tokens": usage.num_video_tokens_kept,
+            "image_tokens": usage.num_image_tokens_prompt,
+            "video_tokens": usage.num_video_tokens_prompt,
         },
     }
 

@@ -84,6 +84,14 @@ def test_a_control_may_show_a_medium_that_is_not_among_the_items_asked(items):
     assert column.swapped_right == (False,)
 
 
+def test_an_item_without_a_swap_is_asked_once(items):
+    lonely = [dataclasses.replace(items[0], swap_id=None), *items[1:]]
+    found, columns, answerer = result(lonely)
+    assert len(answerer.asked) == 2 * len(items) - 1 == num_asks(lonely, [None])
+    assert columns[0].swapped_right[0] is None
+    assert row(found, "color")["cells"][0]["swapped"]["exact"] == 0.0
+
+
 def test_reducers_are_columns_compared_pair_by_pair(items):
     found, _, _ = result(items, [None, "blind"])
     assert [c["kept_share"] for c in found["columns"]] == [1.0, 0.25]

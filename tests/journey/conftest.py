@@ -76,10 +76,12 @@ class FakeEngine:
         usage = Usage(
             num_prompt_tokens=7 + 3 * num_images,
             num_completion_tokens=len(self.words) * request.sampling.n,
+            num_cached_tokens=4 * num_images,
             num_image_tokens_in=12 * num_images,
-            num_image_tokens_kept=3 * num_images,
+            num_image_tokens_prompt=3 * num_images,
+            num_image_tokens_kept=2 * num_images,
         )
-        kept = tuple(KeptMap(kind="image", grid=(1, 3, 4), kept=(0, 5, 11)) for _ in encoded)
+        kept = tuple(KeptMap(kind="image", grid=(1, 3, 4), kept=(0, 11)) for _ in encoded)
         kept = kept if request.vision.return_map else ()
         yield Summary(usage=usage, timings=Timings(prefill_s=0.25), kept=kept, reducer=reducer)
 

@@ -32,7 +32,7 @@ async def test_vision_object_travels_as_an_extra_field(sdk, engine, image_url) -
         messages=[{"role": "user", "content": content}],
         extra_body={"vision": {"reducer": "divprune:keep_ratio=0.25", "return_map": True}},
     )
-    assert answer.model_extra["vision"]["visual_tokens_kept"] == 3
+    assert answer.model_extra["vision"]["visual_tokens_kept"] == 2
     assert engine.requests[0].vision.reducer == "divprune:keep_ratio=0.25"
 
 

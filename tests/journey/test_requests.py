@@ -61,10 +61,11 @@ async def test_images_and_clips_reach_the_engine_as_bytes_in_order(client, engin
     assert all(isinstance(item.source, bytes) for item in media)
     assert media[1].source == b"\0\0\0"
     answer = response.json()
-    assert answer["vision"]["visual_tokens_kept"] == 9
-    assert answer["vision"]["items"][0] == {"kind": "image", "grid": [1, 3, 4], "kept": [0, 5, 11]}
+    assert answer["vision"]["visual_tokens_kept"] == 6
+    assert answer["vision"]["items"][0] == {"kind": "image", "grid": [1, 3, 4], "kept": [0, 11]}
     assert answer["vision"]["timings"]["prefill_s"] == 0.25
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 9
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 12
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -171,7 +172,7 @@ async def test_streamed_map_comes_last(client, ask, image_url) -> None:
     response = await post(client, ask(content, stream=True, vision={"return_map": True}))
     last = json.loads(events_of(response.text)[-2])
     assert last["choices"] == []
-    assert last["vision"]["items"][0]["kept"] == [0, 5, 11]
+    assert last["vision"]["items"][0]["kept"] == [0, 11]
 
 
 async def test_choices_stream_under_their_index(client, ask) -> None:

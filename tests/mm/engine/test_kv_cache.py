@@ -91,7 +91,8 @@ class Twin:
 def snapshot(cache: KVCache) -> tuple:
     free = cache._free[: cache.num_free_blocks].tolist()
     tables = [cache.blocks(layer, slot).tolist() for layer in range(LAYERS) for slot in range(cache.lengths.shape[1])]
-    return free, tables, cache.lengths.tolist(), cache.references.tolist(), cache.keys.clone(), cache.values.clone()
+    memory = (part.view(torch.int32).clone() for part in (cache.keys, cache.values))  # bits: memory may hold NaN
+    return free, tables, cache.lengths.tolist(), cache.references.tolist(), *memory
 
 
 def assert_unchanged(before: tuple, after: tuple) -> None:
