@@ -13,7 +13,8 @@
     │   ├── MissingPackage
     │   ├── InvalidOption
     │   ├── IncompatiblePlugin
-    │   └── ReducerFault        a reducer returned what cannot be applied
+    │   ├── ReducerFault        a reducer returned what cannot be applied
+    │   └── DrafterFault        a drafter proposed what cannot be verified
     └── EngineError             ours
 
 Errors cross process borders, so each keeps its facts as constructor arguments and formats them when read. Only
@@ -228,6 +229,19 @@ class ReducerFault(PluginError):
 
     def __str__(self) -> str:
         return f"{self.reducer}: {self.message}"
+
+
+class DrafterFault(PluginError):
+    """A drafter proposed what cannot be verified. It costs the answer its drafts and nothing else."""
+
+    code = "drafter_fault"
+
+    def __init__(self, drafter: str, message: str) -> None:
+        super().__init__(drafter, message)
+        self.drafter, self.message = drafter, message
+
+    def __str__(self) -> str:
+        return f"{self.drafter or 'a drafter'}: {self.message}"
 
 
 class EngineError(MmError):

@@ -4,11 +4,13 @@ Reducers, drafters, encoders and model families are found through entry points o
 arrive by the same road as a stranger's. Listing names imports no plugin. Reducers are immutable and shared between
 requests; they see tensors and a small context, never a model class.
 
-A reducer's specification, wherever one is written (command line, request, Python), has one grammar:
+A reducer's or drafter's specification, wherever one is written (command line, request, Python), has one grammar:
 
     name                              divprune
     name:option=value,option=value    divprune:keep_ratio=0.25
     one + another                     uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5
+
+Reducers act one behind the other; of several drafters the first that has something to propose is heard.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from mm.core.data import Grid, Image, Message, Prompt, Video, VisualTokens
+from mm.core.drafting import Drafter
 from mm.core.errors import IncompatiblePlugin, InvalidOption, MissingPackage, PluginError, UnknownPlugin, nearest
 
 PluginKind = Literal["reducer", "drafter", "encoder", "family"]
@@ -180,12 +183,6 @@ class Family(Protocol):
         ...
 
 
-class Drafter(Protocol):
-    """Proposes tokens ahead of the decoder. `needs` names the engine signals it reads."""
-
-    needs: ClassVar[frozenset[str]]
-
-
 @functools.cache
 def _entry_points(kind: PluginKind) -> Mapping[str, importlib.metadata.EntryPoint]:
     found: dict[str, importlib.metadata.EntryPoint] = {}
@@ -293,17 +290,27 @@ def build_reducer(spec: str, keep_ratio: float | None = None) -> Reducer:
     return reducers[0] if len(reducers) == 1 else create("reducer", "pipeline", stages=tuple(reducers))
 
 
-def canonical_spec(reducer: Reducer) -> str:
-    """One text per distinct reducer configuration, for cache keys and metrics. Parses back to an equal reducer."""
-    stages = getattr(reducer, "stages", None)
+def build_drafter(spec: str) -> Drafter:
+    """The drafter, or the hybrid of several, that `spec` describes.
+
+    Raises:
+        UnknownPlugin, InvalidOption: As `create`.
+    """
+    drafters = [create("drafter", name, **options) for name, options in parse_spec(spec)]
+    return drafters[0] if len(drafters) == 1 else create("drafter", "hybrid", stages=tuple(drafters))
+
+
+def canonical_spec(plugin: Any, kind: PluginKind = "reducer") -> str:
+    """One text per distinct configuration, for cache keys and metrics. Parses back to an equal plugin."""
+    stages = getattr(plugin, "stages", None)
     if stages is not None:
-        return " + ".join(canonical_spec(stage) for stage in stages)
-    for name in names("reducer"):
-        if get("reducer", name) is type(reducer):
-            options = {option: getattr(reducer, option) for option in options_of(type(reducer))}
+        return " + ".join(canonical_spec(stage, kind) for stage in stages)
+    for name in names(kind):
+        if get(kind, name) is type(plugin):
+            options = {option: getattr(plugin, option) for option in options_of(type(plugin))}
             tail = ",".join(f"{option}={json.dumps(value)}" for option, value in sorted(options.items()))
             return f"{name}:{tail}" if tail else name
-    raise PluginError(f"{type(reducer).__qualname__} is not registered as a reducer")
+    raise PluginError(f"{type(plugin).__qualname__} is not registered as a {kind}")
 
 
 def check_compatible(reducer: Reducer, encoder: Encoder, host: str) -> None:
@@ -344,7 +351,7 @@ def inner_stages(reducer: Reducer) -> tuple[tuple[InPrefill, ...], tuple[InDecod
     )
 
 
-CAPABILITIES = ("stage", "needs", "provides", "kinds", "query_aware", "count", "model_types")
+CAPABILITIES = ("stage", "needs", "provides", "kinds", "query_aware", "count", "model_types", "trained")
 
 
 def describe(kind: PluginKind) -> Iterator[dict[str, Any]]:
@@ -387,6 +394,7 @@ __all__ = [
     "Reducer",
     "Reduction",
     "Stage",
+    "build_drafter",
     "build_reducer",
     "canonical_spec",
     "check_compatible",

@@ -47,13 +47,13 @@ def test_every_entry_point_loads(kind):
         assert row["summary"], f"{row['name']} needs a first docstring line: it is what `mm plugins` prints"
 
 
-@pytest.mark.parametrize("kind", ["reducer", "encoder"])
+@pytest.mark.parametrize("kind", ["reducer", "drafter", "encoder"])
 def test_the_installed_names_are_those_of_the_project_file(kind):
     text = (ROOT / "pyproject.toml").read_text()
     _, _, tail = text.partition(f'[project.entry-points."{KINDS[kind]}"]\n')
     declared = dict(line.split(" = ") for line in tail.split("\n\n")[0].splitlines())
     installed = {name: f"{get(kind, name).__module__}:{get(kind, name).__qualname__}" for name in names(kind)}
-    ours = {name: target for name, target in installed.items() if target.split(".")[0] in ("pruning", "encoders")}
+    ours = {name: target for name, target in installed.items() if target.split(".")[0] in ("pruning", "encoders", "mm")}
     assert ours == {name: ast.literal_eval(target) for name, target in declared.items()}
 
 
