@@ -17,6 +17,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from mm.core.data import Encoded, Event, Request
@@ -30,9 +31,9 @@ from mm.engine.prefix_cache import PrefixCache
 from mm.engine.report import INTER_TOKEN_S, STEP_ROWS, EngineStats, Feed, Histogram, summary
 from mm.engine.samplers import SamplerFactory
 from mm.engine.sampling import choose
-from mm.engine.scheduler import Limits, Planned, Scheduler
+from mm.engine.scheduler import Limits, Plan, Planned, Scheduler
 from mm.engine.sequence import Answer, Job, Sink
-from mm.engine.step import Chunk, Pass
+from mm.engine.step import Chunk, Decoding, Pass
 
 log = logging.getLogger(__name__)
 
@@ -241,16 +242,16 @@ class Engine:
         start = time.perf_counter()
         self._take_arrivals()
         self._reap()
-        planned = self._scheduler.plan()
-        if not planned:
+        plan = self._scheduler.plan()
+        num_rows = plan.num_rows
+        if not num_rows:
             return False
         try:
-            self._run(planned)
+            self._run(plan)
         except Exception as error:
-            log.exception("a pass failed: rows=%d", sum(item.count for item in planned))
-            for item in planned:
-                self._fail(item.answer.job, EngineError(f"a pass of the decoder failed: {type(error).__name__}"))
-        num_rows = sum(item.count for item in planned)
+            log.exception("a pass failed: rows=%d", num_rows)
+            for answer in plan.answers:
+                self._fail(answer.job, EngineError(f"a pass of the decoder failed: {type(error).__name__}"))
         self._counters.num_steps += 1
         self._counters.num_rows += num_rows
         self._counters.step_rows.observe(num_rows)
@@ -277,36 +278,48 @@ class Engine:
             elif job.deadline is not None and now > job.deadline:
                 self._fail(job, DeadlineExceeded("the request took longer than it may"))
 
-    def _run(self, planned: Sequence[Planned]) -> None:
-        chunks = []
-        texts = [item.answer.generated(item.count) for item in planned]
-        rows = self.family.language.embed(torch.tensor([t for text in texts for t in text], dtype=torch.int64))
-        at = 0
-        for item, text in zip(planned, texts, strict=True):
+    def _run(self, plan: Plan) -> None:
+        last = [answer.output.token_ids[-1] for answer in plan.decoding]
+        texts = [item.answer.generated(item.count) for item in plan.chunks]
+        ids = torch.tensor(last + [token for text in texts for token in text], dtype=torch.int64)
+        rows = self.family.language.embed(ids)
+        chunks, at = [], len(last)
+        for item, text in zip(plan.chunks, texts, strict=True):
             chunks.append(item.answer.chunk(item.count, rows[at : at + len(text)] if text else None))
             at += len(text)
         start = time.perf_counter()
-        logits = self._pass.run(chunks)
+        logits = self._pass.run(chunks, self._decoding(plan.decoding, rows[: len(last)]))
         self._counters.model_s += time.perf_counter() - start
-        ready: list[Answer] = []
-        sources: list[int] = []
-        row = 0
-        for item, chunk in zip(planned, chunks, strict=True):
-            answer = item.answer
-            answer.num_computed += item.count
-            if chunk.error is not None:
-                self._fail(answer.job, chunk.error)
-                row += chunk.num_logits
-                continue
-            if answer.job.evictors and answer.num_computed == answer.job.prompt.length:
-                self._evict(answer, chunk)
-            if chunk.num_logits and answer in self._answers:
-                with_siblings = [answer] if answer.output.token_ids else self._prompt_done(answer)
-                ready += with_siblings
-                sources += [row] * len(with_siblings)
+        for answer in plan.decoding:
+            answer.num_computed += 1
+        ready, sources = list(plan.decoding), list(range(len(plan.decoding)))
+        row = len(ready)
+        for item, chunk in zip(plan.chunks, chunks, strict=True):
+            begun = self._advance(item, chunk)
+            ready += begun
+            sources += [row] * len(begun)
             row += chunk.num_logits
         if ready:
             self._emit(ready, logits if sources == list(range(logits.shape[0])) else logits[sources])
+
+    def _decoding(self, answers: Sequence[Answer], rows: torch.Tensor) -> Decoding | None:
+        if not answers:
+            return None
+        places = torch.tensor([[answer.position for answer in answers]], device=rows.device)
+        return Decoding(slots=np.array([answer.slot for answer in answers]), embeddings=rows, positions=places)
+
+    def _advance(self, item: Planned, chunk: Chunk) -> list[Answer]:
+        """Count a chunk's rows as computed; the answers that its last row gives a token to."""
+        answer = item.answer
+        answer.num_computed += item.count
+        if chunk.error is not None:
+            self._fail(answer.job, chunk.error)
+            return []
+        if answer.job.evictors and answer.num_computed == answer.job.prompt.length:
+            self._evict(answer, chunk)
+        if not chunk.num_logits or answer not in self._answers:
+            return []
+        return [answer] if answer.output.token_ids else self._prompt_done(answer)
 
     def _prompt_done(self, answer: Answer) -> list[Answer]:
         """The answers that the prompt's last row now gives a token to."""

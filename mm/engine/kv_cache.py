@@ -151,6 +151,39 @@ class KVCache:
                 at += new - old
         self.lengths[layers, slot] = lengths + num_rows
 
+    def blocks_for_each(self, slots: np.ndarray) -> int:
+        """Free blocks that `grow_each` has to find; slots that share a last block with each other may leave some."""
+        lengths, shared = self._tails(slots)
+        return int((lengths % self.shape.block_size == 0).sum() + shared.sum())
+
+    def grow_each(self, slots: np.ndarray) -> None:
+        """`grow` of every layer of many slots by one row each, as decoding does it.
+
+        Raises:
+            OutOfBlocks: Nothing was changed.
+        """
+        lengths, shared = self._tails(slots)
+        layers, which = np.nonzero(lengths % self.shape.block_size == 0)
+        num_shared = int(shared.sum())
+        if len(layers) + num_shared > self._num_free:
+            raise OutOfBlocks(f"{len(layers) + num_shared} blocks are needed and {self._num_free} are free")
+        if num_shared:
+            for i in np.flatnonzero(shared.any(axis=0)).tolist():
+                # Asked again: a block that two of them share is the second one's own once the first has left it.
+                self._unshare(int(slots[i]), self._shared_tails(int(slots[i]), self._layers))
+        if len(layers):
+            places = lengths[layers, which] // self.shape.block_size
+            self._widen(int(places.max()) + 1)
+            self.tables[layers, slots[which], places] = self._take(len(layers))
+        self.lengths[:, slots] = lengths + 1
+
+    def _tails(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(num_layers, n) lengths, and whether the last block is partly filled and held by others too."""
+        size = self.shape.block_size
+        lengths = self.lengths[:, slots]
+        last = self.tables[self._layers[:, None], slots, np.maximum(lengths - 1, 0) // size]
+        return lengths, (lengths % size != 0) & (self._references[last] > 1)
+
     def shrink(self, slot: int, layer: int, length: int) -> None:
         """Forget a layer's rows from `length` on."""
         kept = self.shape.num_blocks(length)

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from mm.engine.kv_cache import KVCache
 from mm.engine.prefix_cache import PrefixCache
 from mm.engine.sequence import Answer
@@ -43,6 +45,27 @@ class Planned:
     count: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The next pass.
+
+    Attributes:
+        decoding: Answers that take one row each.
+        chunks: The rows of the others.
+    """
+
+    decoding: list[Answer]
+    chunks: list[Planned]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.decoding) + sum(item.count for item in self.chunks)
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [*self.decoding, *(item.answer for item in self.chunks)]
+
+
 class Scheduler:
     """The line and those being served.
 
@@ -70,28 +93,35 @@ class Scheduler:
         elif answer in self.waiting:
             self.waiting.remove(answer)
 
-    def plan(self) -> list[Planned]:
+    def plan(self) -> Plan:
         """The next pass. Room for its rows is there when it begins."""
-        planned = self._continue()
+        planned, needed = self._continue()
         budget = self._limits.max_batch_tokens - sum(item.count for item in planned)
         self._age()
         while self.waiting and budget > 0 and self._cache.num_free_slots:
             answer = self.waiting[0]
             if answer.goes_whole and answer.most_rows() > budget and planned:
                 break  # goes through whole: it waits for a pass with room, and alone it has any
-            if not self._admit(answer, sum(self._blocks(item) for item in planned)):
+            if not self._admit(answer, needed):
                 break
             self.waiting.pop(0)
             planned.append(self._share(answer, budget))
+            needed += self._blocks(planned[-1])
             budget -= planned[-1].count
-        return planned
+        decoding = [item.answer for item in planned if item.answer.is_decoding]
+        return Plan(decoding=decoding, chunks=[item for item in planned if not item.answer.is_decoding])
 
-    def _continue(self) -> list[Planned]:
-        """Those being served: decoding ones first, each with what it needs, while blocks last."""
-        planned: list[Planned] = []
+    def _continue(self) -> tuple[list[Planned], int]:
+        """Those being served, decoding ones first, each with what it needs, while blocks last; blocks needed."""
         budget = self._limits.max_batch_tokens
-        line = sorted(self.running, key=lambda answer: (not answer.is_decoding, *self._place(answer)))
-        needed = 0
+        planned = [Planned(answer, 1) for answer in self.running if answer.is_decoding]
+        needed = self._cache.blocks_for_each(np.array([item.answer.slot for item in planned], dtype=np.int64))
+        if len(planned) <= budget and self._prefixes.make_room(needed):
+            budget -= len(planned)
+            line = sorted((answer for answer in self.running if not answer.is_decoding), key=self._place)
+        else:
+            planned, needed = [], 0
+            line = sorted(self.running, key=lambda answer: (not answer.is_decoding, *self._place(answer)))
         for answer in line:
             if answer.slot is None or budget <= 0:
                 continue
@@ -108,7 +138,7 @@ class Scheduler:
                 planned.append(item)
                 needed += self._blocks(item)
                 budget -= item.count
-        return planned
+        return planned, needed
 
     def _share(self, answer: Answer, budget: int) -> Planned:
         most = answer.most_rows()

@@ -113,10 +113,18 @@ class Answer:
     prefix: list[Name] = field(default_factory=list)
     last_token: float | None = None
 
+    def __post_init__(self) -> None:
+        self.num_prompt_rows = self.job.prompt.length
+
     @property
     def num_rows(self) -> int:
         """Rows that have to be in the cache before the next token is known."""
-        return self.job.prompt.length + len(self.output.token_ids)
+        return self.num_prompt_rows + len(self.output.token_ids)
+
+    @property
+    def position(self) -> int:
+        """Rotary position of the last generated token."""
+        return self.job.prompt.next_position + len(self.output.token_ids) - 1
 
     @property
     def num_todo(self) -> int:
@@ -124,7 +132,8 @@ class Answer:
 
     @property
     def is_decoding(self) -> bool:
-        return self.num_todo == 1 and self.num_computed >= self.job.prompt.length
+        done = self.num_computed
+        return done >= self.num_prompt_rows and done + 1 == self.num_prompt_rows + len(self.output.token_ids)
 
     @property
     def goes_whole(self) -> bool:

@@ -78,6 +78,25 @@ class Chunk:
         return self.embeddings.shape[0]
 
 
+@dataclass(kw_only=True)
+class Decoding:
+    """One new row of each of many sequences; logits are wanted of all.
+
+    Attributes:
+        slots: (B,) int64.
+        embeddings: (B, D).
+        positions: (1, B).
+    """
+
+    slots: np.ndarray
+    embeddings: Tensor
+    positions: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.slots)
+
+
 class Pass:
     """Drives chunks through all layers.
 
@@ -91,52 +110,92 @@ class Pass:
         self.cache: KVCache = attention.cache
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Logits (sum of num_logits, vocab), chunk after chunk. The cache has room for every row in every layer."""
+    def run(self, chunks: Sequence[Chunk], decoding: Decoding | None = None) -> Tensor:
+        """Logits (n, vocab): of the decoding rows, then of each chunk. The cache has room for all of them."""
+        rows = _Packed(chunks, decoding)
+        if decoding is not None:
+            self.cache.grow_each(decoding.slots)
         drops = any(chunk.drops for chunk in chunks)
-        return self._layers.logits(self._run_dropping(chunks) if drops else self._run_plain(chunks))
+        return self._layers.logits(self._run_dropping(rows) if drops else self._run_plain(rows))
 
-    def _run_plain(self, chunks: Sequence[Chunk]) -> Tensor:
-        for chunk in chunks:
+    def _run_plain(self, rows: _Packed) -> Tensor:
+        for chunk in rows.chunks:
             self.cache.grow(chunk.slot, chunk.num_rows)
-        batch = _batch(chunks, [chunk.num_rows for chunk in chunks])
-        hidden = _cat([chunk.embeddings for chunk in chunks])
-        rotary = self._layers.rotary(_positions(chunks))
+        hidden, batch = rows.embeddings, rows.batch()
+        rotary = self._layers.rotary(rows.positions)
         for index in range(self._layers.num_layers):
             hidden = self._layers.layer(index, hidden, batch, rotary, self._attention)
-        return _logit_rows(hidden, chunks, batch)
+        return rows.with_logits(hidden)
 
-    def _run_dropping(self, chunks: Sequence[Chunk]) -> Tensor:
+    def _run_dropping(self, rows: _Packed) -> Tensor:
         layers, num_layers = self._layers, self._layers.num_layers
-        counts = [chunk.num_rows for chunk in chunks]
-        borders = [sorted(chunk.drops.hooks) if chunk.drops else [] for chunk in chunks]
-        for chunk, border in zip(chunks, borders, strict=True):
+        borders = [sorted(chunk.drops.hooks) if chunk.drops else [] for chunk in rows.chunks]
+        for chunk, border in zip(rows.chunks, borders, strict=True):
             self.cache.grow(chunk.slot, chunk.num_rows, 0, (*border, num_layers)[0])
-        batch = _batch(chunks, counts)
-        hidden = _cat([chunk.embeddings for chunk in chunks])
-        rotary = layers.rotary(_positions(chunks))
+        hidden, batch = rows.embeddings, rows.batch()
+        rotary = layers.rotary(rows.positions)
         before = hidden
         for index in range(num_layers):
-            at = [i for i, border in enumerate(borders) if index in border]
-            if at:
-                kept = []
-                for i, chunk in enumerate(chunks):
-                    first = int(batch.firsts[i])
-                    rows = torch.arange(first, first + counts[i], device=hidden.device)
-                    if i in at:
-                        mine = slice(first, first + counts[i])
-                        view = PrefillView(self, chunk, index, hidden[mine], before[mine], _part(rotary, mine))
-                        rows = rows[_ask(chunk, index, view)]
-                        counts[i] = rows.shape[0]
-                        stop = next((b for b in borders[i] if b > index), num_layers)
-                        self.cache.grow(chunk.slot, counts[i], index, stop)
-                    kept.append(rows)
-                rows = torch.cat(kept)
-                hidden, rotary = hidden[rows], (rotary[0][rows], rotary[1][rows])
-                batch = _batch(chunks, counts)
+            asked = {i: border for i, border in enumerate(borders) if index in border}
+            if asked:
+                kept = [torch.arange(rows.num_decoding, device=hidden.device)]
+                for i, chunk in enumerate(rows.chunks):
+                    first, count = rows.place(i)
+                    mine = slice(first, first + count)
+                    stay = torch.arange(first, first + count, device=hidden.device)
+                    if i in asked:
+                        part = rotary[0][mine], rotary[1][mine]
+                        view = PrefillView(self, chunk, index, hidden[mine], before[mine], part)
+                        stay = stay[_ask(chunk, index, view)]
+                        stop = next((border for border in asked[i] if border > index), num_layers)
+                        self.cache.grow(chunk.slot, stay.shape[0], index, stop)
+                    kept.append(stay)
+                rows.counts = [part.shape[0] for part in kept[1:]]
+                indices = torch.cat(kept)
+                hidden, rotary = hidden[indices], (rotary[0][indices], rotary[1][indices])
+                batch = rows.batch()
             before = hidden
             hidden = layers.layer(index, hidden, batch, rotary, self._attention)
-        return _logit_rows(hidden, chunks, batch)
+        return rows.with_logits(hidden)
+
+
+class _Packed:
+    """The rows of a pass, decoding ones first, then chunk after chunk.
+
+    Attributes:
+        counts: Rows that each chunk still has.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], decoding: Decoding | None) -> None:
+        self.chunks, self.num_decoding = chunks, decoding.num_rows if decoding else 0
+        self.counts = [chunk.num_rows for chunk in chunks]
+        self._decoding = decoding
+        parts = [decoding.embeddings] if decoding else []
+        self.embeddings = _cat([*parts, *(chunk.embeddings for chunk in chunks)], 0)
+        places = [decoding.positions] if decoding else []
+        places += [chunk.positions for chunk in chunks]
+        axes = max(part.shape[0] for part in places)
+        self.positions = _cat([part.expand(axes, -1) for part in places], 1)
+
+    def batch(self) -> RowBatch:
+        before = self._decoding.slots if self._decoding else np.zeros(0, dtype=np.int64)
+        slots = np.concatenate([before, np.array([chunk.slot for chunk in self.chunks], dtype=np.int64)])
+        counts = np.concatenate([np.ones(len(before), dtype=np.int64), np.array(self.counts, dtype=np.int64)])
+        masks = {len(before) + i: c.mask for i, c in enumerate(self.chunks) if c.mask is not None}
+        return RowBatch(slots=slots, firsts=np.cumsum(counts) - counts, counts=counts, masks=masks)
+
+    def place(self, chunk: int) -> tuple[int, int]:
+        """First row and number of rows of a chunk."""
+        return self.num_decoding + sum(self.counts[:chunk]), self.counts[chunk]
+
+    def with_logits(self, hidden: Tensor) -> Tensor:
+        """The rows whose logits are wanted."""
+        wanted = [np.arange(self.num_decoding)]
+        for i, chunk in enumerate(self.chunks):
+            first, count = self.place(i)
+            wanted.append(np.arange(first + count - min(chunk.num_logits, count), first + count))
+        indices = np.concatenate(wanted)
+        return hidden if len(indices) == hidden.shape[0] else hidden[torch.from_numpy(indices).to(hidden.device)]
 
 
 class PrefillView:
@@ -238,35 +297,5 @@ def _check_keep(keep: Tensor, num_visual: int, name: str) -> None:
         raise ReducerFault(name, f"kept rows are not strictly ascending within 0..{num_visual - 1}")
 
 
-def _batch(chunks: Sequence[Chunk], counts: Sequence[int]) -> RowBatch:
-    masks = {i: chunk.mask for i, chunk in enumerate(chunks) if chunk.mask is not None}
-    return RowBatch.of([chunk.slot for chunk in chunks], counts, masks)
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _positions(chunks: Sequence[Chunk]) -> Tensor:
-    """(P, R): as many rows as the chunk that has most of them; the others repeat theirs."""
-    rows = max(chunk.positions.shape[0] for chunk in chunks)
-    return (
-        _cat([chunk.positions.expand(rows, -1) for chunk in chunks])
-        if len(chunks) == 1
-        else torch.cat([chunk.positions.expand(rows, -1) for chunk in chunks], dim=1)
-    )
-
-
-def _part(rotary: Rotary, rows: slice) -> Rotary:
-    return rotary[0][rows], rotary[1][rows]
-
-
-def _logit_rows(hidden: Tensor, chunks: Sequence[Chunk], batch: RowBatch) -> Tensor:
-    wanted = [
-        np.arange(first + count - min(chunk.num_logits, count), first + count)
-        for chunk, first, count in zip(chunks, batch.firsts.tolist(), batch.counts.tolist(), strict=True)
-    ]
-    rows = np.concatenate(wanted)
-    if len(rows) == hidden.shape[0]:
-        return hidden
-    return hidden[torch.from_numpy(rows).to(hidden.device)]
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -37,14 +37,23 @@ class Twin:
     def grow(self, slot: int, count: int, start: int = 0, stop: int = LAYERS) -> None:
         self.cache.grow(slot, count, start, stop)
         for layer in range(start, stop):
-            stamps = list(range(self._stamp, self._stamp + count))
-            self._stamp += count
-            held = self.rows[slot][layer]
-            places = torch.from_numpy(self.cache.places(layer, slot, len(held)))
-            values = torch.tensor(stamps, dtype=torch.float32)[:, None, None].expand(-1, 1, 2)
-            self.cache.keys.flatten(0, 1)[places] = values
-            self.cache.values.flatten(0, 1)[places] = -values
-            held.extend(stamps)
+            self._write(slot, layer, count)
+
+    def grow_each(self, slots: list[int]) -> None:
+        self.cache.grow_each(np.array(slots))
+        for slot in slots:
+            for layer in range(LAYERS):
+                self._write(slot, layer, 1)
+
+    def _write(self, slot: int, layer: int, count: int) -> None:
+        stamps = list(range(self._stamp, self._stamp + count))
+        self._stamp += count
+        held = self.rows[slot][layer]
+        places = torch.from_numpy(self.cache.places(layer, slot, len(held)))
+        values = torch.tensor(stamps, dtype=torch.float32)[:, None, None].expand(-1, 1, 2)
+        self.cache.keys.flatten(0, 1)[places] = values
+        self.cache.values.flatten(0, 1)[places] = -values
+        held.extend(stamps)
 
     def shrink(self, slot: int, layer: int, length: int) -> None:
         self.cache.shrink(slot, layer, length)
@@ -104,7 +113,7 @@ def assert_unchanged(before: tuple, after: tuple) -> None:
 def act(twin: Twin, rng: random.Random) -> str:
     """One random operation; its name. One that finds no room has to leave everything as it was."""
     cache, slots = twin.cache, sorted(twin.rows)
-    kinds = ["open", "grow", "grow", "grow", "range", "shrink", "keep", "fork", "put", "adopt", "room", "close"]
+    kinds = ["open", "grow", "grow", "grow", "each", "range", "shrink", "keep", "fork", "put", "adopt", "room", "close"]
     kind = rng.choice(kinds)
     slot = rng.choice(slots) if slots else None
     layer = rng.randrange(LAYERS)
@@ -127,6 +136,14 @@ def act(twin: Twin, rng: random.Random) -> str:
             else:
                 with pytest.raises(OutOfBlocks):
                     twin.grow(slot, count)
+                raise OutOfBlocks
+        elif kind == "each":
+            some = rng.sample(slots, rng.randint(1, len(slots)))
+            if cache.blocks_for_each(np.array(some)) <= cache.num_free_blocks:
+                twin.grow_each(some)
+            else:
+                with pytest.raises(OutOfBlocks):
+                    twin.grow_each(some)
                 raise OutOfBlocks
         elif kind == "range":
             start = rng.randrange(LAYERS)
@@ -165,7 +182,10 @@ def test_ten_thousand_operations_equal_a_plain_model():
         twin.cache.check()
         assert twin.cache.num_used_bytes == 0
         assert twin.cache.num_free_slots == 6
-    assert min(seen.get(kind, 0) for kind in ("grow", "range", "shrink", "keep", "fork", "put", "adopt", "close")) > 50
+    assert (
+        min(seen.get(kind, 0) for kind in ("grow", "each", "range", "shrink", "keep", "fork", "put", "adopt", "close"))
+        > 50
+    )
     assert seen["out of blocks"] > 100
 
 
