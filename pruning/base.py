@@ -232,7 +232,7 @@ class Pipeline:
             reduction = stage.after_encode(tokens, ReduceContext(evidence=evidence))
             evidence = {name: _follow(plane, reduction.keep, tokens.num_tokens) for name, plane in evidence.items()}
             tokens = replace(apply(reduction, tokens, type(stage).__name__), evidence=evidence)
-            total = _compose(total, reduction, tokens.sizes, num_tokens)
+            total = _compose(total, reduction, tokens, num_tokens)
         return total
 
 
@@ -242,14 +242,15 @@ def _follow(plane: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
     return plane.index_select(-1, keep) if per_token else plane
 
 
-def _compose(first: Reduction, then: Reduction, sizes: Tensor, num_tokens: int) -> Reduction:
-    """One decision about `num_tokens` tokens that equals `first` and `then`, and leaves tokens of these `sizes`."""
+def _compose(first: Reduction, then: Reduction, left: VisualTokens, num_tokens: int) -> Reduction:
+    """One decision about `num_tokens` tokens that equals `first` and `then`, which leave the tokens `left`."""
     merged = first.merge is not None or then.merge is not None
     resized = first.sizes is not None or then.sizes is not None
     return Reduction(
         keep=first.keep.index_select(0, then.keep),
         merge=_weights(then, first.keep.shape[0]) @ _weights(first, num_tokens) if merged else None,
-        sizes=sizes if resized else None,
+        sizes=left.sizes if resized else None,
+        protected=left.protected,
     )
 
 

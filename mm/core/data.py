@@ -107,6 +107,7 @@ class VisualTokens:
         seconds_per_step: Clip time between two steps along t; None for an image, or where the family does not ask.
         crops: Rows and columns of crops where the steps of an image are its crops, row by row, and then the whole
             image at the crops' size; None where the grid is the image's own.
+        protected: (N,) bool, tokens that reducers inside the decoder have to keep; None protects none.
     """
 
     embeddings: Tensor
@@ -117,6 +118,7 @@ class VisualTokens:
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
     seconds_per_step: float | None = None
     crops: tuple[int, int] | None = None
+    protected: Tensor | None = None
 
     @classmethod
     def full(

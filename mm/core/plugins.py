@@ -9,6 +9,7 @@ A reducer's or drafter's specification, wherever one is written (command line, r
     name                              divprune
     name:option=value,option=value    divprune:keep_ratio=0.25
     one + another                     uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5
+    a list as a value                 pyramiddrop:at_layers=[8,16,24]
 
 Reducers act one behind the other; of several drafters the first that has something to propose is heard.
 """
@@ -19,6 +20,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -61,11 +63,13 @@ class Reduction:
         keep: (k,) int64, ascending and unique: the kept tokens, or the anchors of merged ones.
         merge: (k, N) sparse or dense weights, rows summing to 1, or None when kept tokens stay as they are.
         sizes: (k,) float32, how many original tokens each stands for; None gathers the input's.
+        protected: (k,) bool, kept tokens that later stages have to keep too; None gathers the input's.
     """
 
     keep: Tensor
     merge: Tensor | None = None
     sizes: Tensor | None = None
+    protected: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +121,13 @@ class PrefillView(Protocol):
     """What a reducer sees of one prompt at the input of a decoder layer; see `mm.engine.step.PrefillView`."""
 
     layer: int
+    num_layers: int
     hidden: Tensor
     visual: Tensor
     origins: Tensor
+    items: Tensor
+    item_sizes: tuple[int, ...]
+    protected: Tensor
 
     @property
     def num_rows(self) -> int: ...
@@ -141,16 +149,26 @@ class InPrefill(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheView:
+    """What a reducer sees of one prompt in the cache, layer by layer.
+
+    Attributes:
+        lengths: Rows that each layer holds.
+        visual: (V,) int64 per layer, which of these rows are visual.
+        origins: (V,) int64 per layer, which of the prompt's visual rows these are, counted over all its items.
+    """
+
+    lengths: tuple[int, ...]
+    visual: tuple[Tensor, ...]
+    origins: tuple[Tensor, ...]
+
+
 class InDecode(Protocol):
-    """A reducer of the stage IN_DECODE: evicts rows from the cache once the prompt is in, or refuses new ones."""
+    """A reducer of the stage IN_DECODE: evicts rows from the cache once the prompt is in."""
 
-    def prefill_done(self, lengths: Sequence[int], visual: Sequence[Tensor]) -> Mapping[int, Tensor]:
-        """Layer to (k,) int64 rows of its cache that stay, ascending; layers not named keep all.
-
-        Args:
-            lengths: Rows that each layer holds.
-            visual: Per layer, (V,) int64: which of them are visual.
-        """
+    def prefill_done(self, view: CacheView) -> Mapping[int, Tensor]:
+        """Layer to (k,) int64 rows of its cache that stay, ascending; layers not named keep all."""
         ...
 
 
@@ -235,6 +253,10 @@ def create(kind: PluginKind, name: str, **options: Any) -> Any:
     return plugin(**options)
 
 
+COMMA = re.compile(r",(?![^\[]*\])")
+"""Between options, not inside a list."""
+
+
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
@@ -254,7 +276,7 @@ def parse_spec(spec: str) -> list[tuple[str, dict[str, Any]]]:
 def _parse_one(part: str, spec: str) -> tuple[str, dict[str, Any]]:
     name, _, tail = part.partition(":")
     options: dict[str, Any] = {}
-    for item in filter(None, (piece.strip() for piece in tail.split(","))):
+    for item in filter(None, (piece.strip() for piece in COMMA.split(tail))):
         option, equals, value = item.partition("=")
         if not equals or not option.strip() or not value.strip():
             raise InvalidOption(name or spec, item, "is not of the form option=value")
@@ -308,9 +330,13 @@ def canonical_spec(plugin: Any, kind: PluginKind = "reducer") -> str:
     for name in names(kind):
         if get(kind, name) is type(plugin):
             options = {option: getattr(plugin, option) for option in options_of(type(plugin))}
-            tail = ",".join(f"{option}={json.dumps(value)}" for option, value in sorted(options.items()))
+            tail = ",".join(f"{option}={_written(value)}" for option, value in sorted(options.items()))
             return f"{name}:{tail}" if tail else name
     raise PluginError(f"{type(plugin).__qualname__} is not registered as a {kind}")
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def check_compatible(reducer: Reducer, encoder: Encoder, host: str) -> None:
@@ -381,6 +407,7 @@ def _capabilities(plugin: Any) -> dict[str, Any]:
 
 __all__ = [
     "KINDS",
+    "CacheView",
     "Count",
     "Drafter",
     "Encoder",

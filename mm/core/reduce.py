@@ -50,8 +50,11 @@ def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer"
     keep = reduction.keep
     embeddings = tokens.embeddings.index_select(0, keep) if reduction.merge is None else _merge(reduction.merge, tokens)
     sizes = tokens.sizes.index_select(0, keep) if reduction.sizes is None else reduction.sizes
+    protected = reduction.protected
+    if protected is None and tokens.protected is not None:
+        protected = tokens.protected.index_select(0, keep)
     positions = tokens.positions.index_select(0, keep)
-    return replace(tokens, embeddings=embeddings, positions=positions, sizes=sizes, evidence={})
+    return replace(tokens, embeddings=embeddings, positions=positions, sizes=sizes, protected=protected, evidence={})
 
 
 def _merge(weights: Tensor, tokens: VisualTokens) -> Tensor:
@@ -68,6 +71,7 @@ def _check(reduction: Reduction, tokens: VisualTokens, owner: str) -> None:
     for name, plane, shape in (
         ("merge", reduction.merge, (num_kept, num_tokens)),
         ("sizes", reduction.sizes, (num_kept,)),
+        ("protected", reduction.protected, (num_kept,)),
     ):
         if plane is not None and tuple(plane.shape) != shape:
             raise ReducerFault(owner, f"{name} has to be of shape {shape}, not {tuple(plane.shape)}")

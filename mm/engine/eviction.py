@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm.core.data import Prompt
 from mm.core.errors import ReducerFault
-from mm.core.plugins import InDecode
+from mm.core.plugins import CacheView, InDecode
 from mm.engine.kv_cache import KVCache
 from mm.engine.step import Chunk
 
@@ -30,33 +30,45 @@ def evict(cache: KVCache, slot: int, prompt: Prompt, chunk: Chunk, evictors: Seq
     Raises:
         ReducerFault: One of them failed, or its answer cannot be carried out.
     """
-    visual = _visual(cache.shape.num_layers, prompt, chunk)
+    planes = _visual(cache.shape.num_layers, prompt, chunk)
     untouched = prompt.length
     for evictor in evictors:
-        name = type(evictor).__name__
-        lengths = cache.lengths[:, slot].tolist()
-        try:
-            kept = evictor.prefill_done(lengths, list(visual))
-        except ReducerFault:
-            raise
-        except Exception as error:
-            raise ReducerFault(name, f"failed when the prompt was in: {type(error).__name__}: {error}") from error
-        _check(kept, lengths, name)
-        for layer, rows in kept.items():
+        for layer, rows in _asked(evictor, cache.lengths[:, slot].tolist(), planes).items():
             untouched = min(untouched, _num_leading(rows))
             cache.keep_rows(slot, layer, rows)
-            visual[layer] = torch.isin(rows, visual[layer]).nonzero().squeeze(1)
+            visual, origins = planes[layer]
+            stays = torch.isin(visual, rows)
+            planes[layer] = torch.searchsorted(rows, visual[stays]), origins[stays]
     return untouched
 
 
-def _visual(num_layers: int, prompt: Prompt, chunk: Chunk) -> list[Tensor]:
-    """Per layer, which rows of the cache are visual: above a drop, those that it left."""
-    found, here = [], prompt.is_visual.nonzero().squeeze(1)
+def _asked(evictor: InDecode, lengths: Sequence[int], planes: Sequence[tuple[Tensor, Tensor]]) -> Mapping[int, Tensor]:
+    name = type(evictor).__name__
+    view = CacheView(
+        lengths=tuple(lengths), visual=tuple(rows for rows, _ in planes), origins=tuple(of for _, of in planes)
+    )
+    try:
+        kept = evictor.prefill_done(view)
+    except ReducerFault:
+        raise
+    except Exception as error:
+        raise ReducerFault(name, f"failed when the prompt was in: {type(error).__name__}: {error}") from error
+    _check(kept, lengths, name)
+    return kept
+
+
+def _visual(num_layers: int, prompt: Prompt, chunk: Chunk) -> list[tuple[Tensor, Tensor]]:
+    """Per layer, which rows of the cache are visual and which of the prompt's visual rows these are: above a drop,
+    those that it left.
+    """
+    here = prompt.is_visual.nonzero().squeeze(1)
+    found, plane = [], (here, torch.arange(here.shape[0], device=here.device))
     before = prompt.length - chunk.num_rows
     for layer in range(num_layers):
-        if chunk.drops is not None and layer in chunk.drops.visual_from:
-            here = chunk.drops.visual_from[layer] + before
-        found.append(here)
+        if chunk.drops is not None and layer in chunk.drops.left:
+            visual, origins = chunk.drops.left[layer]
+            plane = visual + before, origins
+        found.append(plane)
     return found
 
 

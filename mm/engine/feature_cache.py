@@ -109,6 +109,8 @@ def encoded_bytes(tokens: VisualTokens) -> int:
 
 def _tensors(tokens: VisualTokens) -> Iterator[Tensor]:
     yield from (tokens.embeddings, tokens.positions, tokens.sizes, *tokens.evidence.values())
+    if tokens.protected is not None:
+        yield tokens.protected
 
 
 def _copy(tokens: VisualTokens) -> VisualTokens:
@@ -117,5 +119,6 @@ def _copy(tokens: VisualTokens) -> VisualTokens:
         embeddings=tokens.embeddings.detach().clone(),
         positions=tokens.positions.clone(),
         sizes=tokens.sizes.clone(),
+        protected=None if tokens.protected is None else tokens.protected.clone(),
         evidence={},
     )

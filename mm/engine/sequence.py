@@ -181,5 +181,17 @@ class Answer:
         visual = self.job.prompt.is_visual[start:].nonzero().squeeze(1)
         before = int(self.job.prompt.is_visual[:start].sum())
         origins = torch.arange(before, before + visual.shape[0], device=visual.device)
-        self.job.drops = Drops(hooks=self.job.hooks, visual=visual, origins=origins)
+        items, protected = visual_planes(self.job.encoded, visual.device)
+        self.job.drops = Drops(hooks=self.job.hooks, visual=visual, origins=origins, items=items, protected=protected)
         return self.job.drops
+
+
+def visual_planes(encoded: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of all visual rows of a prompt: which item each belongs to (int64), and whether it is protected (bool)."""
+    sizes = torch.tensor([item.tokens.num_tokens for item in encoded])
+    protected = [item.tokens.protected for item in encoded]
+    flags = [
+        torch.zeros(int(size), dtype=torch.bool) if plane is None else plane.cpu()
+        for size, plane in zip(sizes, protected, strict=True)
+    ]
+    return torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(device), torch.cat(flags).to(device)

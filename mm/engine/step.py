@@ -43,13 +43,17 @@ class Drops:
         hooks: Layer to the reducer that is asked at its input.
         visual: (V,) int64, rows of the chunk that are visual; kept up to date.
         origins: (V,) int64, which of the prompt's visual rows these are; kept up to date.
-        visual_from: Layer to what `visual` became there, for layers in which rows were dropped.
+        items: (all visual rows of the prompt,) int64, which item each belongs to.
+        protected: (all visual rows of the prompt,) bool, those that an earlier stage wants kept.
+        left: Layer to what `visual` and `origins` became there, for layers in which rows were dropped.
     """
 
     hooks: Mapping[int, InPrefill]
     visual: Tensor
     origins: Tensor
-    visual_from: dict[int, Tensor] = field(default_factory=dict)
+    items: Tensor
+    protected: Tensor
+    left: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -202,16 +206,22 @@ class PrefillView:
     """What a reducer sees of one prompt at the input of a layer.
 
     Attributes:
-        layer: The layer about to run.
+        layer: The layer about to run, of `num_layers`.
         hidden: (n, D), the prompt's rows that are left.
         visual: (V,) int64, which of these rows are visual.
         origins: (V,) int64, which of the prompt's visual rows these are, counted over all its items.
+        items: (V,) int64, which item each of them belongs to.
+        item_sizes: Per item, visual rows that entered the decoder.
+        protected: (V,) bool, those that an earlier stage of the reducer wants kept.
     """
 
     def __init__(self, owner: Pass, chunk: Chunk, layer: int, hidden: Tensor, before: Tensor, rotary: Rotary) -> None:
         assert chunk.drops is not None
-        self.layer, self.hidden = layer, hidden
-        self.visual, self.origins = chunk.drops.visual, chunk.drops.origins
+        self.layer, self.hidden, self.num_layers = layer, hidden, owner._layers.num_layers
+        drops = chunk.drops
+        self.visual, self.origins = drops.visual, drops.origins
+        self.items, self.protected = drops.items[drops.origins], drops.protected[drops.origins]
+        self.item_sizes: tuple[int, ...] = tuple(torch.bincount(drops.items).tolist())
         self._owner, self._slot, self._before, self._rotary = owner, chunk.slot, before, rotary
 
     @property
@@ -283,7 +293,7 @@ def _ask(chunk: Chunk, layer: int, view: PrefillView) -> Tensor:
     rows = everything[stays]
     place = torch.cumsum(stays, 0) - 1
     drops.visual, drops.origins = place[drops.visual[keep]], drops.origins[keep]
-    drops.visual_from[layer] = drops.visual
+    drops.left[layer] = drops.visual, drops.origins
     return rows
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from mm.core.errors import InvalidOption
 from mm.core.plugins import PrefillView, Stage
-from pruning.base import InsideReducer, budget, ratio_option, top_k_ascending
+from pruning.base import InsideReducer, budget, ratio_option
+from pruning.ranking import keep_best, last_row_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,5 @@ class FastV(InsideReducer):
         return (self.layer,)
 
     def in_prefill(self, layer: int, view: PrefillView) -> Tensor:
-        num_visual = view.visual.shape[0]
-        k = budget(num_visual, self.keep_ratio, "half_even")
-        if k >= num_visual:
-            return torch.arange(num_visual, device=view.visual.device)
-        last = torch.tensor([view.num_rows - 1], device=view.visual.device)
-        return top_k_ascending(view.attention_rows(last, layer - 1).mean(dim=0)[0], k)
+        k = budget(view.visual.shape[0], self.keep_ratio, "half_even")
+        return keep_best(last_row_scores(view, layer - 1), k)

@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, Ref
 from mm.core.data import Encoded
 from serve.runtime import Features, FeaturesLost
 
+PLANES = ("embeddings", "positions", "sizes", "protected")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Packed = tuple[np.ndarray, str]
@@ -38,9 +39,9 @@ def pack(encoded: Sequence[Encoded]) -> list[tuple[Encoded, dict[str, Packed]]]:
     """Items with their tensors set apart. Evidence stays behind: it was for the reducer."""
     packed = []
     for item in encoded:
-        planes = {name: pack_tensor(getattr(item.tokens, name)) for name in ("embeddings", "positions", "sizes")}
-        empty = torch.empty(0)
-        tokens = replace(item.tokens, embeddings=empty, positions=empty, sizes=empty, evidence={})
+        names = [name for name in PLANES if getattr(item.tokens, name) is not None]
+        planes = {name: pack_tensor(getattr(item.tokens, name)) for name in names}
+        tokens = replace(item.tokens, **dict.fromkeys(names, torch.empty(0)), evidence={})
         packed.append((replace(item, tokens=tokens), planes))
     return packed
 
