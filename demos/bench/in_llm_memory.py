@@ -1,0 +1,146 @@
+"""How much memory does a method inside the decoder take beyond the prefill itself?
+
+A prompt of 3,000 visual tokens goes through a small decoder with random weights, once without a reducer and then with
+each method; what counts is how far the process's peak grows, and the largest tensor that any operation returned. Last,
+as a control, one full attention map of the same prompt is made: what none of the methods does.
+
+    python -m demos.bench.in_llm_memory
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from demos.bench.machine import facts
+from mm.core.data import Prompt
+from mm.core.plugins import build_reducer, inner_stages
+from mm.engine.attention import build_attention
+from mm.engine.eviction import evict
+from mm.engine.kv_cache import KVCache
+from mm.engine.step import Chunk, Drops, Pass
+from mm.models.language import LanguageModel
+
+NUM_VISUAL, NUM_BEFORE, NUM_BEHIND = 3000, 30, 200
+REDUCERS = (
+    "fastv:keep_ratio=0.25",
+    "pyramiddrop",
+    "mustdrop:key_ratio=0,global_share=0.00033,peak=0.01",
+)
+MiB = 1 << 20
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operation returned, in bytes."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, tensor.numel() * tensor.element_size())
+        return out
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def build_language(folder: Path) -> LanguageModel:
+    """Eight layers of 256, eight heads that share four keys."""
+    text = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=320,
+        max_position_embeddings=4096,
+        initializer_range=0.1,
+    )
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **vision}, text_config=text, image_token_id=3
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return LanguageModel(folder, config, "cpu", torch.float32)
+
+
+def build_prompt(width: int) -> Prompt:
+    num_rows = NUM_BEFORE + NUM_VISUAL + NUM_BEHIND
+    is_visual = torch.zeros(num_rows, dtype=torch.bool)
+    is_visual[NUM_BEFORE : NUM_BEFORE + NUM_VISUAL] = True
+    return Prompt(
+        token_ids=torch.zeros(num_rows, dtype=torch.int64),
+        embeddings=torch.randn(num_rows, width, generator=torch.Generator().manual_seed(0)),
+        positions=torch.arange(num_rows)[None],
+        next_position=num_rows,
+        is_visual=is_visual,
+    )
+
+
+def prefill(language: LanguageModel, prompt: Prompt, cache: KVCache, spec: str) -> tuple[int, int]:
+    """Largest tensor in bytes, and visual tokens left behind the last layer at which some were dropped."""
+    prefills, evictors = inner_stages(build_reducer(spec))
+    hooks = {layer: stage for stage in prefills for layer in stage.layers(language.num_layers)}
+    visual = prompt.is_visual.nonzero().squeeze(1)
+    drops = Drops(
+        hooks=hooks,
+        visual=visual,
+        origins=torch.arange(NUM_VISUAL),
+        items=torch.zeros(NUM_VISUAL, dtype=torch.int64),
+        protected=torch.zeros(NUM_VISUAL, dtype=torch.bool),
+    )
+    slot = cache.open()
+    chunk = Chunk(slot=slot, embeddings=prompt.embeddings, positions=prompt.positions, drops=drops if hooks else None)
+    with Largest() as largest:
+        Pass(language, build_attention(cache)).run([chunk])
+        evict(cache, slot, prompt, chunk, evictors)
+    cache.close(slot)
+    if chunk.error is not None:
+        raise chunk.error
+    return largest.num_bytes, len(drops.visual)
+
+
+def full_map(language: LanguageModel, prompt: Prompt) -> int:
+    """Largest tensor of one layer's attention, made whole."""
+    with Largest() as largest, torch.inference_mode():
+        query, key = language.queries_keys(0, prompt.embeddings, language.rotary(prompt.positions))
+        groups = query.shape[1] // key.shape[1]
+        torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(groups, dim=1)).softmax(-1)
+    return largest.num_bytes
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        language = build_language(Path(folder))
+        prompt = build_prompt(256)
+        shape = language.cache_shape
+        cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(prompt.length), num_slots=1)
+        prefill(language, prompt, cache, "none")  # what is set up once counts for nobody
+        before = peak_bytes()
+        for spec in ("none", *REDUCERS, "a full map"):
+            whole = spec == "a full map"
+            largest, left = (full_map(language, prompt), 0) if whole else prefill(language, prompt, cache, spec)
+            grown, before = peak_bytes() - before, peak_bytes()
+            rows.append({"method": spec, "largest_tensor_bytes": largest, "peak_grew_bytes": grown, "left": left})
+            print(f"{spec:60} largest tensor {largest / MiB:8.1f} MiB   peak +{grown / MiB:8.1f} MiB   left {left}")
+    record = {"question": "in_llm_memory", "visual_tokens": NUM_VISUAL, "rows": rows, "machine": facts()}
+    sys.stdout.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
