@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mm.core.data import VisualTokens
+from mm.core.data import Grid, Kind, VisualTokens
 from mm.core.errors import InvalidOption
 from mm.core.plugins import Count, ReduceContext, Reducer, Reduction, Stage
 from mm.core.reduce import apply
@@ -72,6 +72,30 @@ def top_k_ascending(scores: Tensor, k: int) -> Tensor:
     return torch.sort(ranked, descending=True, stable=True).indices[:k].sort().values
 
 
+def unit_rows(rows: Tensor) -> Tensor:
+    """`rows` (..., D) at length 1 in float32; zero where they are zero or not finite."""
+    rows = rows.float()
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return (rows / norms.clamp_min(1e-12)).masked_fill(~torch.isfinite(norms), 0.0)
+
+
+def merge_means(keep: Tensor, rows: Tensor, columns: Tensor, sizes: Tensor) -> Reduction:
+    """Each kept token becomes the mean of those that go into it, weighted by how many original tokens they stand for.
+
+    Args:
+        keep: (k,) int64, the anchors, ascending.
+        rows, columns: (m,) int64: token `columns[i]` goes into `keep[rows[i]]`. Tokens not named are dropped.
+        sizes: (N,) of the tokens.
+    """
+    weights = sizes.index_select(0, columns)
+    totals = torch.zeros(keep.shape[0], device=sizes.device).index_add_(0, rows, weights)
+    shares = weights / totals.index_select(0, rows)
+    # Sparse, so that a row that is not finite spoils only the mean it is part of.
+    shape = (keep.shape[0], sizes.shape[0])
+    merge = torch.sparse_coo_tensor(torch.stack([rows, columns]), shares, shape, check_invariants=False)
+    return Reduction(keep=keep, merge=merge, sizes=totals)
+
+
 def keep_all(tokens: VisualTokens) -> Reduction:
     """The decision that changes nothing."""
     return Reduction(keep=torch.arange(tokens.num_tokens, device=tokens.embeddings.device))
@@ -117,7 +141,7 @@ class BudgetReducer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_ratio", ratio_option(type(self).__name__, "keep_ratio", self.keep_ratio))
 
-    def plan(self, num_tokens: int) -> int:
+    def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
         return budget(num_tokens, self.keep_ratio, self.rounding)
 
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
@@ -151,7 +175,7 @@ class InsideReducer:
     query_aware: ClassVar[bool] = True
     count: ClassVar[Count] = "fixed"
 
-    def plan(self, num_tokens: int) -> int:
+    def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
         return num_tokens
 
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
@@ -167,7 +191,7 @@ class NoReduction:
     query_aware: ClassVar[bool] = False
     count: ClassVar[Count] = "fixed"
 
-    def plan(self, num_tokens: int) -> int:
+    def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
         return num_tokens
 
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
@@ -202,6 +226,17 @@ class Pipeline:
             names = " + ".join(f"{type(stage).__name__} ({stage.stage.value})" for stage in self.stages)
             message = f"are in an order in which tokens do not meet them: {names}; put earlier stages first"
             raise InvalidOption("pipeline", "stages", message)
+        self._check_grids()
+
+    def _check_grids(self) -> None:
+        removing = [stage for stage in self.stages if not isinstance(stage, NoReduction)]
+        for stage in removing[1:]:
+            if getattr(stage, "needs_grid", False):
+                message = (
+                    f"put {type(stage).__name__}, which needs every cell of the grid, behind "
+                    f"{type(removing[0]).__name__}, which removes some; let it come first"
+                )
+                raise InvalidOption("pipeline", "stages", message)
 
     @property
     def stage(self) -> Stage:
@@ -220,16 +255,16 @@ class Pipeline:
     def count(self) -> Count:
         return "fixed" if all(stage.count == "fixed" for stage in self.stages) else "bounded"
 
-    def plan(self, num_tokens: int) -> int:
+    def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
         for stage in self.stages:
-            num_tokens = stage.plan(num_tokens)
+            num_tokens = stage.plan(num_tokens, grid, kind)
         return num_tokens
 
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
         total, num_tokens = keep_all(tokens), tokens.num_tokens
         evidence = dict(context.evidence)
         for stage in self.stages:
-            reduction = stage.after_encode(tokens, ReduceContext(evidence=evidence))
+            reduction = stage.after_encode(tokens, replace(context, evidence=evidence))
             evidence = {name: _follow(plane, reduction.keep, tokens.num_tokens) for name, plane in evidence.items()}
             tokens = replace(apply(reduction, tokens, type(stage).__name__), evidence=evidence)
             total = _compose(total, reduction, tokens, num_tokens)
@@ -248,7 +283,8 @@ def _compose(first: Reduction, then: Reduction, left: VisualTokens, num_tokens: 
     resized = first.sizes is not None or then.sizes is not None
     return Reduction(
         keep=first.keep.index_select(0, then.keep),
-        merge=_weights(then, first.keep.shape[0]) @ _weights(first, num_tokens) if merged else None,
+        # Sparse again, so that a row that is not finite spoils only the mean it is part of.
+        merge=(_weights(then, first.keep.shape[0]) @ _weights(first, num_tokens)).to_sparse() if merged else None,
         sizes=left.sizes if resized else None,
         protected=left.protected,
     )

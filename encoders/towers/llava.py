@@ -11,9 +11,10 @@ projector like an image, then neighbouring tokens are averaged.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from encoders.batches import in_batches
+from encoders.evidence import attention_row, cell_means, key_means, mean_attention
 from encoders.fingerprint import fingerprint
+from encoders.text import TextEmbeddings
 from mm.core.data import Grid, Image, Kind, Video, VisualTokens
 from mm.core.errors import MediaError
+from mm.core.plugins import ATTENTION_RECEIVED, CLS_ATTENTION, TEXT_EMBEDDINGS, TOWER_FEATURES, TOWER_KEYS
 from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
 
 MAX_BATCH = 16
 """Pictures per forward pass. Up to so many images of one call are one batch, as in `generate` of transformers."""
 
-CLS_ATTENTION = "cls_attention"
 SEQUENTIAL_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
 """Towers whose hidden state l needs the first l blocks only, and is not replaced by a normalised one at the end."""
 
@@ -43,8 +46,8 @@ PROJECTOR_KEY = re.compile(r"^(?:model\.)?multi_modal_projector\.(.+)$")
 class LlavaEncoder:
     """Images, and clips where the checkpoint takes them, to the tokens its decoder was trained on.
 
-    `cls_attention`, when asked for, is (H, N) float32: how much [CLS] attends to each token in the block the features
-    come from, after a softmax over all keys. For clips it is averaged over the pooled cells.
+    Evidence is computed when asked for, from the block that the features come from; where they come from several
+    layers, the deepest. Softmax is over all keys, [CLS] among them. For clips it is averaged over the pooled cells.
 
     The class's `provides` and `kinds` are what a checkpoint may have; an instance's are what this one has.
 
@@ -56,7 +59,9 @@ class LlavaEncoder:
         BadCheckpoint: The folder is no LLaVA checkpoint, or lacks weights.
     """
 
-    provides: frozenset[str] = frozenset({CLS_ATTENTION})
+    provides: frozenset[str] = frozenset(
+        {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS}
+    )
     kinds: frozenset[str] = frozenset({"image", "video"})
 
     def __init__(
@@ -73,8 +78,20 @@ class LlavaEncoder:
         self._pool: int = getattr(self.config, "frame_pool_size", None) or 0
         takes_clips = self._pool > 0 and getattr(self.config, "video_token_id", None) is not None
         self.kinds = frozenset({"image", "video"} if takes_clips else {"image"})
-        self.provides = frozenset({CLS_ATTENTION} if _has_cls(self.tower) else ())
+        self._has_cls = _has_cls(self.tower)
+        self.provides = self._provided()
+        self._text = functools.cache(lambda: TextEmbeddings(path, self.device))
         self.fingerprint: str = self._fingerprint(path, dtype)
+
+    def _provided(self) -> frozenset[str]:
+        found = {TOWER_FEATURES, TEXT_EMBEDDINGS}
+        if self.config.vision_config.model_type in SEQUENTIAL_TOWERS and max(self._layers) > 0:
+            found |= {ATTENTION_RECEIVED, TOWER_KEYS} | ({CLS_ATTENTION} if self._has_cls else set())
+        return frozenset(found)
+
+    def embed_text(self, text: str) -> Tensor:
+        """(T, D) float32: the text's tokens as the decoder embeds them."""
+        return self._text()(text)
 
     def _fingerprint(self, path: Path, dtype: torch.dtype) -> str:
         settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
@@ -128,38 +145,37 @@ class LlavaEncoder:
 
     @torch.inference_mode()
     def _forward(self, pixels: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
-        """`embeddings` (B, N, D), and `cls_attention` (B, H, N) when needed."""
+        """`embeddings` (B, N, D), and of the evidence (B, ..., N) what is needed."""
         deepest = max(self._layers)
-        wanted = [*self._layers, deepest - 1] if CLS_ATTENTION in needs else self._layers
+        taps = needs & self.provides & {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS}
+        wanted = [*self._layers, deepest - 1] if taps else self._layers
         output = self.tower(pixels.to(self.device), output_hidden_states=wanted, return_dict=True)
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
         hidden = [output.hidden_states[layer][:, first:] for layer in self._layers]
-        outputs = {"embeddings": self.projector(hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1))}
-        if CLS_ATTENTION in needs:
-            row = _cls_row(_blocks(self.tower)[deepest - 1], output.hidden_states[deepest - 1])
-            outputs[CLS_ATTENTION] = row[..., first:]
+        features = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1)
+        outputs = {"embeddings": self.projector(features)}
+        if TOWER_FEATURES in needs:
+            outputs[TOWER_FEATURES] = features.float().mT
+        if taps:
+            block, states = _blocks(self.tower)[deepest - 1], output.hidden_states[deepest - 1]
+            seen = _observed(block, states, taps, self._has_cls)
+            outputs |= {name: plane[..., first:] for name, plane in seen.items()}
         return outputs
 
 
 def join_frames(frames: Sequence[VisualTokens], pool: int) -> VisualTokens:
     """One clip of encoded frames, `pool` x `pool` neighbouring tokens averaged; at a border, those that exist."""
     _, height, width = frames[0].grid
-    embeddings = _pool(torch.stack([frame.embeddings.T for frame in frames]), height, width, pool)
+    embeddings = cell_means(torch.stack([frame.embeddings.T for frame in frames]), height, width, pool)
     _, channels, height_out, width_out = embeddings.shape
     tokens = embeddings.permute(0, 2, 3, 1).reshape(-1, channels).to(frames[0].embeddings.dtype)
     evidence = {
-        name: _pool(torch.stack([frame.evidence[name] for frame in frames]), height, width, pool)
+        name: cell_means(torch.stack([frame.evidence[name] for frame in frames]), height, width, pool)
         .permute(1, 0, 2, 3)
         .flatten(1)
         for name in frames[0].evidence
     }
     return VisualTokens.full(tokens, (len(frames), height_out, width_out), "video", evidence)
-
-
-def _pool(planes: Tensor, height: int, width: int, pool: int) -> Tensor:
-    """(T, C, height * width) to float32 (T, C, h, w)."""
-    cells = planes.float().reshape(*planes.shape[:2], height, width)
-    return nn.functional.avg_pool2d(cells, pool, ceil_mode=True, count_include_pad=False)
 
 
 def _feature_layers(config: Any) -> list[int]:
@@ -204,13 +220,15 @@ def _has_cls(tower: Any) -> bool:
     return hasattr(getattr(getattr(tower, "vision_model", tower), "embeddings", None), "class_embedding")
 
 
-def _cls_row(block: Any, hidden: Tensor) -> Tensor:
-    """(B, H, 1 + P) float32: the [CLS] row of a block's attention, from the block's input (B, 1 + P, D).
-
-    Only this row: a full attention matrix would also turn off the fused attention, and with it bit equality.
-    """
+def _observed(block: Any, hidden: Tensor, names: Set[str], has_cls: bool) -> dict[str, Tensor]:
+    """The named evidence (B, ..., P) float32, from a block's input (B, P, D)."""
     attention, states = block.self_attn, block.layer_norm1(hidden)
-    query = attention.q_proj(states[:, :1]).unflatten(-1, (attention.num_heads, -1))
-    keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1))
-    scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), keys.float()) * attention.scale
-    return scores.softmax(dim=-1).squeeze(2)
+    keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+    found = {TOWER_KEYS: key_means(keys)} if TOWER_KEYS in names else {}
+    rows = names & {CLS_ATTENTION, ATTENTION_RECEIVED}
+    if rows:
+        asking = states[:, :1] if has_cls else states
+        queries = attention.q_proj(asking).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        received = (attention_row if has_cls else mean_attention)(queries, keys, attention.scale)
+        found |= dict.fromkeys(rows, received)
+    return found

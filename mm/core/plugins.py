@@ -28,7 +28,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from mm.core.data import Grid, Image, Message, Prompt, Video, VisualTokens
+from mm.core.data import Grid, Image, Kind, Message, Prompt, Video, VisualTokens
 from mm.core.drafting import Drafter
 from mm.core.errors import IncompatiblePlugin, InvalidOption, MissingPackage, PluginError, UnknownPlugin, nearest
 
@@ -43,6 +43,23 @@ KINDS: dict[PluginKind, str] = {
 
 
 Count = Literal["fixed", "bounded"]
+
+CLS_ATTENTION = "cls_attention"
+"""Evidence (H, N) float32: how much [CLS] attends to each token in the block that the features come from."""
+
+ATTENTION_RECEIVED = "attention_received"
+"""Evidence (H, N) float32: how much attention each token receives in the block that the features come from: [CLS]
+attention where the tower has [CLS], else the mean over all tokens of the picture. A cell of several patches has their
+mean."""
+
+TOWER_KEYS = "tower_keys"
+"""Evidence (head width, N) float32: each token's key in that block, before any rotation, averaged over heads."""
+
+TOWER_FEATURES = "tower_features"
+"""Evidence (tower width, N) float32: each token as the tower leaves it, before the projector."""
+
+TEXT_EMBEDDINGS = "text_embeddings"
+"""Not per token, and of the question: see `ReduceContext.text_embeddings` and `ReadsText`."""
 
 
 class Stage(Enum):
@@ -78,16 +95,21 @@ class ReduceContext:
 
     Attributes:
         evidence: What the tower observed, by the names in `Reducer.needs`.
+        text_embeddings: (T, D), the question's tokens as the decoder embeds them; for reducers that need
+            `TEXT_EMBEDDINGS`. No rows where nothing was asked.
     """
 
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    text_embeddings: Tensor | None = None
 
 
 @runtime_checkable
 class Reducer(Protocol):
     """Fewer visual tokens out of many. Immutable; options are its dataclass fields.
 
-    The four flags are class variables of most reducers; a pipeline derives them from its stages.
+    The four flags are class variables of most reducers; a pipeline derives them from its stages. Two more are optional:
+    `kinds`, what it reduces ("image", "video" or both, the default; items of another kind stay as they are), and
+    `needs_grid`, true where every cell of the grid has to be there, so that no other reducer may come first.
 
     Attributes:
         stage: Where it acts.
@@ -108,8 +130,13 @@ class Reducer(Protocol):
     @property
     def count(self) -> Count: ...
 
-    def plan(self, num_tokens: int) -> int:
-        """Tokens kept of `num_tokens`, before anything is encoded."""
+    def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
+        """Tokens kept of `num_tokens`, before anything is encoded.
+
+        Args:
+            grid: Cells of the unreduced item; None takes the tokens as one row.
+            kind: What the item is.
+        """
         ...
 
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
@@ -187,6 +214,14 @@ class Encoder(Protocol):
 
     def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
         """One `VisualTokens` per item, in order; `evidence` holds at least what `needs` names."""
+        ...
+
+
+class ReadsText(Protocol):
+    """What an encoder that provides `TEXT_EMBEDDINGS` has beside `Encoder`."""
+
+    def embed_text(self, text: str) -> Tensor:
+        """(T, D): the text's tokens as the model's decoder embeds them; no rows for no text."""
         ...
 
 
@@ -406,7 +441,12 @@ def _capabilities(plugin: Any) -> dict[str, Any]:
 
 
 __all__ = [
+    "ATTENTION_RECEIVED",
+    "CLS_ATTENTION",
     "KINDS",
+    "TEXT_EMBEDDINGS",
+    "TOWER_FEATURES",
+    "TOWER_KEYS",
     "CacheView",
     "Count",
     "Drafter",
@@ -417,6 +457,7 @@ __all__ = [
     "InPrefill",
     "PluginKind",
     "PrefillView",
+    "ReadsText",
     "ReduceContext",
     "Reducer",
     "Reduction",

@@ -18,15 +18,19 @@ from mm.core.plugins import ReduceContext, Reducer, Reduction
 ROW_SUM_TOLERANCE = 1e-3
 
 
-def reduce_tokens(reducer: Reducer, tokens: VisualTokens) -> VisualTokens:
+def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tensor | None = None) -> VisualTokens:
     """The tokens that `reducer` leaves of one item, without evidence.
+
+    Args:
+        text_embeddings: See `ReduceContext`.
 
     Raises:
         ReducerFault: The reducer broke its promise (see `apply`), or kept another number of tokens than its plan says.
     """
     name = type(reducer).__name__
-    reduced = apply(reducer.after_encode(tokens, ReduceContext(evidence=tokens.evidence)), tokens, name)
-    planned = reducer.plan(tokens.num_tokens)
+    context = ReduceContext(evidence=tokens.evidence, text_embeddings=text_embeddings)
+    reduced = apply(reducer.after_encode(tokens, context), tokens, name)
+    planned = reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind)
     kept = reduced.num_tokens
     if kept > planned or (kept < planned and reducer.count == "fixed"):
         raise ReducerFault(name, f"kept {kept} of {tokens.num_tokens} tokens, but its plan says {planned}")

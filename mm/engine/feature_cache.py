@@ -1,6 +1,7 @@
 """Encoded media items by content, in a memory budget.
 
-A hit saves tower, projector and reducer. A key names everything an entry depends on: content, encoder, reducer, tenant.
+A hit saves tower, projector and reducer. A key names everything an entry depends on: content, encoder, reducer, tenant,
+and the question where the reducer is told.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from mm.core.data import Encoded, VisualTokens
 from mm.media.hashing import framed_hash
 
 
-def cache_key(content_hash: str, fingerprint: str, reducer_spec: str, tenant: str = "") -> str:
-    """The key of one item as one encoder and one reducer leave it. Tenants with different names never share entries."""
+def cache_key(content_hash: str, fingerprint: str, reducer_spec: str, tenant: str = "", question: str = "") -> str:
+    """The key of one item as one encoder and one reducer leave it. Tenants with different names never share entries.
+
+    Args:
+        question: What was asked, where the reducer is told.
+    """
     return framed_hash(
         "visual-tokens",
         *("content", content_hash),
         *("encoder", fingerprint),
         *("reducer", reducer_spec),
         *("tenant", tenant),
+        *("question", question),
     )
 
 

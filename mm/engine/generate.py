@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from mm.core.config import MediaLimits, SourcePolicy, VideoDecoder
 from mm.core.data import (
@@ -24,11 +24,21 @@ from mm.core.data import (
     Media,
     MediaSource,
     Request,
+    TextPart,
     Video,
     VisionOptions,
 )
 from mm.core.errors import MediaError, MmError
-from mm.core.plugins import Encoder, Reducer, build_reducer, canonical_spec, check_compatible, encode_spec
+from mm.core.plugins import (
+    TEXT_EMBEDDINGS,
+    Encoder,
+    ReadsText,
+    Reducer,
+    build_reducer,
+    canonical_spec,
+    check_compatible,
+    encode_spec,
+)
 from mm.core.reduce import reduce_tokens
 from mm.engine.engine import Engine
 from mm.engine.feature_cache import FeatureCache, cache_key
@@ -73,26 +83,39 @@ def encode(request: Request, parts: EncodeParts) -> list[Encoded]:
     reducer = resolve_reducer(request.vision, parts)
     budget = MediaBudget(parts.limits)
     frames = request.vision.frames or parts.frames
+    asked = question(request) if TEXT_EMBEDDINGS in reducer.needs else ""
+    name = functools.partial(
+        cache_key,
+        fingerprint=parts.encoder.fingerprint,
+        reducer_spec=encode_spec(reducer),
+        tenant=request.cache_salt,
+        question=asked,
+    )
     found: dict[str, Encoded] = {}
     loaded: dict[str, tuple[Image | Video, float]] = {}
     keys = []
     for item in request.media:
-        key, media, load_s = _load(item, frames, reducer, budget, parts, found, request.cache_salt)
+        key, media, load_s = _load(item, frames, budget, parts, found, name)
         keys.append(key)
         if media is not None:
             loaded.setdefault(key, (media, load_s))
-    found |= _encode_batch(loaded, reducer, parts)
+    found |= _encode_batch(loaded, reducer, parts, asked)
     return [found[key] for key in keys]
+
+
+def question(request: Request) -> str:
+    """The text of the user's last turn: what a query-aware reducer is told."""
+    turns = [message for message in request.messages if message.role == "user"]
+    return "\n".join(part.text for part in turns[-1].parts if isinstance(part, TextPart)) if turns else ""
 
 
 def _load(
     item: Media,
     frames: FrameSampling,
-    reducer: Reducer,
     budget: MediaBudget,
     parts: EncodeParts,
     found: dict[str, Encoded],
-    tenant: str,
+    name: Callable[[str], str],
 ) -> tuple[str, Image | Video | None, float]:
     """The item's cache key, and its pixels with the seconds they took; a cached item goes to `found` instead."""
     if item.kind not in parts.encoder.kinds:
@@ -103,7 +126,7 @@ def _load(
         content = content_hash(item.kind, data, frames, parts.video_decoder)
     else:
         data, content = None, item.content_hash
-    key = cache_key(content, parts.encoder.fingerprint, encode_spec(reducer), tenant)
+    key = name(content)
     if (cached := parts.cache.get(key)) is not None:
         found[key] = cached
         return key, None, 0.0
@@ -120,17 +143,18 @@ def _decoded(item: Media, data: bytes | None, frames: FrameSampling, budget: Med
 
 
 def _encode_batch(
-    loaded: dict[str, tuple[Image | Video, float]], reducer: Reducer, parts: EncodeParts
+    loaded: dict[str, tuple[Image | Video, float]], reducer: Reducer, parts: EncodeParts, asked: str
 ) -> dict[str, Encoded]:
     if not loaded:
         return {}
     start = time.perf_counter()
     batch = parts.encoder.encode([media for media, _ in loaded.values()], needs=reducer.needs)
+    text = cast(ReadsText, parts.encoder).embed_text(asked) if TEXT_EMBEDDINGS in reducer.needs else None
     encode_s = (time.perf_counter() - start) / len(loaded)
     encoded = {}
     for (key, (_, load_s)), tokens in zip(loaded.items(), batch, strict=True):
         start = time.perf_counter()
-        kept = reduce_tokens(reducer, tokens)
+        kept = reduce_tokens(reducer, tokens, text)
         reduce_s = time.perf_counter() - start
         timings = EncodeTimings(load_s=load_s, encode_s=encode_s, reduce_s=reduce_s)
         encoded[key] = Encoded(tokens=kept, timings=timings, key=key)

@@ -7,7 +7,7 @@ tensors, so neither ever holds the other's weights. Pickled weights (.bin, .pt) 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,22 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str,
         with safe_open(folder / file, framework="pt") as reader:
             tensors.update({name: reader.get_tensor(key) for key, name in wanted.items()})
     return tensors
+
+
+def read_rows(folder: Path, matches: Callable[[str], bool], rows: Sequence[int]) -> Tensor:
+    """(len(rows), D): these rows of the one matrix whose key `matches`, without reading the others.
+
+    Raises:
+        BadCheckpoint: No matrix matches, or several.
+    """
+    found = [(file, key) for file, keys in _files(folder).items() for key in keys if matches(key)]
+    if len(found) != 1:
+        raise BadCheckpoint(str(folder), f"has {len(found)} matrices of token embeddings, not one")
+    (file, key) = found[0]
+    with safe_open(folder / file, framework="pt") as reader:
+        matrix = reader.get_slice(key)
+        width = matrix.get_shape()[1]
+        return torch.cat([torch.empty(0, width), *(matrix[row : row + 1].float() for row in rows)])
 
 
 def _files(folder: Path) -> Mapping[str, list[str]]:

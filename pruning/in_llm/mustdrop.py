@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.data import VisualTokens
+from mm.core.data import Grid, Kind, VisualTokens
 from mm.core.errors import InvalidOption
 from mm.core.plugins import CacheView, Count, PrefillView, ReduceContext, Reduction, Stage
 from pruning.base import budget, int_option, keep_all, top_k_ascending
@@ -75,7 +75,7 @@ class MustDrop:
     def needs(self) -> frozenset[str]:
         return frozenset({CLS_ATTENTION} if self.key_ratio else ())
 
-    def plan(self, num_tokens: int) -> int:
+    def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
         return num_tokens
 
     # ── before the decoder ────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,13 +6,33 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mm.core.data import Grid, VisualTokens
-from mm.core.plugins import ReduceContext, Reducer, Stage, build_reducer, canonical_spec, create, get, names, options_of
-from mm.core.reduce import reduce_tokens
+from mm.core.errors import InvalidOption
+from mm.core.plugins import (
+    ATTENTION_RECEIVED,
+    CLS_ATTENTION,
+    TOWER_FEATURES,
+    TOWER_KEYS,
+    ReduceContext,
+    Reducer,
+    Stage,
+    build_reducer,
+    canonical_spec,
+    create,
+    flat_stages,
+    get,
+    names,
+    options_of,
+)
+from mm.core.reduce import reduce_tokens as reduce_by_context
 from pruning.base import BudgetReducer, budget
 
 PIPELINES = [
+    "pool2 + visionzip:keep_ratio=0.5 + divprune:keep_ratio=0.5",
+    "cdpruner:keep_ratio=0.6 + scope:keep_ratio=0.4",
     "uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5",
     "random:keep_ratio=0.7,seed=5 + uniform:keep_ratio=0.3 + none",
 ]
@@ -20,16 +40,28 @@ BUDGETED = [name for name in names("reducer") if "keep_ratio" in options_of(get(
 SPECS = [name for name in names("reducer") if name != "pipeline"] + PIPELINES
 GRIDS: list[Grid] = [(1, 1, 1), (1, 1, 2), (1, 1, 7), (1, 16, 16), (3, 5, 7), (8, 8, 8), (1, 27, 27)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EVIDENCE_HEADS = 4
+WIDTH = 32
+EVIDENCE = {CLS_ATTENTION: 4, ATTENTION_RECEIVED: 4, TOWER_KEYS: 16, TOWER_FEATURES: 24}
+"""What encoders of ours supply per token, and its height here."""
+
+QUESTION = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(9))
 
 
-def make(grid: Grid, seed: int = 0, dtype: torch.dtype = torch.float32, width: int = 32) -> VisualTokens:
+def make(grid: Grid, seed: int = 0, dtype: torch.dtype = torch.float32) -> VisualTokens:
     """Random tokens that carry every kind of evidence an encoder of ours supplies."""
     t, h, w = grid
     rng = torch.Generator().manual_seed(1000 * seed + t * h * w)
-    embeddings = torch.randn(t * h * w, width, generator=rng).to(dtype)
-    attention = torch.rand(EVIDENCE_HEADS, t * h * w, generator=rng)
-    return VisualTokens.full(embeddings, grid, "image" if t == 1 else "video", {"cls_attention": attention})
+    embeddings = torch.randn(t * h * w, WIDTH, generator=rng).to(dtype)
+    evidence = {name: torch.rand(height, t * h * w, generator=rng) for name, height in EVIDENCE.items()}
+    return VisualTokens.full(embeddings, grid, "image" if t == 1 else "video", evidence)
+
+
+def reduce_tokens(reducer: Reducer, tokens: VisualTokens) -> VisualTokens:
+    return reduce_by_context(reducer, tokens, QUESTION)
+
+
+def planned(reducer: Reducer, tokens: VisualTokens) -> int:
+    return reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind)
 
 
 def same(a: VisualTokens, b: VisualTokens) -> bool:
@@ -63,15 +95,16 @@ def test_has_the_shape_of_a_reducer(reducer, spec):
 def test_count_order_and_rows(reducer, grid, seed):
     tokens = make(grid, seed)
     out = reduce_tokens(reducer, tokens)
-    planned = reducer.plan(tokens.num_tokens)
-    assert 1 <= out.num_tokens <= planned <= tokens.num_tokens
-    assert out.num_tokens == planned or reducer.count == "bounded"
+    most = planned(reducer, tokens)
+    assert 1 <= out.num_tokens <= most <= tokens.num_tokens
+    assert out.num_tokens == most or reducer.count == "bounded"
     indices = out.indices
     assert torch.equal(indices, indices.unique())
     assert (out.grid, out.kind, dict(out.evidence)) == (tokens.grid, tokens.kind, {})
     assert torch.equal(out.positions, tokens.positions[indices])
     merged = out.sizes != 1
     assert torch.equal(out.embeddings[~merged], tokens.embeddings[indices[~merged]])
+    assert out.sizes.sum() <= tokens.num_tokens + 1e-3
 
 
 def test_nothing_stays_nothing(reducer):
@@ -138,7 +171,7 @@ def test_the_budget_is_exact(name, keep_ratio):
     for grid in GRIDS:
         tokens = make(grid)
         num_kept = reduce_tokens(reducer, tokens).num_tokens
-        assert num_kept <= reducer.plan(tokens.num_tokens)
+        assert num_kept <= planned(reducer, tokens)
         if isinstance(reducer, BudgetReducer):
             assert num_kept == budget(tokens.num_tokens, keep_ratio, reducer.rounding)
 
@@ -149,12 +182,57 @@ def test_composes_with_every_other(reducer):
         then = build_reducer(other)
         if {reducer.stage, then.stage} != {Stage.PRE_LLM}:
             continue
+        if any(getattr(stage, "needs_grid", False) for stage in flat_stages(then)) and reducer != build_reducer("none"):
+            with pytest.raises(InvalidOption, match="every cell of the grid"):
+                create("reducer", "pipeline", stages=(reducer, then))
+            continue
         out = reduce_tokens(create("reducer", "pipeline", stages=(reducer, then)), tokens)
         apart = reduce_tokens(
             then, dataclasses.replace(reduce_tokens(reducer, tokens), evidence=_gathered(reducer, tokens))
         )
         assert torch.equal(out.indices, apart.indices)
         assert torch.allclose(out.embeddings, apart.embeddings, atol=1e-5)
+
+
+BROKEN = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("bad", BROKEN)
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_values_that_are_not_finite_spoil_no_other_token(reducer, bad, share):
+    """In embeddings and in all evidence, of some tokens or of all: the count holds, and whole tokens stay whole."""
+    tokens = make((2, 9, 7), seed=6)
+    hit = torch.rand(tokens.num_tokens, generator=torch.Generator().manual_seed(1)) < share
+    spoiled = dataclasses.replace(
+        tokens,
+        embeddings=tokens.embeddings.masked_fill(hit[:, None], bad),
+        evidence={name: plane.masked_fill(hit, bad) for name, plane in tokens.evidence.items()},
+    )
+    out = reduce_tokens(reducer, spoiled)
+    assert out.num_tokens == planned(reducer, tokens) or reducer.count == "bounded"
+    assert torch.isfinite(out.sizes).all()
+    whole = (out.sizes == 1) & ~hit[out.indices]
+    assert torch.equal(out.embeddings[whole], tokens.embeddings[out.indices[whole]])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    grid=st.tuples(st.integers(1, 5), st.integers(0, 13), st.integers(0, 13)),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+    name=st.sampled_from([name for name in names("reducer") if name != "pipeline"]),
+    keep_ratio=st.sampled_from([0.01, 0.1, 0.3, 0.5, 0.77, 1.0]),
+    kind=st.sampled_from(["image", "video"]),
+)
+def test_any_shape_dtype_kind_and_budget(grid, seed, dtype, name, keep_ratio, kind):
+    reducer = build_reducer(name, keep_ratio if name in BUDGETED else None)
+    tokens = dataclasses.replace(make(grid, seed, dtype), kind=kind)
+    out = reduce_tokens(reducer, tokens)
+    assert out.num_tokens <= planned(reducer, tokens) <= tokens.num_tokens
+    assert (out.num_tokens > 0) == (tokens.num_tokens > 0)
+    assert torch.equal(out.indices, out.indices.unique())
+    assert torch.isfinite(out.embeddings).all()
+    assert torch.isfinite(out.sizes).all()
 
 
 def _gathered(reducer: Reducer, tokens: VisualTokens) -> dict[str, torch.Tensor]:
@@ -165,5 +243,5 @@ def _gathered(reducer: Reducer, tokens: VisualTokens) -> dict[str, torch.Tensor]
 def test_no_gradient_is_recorded(reducer):
     tokens = make((1, 6, 6))
     tokens.embeddings.requires_grad_(True)
-    reduction = reducer.after_encode(tokens, ReduceContext(evidence=tokens.evidence))
+    reduction = reducer.after_encode(tokens, ReduceContext(evidence=tokens.evidence, text_embeddings=QUESTION))
     assert not any(plane.requires_grad for plane in (reduction.merge, reduction.sizes) if plane is not None)

@@ -18,6 +18,7 @@ from encoders.towers.llava import MAX_BATCH, LlavaEncoder, join_frames
 from mm.core.data import Image, Video, VisualTokens
 from mm.core.errors import CapacityError, MediaError
 from mm.core.plugins import build_reducer, check_compatible
+from mm.core.reduce import reduce_tokens
 from tests.checkpoints import random_llava
 
 CLS = frozenset({"cls_attention"})
@@ -91,7 +92,7 @@ def test_a_tower_without_cls(tmp_path):
     encoder = LlavaEncoder(tmp_path)
     arrays = pictures(2)
     tokens = encoder.encode(images(arrays))
-    assert encoder.provides == frozenset()
+    assert "cls_attention" not in encoder.provides
     assert tokens[0].grid == (1, 4, 4)
     assert all(torch.equal(a, b.embeddings) for a, b in zip(reference(tmp_path, arrays), tokens, strict=True))
 
@@ -316,3 +317,79 @@ def test_two_threads_do_not_mix(folder):
     for tokens, wanted in zip(found, expected * 3, strict=True):
         assert torch.allclose(tokens.embeddings, wanted.embeddings, atol=1e-5)
         assert torch.allclose(tokens.evidence["cls_attention"], wanted.evidence["cls_attention"], atol=1e-5)
+
+
+EVERYTHING = frozenset({"cls_attention", "attention_received", "tower_keys", "tower_features"})
+
+
+def siglip_llava(folder: Path) -> Path:
+    random_llava(folder)
+    config = LlavaConfig.from_pretrained(folder)
+    config.vision_config = SiglipVisionConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=56, patch_size=14
+    )
+    config.vision_feature_select_strategy = "full"
+    config.vision_feature_layer = -2
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def block_inputs(model, pixels: torch.Tensor, block: int) -> torch.Tensor:
+    """What a block's attention is given, seen by a hook on the module of transformers."""
+    seen = []
+    tower = model.model.vision_tower
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    handle = layers[block].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    with torch.inference_mode():
+        tower(pixels)
+    handle.remove()
+    return seen[0], layers[block].self_attn
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_evidence_is_what_the_feature_block_computes(folder, tmp_path, has_cls):
+    path = folder if has_cls else siglip_llava(tmp_path)
+    arrays = pictures(3)
+    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    pixels = reference_pixels(path, arrays)
+    with torch.inference_mode():
+        out = model.model.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
+        states, attention = block_inputs(model, pixels, 1)
+        keys = attention.k_proj(states).unflatten(-1, (2, -1)).mean(dim=2)
+    first = 1 if has_cls else 0
+    encoder = LlavaEncoder(path)
+    for i, tokens in enumerate(encoder.encode(images(arrays), EVERYTHING)):
+        maps = out.attentions[1][i]
+        received = maps[:, 0] if has_cls else maps.mean(dim=1)
+        assert torch.allclose(tokens.evidence["attention_received"], received[:, first:], atol=1e-6)
+        assert torch.allclose(tokens.evidence["tower_keys"], keys[i, first:].T, atol=1e-5)
+        assert torch.allclose(tokens.evidence["tower_features"], out.hidden_states[2][i, first:].T, atol=1e-5)
+        assert torch.equal(tokens.embeddings, encoder.encode(images(arrays))[i].embeddings)
+    assert ("cls_attention" in encoder.provides) == has_cls == ("cls_attention" in tokens.evidence)
+
+
+def test_text_is_embedded_as_the_decoder_does(folder):
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    ids = AutoProcessor.from_pretrained(folder).tokenizer("What is it?", add_special_tokens=False).input_ids
+    encoder = LlavaEncoder(folder)
+    assert len(ids) > 3
+    assert torch.equal(encoder.embed_text("What is it?"), model.get_input_embeddings()(torch.tensor(ids)))
+    assert encoder.embed_text("").shape == (0, model.config.text_config.hidden_size)
+
+
+@pytest.mark.parametrize("spec", ["visionzip", "scope", "cdpruner", "pool2 + visionzip:keep_ratio=0.5"])
+def test_reducers_work_with_what_it_supplies(folder, video_folder, tmp_path, spec):
+    reducer = build_reducer(spec)
+    for path, items in (
+        (folder, images(pictures(2))),
+        (siglip_llava(tmp_path), images(pictures(1))),
+        (video_folder, [clip(3), *images(pictures(1))]),
+    ):
+        encoder = LlavaEncoder(path)
+        check_compatible(reducer, encoder, "llava")
+        text = encoder.embed_text("what?")
+        for tokens in encoder.encode(items, reducer.needs):
+            out = reduce_tokens(reducer, tokens, text)
+            assert 0 < out.num_tokens == reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind) < tokens.num_tokens

@@ -28,7 +28,7 @@ class PairMeans:
     count: ClassVar[str] = "bounded"
     sparse: bool = False
 
-    def plan(self, num_tokens: int) -> int:
+    def plan(self, num_tokens: int, grid=None, kind="image") -> int:
         return num_tokens
 
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:

@@ -172,6 +172,26 @@ def test_an_encoder_that_lacks_the_evidence_refuses_the_reducer(model):
         check_compatible(Hungry(), model.encode_parts.encoder, "this model")
 
 
+def test_a_query_aware_reducer_is_told_the_question_and_shares_no_answers_of_others(model):
+    reducer = "cdpruner:keep_ratio=0.25"
+
+    def kept(question: str, reducer: str = reducer) -> tuple[int, ...]:
+        return (
+            model.generate(question, images=[png(7)], reducer=reducer, return_map=True, max_new_tokens=1).kept[0].kept
+        )
+
+    questions = ["What is here?", "How many red circles?", "Read the text", "Is it left of the door?", "zzz 123"]
+    maps = [kept(question) for question in questions]
+    assert len(set(maps)) > 1
+    assert [kept(question) for question in questions] == maps
+    misses = model.encode_parts.cache.stats.misses
+    assert kept(questions[0]) == maps[0]
+    assert model.encode_parts.cache.stats.misses == misses
+    for question in questions:
+        kept(question, "visionzip:keep_ratio=0.25")
+    assert model.encode_parts.cache.stats.misses == misses + 1
+
+
 def test_openai_messages_are_taken_as_they_are(model):
     import base64
 

@@ -1,0 +1,106 @@
+"""CDPruner: keep tokens that differ from one another and bear on the question.
+
+Paper     "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", NeurIPS 2025,
+          arXiv:2506.10967 (training-free).
+Stage     pre_llm, after the projector; within each crop or frame; depends on the question.
+Needs     text_embeddings: the question as the decoder embeds it.
+Cost      O(N^2 D) for the similarities, O(k^2 N) for the selection.
+Equation  S = cos(X, X); r_j = sign * mean_m cos(x_j, text_m), brought to (r - min + 1e-6) / (max - min) over the item.
+          Greedy maximum of det over subsets of diag(r) S diag(r): with h_j what is left of S_jj after a Cholesky
+          factorisation over the chosen, k times c = argmax r_j^2 h_j; e_j = (S_cj - l_c . l_j) / sqrt(h_c), which is
+          added to l_j; h_j -= e_j^2.
+Differs   from the authors' code, which scores relevance by a CLIP text tower that models of this kind do not ship:
+          here it is the cosine with the decoder's own text embeddings, a form that ports to models without one use.
+          Theirs negates CLIP's cosines; `relevance_sign` says what is done here. Relevance is brought to its range over
+          one item and not over a batch. The factor r is kept out of the factorisation, which changes no result. Where
+          rounding leaves nothing of h, the rest is filled up by relevance, so no NaN can spread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mm.core.data import VisualTokens
+from mm.core.errors import InvalidOption
+from mm.core.plugins import TEXT_EMBEDDINGS, ReduceContext
+from pruning.base import unit_rows
+from pruning.steps import Step, StepReducer
+
+EXHAUSTED = 1e-5
+"""Residuals below this are rounding: float32 keeps about 1e-7 of the 1 they start from, times the subtractions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CDPruner(StepReducer):
+    """Keep tokens that differ from one another and bear on the question (CDPruner).
+
+    Attributes:
+        keep_ratio: Tokens kept / tokens in, in (0, 1].
+        relevance_sign: 1 takes what is similar to the question as relevant, -1 what is not.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({TEXT_EMBEDDINGS})
+    query_aware: ClassVar[bool] = True
+    relevance_sign: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.relevance_sign, bool) or self.relevance_sign not in (1, -1):
+            raise InvalidOption("CDPruner", "relevance_sign", f"has to be 1 or -1, got {self.relevance_sign!r}")
+
+    def prepare(self, tokens: VisualTokens, context: ReduceContext) -> Mapping[str, Tensor]:
+        unit, text = unit_rows(tokens.embeddings), context.text_embeddings
+        if text is None:
+            raise ValueError("CDPruner was given no text_embeddings")
+        if not text.shape[0]:
+            return {"relevance": unit.new_ones(tokens.num_tokens)}
+        cosines = unit @ unit_rows(text.to(unit.device)).mean(dim=0)
+        return {"relevance": relevance(self.relevance_sign * cosines)}
+
+    def pick(self, step: Step, k: int) -> Tensor:
+        return pick_order(step.embeddings, step.evidence["relevance"], k)[0]
+
+
+def relevance(scores: Tensor) -> Tensor:
+    """`scores` (N,) brought to (0, 1]; all 1 where they are equal."""
+    low, high = scores.aminmax()
+    spread = high - low
+    return torch.where(spread > 0, (scores - low + 1e-6) / spread.clamp_min(1e-12), torch.ones_like(scores)).clamp_max(
+        1
+    )
+
+
+@torch.no_grad()
+def pick_order(embeddings: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(k,) int64 and (k,) float32: the chosen of `embeddings` (N, D) in the order they are chosen, and their gains.
+
+    The lowest index wins a tie.
+
+    Args:
+        weights: (N,) relevance of each, in [0, 1].
+    """
+    unit = unit_rows(embeddings)
+    similarity = unit @ unit.T
+    residual = similarity.diagonal().round()  # 1, or 0 for a row without length: rounding must not break ties
+    factors = similarity.new_zeros(k, similarity.shape[0])
+    chosen = torch.empty(k, dtype=torch.int64, device=unit.device)
+    gains, is_chosen = similarity.new_empty(k), torch.zeros_like(residual)
+    for step in range(k):
+        # With nothing left of the residual, relevance decides: below every true gain, above the chosen.
+        gain = torch.where(residual > EXHAUSTED, weights.square() * residual, weights - 2) + is_chosen
+        torch.max(gain, dim=0, out=(gains[step], chosen[step]))
+        latest = chosen[step : step + 1]
+        known, left = factors[:step].index_select(1, latest).squeeze(1), residual.index_select(0, latest)
+        update = (similarity.index_select(0, latest).squeeze(0) - known @ factors[:step]) / left.clamp_min(
+            EXHAUSTED
+        ).sqrt()
+        factors[step] = torch.where(left > EXHAUSTED, update, 0.0)
+        residual = residual - factors[step].square()
+        is_chosen.index_fill_(0, latest, -math.inf)
+    return chosen, gains

@@ -1,0 +1,82 @@
+"""VisionZip: keep the tokens the tower looks at, and merge the others into a few that stand for the rest.
+
+Paper     "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv:2412.04467
+          (training-free).
+Stage     pre_llm, after the projector; within each crop or frame.
+Needs     attention_received and tower_keys, of the block that the features come from.
+Cost      one attention row (column means without [CLS]); O(N c dh) for the assignment.
+Equation  with k = d + c: dominant = the d largest sum_h A[h, j]. Of the others, in reading order, every
+          floor(rest / c)-th one is a target, c in all; each of the rest joins the target whose mean key has the largest
+          cosine with its own. A target becomes the mean of itself and those that joined it, in its own place.
+Differs   from the authors' code, which adds the target to the mean of the others, so that such a token is about twice
+          as long as any: the paper's average is taken. Theirs merges before the projector, here tokens are merged
+          behind it; [CLS] is never among the tokens, so d counts patches. Where the model merges 2 x 2 patches, scores
+          and keys are their means.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mm.core.errors import InvalidOption
+from mm.core.plugins import ATTENTION_RECEIVED, TOWER_KEYS, Reduction
+from pruning.base import merge_means, top_k_ascending, unit_rows
+from pruning.steps import Step, StepReducer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionZip(StepReducer):
+    """Keep what the tower looks at, and merge the rest into a few tokens (VisionZip).
+
+    Attributes:
+        keep_ratio: Tokens kept / tokens in, merged ones included, in (0, 1].
+        contextual_ratio: Of the kept tokens, the share that others are merged into, in [0, 1); 10 of 64 in the paper.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({ATTENTION_RECEIVED, TOWER_KEYS})
+    contextual_ratio: float = 0.15625
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = self.contextual_ratio
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise InvalidOption("VisionZip", "contextual_ratio", f"has to be a number from 0 to below 1, got {share!r}")
+
+    def decide(self, step: Step, k: int) -> Reduction:
+        num_contextual = min(k - 1, math.floor(k * self.contextual_ratio + 0.5))
+        dominant = top_k_ascending(step.evidence[ATTENTION_RECEIVED].float().sum(dim=0), k - num_contextual)
+        if not num_contextual:
+            return Reduction(keep=dominant)
+        rest, targets, joins = contextual(step.evidence[TOWER_KEYS].T, dominant, num_contextual)
+        keep, order = torch.cat([dominant, rest[targets]]).sort()
+        row_of = torch.argsort(order)
+        rows = torch.cat([row_of[: len(dominant)], row_of[len(dominant) :][joins]])
+        return merge_means(keep, rows, torch.cat([dominant, rest]), step.sizes)
+
+
+def contextual(keys: Tensor, dominant: Tensor, num_targets: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens are merged into which.
+
+    Args:
+        keys: (N, dh), one per token.
+        dominant: (d,) tokens that stay as they are.
+        num_targets: c, at most N - d.
+
+    Returns:
+        The remaining tokens in reading order (N - d,); which of these are targets (c,); for each of them, the number of
+        the target it belongs to (N - d,), a target's own among them.
+    """
+    stays = torch.zeros(keys.shape[0], dtype=torch.bool, device=keys.device)
+    stays[dominant] = True
+    num_rest = keys.shape[0] - dominant.shape[0]
+    rest = torch.sort(stays, stable=True).indices[:num_rest]  # not nonzero, which a GPU would be waited for
+    targets = torch.arange(num_targets, device=keys.device) * (num_rest // num_targets)
+    metric = unit_rows(keys.index_select(0, rest))
+    joins = torch.argmax(metric @ metric.index_select(0, targets).T, dim=1)
+    joins[targets] = torch.arange(num_targets, device=keys.device)
+    return rest, targets, joins
