@@ -388,7 +388,7 @@ def check_compatible(reducer: Reducer, encoder: Encoder, host: str) -> None:
             raise IncompatiblePlugin(type(stage).__name__, host, [f"the stage {stage.stage.value}"])
 
 
-SERVED_STAGES = frozenset({Stage.PRE_LLM, Stage.IN_PREFILL, Stage.IN_DECODE})
+SERVED_STAGES = frozenset({Stage.TEMPORAL, Stage.PRE_LLM, Stage.IN_PREFILL, Stage.IN_DECODE})
 """Stages that encoders and the engine carry out."""
 
 

@@ -12,6 +12,7 @@ from mm.core.plugins import KINDS, describe, get, names
 ROOT = Path(__file__).parents[2]
 FOLDERS = {
     "pruning/in_vit": "reducer",
+    "pruning/temporal": "reducer",
     "pruning/pre_llm": "reducer",
     "pruning/in_llm": "reducer",
     "encoders/towers": "encoder",

@@ -1,0 +1,215 @@
+"""EVS (case E1), VidCom2 (VC1), HoliTom (H1) and its clustering (K1): the specification's cases, and properties."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mm.core.data import VisualTokens
+from mm.core.errors import InvalidOption
+from mm.core.plugins import ATTENTION_RECEIVED, build_reducer, create
+from mm.core.reduce import reduce_tokens
+from pruning.clusters import dpc_knn
+from pruning.temporal.evs import changes
+from pruning.temporal.holitom import segments
+from pruning.temporal.vidcom2 import frame_shares, likeness, steady_channels
+
+VIDEO = ["evs", "vidcom2", "holitom"]
+
+
+def clip(rows: list, num_frames: int) -> VisualTokens:
+    embeddings = torch.tensor(rows).float()
+    grid = (num_frames, 1, len(rows) // num_frames)
+    return VisualTokens.full(embeddings, grid, "video", {ATTENTION_RECEIVED: torch.rand(2, len(rows))})
+
+
+E1 = [[1, 0], [0, 1], [1, 1], [2, 1], [1, 0], [1, 1], [1, 1], [1, 2], [0, 1], [1, 1], [1, 2], [1, 2]]
+
+
+def test_e1_evs():
+    changed = changes(torch.tensor(E1).float().unflatten(0, (3, 4)))
+    expected = torch.tensor([[255, 255, 255, 255], [0, 0.2929, 0, 0.2], [1, 0, 0.0513, 0]])
+    assert torch.allclose(changed, expected, atol=5e-4)
+    out = reduce_tokens(create("reducer", "evs", keep_ratio=0.5), clip(E1, 3))
+    assert out.indices.tolist() == [0, 1, 2, 3, 5, 8]
+
+
+@pytest.mark.parametrize(
+    ("frames", "per_frame", "keep_ratio", "kept"),
+    [(3, 4, 0.25, 4), (8, 100, 0.3, 240), (10, 7, 0.67, 46), (10, 100, 0.1, 100)],
+)
+def test_e1_counts(frames, per_frame, keep_ratio, kept):
+    reducer = create("reducer", "evs", keep_ratio=keep_ratio)
+    assert reducer.plan(frames * per_frame, (frames, 1, per_frame), "video") == kept
+
+
+def test_evs_keeps_what_moves():
+    """A still clip in which one cell changes in one frame."""
+    frames = torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(0)).repeat(4, 1, 1)
+    frames[2:, 5] = torch.randn(6, generator=torch.Generator().manual_seed(1))
+    tokens = VisualTokens.full(frames.flatten(0, 1), (4, 3, 3), "video")
+    out = reduce_tokens(create("reducer", "evs", keep_ratio=10 / 36), tokens)
+    assert out.indices.tolist() == [*range(9), 2 * 9 + 5]
+
+
+VC1 = [
+    *([12, 3, 4, 5], [12, 4, 1, -1], [9, 4, 4, -2], [12, 1, 4, -4]),
+    *([3, 4, 3, -8], [6, 2, 3, 3], [6, 1, 2, 8], [12, 2, 2, 8]),
+    *([3, 3, 2, -2], [9, 2, 2, 6], [12, 4, 3, 4], [12, 2, 4, -4]),
+]
+
+
+def test_vc1_vidcom2():
+    values = torch.tensor(VC1).float()
+    assert torch.allclose(values.var(dim=0, correction=0), torch.tensor([12, 1.2222, 0.9722, 25.41]), atol=5e-3)
+    assert sorted(steady_channels(values).tolist()) == [1, 2]
+    to_clip, resemblance = likeness(values.unflatten(0, (3, 4)))
+    expected = torch.tensor(
+        [[9.8007, 6.6622, 9.9245, 7.2788], [9.3526, 9.7352, 9.0992, 9.9070], [9.3253, 9.9725, 9.6074, 8.7624]]
+    )
+    assert torch.allclose(resemblance, expected, atol=5e-4)
+    assert torch.allclose(-to_clip.mean(dim=1), torch.tensor([-4.2098, -4.7522, -4.6964]), atol=5e-4)
+    assert frame_shares(to_clip, 0.5).tolist() == [3, 1, 1]
+    assert reduce_tokens(create("reducer", "vidcom2", keep_ratio=0.5), clip(VC1, 3)).indices.tolist() == [
+        0,
+        1,
+        3,
+        6,
+        8,
+        11,
+    ]
+
+
+def test_vidcom2_gives_back_what_is_too_much():
+    """r = 0.42: the frames ask for 3 + 1 + 1 tokens where 5 are to stay, at 0.34 for 2 + 1 + 1 of 4."""
+    frames = torch.tensor(VC1).float().unflatten(0, (3, 4))
+    to_clip, resemblance = likeness(frames)
+    for keep_ratio in (0.26, 0.34, 0.42, 0.59, 0.76, 0.92):
+        shares = frame_shares(to_clip, keep_ratio).long().tolist()
+        own = [t * 4 + i for t, k in enumerate(shares) for i in resemblance[t].argsort()[:k].tolist()]
+        flat = resemblance.flatten()
+        others = [i for i in flat.argsort().tolist() if i not in own]
+        ranked = sorted(own, key=lambda i: flat[i].item()) + others
+        k = max(3, int(round(12 * keep_ratio * 1000) // 1000))
+        out = reduce_tokens(create("reducer", "vidcom2", keep_ratio=keep_ratio), clip(VC1, 3))
+        assert out.indices.tolist() == sorted(ranked[:k])
+
+
+H1 = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+
+
+def saved(still: torch.Tensor, found: list[tuple[int, int]]) -> int:
+    return sum((last - first) * int(still[first:last].all(dim=0).sum()) for first, last in found if last > first)
+
+
+def test_h1_segments():
+    assert segments(H1) == [(0, 2), (3, 5)]
+    assert [saved(H1[:end], segments(H1[:end])) for end in range(6)] == [0, 3, 4, 4, 7, 8]
+    assert segments(torch.ones(3, 2).bool()) == [(0, 3)]
+    assert saved(torch.ones(3, 2).bool(), [(0, 3)]) == 6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_segments_save_as_much_as_any(seed):
+    rng = torch.Generator().manual_seed(seed)
+    still = torch.rand(6, 5, generator=rng) > 0.35
+
+    def best(end: int) -> int:
+        return max([0, *(best(start - 1) + saved(still, [(start, end)]) for start in range(end + 1))]) if end > 0 else 0
+
+    found = segments(still)
+    assert [frame for first, last in found for frame in range(first, last + 1)] == list(range(7))
+    assert saved(still, found) == best(6)
+
+
+def test_k1_clusters():
+    points = torch.tensor([0.0, 1, 3, 10, 11, 14]).unsqueeze(1)
+    centres, labels = dpc_knn(points, 2, 2)
+    assert centres.sort().values.tolist() == [0, 3]
+    groups = [[i for i in range(6) if labels[i] == c] for c in centres.argsort().tolist()]
+    assert groups == [[0, 1, 2], [3, 4, 5]]
+    assert [round(points[g].mean().item(), 4) for g in groups] == [1.3333, 11.6667]
+    centres, labels = dpc_knn(points, 3, 2)
+    assert centres.tolist() == [0, 3, 1]
+    assert [[i for i in range(6) if labels[i] == c] for c in range(3)] == [[0], [3, 4, 5], [1, 2]]
+
+
+def test_clusters_of_copies_are_all_there():
+    centres, labels = dpc_knn(torch.ones(6, 3), 4, 4)
+    assert centres.tolist() == [0, 1, 2, 3]
+    assert sorted(set(labels.tolist())) == [0, 1, 2, 3]
+
+
+def test_holitom_averages_what_stands_still():
+    """Two cells that never move, two that always do: the still ones become one token each, in the first frame."""
+    rng = torch.Generator().manual_seed(0)
+    frames = torch.randn(3, 4, 8, generator=rng)
+    frames[:, 1] = torch.randn(8, generator=rng) + 0.01 * torch.randn(3, 8, generator=rng)
+    frames[:, 3] = torch.randn(8, generator=rng)
+    attention = torch.tensor([[0.0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 1, 0]]).reshape(1, 12)
+    tokens = VisualTokens.full(frames.flatten(0, 1), (3, 2, 2), "video", {ATTENTION_RECEIVED: attention})
+    # 8 tokens are left of 12: two still ones and two in each frame.
+    out = reduce_tokens(create("reducer", "holitom", keep_ratio=0.9), tokens)
+    assert out.indices.tolist() == [0, 1, 2, 3, 4, 6, 8, 10]
+    assert out.sizes.tolist() == [1, 3, 1, 3, 1, 1, 1, 1]
+    assert torch.allclose(out.embeddings[1], frames[:, 1].mean(dim=0), atol=1e-6)
+    # 4 of them: a cluster of the still ones, and the one that is looked at in each frame.
+    out = reduce_tokens(create("reducer", "holitom", keep_ratio=1 / 3), tokens)
+    assert out.indices.tolist() == [1, 2, 4, 10]
+    assert out.sizes.tolist() == [6, 1, 1, 1]
+    expected = 0.6 * frames[:, 1].mean(dim=0) + 0.4 * frames[:, 3].mean(dim=0)
+    assert torch.allclose(out.embeddings[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VIDEO)
+@pytest.mark.parametrize("grid", [(1, 3, 5), (2, 1, 1), (9, 2, 3), (5, 7, 7)])
+@pytest.mark.parametrize("keep_ratio", [0.05, 0.25, 0.6])
+def test_images_stay_and_clips_lose(name, grid, keep_ratio):
+    reducer = create("reducer", name, keep_ratio=keep_ratio)
+    t, h, w = grid
+    embeddings = torch.randn(t * h * w, 12, generator=torch.Generator().manual_seed(t))
+    evidence = {ATTENTION_RECEIVED: torch.rand(2, t * h * w)}
+    image = VisualTokens.full(embeddings, grid, "image", evidence)
+    assert torch.equal(reduce_tokens(reducer, image).embeddings, embeddings)
+    out = reduce_tokens(reducer, replace(image, kind="video"))
+    assert out.num_tokens <= reducer.plan(t * h * w, grid, "video")
+    least = {"evs": h * w, "vidcom2": t, "holitom": 1}[name]
+    assert out.num_tokens <= max(least, round(keep_ratio * t * h * w))
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_a_clip_of_one_picture_loses_nothing_that_moves(name):
+    """All frames equal: what is left shows every cell once before it shows any twice."""
+    frame = torch.randn(12, 16, generator=torch.Generator().manual_seed(5))
+    tokens = VisualTokens.full(frame.repeat(6, 1), (6, 3, 4), "video", {ATTENTION_RECEIVED: torch.rand(2, 72)})
+    out = reduce_tokens(create("reducer", name, keep_ratio=0.5), tokens)
+    cells = out.indices % 12
+    if name == "holitom":
+        assert out.indices.tolist() == list(range(12))
+        assert torch.allclose(out.embeddings, frame, atol=1e-5)
+    elif name == "evs":
+        assert set(cells.tolist()) == set(range(12))
+    assert out.num_tokens == (12 if name == "holitom" else 36)
+
+
+@pytest.mark.parametrize("spec", ["uniform + evs", "evs + vidcom2", "divprune + holitom", "pool2 + evs"])
+def test_behind_one_that_removes_cells_they_are_refused(spec):
+    with pytest.raises(InvalidOption, match=r"every cell of the grid|tokens do not meet them"):
+        build_reducer(spec)
+
+
+def test_chains_of_a_clip():
+    reducer = build_reducer("evs:keep_ratio=0.5 + divprune:keep_ratio=0.5")
+    tokens = clip(E1 * 4, 12)
+    out = reduce_tokens(reducer, tokens)
+    assert out.num_tokens == 12 == reducer.plan(48, tokens.grid, "video")
+    image = reduce_tokens(reducer, replace(tokens, kind="image"))
+    assert image.num_tokens == 24 == reducer.plan(48, tokens.grid, "image")
+
+
+@pytest.mark.parametrize("threshold", [1.5, "x", True])
+def test_bad_thresholds_are_refused(threshold):
+    with pytest.raises(InvalidOption, match="threshold"):
+        create("reducer", "holitom", threshold=threshold)
