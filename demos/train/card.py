@@ -78,7 +78,9 @@ def objects(rows: Sequence[Row]) -> str:
         if row["group"].startswith("objects="):
             number = row["group"].removeprefix("objects=")
             by_task.setdefault(row["task"], {})[number] = f"{row['cells'][0]['exact']:.2f} of {row['items']}"
-    numbers = sorted({n for found in by_task.values() for n in found}, key=lambda n: (n.endswith("+"), n))
+    numbers = sorted(
+        {n for found in by_task.values() for n in found}, key=lambda n: (n.endswith("+"), int(n.rstrip("+")))
+    )
     ordered = sorted(by_task, key=lambda task: (task.startswith("clip"), task))
     return markdown(["task", *numbers], [[task, *(by_task[task].get(n, "") for n in numbers)] for task in ordered])
 
