@@ -34,6 +34,7 @@ from mm.core.data import (
     Message,
     Request,
     Sampling,
+    SpeculationOptions,
     Summary,
     TextPart,
     Timings,
@@ -117,7 +118,13 @@ def build_engine(config: ModelConfig) -> Engine:
     )
     most = config.max_num_seqs * family.max_context_tokens
     kv_bytes = kv_cache_bytes(family.language.cache_shape, most, config.kv_cache_gb)
-    return Engine(family, limits=limits, kv_bytes=kv_bytes, share_prefixes=config.prefix_caching)
+    return Engine(
+        family,
+        limits=limits,
+        kv_bytes=kv_bytes,
+        share_prefixes=config.prefix_caching,
+        speculation=config.speculation,
+    )
 
 
 def _use_threads(config: ModelConfig) -> None:
@@ -170,7 +177,8 @@ class Model:
                 images or uint8 arrays (H, W, 3).
             **options: Fields of `Sampling` (max_new_tokens, temperature, top_p, top_k, seed, stop, n, logprobs,
                 response_format and more), of `VisionOptions` (reducer, keep_ratio, num_frames, fps) and of `Request`
-                (priority, timeout_s, cache_salt). Without a temperature the model's own default holds.
+                (priority, timeout_s, cache_salt, and speculation: a drafter's name or `SpeculationOptions`). Without a
+                temperature the model's own default holds.
 
         Raises:
             MmError: Names what was given, what is allowed and what to do.
@@ -276,7 +284,7 @@ def collect(events: Iterator[Event]) -> Answer:
 SAMPLING_FIELDS = {f.name for f in dataclasses.fields(Sampling)}
 VISION_FIELDS = {"reducer", "keep_ratio", "return_map"}
 FRAME_FIELDS = {f.name for f in dataclasses.fields(FrameSampling)}
-REQUEST_FIELDS = {"priority", "timeout_s", "cache_salt"}
+REQUEST_FIELDS = {"priority", "timeout_s", "cache_salt", "speculation"}
 FIELDS = SAMPLING_FIELDS | VISION_FIELDS | FRAME_FIELDS | REQUEST_FIELDS
 
 
@@ -311,8 +319,23 @@ def build_request(
         media=media,
         sampling=Sampling(**sampling),
         vision=VisionOptions(**vision, frames=FrameSampling(**frames) if frames else None),
-        **{name: options[name] for name in REQUEST_FIELDS & options.keys()},
+        **{name: options[name] for name in (REQUEST_FIELDS - {"speculation"}) & options.keys()},
+        speculation=_speculation(options.get("speculation")),
     )
+
+
+def _speculation(value: Any) -> SpeculationOptions:
+    """What `speculation=` may be: a drafter's name, the fields as a mapping, or the options themselves."""
+    if value is None or isinstance(value, SpeculationOptions):
+        return value or SpeculationOptions()
+    fields: Any = {"drafter": value} if isinstance(value, str) else value
+    allowed = {f.name for f in dataclasses.fields(SpeculationOptions)}
+    if not isinstance(fields, Mapping) or not fields.keys() <= allowed:
+        raise InvalidRequest(
+            f"speculation was {value!r}; give a drafter's name or a mapping with {', '.join(sorted(allowed))}",
+            "speculation",
+        )
+    return SpeculationOptions(**fields)
 
 
 def _conversation(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm.core.data import Encoded, Event, Request
-from mm.engine.report import INTER_TOKEN_S, STEP_ROWS, EngineStats, Histogram
+from mm.engine.report import INTER_TOKEN_S, STEP_ROWS, EngineStats, Histogram, SpeculationStats
 from mm.engine.sequence import Sink
 
 
@@ -18,6 +18,7 @@ def stats_of(**figures: Any) -> EngineStats:
     figures = dict.fromkeys(EngineStats.__dataclass_fields__, 0) | {"engine_id": "scripted"} | figures
     for name, bounds in (("step_rows", STEP_ROWS), ("inter_token_s", INTER_TOKEN_S)):
         figures[name] = figures[name] or Histogram(bounds)
+    figures["speculation"] = figures["speculation"] or SpeculationStats()
     return EngineStats(**figures)
 
 

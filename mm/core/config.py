@@ -62,6 +62,28 @@ class SourcePolicy:
     max_redirects: int = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeculationLimits:
+    """What may be drafted ahead of the decoder.
+
+    Attributes:
+        drafter: Specification used when a request names none; "none" does not draft.
+        drafters: Further ones that requests may name. A request may always turn drafting off.
+        max_draft_tokens: Drafted tokens per answer and pass; requests may ask for fewer.
+        control: Whether measured costs and acceptance decide how much is verified. Without it all that is drafted is:
+            for tests and measurements.
+    """
+
+    drafter: str = "none"
+    drafters: tuple[str, ...] = ()
+    max_draft_tokens: int = 15
+    control: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_draft_tokens <= 255:
+            raise InvalidOption("model", "max_draft_tokens", f"was {self.max_draft_tokens}; it has to be 1 to 255")
+
+
 VideoDecoder = Literal["pyav", "decord"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -84,6 +106,7 @@ class ModelConfig:
         max_batch_tokens: Rows of one pass through the decoder; None takes 512 on a CPU, 4096 on a GPU.
         max_waiting: Requests that may wait for the decoder; more are refused.
         prefix_caching: Whether prompts begin with the rows that earlier ones left in the KV cache.
+        speculation: What may be drafted ahead of the decoder, and by whom.
         limits, sources: What media may be, and from where.
     """
 
@@ -101,6 +124,7 @@ class ModelConfig:
     max_batch_tokens: int | None = None
     max_waiting: int = 256
     prefix_caching: bool = True
+    speculation: SpeculationLimits = SpeculationLimits()
     limits: MediaLimits = MediaLimits()
     sources: SourcePolicy = SourcePolicy()
 

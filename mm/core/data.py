@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm.core.errors import InvalidRequest
 from mm.core.sampling import ResponseFormat, Sampling
 
 Kind = Literal["image", "video"]
@@ -211,6 +212,27 @@ class VisionOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculationOptions:
+    """What a request asks of drafting, within what the operator allows. It changes how fast an answer comes, not what.
+
+    Attributes:
+        drafter: A drafter specification such as "copy" or "copy + recycle"; None takes the server's default.
+        max_draft_tokens: Drafted tokens per pass; 0 drafts nothing, None takes the server's limit.
+    """
+
+    drafter: str | None = None
+    max_draft_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        most = self.max_draft_tokens
+        if self.drafter is not None and not isinstance(self.drafter, str):
+            raise InvalidRequest("speculation.drafter has to be a drafter's name", "speculation.drafter")
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+            name = "speculation.max_draft_tokens"
+            raise InvalidRequest(f"{name} was {most!r}; it has to be a whole number, at least 0", name)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One question about some media. `messages` refer to `media` by index, each item exactly once and in order.
 
@@ -225,6 +247,7 @@ class Request:
     media: tuple[Media, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     vision: VisionOptions = field(default_factory=VisionOptions)
+    speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     priority: int = 0
     timeout_s: float | None = None
     cache_salt: str = ""
@@ -296,7 +319,8 @@ class Usage:
     """Token counts of one request. `num_prompt_tokens` is what the decoder really saw, after reduction.
 
     Of visual tokens: `_in` came from the encoder, `_prompt` entered the decoder, `_kept` are left behind the last layer
-    at whose input some were dropped.
+    at whose input some were dropped. Of drafted tokens: `_accepted` are part of the answers, `_rejected` were verified
+    for nothing.
     """
 
     num_prompt_tokens: int
@@ -308,6 +332,8 @@ class Usage:
     num_video_tokens_in: int = 0
     num_video_tokens_prompt: int = 0
     num_video_tokens_kept: int = 0
+    num_accepted_tokens: int = 0
+    num_rejected_tokens: int = 0
 
     @property
     def num_visual_tokens_in(self) -> int:
@@ -354,6 +380,7 @@ class Delta:
 
     `num_prompt_tokens` is what the decoder saw of the prompt; the first delta of a request says it, for running totals.
     `logprobs` has one entry for each of `token_ids` when the request asks for them, and is empty otherwise.
+    `num_drafted` of `token_ids` were drafted ahead and found right.
     """
 
     choice: int
@@ -362,6 +389,7 @@ class Delta:
     finish_reason: str | None = None
     num_prompt_tokens: int | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_drafted: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,6 +422,7 @@ __all__ = [
     "Request",
     "ResponseFormat",
     "Sampling",
+    "SpeculationOptions",
     "Summary",
     "TextPart",
     "Timings",

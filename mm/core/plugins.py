@@ -272,7 +272,7 @@ def options_of(plugin: Any) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(plugin)} if dataclasses.is_dataclass(plugin) else {}
 
 
-def create(kind: PluginKind, name: str, **options: Any) -> Any:
+def create(kind: PluginKind, name: str, /, **options: Any) -> Any:
     """Build the plugin `name` with `options`.
 
     Raises:

@@ -7,46 +7,37 @@ One lock lets one of them in at a time, so the cache and the line have one owner
 
 from __future__ import annotations
 
-import itertools
 import logging
 import queue
 import threading
 import time
 import uuid
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from mm.core.config import SpeculationLimits
 from mm.core.data import Encoded, Event, Request
-from mm.core.errors import CapacityError, ContextTooLong, DeadlineExceeded, EngineError, InvalidRequest, ReducerFault
-from mm.core.plugins import Reducer, inner_stages
+from mm.core.errors import CapacityError, DeadlineExceeded, EngineError, ReducerFault
+from mm.core.plugins import Reducer
+from mm.engine.admission import add_hooks, answer_length
 from mm.engine.attention import build_attention
 from mm.engine.eviction import evict
 from mm.engine.kv_cache import KVCache
 from mm.engine.output import Output
 from mm.engine.prefix_cache import PrefixCache
-from mm.engine.report import INTER_TOKEN_S, STEP_ROWS, EngineStats, Feed, Histogram, summary
+from mm.engine.report import Counters, EngineStats, Feed, summary
 from mm.engine.samplers import SamplerFactory
-from mm.engine.sampling import choose
+from mm.engine.sampling import Chosen
 from mm.engine.scheduler import Limits, Plan, Planned, Scheduler
 from mm.engine.sequence import Answer, Job, Sink
+from mm.engine.speculation import Round, Speculation
 from mm.engine.step import Chunk, Decoding, Pass
+from mm.engine.verify import Walk, draw, verify
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class _Counters:
-    num_steps: int = 0
-    num_rows: int = 0
-    step_s: float = 0.0
-    model_s: float = 0.0
-    step_rows: Histogram = field(default_factory=lambda: Histogram(STEP_ROWS))
-    inter_token_s: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_S))
-    order: Any = field(default_factory=itertools.count)
 
 
 class Engine:
@@ -57,9 +48,18 @@ class Engine:
         limits: Bounds of the line and of a pass.
         kv_bytes: Size of the cache.
         share_prefixes: Whether prompts begin with what earlier ones left.
+        speculation: What may be drafted; None is nothing.
     """
 
-    def __init__(self, family: Any, *, limits: Limits, kv_bytes: int, share_prefixes: bool = True) -> None:
+    def __init__(
+        self,
+        family: Any,
+        *,
+        limits: Limits,
+        kv_bytes: int,
+        share_prefixes: bool = True,
+        speculation: SpeculationLimits | None = None,
+    ) -> None:
         self.engine_id = uuid.uuid4().hex
         self.family, self.limits = family, limits
         self.samplers = SamplerFactory(family)
@@ -72,11 +72,14 @@ class Engine:
         self.prefixes = PrefixCache(self.cache, enabled=share_prefixes)
         self._scheduler = Scheduler(self.cache, self.prefixes, limits)
         self._pass = Pass(family.language, build_attention(self.cache))
+        self.speculation = Speculation(family, speculation or SpeculationLimits())
+        if self.speculation.is_on:
+            self.speculation.calibrate(self._pass, limits.max_batch_tokens)
         self._lock = threading.Lock()
         self._arrivals: queue.SimpleQueue[list[Answer]] = queue.SimpleQueue()
         self._door = threading.Lock()
         self._answers: set[Answer] = set()
-        self._counters = _Counters()
+        self._counters = Counters()
         self._draining = False
         self.wake = threading.Event()
 
@@ -95,7 +98,7 @@ class Engine:
         """
         self._check_room()
         prompt = self.family.splice(request.messages, [item.tokens for item in encoded])
-        max_new_tokens = self._max_new_tokens(request, prompt.length, prompt.next_position)
+        max_new_tokens = answer_length(request, prompt, self.family.max_context_tokens, self.cache)
         samplers = self.samplers.make(request.sampling, prompt)
         before = time.perf_counter()
         job = Job(
@@ -108,9 +111,14 @@ class Engine:
             deadline=None if request.timeout_s is None else before + request.timeout_s,
             num_left=len(samplers),
         )
-        self._add_hooks(job, reducer)
+        add_hooks(job, reducer, self.family.language.num_layers)
         answers = [
-            Answer(job=job, sampler=s, output=Output(self.samplers.vocabulary, s, request.sampling, max_new_tokens))
+            Answer(
+                job=job,
+                sampler=s,
+                output=Output(self.samplers.vocabulary, s, request.sampling, max_new_tokens),
+                drafting=self.speculation.drafting(request),
+            )
             for s in samplers
         ]
         answers[0].siblings = answers[1:]
@@ -151,38 +159,6 @@ class Engine:
         step_s = counters.step_s / max(1, counters.num_steps)
         return max(1, min(60, round(step_s * len(self._scheduler.waiting))))
 
-    def _max_new_tokens(self, request: Request, num_rows: int, next_position: int) -> int:
-        asked = request.sampling.max_new_tokens
-        context = self.family.max_context_tokens
-        if context - next_position < max(1, asked or 0):
-            raise ContextTooLong(next_position, asked or 1, context)
-        shape = self.cache.shape
-        room = self.cache.num_blocks // shape.num_layers * shape.block_size - num_rows
-        if room < max(1, asked or 0):
-            raise InvalidRequest(
-                f"the prompt has {num_rows} tokens and {asked or 1} were asked for, but this server's KV cache holds "
-                f"{room + num_rows}; shorten the prompt, keep fewer visual tokens, or lower max_tokens",
-                "messages",
-                "context_length_exceeded",
-            )
-        return asked or min(room, context - next_position)
-
-    def _add_hooks(self, job: Job, reducer: Reducer) -> None:
-        prefill, decode = inner_stages(reducer)
-        num_layers = self.family.language.num_layers
-        for stage in prefill:
-            for layer in stage.layers(num_layers):
-                if not 0 < layer < num_layers or layer in job.hooks:
-                    raise InvalidRequest(
-                        f"{type(stage).__name__} acts at layer {layer}; this model allows 1 to {num_layers - 1}, each "
-                        "for one reducer",
-                        "vision.reducer",
-                    )
-                job.hooks[layer] = stage
-        job.evictors = decode
-        if not job.prompt.is_visual.any():
-            job.hooks, job.evictors = {}, ()
-
     # ── running ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -210,6 +186,7 @@ class Engine:
             model_s=counters.model_s,
             step_rows=counters.step_rows.copy(),
             inter_token_s=counters.inter_token_s.copy(),
+            speculation=self.speculation.stats.copy(),
         )
 
     def events(self, job: Job, feed: Feed) -> Generator[Event]:
@@ -242,6 +219,9 @@ class Engine:
         start = time.perf_counter()
         self._take_arrivals()
         self._reap()
+        self.speculation.propose(
+            [answer for answer in self._scheduler.running if answer.is_decoding], self.limits.max_batch_tokens
+        )
         plan = self._scheduler.plan()
         num_rows = plan.num_rows
         if not num_rows:
@@ -279,6 +259,7 @@ class Engine:
                 self._fail(job, DeadlineExceeded("the request took longer than it may"))
 
     def _run(self, plan: Plan) -> None:
+        began = self.speculation.clock()
         last = [answer.output.token_ids[-1] for answer in plan.decoding]
         texts = [item.answer.generated(item.count) for item in plan.chunks]
         ids = torch.tensor(last + [token for text in texts for token in text], dtype=torch.int64)
@@ -287,20 +268,32 @@ class Engine:
         for item, text in zip(plan.chunks, texts, strict=True):
             chunks.append(item.answer.chunk(item.count, rows[at : at + len(text)] if text else None))
             at += len(text)
+        decoding = self._decoding(plan.decoding, rows[: len(last)])
         start = time.perf_counter()
-        logits = self._pass.run(chunks, self._decoding(plan.decoding, rows[: len(last)]))
+        logits = self._pass.run(chunks, decoding, self.speculation.watched(plan.answers))
         self._counters.model_s += time.perf_counter() - start
-        for answer in plan.decoding:
+        rounds: list[Round] = []
+        for i, answer in enumerate(plan.decoding):
             answer.num_computed += 1
-        ready, sources = list(plan.decoding), list(range(len(plan.decoding)))
-        row = len(ready)
+            states = {} if decoding is None else {name: state[i : i + 1] for name, state in decoding.states.items()}
+            rounds.append(Round(answer, last[i], i, Walk(), states))
+        row = len(rounds)
         for item, chunk in zip(plan.chunks, chunks, strict=True):
-            begun = self._advance(item, chunk)
-            ready += begun
-            sources += [row] * len(begun)
+            rounds += self._begun(item, chunk, row)
             row += chunk.num_logits
-        if ready:
-            self._emit(ready, logits if sources == list(range(logits.shape[0])) else logits[sources])
+        self._emit(rounds, logits)
+        if not plan.has_prompts:
+            self.speculation.times.observe(plan.num_rows, self.speculation.clock() - began)
+        self.speculation.finish(rounds, logits)
+
+    def _begun(self, item: Planned, chunk: Chunk, row: int) -> list[Round]:
+        """What a chunk gives: one or more tokens to its answer, a token to each sibling, or nothing yet."""
+        answer = item.answer
+        if answer.draft.num_tokens:
+            return [Round(answer, answer.output.token_ids[-1], row, Walk(answer.draft), chunk.states)]
+        root = answer.newest_token
+        states = {name: state[-1:] for name, state in chunk.states.items()}
+        return [Round(one, root, row, Walk(), states) for one in self._advance(item, chunk)]
 
     def _decoding(self, answers: Sequence[Answer], rows: torch.Tensor) -> Decoding | None:
         if not answers:
@@ -311,6 +304,7 @@ class Engine:
     def _advance(self, item: Planned, chunk: Chunk) -> list[Answer]:
         """Count a chunk's rows as computed; the answers that its last row gives a token to."""
         answer = item.answer
+        self.speculation.keep_prompt_states(answer, answer.num_computed, chunk)
         answer.num_computed += item.count
         if chunk.error is not None:
             self._fail(answer.job, chunk.error)
@@ -327,6 +321,8 @@ class Engine:
         self.prefixes.put(answer.slot, answer.prefix)
         ready = [answer]
         for sibling in answer.siblings:
+            if sibling.drafting is not None and answer.drafting is not None:
+                sibling.drafting.prompt_states = answer.drafting.prompt_states
             if self._scheduler.fork(answer, sibling):
                 ready.append(sibling)
             else:
@@ -345,30 +341,69 @@ class Engine:
         else:
             del answer.prefix[untouched // self.cache.shape.block_size :]
 
-    def _emit(self, answers: Sequence[Answer], logits: torch.Tensor) -> None:
-        chosen = choose(logits, [a.sampler for a in answers], [a.output.position for a in answers])
+    def _emit(self, rounds: Sequence[Round], logits: torch.Tensor) -> None:
+        """Give each answer its tokens: one, and those that follow as long as its draft had them."""
+        start = time.perf_counter()
+        walks = [one.walk for one in rounds]
+
+        def say(alive: list[int]) -> list[int | None]:
+            going = [rounds[i] for i in alive]
+            rows = [one.first + one.walk.row for one in going]
+            chosen = draw(
+                logits if rows == list(range(logits.shape[0])) else logits[rows],
+                [one.walk for one in going],
+                [one.answer.sampler for one in going],
+                [one.answer.output.position for one in going],
+            )
+            return [self._say(one, token) for one, token in zip(going, chosen, strict=True)]
+
+        verify(walks, say)
+        drafted = [one for one in rounds if one.walk.draft.num_tokens and one.answer.slot is not None]
+        for one in drafted:
+            assert one.answer.slot is not None
+            self.cache.keep_path(one.answer.slot, one.walk.draft.num_tokens + 1, one.walk.path)
+            one.answer.num_computed += len(one.walk.path)
         now = time.perf_counter()
-        for answer, one in zip(answers, chosen, strict=True):
-            job = answer.job
-            if isinstance(one, EngineError):
-                self._fail(job, one)
-                continue
-            if answer not in self._answers:
-                continue  # a sibling's failure took the request away
-            job.num_completion_tokens += 1
-            if answer.last_token is not None:
-                self._counters.inter_token_s.observe(now - answer.last_token)
-            answer.last_token = now
-            first = job.first_token is None
-            job.first_token = job.first_token or now
-            try:
-                job.sink.put(answer.output.push(one, job.prompt.length if first else None))
-            except Exception as error:
-                log.exception("an answer cannot go on: request_id=%s", job.request.request_id)
-                self._fail(job, EngineError(f"a token could not be added to the answer: {type(error).__name__}"))
-                continue
-            if answer.output.finish_reason is not None:
-                self._finish(answer, now)
+        for one in rounds:
+            self.speculation.count(one)
+        for one in rounds:
+            self._settle(one, now)
+        if drafted:
+            self.speculation.stats.verify_s += now - start
+
+    def _say(self, one: Round, chosen: Chosen | EngineError) -> int | None:
+        """Make a token part of an answer; None where that ends it."""
+        answer, job = one.answer, one.answer.job
+        if answer not in self._answers:
+            return None  # a sibling's failure took the request away
+        if isinstance(chosen, EngineError):
+            self._fail(job, chosen)
+            return None
+        first = job.first_token is None
+        job.first_token = job.first_token or time.perf_counter()
+        is_drafted = one.walk.child_with(chosen.token_id) is not None
+        try:
+            delta = answer.output.push(chosen, job.prompt.length if first else None, is_drafted=is_drafted)
+            job.sink.put(delta)
+        except Exception as error:
+            log.exception("an answer cannot go on: request_id=%s", job.request.request_id)
+            self._fail(job, EngineError(f"a token could not be added to the answer: {type(error).__name__}"))
+            return None
+        job.num_completion_tokens += 1
+        one.said.append(chosen.token_id)
+        return chosen.token_id if answer.output.finish_reason is None else None
+
+    def _settle(self, one: Round, now: float) -> None:
+        """Note when tokens came, and let go of an answer that is over."""
+        answer = one.answer
+        if answer not in self._answers or not one.said:
+            return
+        if answer.last_token is not None:
+            for _ in one.said:
+                self._counters.inter_token_s.observe((now - answer.last_token) / len(one.said))
+        answer.last_token = now
+        if answer.output.finish_reason is not None:
+            self._finish(answer, now)
 
     def _finish(self, answer: Answer, now: float) -> None:
         job = answer.job
@@ -378,6 +413,7 @@ class Engine:
                 self.prefixes.put(answer.slot, job.names(size, answer.output.token_ids[:-1]))
         self._scheduler.remove(answer)
         self._answers.discard(answer)
+        self.speculation.close(answer)
         job.num_left -= 1
         if not job.num_left:
             job.is_over = True
@@ -392,5 +428,6 @@ class Engine:
     def _forget(self, job: Job) -> None:
         job.is_over = True
         for answer in [answer for answer in self._answers if answer.job is job]:
+            self.speculation.close(answer)
             self._scheduler.remove(answer)
             self._answers.discard(answer)

@@ -13,6 +13,7 @@ Whoever writes into a block that is not its own alone gets a copy of it first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -214,6 +215,38 @@ class KVCache:
         self.grow(slot, len(kept) - start, layer, layer + 1)
         target = torch.from_numpy(self.places(layer, slot, start)).to(self.keys.device)
         flat_keys[target], flat_values[target] = keys, values
+
+    def keep_path(self, slot: int, count: int, path: Sequence[int]) -> None:
+        """Of a slot's last `count` rows keep those of `path`, in every layer, densely.
+
+        For rows that one `grow` made room for: their blocks are the slot's own.
+
+        Args:
+            path: Ascending, counted from the first of these rows.
+        """
+        base = self.lengths[:, slot] - count
+        if path[-1] != len(path) - 1:
+            source, target = (
+                torch.from_numpy(self._places_behind(slot, base, rows)).to(self.keys.device)
+                for rows in (np.array(path), np.arange(len(path)))
+            )
+            for pool in (self.keys.flatten(0, 1), self.values.flatten(0, 1)):
+                pool[target] = pool[source]
+        self._cut(slot, base + len(path))
+
+    def _places_behind(self, slot: int, base: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(layers * n,) places of the rows that lie `rows` behind each layer's `base`."""
+        size, at = self.shape.block_size, base[:, None] + rows
+        blocks = self.tables[self._layers[:, None], slot, at // size].astype(np.int64)
+        return (blocks * size + at % size).ravel()
+
+    def _cut(self, slot: int, lengths: np.ndarray) -> None:
+        """Forget each layer's rows from `lengths` on."""
+        size, held = self.shape.block_size, -(-self.lengths[:, slot] // self.shape.block_size)
+        wanted = -(-lengths // size)
+        for layer in np.flatnonzero(held > wanted).tolist():
+            self.release(self.tables[layer, slot, wanted[layer] : held[layer]])
+        self.lengths[:, slot] = lengths
 
     def places(self, layer: int, slot: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """(n,) int64: where in the flattened pool (num_blocks * block_size rows) rows start..stop of a layer are."""

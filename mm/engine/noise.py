@@ -19,9 +19,10 @@ _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
 
 
-def noise_key(seed: int, choice: int, position: int) -> int:
-    """The stream of one generated token."""
-    digest = hashlib.blake2b(f"{seed}:{choice}:{position}".encode(), digest_size=8).digest()
+def noise_key(seed: int, choice: int, position: int, purpose: str = "") -> int:
+    """The stream of one generated token; streams of different purposes have nothing to do with each other."""
+    text = f"{seed}:{choice}:{position}:{purpose}" if purpose else f"{seed}:{choice}:{position}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -30,12 +31,16 @@ def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
 
     Between -3.6 and 36.8: uniform numbers of 52 bits, never 0 or 1.
     """
-    z = (token_ids + 1) * _STEP + keys
+    return uniform(keys, token_ids).log_().neg_().log_().neg_()
+
+
+def uniform(keys: Tensor, numbers: Tensor) -> Tensor:
+    """Uniform numbers between 0 and 1, neither of them included; float64 of the broadcast shape of the two int64."""
+    z = (numbers + 1) * _STEP + keys
     z = _mixed(z, 30).mul_(_MIX_1)
     z = _mixed(z, 27).mul_(_MIX_2)
     z = _mixed(z, 31).bitwise_right_shift_(12).bitwise_and_((1 << 52) - 1)
-    uniform = z.double().add_(0.5).mul_(2.0**-52)
-    return uniform.log_().neg_().log_().neg_()
+    return z.double().add_(0.5).mul_(2.0**-52)
 
 
 def _mixed(z: Tensor, shift: int) -> Tensor:

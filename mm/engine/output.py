@@ -30,11 +30,17 @@ class Output:
         """Of the next token: what `choose` is given."""
         return len(self.token_ids)
 
-    def push(self, chosen: Chosen, num_prompt_tokens: int | None = None) -> Delta:
+    @property
+    def num_left(self) -> int:
+        """Tokens that the answer may still have."""
+        return self._max_new_tokens - len(self.token_ids)
+
+    def push(self, chosen: Chosen, num_prompt_tokens: int | None = None, *, is_drafted: bool = False) -> Delta:
         """Add a token. After the delta that carries a finish reason the answer is over.
 
         Args:
             num_prompt_tokens: Told with a request's first delta.
+            is_drafted: Whether a drafter had said it before.
         """
         token_id = chosen.token_id
         self._sampler.observe(token_id)
@@ -51,6 +57,7 @@ class Output:
             token_ids=(token_id,),
             finish_reason=self.finish_reason,
             num_prompt_tokens=num_prompt_tokens,
+            num_drafted=int(is_drafted),
             logprobs=()
             if chosen.logprob is None
             else (self._vocabulary.logprob(token_id, chosen.logprob, chosen.top),),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import queue
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mm.core.data import Event, KeptMap, Summary, Timings, Usage
 from mm.engine.sequence import Job
@@ -35,6 +37,49 @@ class Histogram:
         return Histogram(self.bounds, self.counts, self.total)
 
 
+@dataclass(kw_only=True)
+class SpeculationStats:
+    """What drafting has done so far.
+
+    Attributes:
+        num_drafts: Drafts that were verified.
+        num_draft_tokens, num_accepted_tokens: Tokens of these, and those that were right; no bonus token is counted.
+        num_accepted_per_position: At each depth of a draft.
+        num_target_steps, num_emitted_tokens: Times that a pass gave an answer tokens, with or without a
+            draft, and the tokens.
+        num_faults: Calls of a drafter that failed.
+        draft_s: Seconds in drafters: proposing and taking note.
+        verify_s: Seconds in passes that verified drafts, and in the walks behind them.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_per_position: list[int] = field(default_factory=list)
+    num_target_steps: int = 0
+    num_emitted_tokens: int = 0
+    num_faults: int = 0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens that a pass with a draft gave, the bonus token included."""
+        return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
+
+    @property
+    def tokens_per_target_step(self) -> float:
+        """Tokens that a pass gave an answer, with or without a draft: what predicts speed."""
+        return self.num_emitted_tokens / max(1, self.num_target_steps)
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.num_accepted_tokens / max(1, self.num_draft_tokens)
+
+    def copy(self) -> SpeculationStats:
+        return replace(self, num_accepted_per_position=list(self.num_accepted_per_position))
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """What the engine holds now and has done so far.
@@ -51,7 +96,8 @@ class EngineStats:
         num_steps, num_rows: Passes, and rows of all of them.
         step_s, model_s: Seconds in passes, and in the model's part of them.
         step_rows: Rows of each pass.
-        inter_token_s: Seconds between two tokens of an answer.
+        inter_token_s: Seconds between two tokens of an answer; of several that came at once, each a share.
+        speculation: What drafting has done.
     """
 
     engine_id: str
@@ -71,11 +117,25 @@ class EngineStats:
     model_s: float
     step_rows: Histogram
     inter_token_s: Histogram
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
     @property
     def kv_usage(self) -> float:
         """Share of the pool that requests hold, 0 to 1."""
         return (self.kv_used_bytes - self.kv_idle_bytes) / max(1, self.kv_total_bytes)
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """What an engine counts as it runs; see `EngineStats`."""
+
+    num_steps: int = 0
+    num_rows: int = 0
+    step_s: float = 0.0
+    model_s: float = 0.0
+    step_rows: Histogram = field(default_factory=lambda: Histogram(STEP_ROWS))
+    inter_token_s: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_S))
+    order: Any = field(default_factory=itertools.count)
 
 
 class Feed:
@@ -123,6 +183,8 @@ def _usage(job: Job, kept: Sequence[KeptMap]) -> Usage:
         num_prompt_tokens=job.prompt.length,
         num_completion_tokens=job.num_completion_tokens,
         num_cached_tokens=job.num_cached_tokens,
+        num_accepted_tokens=job.num_accepted_tokens,
+        num_rejected_tokens=job.num_drafted_tokens - job.num_accepted_tokens,
         num_image_tokens_in=count("image", "num_tokens_in"),
         num_image_tokens_prompt=count("image", "num_tokens"),
         num_image_tokens_kept=sum(len(item.kept) for item in kept if item.kind == "image"),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mm.core.errors import EngineError
 from mm.core.sampling import MAX_TOP_LOGPROBS
-from mm.engine.noise import gumbel, keys_of
+from mm.engine.noise import gumbel, keys_of, noise_key, uniform
 from mm.engine.structured import Matcher
 from mm.engine.warping import Penalty, Warp, add_biases, penalise, warp
 
@@ -171,6 +171,11 @@ class Sampler:
         """Gumbel noise (vocab,) float64: the token at `position` is argmax(law + noise)."""
         device = torch.device(device)
         return gumbel(keys_of([self._key(position)], device), torch.arange(vocab, device=device))[0]
+
+    def uniforms(self, position: int, count: int) -> list[float]:
+        """Numbers in [0, 1) that decide which drafted tokens stay at `position`; other ones than `noise` is made of."""
+        key = torch.tensor(noise_key(*self._key(position), purpose="accept"))
+        return uniform(key, torch.arange(count)).tolist()
 
     def _key(self, position: int) -> tuple[int, int, int]:
         return self.rule.seed, self.choice, position
@@ -360,6 +365,20 @@ class _Told:
         values, ids = self.law.topk(min(MAX_TOP_LOGPROBS, self.law.shape[1]))
         pairs = [zip(i, v, strict=True) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
         return [sorted(row, key=lambda pair: (-pair[1], pair[0])) for row in pairs]
+
+
+@torch.inference_mode()
+def told(logits: Tensor, token_id: int, num_logprobs: int | None) -> Chosen:
+    """A token that was chosen elsewhere, with what is to be told of it.
+
+    Args:
+        logits: (vocab,) the model's own at its place.
+    """
+    if num_logprobs is None:
+        return Chosen(token_id)
+    law = _Told.of(logits.float().unsqueeze(0), [0])
+    assert law is not None
+    return law.tell(torch.tensor([token_id], device=logits.device), [num_logprobs])[0]
 
 
 def new_seed() -> int:

@@ -1,9 +1,10 @@
 """Who takes part in the next pass, and with how many rows. Pure policy: no model, no tensors.
 
-Every pass first takes one row of each answer that decodes, then goes on with prompts that are under way, then admits
-waiting ones while slots, free blocks and the token budget last. The line is first come, first served within a
-priority, and its head is never passed by: so everyone is served. Who has waited longer than `max_wait_s` goes before
-all priorities. When blocks run out, the last in line gives up its rows and computes them again later.
+Every pass first takes one row of each answer that decodes, then goes on with prompts that are under way, then takes
+what was drafted, then admits waiting ones while slots, free blocks and the token budget last. The line is first come,
+first served within a priority, and its head is never passed by: so everyone is served. Who has waited longer than
+`max_wait_s` goes before all priorities. When blocks run out, the last in line gives up its rows and computes them again
+later; for drafts nobody has to.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mm.core.drafting import NO_DRAFT
 from mm.engine.kv_cache import KVCache
 from mm.engine.prefix_cache import PrefixCache
 from mm.engine.sequence import Answer
@@ -51,7 +53,7 @@ class Plan:
 
     Attributes:
         decoding: Answers that take one row each.
-        chunks: The rows of the others.
+        chunks: The rows of the others: prompts, and answers with drafts.
     """
 
     decoding: list[Answer]
@@ -64,6 +66,10 @@ class Plan:
     @property
     def answers(self) -> list[Answer]:
         return [*self.decoding, *(item.answer for item in self.chunks)]
+
+    @property
+    def has_prompts(self) -> bool:
+        return any(not item.answer.is_decoding for item in self.chunks)
 
 
 class Scheduler:
@@ -97,6 +103,8 @@ class Scheduler:
         """The next pass. Room for its rows is there when it begins."""
         planned, needed = self._continue()
         budget = self._limits.max_batch_tokens - sum(item.count for item in planned)
+        planned, needed = self._with_drafts(planned, needed, budget)
+        budget = self._limits.max_batch_tokens - sum(item.count for item in planned)
         self._age()
         while self.waiting and budget > 0 and self._cache.num_free_slots:
             answer = self.waiting[0]
@@ -108,8 +116,22 @@ class Scheduler:
             planned.append(self._share(answer, budget))
             needed += self._blocks(planned[-1])
             budget -= planned[-1].count
-        decoding = [item.answer for item in planned if item.answer.is_decoding]
-        return Plan(decoding=decoding, chunks=[item for item in planned if not item.answer.is_decoding])
+        decoding = [item.answer for item in planned if _is_one_row(item.answer)]
+        return Plan(decoding=decoding, chunks=[item for item in planned if not _is_one_row(item.answer)])
+
+    def _with_drafts(self, planned: list[Planned], needed: int, budget: int) -> tuple[list[Planned], int]:
+        """Drafted rows too, as far as tokens and free blocks last: nobody has to leave for them."""
+        for at, item in enumerate(planned):
+            answer = item.answer
+            if answer.draft.num_tokens:
+                answer.draft = answer.draft.cut(max(0, budget))
+                both = Planned(answer, 1 + answer.draft.num_tokens)
+                more = self._blocks(both) - self._blocks(item)
+                if not self._prefixes.make_room(needed + more):
+                    answer.draft = NO_DRAFT
+                    continue
+                planned[at], needed, budget = both, needed + more, budget - answer.draft.num_tokens
+        return planned, needed
 
     def _continue(self) -> tuple[list[Planned], int]:
         """Those being served, decoding ones first, each with what it needs, while blocks last; blocks needed."""
@@ -188,7 +210,7 @@ class Scheduler:
     def _leave(self, answer: Answer) -> None:
         assert answer.slot is not None
         self._cache.close(answer.slot)
-        answer.slot, answer.num_computed = None, 0
+        answer.slot, answer.num_computed, answer.draft = None, 0, NO_DRAFT
 
     def _age(self) -> None:
         """Who has waited too long goes to the front."""
@@ -201,6 +223,10 @@ class Scheduler:
 
     def _place(self, answer: Answer) -> tuple[int, int]:
         return answer.job.priority, answer.order
+
+
+def _is_one_row(answer: Answer) -> bool:
+    return answer.is_decoding and not answer.draft.num_tokens
 
 
 PRIORITY_LIMIT = 1 << 31

@@ -6,18 +6,22 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mm.core.data import Encoded, Event, Prompt, Request
+from mm.core.drafting import NO_DRAFT, Draft
 from mm.core.plugins import InDecode, InPrefill
 from mm.engine.output import Output
 from mm.engine.prefix_cache import Name, RowNames
 from mm.engine.sampling import Sampler
 from mm.engine.step import Chunk, Drops
+
+if TYPE_CHECKING:
+    from mm.engine.speculation import Drafting
 
 
 class Sink(Protocol):
@@ -60,6 +64,8 @@ class Job:
     num_completion_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
     is_over: bool = False
 
@@ -101,6 +107,8 @@ class Answer:
         siblings: Further answers that begin when the prompt is in, from the same rows.
         order: Place in line; kept through preemption.
         last_token: When the last token came, on the clock of `time.perf_counter`.
+        drafting: Its part in speculation; None where nothing is drafted for it.
+        draft: What the next pass verifies.
     """
 
     job: Job
@@ -112,6 +120,8 @@ class Answer:
     siblings: list[Answer] = field(default_factory=list)
     prefix: list[Name] = field(default_factory=list)
     last_token: float | None = None
+    drafting: Drafting | None = None
+    draft: Draft = NO_DRAFT
 
     def __post_init__(self) -> None:
         self.num_prompt_rows = self.job.prompt.length
@@ -125,6 +135,11 @@ class Answer:
     def position(self) -> int:
         """Rotary position of the last generated token."""
         return self.job.prompt.next_position + len(self.output.token_ids) - 1
+
+    @property
+    def newest_token(self) -> int:
+        """The last one of the answer, or of its prompt."""
+        return self.output.token_ids[-1] if self.output.token_ids else int(self.job.prompt.token_ids[-1])
 
     @property
     def num_todo(self) -> int:
@@ -154,6 +169,9 @@ class Answer:
         prompt, start = self.job.prompt, self.num_computed
         stop = start + count
         assert self.slot is not None
+        if self.draft.num_tokens:
+            assert token_rows is not None
+            return self._verifying_chunk(token_rows)
         in_prompt = slice(start, min(stop, prompt.length))
         parts, places = [], []
         if start < prompt.length:
@@ -172,8 +190,22 @@ class Answer:
             drops=self._begin_drops(start) if self.job.hooks and start < prompt.length else None,
         )
 
+    def _verifying_chunk(self, token_rows: Tensor) -> Chunk:
+        """The newest token and its draft: each row sees itself and what it follows from."""
+        assert self.slot is not None
+        depths = torch.tensor(self.draft.depths, device=token_rows.device)
+        return Chunk(
+            slot=self.slot,
+            embeddings=token_rows,
+            positions=(self.position + depths).unsqueeze(0),
+            num_logits=token_rows.shape[0],
+            mask=None if self.draft.is_chain else self.draft.mask().to(token_rows.device),
+        )
+
     def generated(self, count: int) -> list[int]:
-        """Generated tokens among the next `count` rows."""
+        """Generated and drafted tokens among the next `count` rows."""
+        if self.draft.num_tokens:
+            return [self.output.token_ids[-1], *self.draft.token_ids]
         behind = self.job.prompt.length
         return self.output.token_ids[max(self.num_computed - behind, 0) : max(self.num_computed + count - behind, 0)]
 

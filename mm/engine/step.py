@@ -7,7 +7,7 @@ segment, so the layers above a drop never hold what was dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,7 +32,13 @@ class Layers(Protocol):
 
     def queries_keys(self, index: int, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]: ...
 
+    def norm(self, hidden: Tensor) -> Tensor: ...
+
     def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+LAST_HIDDEN = "last_hidden"
+"""The state behind the final norm, from which the head makes logits. "hidden:3" is the input of layer 3."""
 
 
 @dataclass(kw_only=True)
@@ -67,6 +73,8 @@ class Chunk:
         mask: (n, n) bool for draft trees; None is causal.
         drops: For a whole prompt whose reducers act inside the decoder.
         error: What its reducer did wrong; its rows went on undropped.
+        states: After the pass, name to (k, D), for the states that were watched.
+        left: (k,) int64, the rows that these are of: those that no reducer dropped.
     """
 
     slot: int
@@ -76,6 +84,8 @@ class Chunk:
     mask: Tensor | None = None
     drops: Drops | None = None
     error: ReducerFault | None = field(default=None, init=False)
+    states: dict[str, Tensor] = field(default_factory=dict, init=False)
+    left: Tensor | None = field(default=None, init=False)
 
     @property
     def num_rows(self) -> int:
@@ -90,11 +100,13 @@ class Decoding:
         slots: (B,) int64.
         embeddings: (B, D).
         positions: (1, B).
+        states: After the pass, name to (B, D), for the states that were watched.
     """
 
     slots: np.ndarray
     embeddings: Tensor
     positions: Tensor
+    states: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     @property
     def num_rows(self) -> int:
@@ -114,9 +126,13 @@ class Pass:
         self.cache: KVCache = attention.cache
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], decoding: Decoding | None = None) -> Tensor:
-        """Logits (n, vocab): of the decoding rows, then of each chunk. The cache has room for all of them."""
-        rows = _Packed(chunks, decoding)
+    def run(self, chunks: Sequence[Chunk], decoding: Decoding | None = None, watched: Collection[str] = ()) -> Tensor:
+        """Logits (n, vocab): of the decoding rows, then of each chunk. The cache has room for all of them.
+
+        Args:
+            watched: States to hand out with chunks and decoding: `LAST_HIDDEN`, or "hidden:" and a layer.
+        """
+        rows = _Packed(chunks, decoding, watched)
         if decoding is not None:
             self.cache.grow_each(decoding.slots)
         drops = any(chunk.drops for chunk in chunks)
@@ -128,7 +144,14 @@ class Pass:
         hidden, batch = rows.embeddings, rows.batch()
         rotary = self._layers.rotary(rows.positions)
         for index in range(self._layers.num_layers):
+            rows.watch(f"hidden:{index}", hidden)
             hidden = self._layers.layer(index, hidden, batch, rotary, self._attention)
+        return self._finish(rows, hidden)
+
+    def _finish(self, rows: _Packed, hidden: Tensor) -> Tensor:
+        if LAST_HIDDEN in rows.watched:
+            rows.watch(LAST_HIDDEN, self._layers.norm(hidden))
+        rows.hand_out_states()
         return rows.with_logits(hidden)
 
     def _run_dropping(self, rows: _Packed) -> Tensor:
@@ -157,10 +180,12 @@ class Pass:
                 rows.counts = [part.shape[0] for part in kept[1:]]
                 indices = torch.cat(kept)
                 hidden, rotary = hidden[indices], (rotary[0][indices], rotary[1][indices])
+                rows.drop(indices)
                 batch = rows.batch()
             before = hidden
+            rows.watch(f"hidden:{index}", hidden)
             hidden = layers.layer(index, hidden, batch, rotary, self._attention)
-        return rows.with_logits(hidden)
+        return self._finish(rows, hidden)
 
 
 class _Packed:
@@ -168,11 +193,15 @@ class _Packed:
 
     Attributes:
         counts: Rows that each chunk still has.
+        watched: Names of the states to hand out.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], decoding: Decoding | None) -> None:
+    def __init__(self, chunks: Sequence[Chunk], decoding: Decoding | None, watched: Collection[str] = ()) -> None:
         self.chunks, self.num_decoding = chunks, decoding.num_rows if decoding else 0
         self.counts = [chunk.num_rows for chunk in chunks]
+        self.watched = watched
+        self._states: dict[str, Tensor] = {}
+        self._left = torch.cat([torch.arange(n) for n in (self.num_decoding, *self.counts)]) if watched else None
         self._decoding = decoding
         parts = [decoding.embeddings] if decoding else []
         self.embeddings = _cat([*parts, *(chunk.embeddings for chunk in chunks)], 0)
@@ -187,6 +216,27 @@ class _Packed:
         counts = np.concatenate([np.ones(len(before), dtype=np.int64), np.array(self.counts, dtype=np.int64)])
         masks = {len(before) + i: c.mask for i, c in enumerate(self.chunks) if c.mask is not None}
         return RowBatch(slots=slots, firsts=np.cumsum(counts) - counts, counts=counts, masks=masks)
+
+    def watch(self, name: str, hidden: Tensor) -> None:
+        """Keep a state of all rows, if somebody wants it."""
+        if name in self.watched:
+            self._states[name] = hidden
+
+    def drop(self, indices: Tensor) -> None:
+        """Keep only some rows of what is watched, as of everything else."""
+        if self._left is not None:
+            self._left = self._left[indices.cpu()]
+            self._states = {name: state[indices] for name, state in self._states.items()}
+
+    def hand_out_states(self) -> None:
+        if self._left is None:
+            return
+        if self._decoding is not None:
+            self._decoding.states = {name: state[: self.num_decoding] for name, state in self._states.items()}
+        for i, chunk in enumerate(self.chunks):
+            first, count = self.place(i)
+            chunk.left = self._left[first : first + count]
+            chunk.states = {name: state[first : first + count] for name, state in self._states.items()}
 
     def place(self, chunk: int) -> tuple[int, int]:
         """First row and number of rows of a chunk."""

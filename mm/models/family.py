@@ -59,6 +59,7 @@ class CheckpointFamily(ABC):
         self.config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
         self.tokenizer, template = self.load_tokenizer(folder)
         self.language = LanguageModel(folder, self.config, device, dtype)
+        self.name = folder.name
         self._template = ChatTemplate(self.tokenizer, template)
         self._placeholders = dict(self.placeholders())
         self._generation = _generation_config(folder)
@@ -82,6 +83,11 @@ class CheckpointFamily(ABC):
     def text_tokenizer(self) -> Tokenizer:
         """The Rust tokenizer, for incremental decoding."""
         return self.tokenizer.backend_tokenizer
+
+    @property
+    def placeholder_ids(self) -> frozenset[int]:
+        """Tokens that stand for media in a prompt."""
+        return frozenset(self._placeholders)
 
     @property
     def kinds(self) -> frozenset[Kind]:

@@ -129,6 +129,10 @@ class LanguageModel:
         """Rotated queries (R, H, d) and keys (R, H_kv, d) of a layer's input; nothing is stored."""
         return self.layers[index].queries_keys(hidden, rotary)
 
+    def norm(self, hidden: Tensor) -> Tensor:
+        """(R, D) of the last layer's output (R, D): what the head makes logits of."""
+        return self.model.norm(hidden)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, vocab) of the last layer's output (R, D)."""
         return nn.functional.linear(self.model.norm(hidden), self.head_weight)

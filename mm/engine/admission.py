@@ -1,0 +1,55 @@
+"""What a request may have of an engine: room for its answer, reducers inside the decoder."""
+
+from __future__ import annotations
+
+from mm.core.data import Prompt, Request
+from mm.core.errors import ContextTooLong, InvalidRequest
+from mm.core.plugins import Reducer, inner_stages
+from mm.engine.kv_cache import KVCache
+from mm.engine.sequence import Job
+
+
+def answer_length(request: Request, prompt: Prompt, context: int, cache: KVCache) -> int:
+    """Tokens that an answer may have: what was asked for, or what context and cache hold.
+
+    Args:
+        context: Positions of the model.
+
+    Raises:
+        ContextTooLong, InvalidRequest: Not even what was asked for has room.
+    """
+    asked = request.sampling.max_new_tokens
+    num_rows, next_position = prompt.length, prompt.next_position
+    if context - next_position < max(1, asked or 0):
+        raise ContextTooLong(next_position, asked or 1, context)
+    shape = cache.shape
+    room = cache.num_blocks // shape.num_layers * shape.block_size - num_rows
+    if room < max(1, asked or 0):
+        raise InvalidRequest(
+            f"the prompt has {num_rows} tokens and {asked or 1} were asked for, but this server's KV cache holds "
+            f"{room + num_rows}; shorten the prompt, keep fewer visual tokens, or lower max_tokens",
+            "messages",
+            "context_length_exceeded",
+        )
+    return asked or min(room, context - next_position)
+
+
+def add_hooks(job: Job, reducer: Reducer, num_layers: int) -> None:
+    """Note at which layers the reducer acts, if the prompt has anything to reduce.
+
+    Raises:
+        InvalidRequest: The model has no such layer, or two reducers want the same.
+    """
+    prefill, decode = inner_stages(reducer)
+    for stage in prefill:
+        for layer in stage.layers(num_layers):
+            if not 0 < layer < num_layers or layer in job.hooks:
+                raise InvalidRequest(
+                    f"{type(stage).__name__} acts at layer {layer}; this model allows 1 to {num_layers - 1}, each "
+                    "for one reducer",
+                    "vision.reducer",
+                )
+            job.hooks[layer] = stage
+    job.evictors = decode
+    if not job.prompt.is_visual.any():
+        job.hooks, job.evictors = {}, ()

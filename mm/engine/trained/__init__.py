@@ -1,1 +1,0 @@
-"""What trained drafters are made of: rows, the layer with its cache, trees, and guessing."""

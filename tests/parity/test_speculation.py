@@ -1,0 +1,282 @@
+"""With any drafter the answer is the answer without: token for token, greedy and sampled, whatever else is asked.
+
+Prompts, reducers, shapes of drafts and schedules are drawn at random; drafters say what is true or false, or fail.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import mm
+from mm.api import build_request
+from mm.core import plugins
+from mm.core.config import SpeculationLimits
+from mm.core.data import Delta, Request, SpeculationOptions, Summary
+from mm.core.errors import InvalidRequest, MmError
+from mm.engine.generate import encode
+from mm.models.checkpoint import find
+from tests.checkpoints import random_llava, random_qwen2_5_vl
+from tests.drafters import TRUTH
+
+STAGES = ("pre_llm", "in_prefill", "in_decode")
+REDUCERS = [
+    name
+    for name in plugins.names("reducer")
+    if name != "pipeline" and plugins.get("reducer", name).stage.value in STAGES
+]
+QUESTIONS = (
+    "Describe the picture.",
+    "red blue red blue red blue red",
+    "What is left of it? left left",
+    "1 2 3 1 2 3 1 2",
+)
+
+
+@pytest.fixture(autouse=True)
+def wild(monkeypatch):
+    """The name "wild" among the drafters, for a while."""
+    points = dict(plugins._entry_points("drafter"))
+    points["wild"] = importlib.metadata.EntryPoint("wild", "tests.drafters:Wild", "mm.drafters")
+    found = plugins._entry_points
+    monkeypatch.setattr(plugins, "_entry_points", lambda kind: points if kind == "drafter" else found(kind))
+    yield
+    TRUTH.clear()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return random_llava(tmp_path_factory.mktemp("llava"), width=48, num_layers=4, num_heads=4, num_kv_heads=2)
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+
+
+FORMS = (
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 1.2, "top_k": 20, "frequency_penalty": 0.4, "presence_penalty": 0.3},
+    {"repetition_penalty": 1.4, "logprobs": True, "top_logprobs": 3},
+    {"temperature": 0.7, "n": 3},
+    {"stop": ["e"], "min_tokens": 3},
+    {"temperature": 1.0, "logit_bias": {5: 8.0, 7: -100.0}},
+    {"response_format": {"type": "json_object"}},
+)
+
+
+def requests(count: int, seed: int, forms=FORMS, reducers=REDUCERS, length: int = 16) -> list[Request]:
+    rng = random.Random(seed)
+    made = []
+    for i in range(count):
+        options = {"temperature": 0.0, "max_new_tokens": rng.randint(1, length), "seed": rng.randrange(10**6)}
+        options |= rng.choice(forms)
+        options["max_new_tokens"] = max(options["max_new_tokens"], options.get("min_tokens", 1))
+        images = [picture(rng.randrange(4)) for _ in range(rng.randint(0, 2))]
+        made.append(
+            build_request(
+                rng.choice(QUESTIONS) + " " + str(i),
+                images=images,
+                reducer=rng.choice(reducers),
+                ignore_eos="response_format" not in options and rng.random() < 0.8,
+                **options,
+            )
+        )
+    return made
+
+
+def answers(model: mm.Model, asked: list[Request]) -> list[tuple]:
+    """Tokens, text, log-probabilities and reasons of every answer; the cache is in order afterwards."""
+    found: dict[int, tuple] = {}
+    for number, outcome in model.run_batch(asked):
+        assert not isinstance(outcome, MmError), outcome
+        answer = mm.api.collect(iter(outcome))
+        logprobs = tuple(tuple(one.token_id for one in choice) for choice in answer.logprobs)
+        found[number] = (answer.token_ids, answer.texts, answer.finish_reasons, logprobs)
+        assert answer.usage.num_completion_tokens == sum(map(len, answer.token_ids))
+    model.engine.cache.check(model.engine.prefixes.held)
+    return [found[i] for i in range(len(asked))]
+
+
+def load(folder, spec: str = "none", **options) -> mm.Model:
+    limits = {name: options.pop(name) for name in ("control", "max_draft_tokens", "drafters") if name in options}
+    return mm.load(folder, dtype="float32", speculation=SpeculationLimits(drafter=spec, **limits), **options)
+
+
+def learn_truth(model: mm.Model, asked: list[Request], outcomes: list[tuple]) -> None:
+    for request, outcome in zip(asked, outcomes, strict=True):
+        encoded = encode(request, model.encode_parts)
+        prompt = model.engine.family.splice(request.messages, [item.tokens for item in encoded])
+        TRUTH[tuple(prompt.token_ids.tolist())] = [list(tokens) for tokens in outcome[0]]
+
+
+WILD = (
+    "wild:truth=0.0,shape=tree",
+    "wild:truth=0.0,shape=chain",
+    "wild:truth=1.0,shape=chain",
+    "wild:truth=0.7,shape=tree",
+    "wild:truth=0.6,shape=any,seed=3",
+)
+
+
+def test_no_drafter_changes_an_answer(folder):
+    asked = requests(60, seed=0)
+    plain = load(folder)
+    expected = answers(plain, asked)
+    learn_truth(plain, asked, expected)
+    for spec in (*WILD, "copy", "recycle", "copy + recycle"):
+        drafted = load(folder, spec, control=spec == "copy + recycle", max_draft_tokens=12)
+        assert answers(drafted, asked) == expected, spec
+        stats = drafted.engine.stats.speculation
+        assert stats.num_faults == 0
+        assert stats.num_draft_tokens > 0, spec
+        if spec == "wild:truth=1.0,shape=chain":
+            assert stats.mean_acceptance_length > 3
+        if "truth=0.0" in spec:
+            assert stats.acceptance_rate < 0.1
+        for session_count in (getattr(s.loaded, "num_open", 0) for s in drafted.engine.speculation._sources.values()):
+            assert session_count == 0, "a session was never closed"
+
+
+def test_a_drafter_that_fails_costs_its_drafts_and_nothing_else(folder):
+    asked = requests(20, seed=1)
+    expected = answers(load(folder), asked)
+    drafted = load(folder, "wild:failing=0.3", control=False, max_num_seqs=2)
+    assert answers(drafted, asked) == expected
+    assert drafted.engine.stats.speculation.num_faults > 3
+
+
+@pytest.mark.parametrize("tight", [{"max_batch_tokens": 24}, {"max_num_seqs": 3}, {"kv_cache_gb": 0.0001}])
+def test_no_schedule_changes_an_answer(folder, tight):
+    """Small passes, few slots, and a cache so small that answers are pushed out and come back."""
+    asked = requests(24, seed=2, length=40, reducers=["none", "uniform"])
+    plain = load(folder)
+    expected = answers(plain, asked)
+    learn_truth(plain, asked, expected)
+    drafted = load(folder, "wild:truth=0.6,shape=any", control=False, **tight)
+    assert answers(drafted, asked) == expected
+    if "kv_cache_gb" in tight:
+        assert drafted.engine.stats.num_preemptions > 0, "nobody was pushed out: the cache is too large for this test"
+    if "max_batch_tokens" in tight:
+        assert max(i for i, n in enumerate(drafted.engine.stats.step_rows.counts) if n) <= 5, "a pass was too large"
+
+
+def test_multi_axis_positions_with_trees(tmp_path):
+    folder = random_qwen2_5_vl(tmp_path / "qwen")
+    asked = requests(16, seed=4, reducers=["none", "uniform"])
+    expected = answers(load(folder), asked)
+    assert answers(load(folder, "wild:truth=0.6,shape=tree", control=False), asked) == expected
+
+
+def test_cancelling_in_the_middle_frees_everything(folder):
+    model = load(folder, "copy + recycle", control=False)
+    asked = requests(12, seed=5, length=40)
+    for i, request in enumerate(asked):
+        stream = model.run(request)
+        for _ in itertools.islice(stream, i % 5):
+            pass
+        stream.close()
+    model.engine.prefixes.clear()
+    model.engine.cache.check()
+    assert model.engine.cache.num_used_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["independent", "without_replacement"])
+def test_drafts_from_a_law_leave_greedy_answers_alone(folder, kind):
+    asked = requests(16, seed=6, forms=({}, {"repetition_penalty": 1.3}, {"logprobs": True}))
+    expected = answers(load(folder), asked)
+    drafted = load(folder, f"wild:kind={kind}", control=False)
+    assert answers(drafted, asked) == expected
+    assert drafted.engine.stats.speculation.num_draft_tokens > 100
+
+
+def test_drafters_see_the_states_they_ask_for(folder):
+    """Rows in order, none twice, with the state that the plain path has there; and the last one gave the last token."""
+    names = "hidden:1|last_hidden|top_ids:4"
+    asked = [
+        build_request(
+            "red blue red blue",
+            images=[picture(0)],
+            reducer=reducer,
+            temperature=0.0,
+            max_new_tokens=12,
+            ignore_eos=True,
+        )
+        for reducer in ("none", "fastv")
+    ]
+    model = load(
+        folder, f"wild:states={names},truth=0.8,shape=tree", control=False, max_batch_tokens=20, prefix_caching=False
+    )
+    learn_truth(model, asked, answers(load(folder), asked))
+    answers(model, asked)
+    loaded = next(s.loaded for s in model.engine.speculation._sources.values() if s.spec.startswith("wild"))
+    head = model.engine.family.language.head_weight
+    for prompt in {id(prompt): prompt for prompt, _ in loaded.seen}.values():
+        seen = [observation for other, observation in loaded.seen if other is prompt]
+        assert seen[0].is_prompt
+        assert not any(one.is_prompt for one in seen[1:])
+        rows = torch.cat([one.rows for one in seen])
+        assert (rows[1:] > rows[:-1]).all()
+        assert rows[-1] < prompt.length + 12
+        text = (~prompt.is_visual).nonzero().squeeze(1)
+        assert set(text.tolist()) <= set(rows.tolist())
+        for one in seen:
+            count = len(one.token_ids)
+            states = one.hidden["last_hidden"][-count:]
+            assert (states @ head.T).argmax(-1).tolist() == list(one.token_ids)
+            assert one.hidden["hidden:1"].shape == one.hidden["last_hidden"].shape == (len(one.rows), head.shape[1])
+            assert one.row_top_ids is not None
+            assert one.row_top_ids[-count:, 0].tolist() == list(one.token_ids)
+            assert one.num_accepted == (0 if one.is_prompt else count - 1)
+
+
+def test_a_request_chooses_within_what_is_allowed(folder):
+    model = load(folder, "wild", drafters=("copy:min_match=1",), control=False, max_draft_tokens=6)
+    question = {"prompt": "red blue red blue red", "temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True}
+
+    def drafted(**speculation) -> int:
+        before = model.engine.stats.speculation.num_draft_tokens
+        events = list(model.run(build_request(**question, speculation=SpeculationOptions(**speculation))))
+        after = model.engine.stats.speculation.num_draft_tokens
+        usage = next(event.usage for event in events if isinstance(event, Summary))
+        assert usage.num_accepted_tokens + usage.num_rejected_tokens == after - before
+        assert sum(e.num_drafted for e in events if isinstance(e, Delta)) == usage.num_accepted_tokens
+        return after - before
+
+    assert drafted(drafter="none") == 0
+    assert drafted(max_draft_tokens=0) == 0
+    assert drafted() > 0
+    assert drafted(drafter="copy:min_match=1") != drafted(drafter="wild")
+    assert 0 < drafted(max_draft_tokens=1) <= 12
+    for wrong in (
+        {"drafter": "hybrid"},
+        {"drafter": "copy:min_match=9"},
+        {"max_draft_tokens": 7},
+        {"drafter": "nothing"},
+    ):
+        with pytest.raises(InvalidRequest, match="speculation"):
+            drafted(**wrong)
+    with pytest.raises(InvalidRequest, match="whole number"):
+        SpeculationOptions(max_draft_tokens=-1)
+
+
+@pytest.mark.slow
+def test_five_hundred_questions_to_the_shipped_model():
+    """Greedy and sampled, all reducers, every kind of drafter, with and without control."""
+    folder = find("tiny")
+    asked = requests(500, seed=7, forms=({}, {}, {"temperature": 1.0}), length=24)
+    plain = load(folder)
+    expected = answers(plain, asked)
+    learn_truth(plain, asked, expected)
+    for spec, control in itertools.product((*WILD[1:4], "copy", "recycle", "copy + recycle"), (False, True)):
+        if "wild" in spec and control:
+            continue
+        drafted = load(folder, spec, control=control)
+        different = [i for i, (a, b) in enumerate(zip(answers(drafted, asked), expected, strict=True)) if a != b]
+        assert not different, f"{spec}, control={control}: {len(different)} answers differ, the first is {different[0]}"
