@@ -1,4 +1,4 @@
-"""Plot a run's curves and print its evaluation as the model card's table.
+"""Plot a run's curves, held-out answers teacher-forced, and print what evaluate.py found as a table.
 
 python -m demos.train.curves --run RUN --out mm/models/weights/tiny/curves.png     Needs: matplotlib.
 """
@@ -30,13 +30,15 @@ def read_records(path: Path) -> list[dict]:
 def draw(axes: plt.Axes, records: list[dict], names: tuple[str, ...], title: str, unseen: tuple[str, ...] = ()) -> None:
     """Held-out accuracy; dotted, in the same color, in wordings that training never uses."""
     points = [r for r in records if "held_out" in r]
-    for name in names:
-        (line,) = axes.plot([r["step"] for r in points], [r["held_out"].get(name) for r in points], label=name)
+    colors = plt.get_cmap("tab20").colors
+    for name, color in zip(names, colors[::2] + colors[1::2], strict=False):
+        values = [r["held_out"].get(name) for r in points]
+        (line,) = axes.plot([r["step"] for r in points], values, label=name, color=color)
         if name in unseen:
             values = [r.get("unseen", {}).get(name) for r in points]
             axes.plot([r["step"] for r in points], values, ":", color=line.get_color())
     axes.set(title=title, xlabel="step", ylim=(0, 1))
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
 
 
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     vit, lm = read_records(args.run / "vit.jsonl"), read_records(args.run / "lm.jsonl")
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(13, 8), constrained_layout=True)
     losses = [r for r in vit if "loss" in r]
     axes[0, 0].plot([r["step"] for r in losses], smooth([r["loss"] for r in losses]))
     axes[0, 0].set(title="tower: training loss", xlabel="step", ylim=(0, 25))
@@ -60,7 +62,7 @@ def main() -> None:
         axes[1, 0].plot([r["step"] for r in part], smooth([r["answer_loss"] for r in part]), label=name)
     axes[1, 0].set(title="decoder: answer loss", xlabel="step", ylim=(0, 2.5))
     axes[1, 0].legend()
-    title = "decoder: held-out answers, teacher-forced (dotted: unseen wordings)"
+    title = "decoder: held-out answers (dotted: unseen wordings)"
     draw(axes[1, 1], lm, DECODER_LINES, title, UNSEEN_LINES)
     figure.savefig(args.out, dpi=80)
     for evaluation in sorted(args.run.glob("evaluation*.json")):

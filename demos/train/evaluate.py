@@ -147,7 +147,7 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     """95 % interval of a share."""
     z, p = 1.96, right / total
     middle, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
+    return max(0.0, (middle - half) / (1 + z * z / total)), (middle + half) / (1 + z * z / total)
 
 
 def tabulate(items: list[Item], answers: dict[str, list[str]]) -> dict[str, dict]:

@@ -38,10 +38,11 @@ MUON_LR, ADAM_LR = 0.01, 1.5e-3
 WARMUP_STEPS, DECAY_FROM = 50, 0.38
 ATTENTION_WEIGHT = 0.5
 PREVIOUS_WEIGHT = 0.2
-EVENT_WEIGHT = 0.3
+EVENT_WEIGHT = 1.0
 HEADS = ((1, 0), (1, 1), (3, 2), (3, 3))  # (layer, head) of each look slot: asked thing, second thing, written, before
 PREVIOUS_HEAD = (0, 3)  # in clips, every visual token looks at its own place one frame earlier
 KIND_LAYER, ORDER_LAYER = 1, 2  # after which clip tokens are to tell what happens there, and as which event
+CALM_FROM, CALM_SCALE, CALM_SHARE = 0.44, 0.2, 0.05  # see calm()
 MIX_EVERY = 100
 
 
@@ -237,6 +238,19 @@ def center_inputs(linear: nn.Linear, info: dict) -> None:
     linear.bias.sub_(linear.weight @ torch.tensor(info["mean"], device=linear.weight.device))
 
 
+def calm(projector: nn.Module, optimisers: Optimisers) -> None:
+    """Shrink visual tokens to CALM_SCALE of their size, and train the projector at CALM_SHARE of the rate from here on.
+
+    Its inputs are large, so at the full rate its outputs grow until what the layers add to a visual token is a
+    twentieth of it, and the token tells next to nothing of those around it or of the frame before. Every layer
+    normalises what it reads, so smaller tokens say the same.
+    """
+    with torch.no_grad():
+        for weight in projector.linear_2.parameters():
+            weight.mul_(CALM_SCALE)
+    optimisers.calm(CALM_SHARE)
+
+
 # ── run ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -272,12 +286,13 @@ def main() -> None:
     matrices, others = split_matrices(decoder, decoder.layers)
     optimisers = Optimisers(
         matrices,
-        [*others, *projector.parameters(), *readouts.parameters()],
+        [*others, *readouts.parameters()],
         muon_lr=MUON_LR,
         adam_lr=ADAM_LR,
         num_steps=args.steps,
         warmup_steps=WARMUP_STEPS,
         decay_from=DECAY_FROM,
+        calmed=list(projector.parameters()),
     )
     mix, first = torch.ones(len(SHORT_KINDS)).share_memory_(), 0
     if args.resume:
@@ -304,6 +319,8 @@ def main() -> None:
         attention = args.attention_weight * (look_loss + PREVIOUS_WEIGHT * previous_loss)
         (answer_loss + attention + EVENT_WEIGHT * told_loss).backward()
         optimisers.step(step)
+        if optimisers.calmed_share == 1 and step + 1 >= CALM_FROM * args.steps:
+            calm(projector, optimisers)
         for kind, right in exact(logits, batch):
             recent.setdefault(kind, []).append(right)
         if step % 20 == 0:

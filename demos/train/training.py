@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ class Optimisers:
     """Muon for the given matrices, AdamW for the rest, one warm-up and linear decay for both.
 
     The rate is flat until `decay_from` (a share of all steps) and falls to 2 % at the end. Gradients are clipped to
-    norm 1.
+    norm 1. `calmed` parameters are AdamW's too, and can be trained slower than the others from some step on.
     """
 
     def __init__(
@@ -27,10 +28,12 @@ class Optimisers:
         num_steps: int,
         warmup_steps: int = 50,
         decay_from: float = 0.6,
+        calmed: Sequence[nn.Parameter] = (),
     ) -> None:
-        self.parameters = matrices + others
+        self.parameters = [*matrices, *others, *calmed]
         self.muon = torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.0)
-        self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=ADAM_BETAS, weight_decay=0.0)
+        groups = [{"params": list(part), "share": 1.0} for part in (others, calmed) if part]
+        self.adam = torch.optim.AdamW(groups, lr=adam_lr, betas=ADAM_BETAS, weight_decay=0.0)
         self.peak = {self.muon: muon_lr, self.adam: adam_lr}
         self.num_steps, self.warmup_steps, self.decay_from = num_steps, warmup_steps, decay_from
 
@@ -43,9 +46,18 @@ class Optimisers:
         """Apply the gradients at hand with the rate of this step, then forget them."""
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimiser, peak in self.peak.items():
-            optimiser.param_groups[0]["lr"] = peak * self.scale(step)
+            for group in optimiser.param_groups:
+                group["lr"] = peak * self.scale(step) * group.get("share", 1.0)  # Muon's group has none
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+
+    @property
+    def calmed_share(self) -> float:
+        """Rate of the calmed parameters / rate of the others; kept in checkpoints."""
+        return self.adam.param_groups[-1]["share"]
+
+    def calm(self, share: float) -> None:
+        self.adam.param_groups[-1]["share"] = share
 
     def state_dict(self) -> dict:
         return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}

@@ -1,0 +1,1 @@
+"""What trained drafters are made of: rows, the layer with its cache, trees, and guessing."""
