@@ -27,10 +27,19 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from encoders.batches import in_batches
 from encoders.evidence import attention_row, cell_means, key_means, mean_attention
 from encoders.fingerprint import fingerprint
+from encoders.merging import merged_tokens, run_blocks
 from encoders.text import TextEmbeddings
 from mm.core.data import Grid, Image, Kind, Video, VisualTokens
-from mm.core.errors import MediaError
-from mm.core.plugins import ATTENTION_RECEIVED, CLS_ATTENTION, TEXT_EMBEDDINGS, TOWER_FEATURES, TOWER_KEYS
+from mm.core.errors import IncompatiblePlugin, MediaError
+from mm.core.plugins import (
+    ATTENTION_RECEIVED,
+    BLOCK_KEYS,
+    CLS_ATTENTION,
+    TEXT_EMBEDDINGS,
+    TOWER_FEATURES,
+    TOWER_KEYS,
+    InTower,
+)
 from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
 
 MAX_BATCH = 16
@@ -60,7 +69,7 @@ class LlavaEncoder:
     """
 
     provides: frozenset[str] = frozenset(
-        {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS}
+        {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS, BLOCK_KEYS}
     )
     kinds: frozenset[str] = frozenset({"image", "video"})
 
@@ -87,7 +96,13 @@ class LlavaEncoder:
         found = {TOWER_FEATURES, TEXT_EMBEDDINGS}
         if self.config.vision_config.model_type in SEQUENTIAL_TOWERS and max(self._layers) > 0:
             found |= {ATTENTION_RECEIVED, TOWER_KEYS} | ({CLS_ATTENTION} if self._has_cls else set())
+            if len(self._layers) == 1 and self._has_cls == (self._first_token() == 1):
+                found.add(BLOCK_KEYS)
         return frozenset(found)
+
+    def _first_token(self) -> int:
+        """Where the tokens for the projector begin among the tower's."""
+        return 1 if self.config.vision_feature_select_strategy == "default" else 0
 
     def embed_text(self, text: str) -> Tensor:
         """(T, D) float32: the text's tokens as the decoder embeds them."""
@@ -101,16 +116,24 @@ class LlavaEncoder:
         ]
         return fingerprint("llava", (path / "config.json").read_text(), settings, str(dtype), tensors=weights)
 
-    def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
+    def encode(
+        self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset(), merging: InTower | None = None
+    ) -> list[VisualTokens]:
         """One `VisualTokens` per item, in order. The images are one batch (up to `MAX_BATCH`), each clip is another.
+
+        Args:
+            merging: Merges tokens inside the tower.
 
         Raises:
             MediaError: A clip for a checkpoint without clips.
+            IncompatiblePlugin: A clip, whose frames are pooled on their grid, with `merging`.
             CapacityError: The device has no memory for one picture.
         """
         for item in items:
             if item.kind not in self.kinds:
                 raise MediaError("not_supported", item.kind)
+        if merging is not None:
+            return self._encode_merging(items, needs, merging)
         images = iter(self._encode_pictures([item.pixels for item in items if isinstance(item, Image)], "image", needs))
         return [next(images) if isinstance(item, Image) else self._encode_clip(item.frames, needs) for item in items]
 
@@ -127,6 +150,39 @@ class LlavaEncoder:
             VisualTokens.full(embeddings, grid, kind, seen)
             for embeddings, seen in zip(outputs["embeddings"], evidence, strict=True)
         ]
+
+    def _encode_merging(
+        self, items: Sequence[Image | Video], needs: frozenset[str], merging: InTower
+    ) -> list[VisualTokens]:
+        pictures = [item.pixels for item in items if isinstance(item, Image)]
+        if len(pictures) < len(items):
+            missing = "frames whose tokens stay on their grid, to be pooled"
+            raise IncompatiblePlugin(type(merging).__name__, "clips of this model", [missing])
+        if not pictures:
+            return []
+        pixels = self.preprocess(pictures)
+        outputs = in_batches(lambda batch: self._forward_merging(batch, merging), pixels, MAX_BATCH)
+        patch = self.config.vision_config.patch_size
+        grid = (1, pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        return [
+            merged_tokens([row["embeddings"]], [(row["anchors"], row["sizes"])], grid, "image", row["features"], needs)
+            for row in ({name: plane[i] for name, plane in outputs.items()} for i in range(len(pictures)))
+        ]
+
+    @torch.inference_mode()
+    def _forward_merging(self, pixels: Tensor, merging: InTower) -> dict[str, Tensor]:
+        """`embeddings` (B, m, D), `features` (B, m, d), `anchors` and `sizes` (B, m) of what is left."""
+        tower: Any = getattr(self.tower, "vision_model", self.tower)
+        hidden = tower.embeddings(pixels.to(self.device))
+        hidden = tower.pre_layrnorm(hidden) if self._has_cls else hidden
+        blocks = list(_blocks(self.tower)[: self._layers[0]])
+        merged = run_blocks(blocks, hidden, int(self._has_cls), merging, _attend, _feed_forward)
+        return {
+            "embeddings": self.projector(merged.hidden),
+            "features": merged.hidden,
+            "anchors": merged.anchors,
+            "sizes": merged.sizes,
+        }
 
     def _encode_clip(self, frames: np.ndarray, needs: frozenset[str]) -> VisualTokens:
         return join_frames(self._encode_pictures(list(frames), "video", needs), self._pool)
@@ -150,7 +206,7 @@ class LlavaEncoder:
         taps = needs & self.provides & {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS}
         wanted = [*self._layers, deepest - 1] if taps else self._layers
         output = self.tower(pixels.to(self.device), output_hidden_states=wanted, return_dict=True)
-        first = 1 if self.config.vision_feature_select_strategy == "default" else 0
+        first = self._first_token()
         hidden = [output.hidden_states[layer][:, first:] for layer in self._layers]
         features = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1)
         outputs = {"embeddings": self.projector(features)}
@@ -232,3 +288,18 @@ def _observed(block: Any, hidden: Tensor, names: Set[str], has_cls: bool) -> dic
         received = (attention_row if has_cls else mean_attention)(queries, keys, attention.scale)
         found |= dict.fromkeys(rows, received)
     return found
+
+
+def _attend(block: Any, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A block of CLIP or SigLIP up to its MLP; see `encoders.merging.Attend`."""
+    attention, states = block.self_attn, block.layer_norm1(hidden)
+    heads = [
+        project(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
+    mixed = nn.functional.scaled_dot_product_attention(*heads, attn_mask=bias, scale=attention.scale)
+    return hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2)), heads[1]
+
+
+def _feed_forward(block: Any, hidden: Tensor) -> Tensor:
+    return hidden + block.mlp(block.layer_norm2(hidden))

@@ -58,6 +58,9 @@ TOWER_KEYS = "tower_keys"
 TOWER_FEATURES = "tower_features"
 """Evidence (tower width, N) float32: each token as the tower leaves it, before the projector."""
 
+BLOCK_KEYS = "block_keys"
+"""Not evidence of tokens: an encoder that provides it hosts a reducer of the stage IN_VIT, see `InTower`."""
+
 TEXT_EMBEDDINGS = "text_embeddings"
 """Not per token, and of the question: see `ReduceContext.text_embeddings` and `ReadsText`."""
 
@@ -144,6 +147,41 @@ class Reducer(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Matched:
+    """Which tokens of a batch become one. They become their mean, weighted by how many patches each stands for.
+
+    Attributes:
+        slots: (B, n) int64, where each of n tokens goes among the m that are left.
+        anchors: (B, m) int64, which of the n tokens each of these stands in the place of; it is among its own.
+    """
+
+    slots: Tensor
+    anchors: Tensor
+
+
+class InTower(Protocol):
+    """A reducer of the stage IN_VIT: merges tokens in the tower's blocks, between attention and MLP."""
+
+    def merges(self, num_patches: int, num_blocks: int) -> tuple[int, ...]:
+        """How many tokens each block merges away, so that all pictures of a batch keep equally many.
+
+        Raises:
+            InvalidOption: It cannot be done in so many blocks.
+        """
+        ...
+
+    def match(self, keys: Tensor, num_merged: int, num_prefix: int) -> Matched:
+        """Which tokens are merged in one block.
+
+        Args:
+            keys: (B, n, dh) float32, averaged over heads.
+            num_merged: How many tokens fewer are left.
+            num_prefix: Tokens in front that are no patches, [CLS] among them; they stay as they are, in front.
+        """
+        ...
+
+
 class PrefillView(Protocol):
     """What a reducer sees of one prompt at the input of a decoder layer; see `mm.engine.step.PrefillView`."""
 
@@ -213,7 +251,11 @@ class Encoder(Protocol):
     fingerprint: str
 
     def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
-        """One `VisualTokens` per item, in order; `evidence` holds at least what `needs` names."""
+        """One `VisualTokens` per item, in order; `evidence` holds at least what `needs` names.
+
+        One that provides `BLOCK_KEYS` also takes `merging`, the reducer inside the tower; evidence behind that is what
+        `BEHIND_MERGING` names.
+        """
         ...
 
 
@@ -386,10 +428,30 @@ def check_compatible(reducer: Reducer, encoder: Encoder, host: str) -> None:
     for stage in flat_stages(reducer):
         if stage.stage not in SERVED_STAGES:
             raise IncompatiblePlugin(type(stage).__name__, host, [f"the stage {stage.stage.value}"])
+    if (merging := tower_stage(reducer)) is not None:
+        lost = sorted(reducer.needs - BEHIND_MERGING) + ([BLOCK_KEYS] if BLOCK_KEYS not in encoder.provides else [])
+        if lost:
+            behind = [f"{name} with {type(merging).__name__} in its tower" for name in lost]
+            raise IncompatiblePlugin(type(reducer).__name__, host, behind)
 
 
-SERVED_STAGES = frozenset({Stage.TEMPORAL, Stage.PRE_LLM, Stage.IN_PREFILL, Stage.IN_DECODE})
-"""Stages that encoders and the engine carry out."""
+SERVED_STAGES = frozenset(Stage)
+"""Stages that encoders and the engine carry out: IN_VIT where the encoder provides `BLOCK_KEYS`."""
+
+BEHIND_MERGING = frozenset({BLOCK_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS})
+"""What an encoder supplies, of what it provides, when tokens were merged inside its tower."""
+
+
+def tower_stage(reducer: Reducer) -> InTower | None:
+    """The reducer that acts inside the tower, if there is one.
+
+    Raises:
+        InvalidOption: There are several.
+    """
+    inside: list[Any] = [stage for stage in flat_stages(reducer) if stage.stage is Stage.IN_VIT]
+    if len(inside) > 1:
+        raise InvalidOption("pipeline", "stages", "take one reducer inside the tower, not several")
+    return inside[0] if inside else None
 
 
 def flat_stages(reducer: Reducer) -> tuple[Reducer, ...]:
@@ -442,6 +504,8 @@ def _capabilities(plugin: Any) -> dict[str, Any]:
 
 __all__ = [
     "ATTENTION_RECEIVED",
+    "BEHIND_MERGING",
+    "BLOCK_KEYS",
     "CLS_ATTENTION",
     "KINDS",
     "TEXT_EMBEDDINGS",
@@ -455,6 +519,8 @@ __all__ = [
     "Grid",
     "InDecode",
     "InPrefill",
+    "InTower",
+    "Matched",
     "PluginKind",
     "PrefillView",
     "ReadsText",
@@ -475,4 +541,5 @@ __all__ = [
     "names",
     "options_of",
     "parse_spec",
+    "tower_stage",
 ]

@@ -38,6 +38,7 @@ from mm.core.plugins import (
     canonical_spec,
     check_compatible,
     encode_spec,
+    tower_stage,
 )
 from mm.core.reduce import reduce_tokens
 from mm.engine.engine import Engine
@@ -148,7 +149,9 @@ def _encode_batch(
     if not loaded:
         return {}
     start = time.perf_counter()
-    batch = parts.encoder.encode([media for media, _ in loaded.values()], needs=reducer.needs)
+    merging = tower_stage(reducer)
+    hosted: dict[str, Any] = {} if merging is None else {"merging": merging}
+    batch = parts.encoder.encode([media for media, _ in loaded.values()], needs=reducer.needs, **hosted)
     text = cast(ReadsText, parts.encoder).embed_text(asked) if TEXT_EMBEDDINGS in reducer.needs else None
     encode_s = (time.perf_counter() - start) / len(loaded)
     encoded = {}

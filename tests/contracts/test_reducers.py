@@ -38,8 +38,10 @@ PIPELINES = [
     "uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5",
     "random:keep_ratio=0.7,seed=5 + uniform:keep_ratio=0.3 + none",
 ]
-BUDGETED = [name for name in names("reducer") if "keep_ratio" in options_of(get("reducer", name))]
-SPECS = [name for name in names("reducer") if name != "pipeline"] + PIPELINES
+IN_TOWER = [name for name in names("reducer") if getattr(get("reducer", name), "stage", None) is Stage.IN_VIT]
+BEHIND = [name for name in names("reducer") if name not in ("pipeline", *IN_TOWER)]
+BUDGETED = [name for name in BEHIND if "keep_ratio" in options_of(get("reducer", name))]
+SPECS = BEHIND + PIPELINES
 GRIDS: list[Grid] = [(1, 1, 1), (1, 1, 2), (1, 1, 7), (1, 16, 16), (3, 5, 7), (8, 8, 8), (1, 27, 27)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTH = 32
@@ -222,7 +224,7 @@ def test_values_that_are_not_finite_spoil_no_other_token(reducer, bad, share):
     grid=st.tuples(st.integers(1, 5), st.integers(0, 13), st.integers(0, 13)),
     seed=st.integers(0, 99),
     dtype=st.sampled_from(DTYPES),
-    name=st.sampled_from([name for name in names("reducer") if name != "pipeline"]),
+    name=st.sampled_from(BEHIND),
     keep_ratio=st.sampled_from([0.01, 0.1, 0.3, 0.5, 0.77, 1.0]),
     kind=st.sampled_from(["image", "video"]),
 )
@@ -240,6 +242,44 @@ def test_any_shape_dtype_kind_and_budget(grid, seed, dtype, name, keep_ratio, ki
 def _gathered(reducer: Reducer, tokens: VisualTokens) -> dict[str, torch.Tensor]:
     indices = reduce_tokens(reducer, tokens).indices
     return {name: plane[..., indices] for name, plane in tokens.evidence.items()}
+
+
+@pytest.mark.parametrize("name", IN_TOWER)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    side=st.integers(0, 9),
+    num_blocks=st.integers(1, 6),
+    num_prefix=st.integers(0, 5),
+    keep_ratio=st.sampled_from([0.02, 0.25, 0.5, 0.77, 1.0]),
+    bad=st.sampled_from([None, float("nan"), float("inf")]),
+)
+def test_inside_a_tower(name, side, num_blocks, num_prefix, keep_ratio, bad):
+    """Counts add up, each token that is left is one of its own, tokens in front stay there, and pictures do not mix."""
+    reducer = build_reducer(name, keep_ratio)
+    left = side * side
+    try:
+        counts = reducer.merges(left, num_blocks)
+    except InvalidOption:
+        assert reducer.plan(left, (1, side, side)) < left / 2**num_blocks + num_blocks
+        return
+    assert len(counts) == num_blocks
+    assert left - sum(counts) == reducer.plan(left, (1, side, side))
+    keys = torch.randn(2, num_prefix + left, 8, generator=torch.Generator().manual_seed(side))
+    if bad is not None:
+        keys[0, ::3] = bad
+    for count in filter(None, counts):
+        matched = reducer.match(keys, count, num_prefix)
+        slots, anchors = matched.slots, matched.anchors
+        assert slots.shape == keys.shape[:2]
+        assert anchors.shape == (2, keys.shape[1] - count)
+        everyone = torch.arange(anchors.shape[1]).expand(2, -1)
+        assert torch.equal(slots.gather(1, anchors), everyone)
+        assert (slots.amin(), slots.amax()) == (0, anchors.shape[1] - 1)
+        assert torch.equal(anchors[:, :num_prefix], everyone[:, :num_prefix])
+        assert not (slots[:, num_prefix:] < num_prefix).any()
+        alone = reducer.match(keys[1:], count, num_prefix)
+        assert torch.equal(alone.slots, slots[1:])
+        keys = keys.gather(1, anchors.unsqueeze(-1).expand(-1, -1, 8))
 
 
 def test_no_gradient_is_recorded(reducer):

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 import mm.models.checkpoint as checkpoint
 from encoders.towers.llava import MAX_BATCH, LlavaEncoder, join_frames
 from mm.core.data import Image, Video, VisualTokens
-from mm.core.errors import CapacityError, MediaError
+from mm.core.errors import CapacityError, IncompatiblePlugin, InvalidOption, MediaError
 from mm.core.plugins import build_reducer, check_compatible
 from mm.core.reduce import reduce_tokens
 from tests.checkpoints import random_llava
@@ -393,3 +393,52 @@ def test_reducers_work_with_what_it_supplies(folder, video_folder, tmp_path, spe
         for tokens in encoder.encode(items, reducer.needs):
             out = reduce_tokens(reducer, tokens, text)
             assert 0 < out.num_tokens == reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind) < tokens.num_tokens
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_merging_inside_the_tower(folder, tmp_path, has_cls):
+    encoder = LlavaEncoder(folder if has_cls else siglip_llava(tmp_path))
+    items = images(pictures(3))
+    plain = encoder.encode(items, frozenset({"tower_features"}))
+    for keep_ratio in (1.0, 0.5):
+        reducer = build_reducer("tome", keep_ratio)
+        check_compatible(reducer, encoder, "llava")
+        found = encoder.encode(items, frozenset({"tower_features"}), merging=reducer)
+        for tokens, whole in zip(found, plain, strict=True):
+            assert tokens.grid == whole.grid == (1, 4, 4)
+            assert tokens.num_tokens == reducer.plan(16, tokens.grid) == 16 * keep_ratio
+            assert tokens.sizes.sum() == 16
+            assert torch.equal(tokens.indices, tokens.indices.unique())
+            expected = encoder.projector(tokens.evidence["tower_features"].T)
+            assert torch.allclose(tokens.embeddings, expected, atol=1e-5)
+            if keep_ratio == 1.0:
+                assert torch.allclose(tokens.embeddings, whole.embeddings, atol=1e-5)
+                assert torch.allclose(tokens.evidence["tower_features"], whole.evidence["tower_features"], atol=1e-5)
+    alone = encoder.encode(items[1:2], merging=reducer)[0]
+    assert torch.equal(alone.indices, found[1].indices)
+    assert torch.allclose(alone.embeddings, found[1].embeddings, atol=1e-5)
+
+
+def test_copies_in_a_picture_merge_without_loss(folder):
+    """A picture of one colour: patches differ by their position embedding alone; without it, means are what they were."""
+    encoder = LlavaEncoder(folder)
+    encoder.tower.embeddings.position_embedding.weight.data.zero_()
+    flat = Image(pixels=np.full((56, 56, 3), 90, dtype=np.uint8), content_hash="")
+    plain = encoder.encode([flat])[0]
+    merged = encoder.encode([flat], merging=build_reducer("tome", 0.25))[0]
+    assert merged.num_tokens == 4
+    assert torch.allclose(merged.embeddings, plain.embeddings[merged.indices], atol=1e-5)
+
+
+def test_what_merging_needs_is_named(folder, video_folder, tmp_path):
+    tome = build_reducer("tome")
+    with pytest.raises(IncompatiblePlugin, match="attention_received with ToMe in its tower"):
+        check_compatible(build_reducer("tome + scope"), LlavaEncoder(folder), "llava")
+    check_compatible(build_reducer("tome + cdpruner"), LlavaEncoder(folder), "llava")
+    several = random_llava(tmp_path, vision_feature_layer=[-1, 1])
+    with pytest.raises(IncompatiblePlugin, match="block_keys"):
+        check_compatible(tome, LlavaEncoder(several), "llava")
+    with pytest.raises(IncompatiblePlugin, match="ToMe cannot be used with clips of this model"):
+        LlavaEncoder(video_folder).encode([clip(2)], merging=tome)
+    with pytest.raises(InvalidOption, match="one reducer inside the tower"):
+        check_compatible(build_reducer("tome + tome"), LlavaEncoder(folder), "llava")

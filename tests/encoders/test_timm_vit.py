@@ -11,8 +11,8 @@ import torch
 
 from encoders.towers.timm_vit import TimmEncoder
 from mm.core.data import Image, Video
-from mm.core.errors import InvalidOption, PluginError
-from mm.core.plugins import build_reducer, create
+from mm.core.errors import IncompatiblePlugin, InvalidOption, PluginError
+from mm.core.plugins import build_reducer, check_compatible, create
 from mm.core.reduce import reduce_tokens
 
 timm = pytest.importorskip("timm")
@@ -83,3 +83,42 @@ def test_without_timm_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(PluginError, match=r"mm-serving\[timm\]"):
         TimmEncoder("test_vit")
+
+
+def test_merging_inside_the_tower():
+    """Without merging it equals timm's own forward pass; with it each frame of a clip merges by itself."""
+    encoder = TimmEncoder("test_vit", image_size=SIZE)
+    frames = np.stack([picture(seed) for seed in range(3)])
+    video = Video(frames=frames, timestamps_s=(0.0, 1.0, 2.0), duration_s=3.0, content_hash="")
+    image = Image(pixels=frames[1], content_hash="")
+    check_compatible(build_reducer("tome"), encoder, "timm")
+    plain = encoder.encode([image, video])
+    whole = encoder.encode([image, video], merging=build_reducer("tome", 1.0))
+    for a, b in zip(plain, whole, strict=True):
+        assert torch.allclose(a.embeddings, b.embeddings, atol=1e-5)
+        assert torch.equal(a.positions, b.positions)
+    reducer = build_reducer("tome", 0.5)
+    first, clip = encoder.encode([image, video], frozenset({"tower_features"}), merging=reducer)
+    assert clip.num_tokens == 24 == reducer.plan(48, clip.grid, "video")
+    assert clip.grid == (3, 4, 4)
+    assert torch.equal(clip.indices, clip.indices.unique())
+    assert torch.equal(clip.indices[8:16] - 16, first.indices)
+    assert torch.equal(clip.evidence["tower_features"], clip.embeddings.T)
+    assert reduce_tokens(reducer, clip).num_tokens == 24
+    assert reduce_tokens(build_reducer("tome:keep_ratio=0.5 + divprune:keep_ratio=0.25"), clip).num_tokens == 6
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"])
+def test_tokens_in_front_stay_out_of_merging(name):
+    size = SIZE if "16" in name else 56
+    encoder = TimmEncoder(name, image_size=size)
+    image = Image(pixels=picture(0), content_hash="")
+    plain, whole = encoder.encode([image])[0], encoder.encode([image], merging=build_reducer("tome", 1.0))[0]
+    assert torch.allclose(plain.embeddings, whole.embeddings, atol=1e-4)
+    assert encoder.encode([image], merging=build_reducer("tome", 0.25))[0].sizes.sum() == plain.num_tokens
+
+
+def test_a_tower_of_other_blocks_refuses_to_merge():
+    encoder = TimmEncoder("eva02_tiny_patch14_224", image_size=56)
+    with pytest.raises(IncompatiblePlugin, match="block_keys"):
+        check_compatible(build_reducer("tome"), encoder, "eva02")
