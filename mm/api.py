@@ -118,12 +118,15 @@ def build_engine(config: ModelConfig) -> Engine:
     )
     most = config.max_num_seqs * family.max_context_tokens
     kv_bytes = kv_cache_bytes(family.language.cache_shape, most, config.kv_cache_gb)
+    if config.compile:
+        family.language.compile()
     return Engine(
         family,
         limits=limits,
         kv_bytes=kv_bytes,
         share_prefixes=config.prefix_caching,
         speculation=config.speculation,
+        record_steps=config.cuda_graphs,
     )
 
 

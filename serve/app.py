@@ -19,11 +19,13 @@ from mm import __version__
 from serve.options import (
     BatchTokensOption,
     CacheOption,
+    CompileOption,
     DecoderOption,
     DeviceOption,
     DtypeOption,
     FpsOption,
     FramesOption,
+    GraphsOption,
     ModelArgument,
     ModelOption,
     PrefixOption,
@@ -130,6 +132,8 @@ def serve(
     max_batch_tokens: BatchTokensOption = None,
     max_waiting: WaitingOption = 256,
     prefix_caching: PrefixOption = True,
+    cuda_graphs: GraphsOption = True,
+    compile: CompileOption = False,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API; repeat for aliases.")] = None,
     allow_media_domain: Annotated[
         list[str] | None, typer.Option(help="Fetch media from this host; repeat. Without it remote URLs are off.")
@@ -160,6 +164,8 @@ def serve(
             max_batch_tokens=max_batch_tokens,
             max_waiting=max_waiting,
             prefix_caching=prefix_caching,
+            cuda_graphs=cuda_graphs,
+            compile=compile,
             allowed_domains=tuple(allow_media_domain or ()),
         ),
         host=host,
@@ -213,6 +219,8 @@ def caption(
     max_num_seqs: SeqsOption = 64,
     max_batch_tokens: BatchTokensOption = None,
     prefix_caching: PrefixOption = True,
+    cuda_graphs: GraphsOption = True,
+    compile: CompileOption = False,
 ) -> None:
     """Caption images and clips into JSON lines; run again to resume. Exits with 0, 3 (some failed) or 1 (none ran)."""
     need("transformers", "batch")
@@ -236,6 +244,8 @@ def caption(
             max_num_seqs=max_num_seqs,
             max_batch_tokens=max_batch_tokens,
             prefix_caching=prefix_caching,
+            cuda_graphs=cuda_graphs,
+            compile=compile,
             allow_paths=True,
         ),
         max_tokens=max_tokens,

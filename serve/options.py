@@ -42,6 +42,14 @@ PrefixOption = Annotated[
     ),
 ]
 
+GraphsOption = Annotated[
+    bool,
+    typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, record decoding steps at start and replay them."),
+]
+CompileOption = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="Put the decoder's layers through torch.compile.")
+]
+
 
 def model_config(*, allowed_domains: tuple[str, ...] = (), allow_paths: bool = False, **fields: Any) -> ModelConfig:
     """The configuration that a command's options describe; `fields` are those of `ModelConfig`."""

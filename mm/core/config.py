@@ -107,6 +107,8 @@ class ModelConfig:
         max_waiting: Requests that may wait for the decoder; more are refused.
         prefix_caching: Whether prompts begin with the rows that earlier ones left in the KV cache.
         speculation: What may be drafted ahead of the decoder, and by whom.
+        cuda_graphs: Whether a GPU's decoding steps are recorded at start and replayed.
+        compile: Whether the decoder's layers go through torch.compile; slow to start, and rarely worth it on a CPU.
         limits, sources: What media may be, and from where.
     """
 
@@ -125,6 +127,8 @@ class ModelConfig:
     max_waiting: int = 256
     prefix_caching: bool = True
     speculation: SpeculationLimits = SpeculationLimits()
+    cuda_graphs: bool = True
+    compile: bool = False
     limits: MediaLimits = MediaLimits()
     sources: SourcePolicy = SourcePolicy()
 

@@ -32,12 +32,14 @@ class RowBatch:
         firsts, counts: (C,) int64, the first row and the number of rows of each chunk.
         masks: Chunk to (count, count) bool: which of the chunk's rows each one sees, itself included. A chunk that is
             not named is causal. All rows see all that was in the cache before.
+        places: What a backend worked out from these, once for all layers.
     """
 
     slots: np.ndarray
     firsts: np.ndarray
     counts: np.ndarray
     masks: dict[int, Tensor] = field(default_factory=dict)
+    places: Any = None
 
     @classmethod
     def of(cls, slots: Sequence[int], counts: Sequence[int], masks: dict[int, Tensor] | None = None) -> RowBatch:

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from mm.core.data import Encoded, Event, Request
 from mm.core.errors import CapacityError, DeadlineExceeded, EngineError, ReducerFault
 from mm.core.plugins import Reducer
 from mm.engine.admission import add_hooks, answer_length
-from mm.engine.attention import build_attention
+from mm.engine.attention import Attention, build_attention
 from mm.engine.eviction import evict
 from mm.engine.kv_cache import KVCache
 from mm.engine.output import Output
@@ -37,6 +37,9 @@ from mm.engine.speculation import Round, Speculation
 from mm.engine.step import Chunk, Decoding, Pass
 from mm.engine.verify import Walk, draw, verify
 
+if TYPE_CHECKING:
+    from mm.engine.cuda_graphs import DecodeGraphs
+
 log = logging.getLogger(__name__)
 
 
@@ -49,6 +52,7 @@ class Engine:
         kv_bytes: Size of the cache.
         share_prefixes: Whether prompts begin with what earlier ones left.
         speculation: What may be drafted; None is nothing.
+        record_steps: Whether decoding steps are recorded where the device can replay them.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Engine:
         kv_bytes: int,
         share_prefixes: bool = True,
         speculation: SpeculationLimits | None = None,
+        record_steps: bool = True,
     ) -> None:
         self.engine_id = uuid.uuid4().hex
         self.family, self.limits = family, limits
@@ -68,10 +73,12 @@ class Engine:
         if num_blocks < shape.num_layers:
             least = shape.num_layers * shape.block_bytes
             raise EngineError(f"a KV cache of {kv_bytes} bytes is too small; {least} hold {shape.block_size} tokens")
-        self.cache = KVCache(shape, num_blocks=num_blocks, num_slots=limits.max_num_seqs)
+        record_steps = record_steps and shape.device.type == "cuda"
+        self.cache = KVCache(shape, num_blocks=num_blocks, num_slots=limits.max_num_seqs + record_steps)
         self.prefixes = PrefixCache(self.cache, enabled=share_prefixes)
         self._scheduler = Scheduler(self.cache, self.prefixes, limits)
-        self._pass = Pass(family.language, build_attention(self.cache))
+        attention = build_attention(self.cache)
+        self._pass = Pass(family.language, attention, self._record(attention) if record_steps else None)
         self.speculation = Speculation(family, speculation or SpeculationLimits())
         if self.speculation.is_on:
             self.speculation.calibrate(self._pass, limits.max_batch_tokens)
@@ -82,6 +89,12 @@ class Engine:
         self._counters = Counters()
         self._draining = False
         self.wake = threading.Event()
+
+    def _record(self, attention: Attention) -> DecodeGraphs | None:
+        from mm.engine.cuda_graphs import build_graphs
+
+        width = self.cache.shape.num_blocks(self.family.max_context_tokens)
+        return build_graphs(self.family.language, attention, most=self.limits.max_num_seqs, width=width)
 
     # ── taking requests ───────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from mm.core.errors import ReducerFault
 from mm.core.plugins import InPrefill
 from mm.engine.attention import Attention, Rotary, RowBatch
 from mm.engine.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from mm.engine.cuda_graphs import DecodeGraphs
 
 
 class Layers(Protocol):
@@ -119,10 +122,11 @@ class Pass:
     Args:
         layers: The language model.
         attention: Backend over the cache in which the chunks' slots are.
+        graphs: Recorded steps for passes in which every sequence decodes.
     """
 
-    def __init__(self, layers: Layers, attention: Attention) -> None:
-        self._layers, self._attention = layers, attention
+    def __init__(self, layers: Layers, attention: Attention, graphs: DecodeGraphs | None = None) -> None:
+        self._layers, self._attention, self._graphs = layers, attention, graphs
         self.cache: KVCache = attention.cache
 
     @torch.inference_mode()
@@ -135,6 +139,10 @@ class Pass:
         rows = _Packed(chunks, decoding, watched)
         if decoding is not None:
             self.cache.grow_each(decoding.slots)
+            if self._graphs is not None and not chunks and not watched:
+                logits = self._graphs.run(decoding.slots, decoding.embeddings, decoding.positions)
+                if logits is not None:
+                    return logits
         drops = any(chunk.drops for chunk in chunks)
         return self._layers.logits(self._run_dropping(rows) if drops else self._run_plain(rows))
 

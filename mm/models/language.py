@@ -125,6 +125,11 @@ class LanguageModel:
         """One decoder layer over packed rows (R, D); their keys and values go to the cache behind `attention`."""
         return self.layers[index](hidden, batch, rotary, attention)
 
+    def compile(self) -> None:
+        """Put what layers do before and after attention through torch.compile, where we know the layer."""
+        for layer in self.layers:
+            layer.compile()
+
     def queries_keys(self, index: int, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Rotated queries (R, H, d) and keys (R, H_kv, d) of a layer's input; nothing is stored."""
         return self.layers[index].queries_keys(hidden, rotary)

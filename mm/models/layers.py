@@ -31,6 +31,10 @@ class Layer(Protocol):
         """Rotated queries (R, H, d) and keys (R, H_kv, d) of the layer's input; nothing is stored."""
         ...
 
+    def compile(self) -> None:
+        """Put the work beside attention through torch.compile."""
+        ...
+
 
 def build_layer(module: nn.Module, index: int, head_dim: int) -> Layer:
     """The fused form where the module is known to have one."""
@@ -55,6 +59,9 @@ class ModuleLayer:
             mm_batch=batch,
             mm_attention=attention,
         ).squeeze(0)
+
+    def compile(self) -> None:
+        """Does nothing: our attention stands in the middle of the module."""
 
     def queries_keys(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         inner = self._module.self_attn
@@ -82,11 +89,22 @@ class FusedLayer:
         ]
 
     def __call__(self, hidden: Tensor, batch: RowBatch, rotary: Rotary, attention: Attention) -> Tensor:
+        seen = attention.attend(self._index, self._before(hidden), batch, rotary)
+        return self._after(hidden, seen)
+
+    def _before(self, hidden: Tensor) -> Tensor:
+        """(R, D) to queries, keys and values (R, H + 2 * H_kv, d)."""
         rows = nn.functional.linear(self._norm(hidden, 0), self._qkv, self._qkv_bias)
-        seen = attention.attend(self._index, rows.unflatten(-1, (-1, self._head_dim)), batch, rotary)
+        return rows.unflatten(-1, (-1, self._head_dim))
+
+    def _after(self, hidden: Tensor, seen: Tensor) -> Tensor:
         hidden = torch.addmm(hidden, seen.flatten(1), self._out)
         gate, up = nn.functional.linear(self._norm(hidden, 1), self._gate_up).chunk(2, dim=-1)
         return torch.addmm(hidden, self._activation(gate).mul_(up), self._down)
+
+    def compile(self) -> None:
+        self._before = torch.compile(self._before, dynamic=True)
+        self._after = torch.compile(self._after, dynamic=True)
 
     def queries_keys(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         rows = nn.functional.linear(self._norm(hidden, 0), self._qkv, self._qkv_bias)
