@@ -5,8 +5,13 @@ Only the rows that are wanted: a full attention map would turn off the fused att
 
 from __future__ import annotations
 
+from collections.abc import Set
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from mm.core.plugins import ATTENTION_RECEIVED, CLS_ATTENTION, TOWER_KEYS
 
 CHUNK = 256
 """Query rows at a time for column means: (heads, 256, P) scores are held."""
@@ -44,3 +49,17 @@ def cell_means(planes: Tensor, height: int, width: int, side: int) -> Tensor:
 def key_means(keys: Tensor) -> Tensor:
     """(B, H, P, dh) keys to (B, dh, P) float32, averaged over heads."""
     return torch.mean(keys.float(), dim=1).mT
+
+
+def observed_in_block(block: Any, hidden: Tensor, names: Set[str], has_cls: bool) -> dict[str, Tensor]:
+    """The named evidence (B, ..., P) float32 of a block as in CLIP, SigLIP and Idefics3, from its input (B, P, D)."""
+    attention, states = block.self_attn, block.layer_norm1(hidden)
+    keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+    found = {TOWER_KEYS: key_means(keys)} if TOWER_KEYS in names else {}
+    rows = names & {CLS_ATTENTION, ATTENTION_RECEIVED}
+    if rows:
+        asking = states[:, :1] if has_cls else states
+        queries = attention.q_proj(asking).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        received = (attention_row if has_cls else mean_attention)(queries, keys, attention.scale)
+        found |= dict.fromkeys(rows, received)
+    return found

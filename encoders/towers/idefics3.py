@@ -7,6 +7,7 @@ same batch. It does not know prompts, tags or reducers. Clips are not taken.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -20,9 +21,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
 from encoders.batches import in_groups
+from encoders.evidence import cell_means, observed_in_block
 from encoders.fingerprint import fingerprint
+from encoders.text import TextEmbeddings
 from mm.core.data import Image, Video, VisualTokens
 from mm.core.errors import MediaError
+from mm.core.plugins import ATTENTION_RECEIVED, TEXT_EMBEDDINGS, TOWER_FEATURES, TOWER_KEYS
 from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
 
 MODEL_TYPES = ("idefics3", "smolvlm")
@@ -50,7 +54,8 @@ class Crops:
 class Idefics3Encoder:
     """Pictures to the tokens that an Idefics3 or SmolVLM decoder was trained on, crop by crop.
 
-    It supplies no evidence: the tower has no [CLS].
+    The tower has no [CLS]. Evidence is computed when asked for, from its last block, within each crop; a token has the
+    mean over the patches that the connector joins.
 
     Args:
         folder: A checkpoint: a local folder or a hub name.
@@ -60,7 +65,7 @@ class Idefics3Encoder:
         BadCheckpoint: The folder is no such checkpoint, or lacks weights.
     """
 
-    provides: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset({ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS})
     kinds: frozenset[str] = frozenset({"image"})
 
     def __init__(
@@ -74,7 +79,12 @@ class Idefics3Encoder:
         self.processor: Any = AutoImageProcessor.from_pretrained(path, local_files_only=True)
         self.device, self.dtype = torch.device(device), dtype
         self.tower, self.connector = _load(path, self.config, self.device, dtype)
+        self._text = functools.cache(lambda: TextEmbeddings(path, self.device))
         self.fingerprint: str = self._fingerprint(path, model_type)
+
+    def embed_text(self, text: str) -> Tensor:
+        """(T, D) float32: the text's tokens as the decoder embeds them."""
+        return self._text()(text)
 
     def _fingerprint(self, path: Path, model_type: str) -> str:
         settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
@@ -98,8 +108,10 @@ class Idefics3Encoder:
                 raise MediaError("not_supported", item.kind)
             pictures.append(self.preprocess(item))
         sizes = [len(picture.pixels) for picture in pictures]
-        embeddings = in_groups(self._forward, pictures, sizes, MAX_BATCH_CROPS)
-        return [self._tokens(*pair) for pair in zip(pictures, embeddings, strict=True)]
+        taps = needs & {ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES}
+        forward = functools.partial(self._forward_observed, taps=taps) if taps else self._forward
+        outputs = in_groups(forward, pictures, sizes, MAX_BATCH_CROPS)
+        return [self._tokens(*pair) for pair in zip(pictures, outputs, strict=True)]
 
     def preprocess(self, image: Image) -> Crops:
         """The picture's crops by the checkpoint's own image processor."""
@@ -110,17 +122,39 @@ class Idefics3Encoder:
         return Crops(pixels=found["pixel_values"][0], layout=(rows, columns) if rows else None)
 
     @torch.inference_mode()
-    def _forward(self, pictures: Sequence[Crops]) -> list[Tensor]:
-        """Tokens (crops, n, D) of each picture."""
-        pixels = torch.cat([picture.pixels for picture in pictures]).to(self.device, self.dtype)
-        tokens = self.connector(self.tower(pixels).last_hidden_state)
-        return list(tokens.split([len(picture.pixels) for picture in pictures]))
+    def _forward(self, pictures: Sequence[Crops]) -> list[dict[str, Tensor]]:
+        """`embeddings` (crops, n, D) of each picture."""
+        tokens = self.connector(self.tower(self._pixels(pictures)).last_hidden_state)
+        return _per_picture({"embeddings": tokens}, pictures)
 
-    def _tokens(self, picture: Crops, embeddings: Tensor) -> VisualTokens:
+    @torch.inference_mode()
+    def _forward_observed(self, pictures: Sequence[Crops], taps: frozenset[str]) -> list[dict[str, Tensor]]:
+        """The same, and the evidence (crops, ..., n) that `taps` names."""
+        pixels, last = self._pixels(pictures), len(self.tower.encoder.layers) - 1
+        output = self.tower(pixels, output_hidden_states=[last])
+        planes = observed_in_block(self.tower.encoder.layers[last], output.hidden_states[last], taps, has_cls=False)
+        if TOWER_FEATURES in taps:
+            planes[TOWER_FEATURES] = output.last_hidden_state.mT
+        height, width = (side // self.config.vision_config.patch_size for side in pixels.shape[-2:])
+        side = self.config.scale_factor
+        found = {name: cell_means(plane, height, width, side).flatten(2) for name, plane in planes.items()}
+        return _per_picture({"embeddings": self.connector(output.last_hidden_state)} | found, pictures)
+
+    def _pixels(self, pictures: Sequence[Crops]) -> Tensor:
+        return torch.cat([picture.pixels for picture in pictures]).to(self.device, self.dtype)
+
+    def _tokens(self, picture: Crops, output: dict[str, Tensor]) -> VisualTokens:
         cell = self.config.vision_config.patch_size * self.config.scale_factor
         height, width = picture.pixels.shape[-2] // cell, picture.pixels.shape[-1] // cell
         grid = (len(picture.pixels), height, width)
-        return VisualTokens.full(embeddings.flatten(0, 1), grid, "image", crops=picture.layout)
+        evidence = {name: plane.movedim(0, -2).flatten(-2) for name, plane in output.items() if name != "embeddings"}
+        return VisualTokens.full(output["embeddings"].flatten(0, 1), grid, "image", evidence, crops=picture.layout)
+
+
+def _per_picture(planes: dict[str, Tensor], pictures: Sequence[Crops]) -> list[dict[str, Tensor]]:
+    counts = [len(picture.pixels) for picture in pictures]
+    split = zip(*(plane.split(counts) for plane in planes.values()), strict=True)
+    return [dict(zip(planes, parts, strict=True)) for parts in split]
 
 
 def _load(path: Path, config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:

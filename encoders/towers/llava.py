@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from encoders.batches import in_batches
-from encoders.evidence import attention_row, cell_means, key_means, mean_attention
+from encoders.evidence import cell_means, observed_in_block
 from encoders.fingerprint import fingerprint
 from encoders.merging import merged_tokens, run_blocks
 from encoders.text import TextEmbeddings
@@ -214,7 +214,7 @@ class LlavaEncoder:
             outputs[TOWER_FEATURES] = features.float().mT
         if taps:
             block, states = _blocks(self.tower)[deepest - 1], output.hidden_states[deepest - 1]
-            seen = _observed(block, states, taps, self._has_cls)
+            seen = observed_in_block(block, states, taps, self._has_cls)
             outputs |= {name: plane[..., first:] for name, plane in seen.items()}
         return outputs
 
@@ -274,20 +274,6 @@ def _blocks(tower: Any) -> nn.ModuleList:
 
 def _has_cls(tower: Any) -> bool:
     return hasattr(getattr(getattr(tower, "vision_model", tower), "embeddings", None), "class_embedding")
-
-
-def _observed(block: Any, hidden: Tensor, names: Set[str], has_cls: bool) -> dict[str, Tensor]:
-    """The named evidence (B, ..., P) float32, from a block's input (B, P, D)."""
-    attention, states = block.self_attn, block.layer_norm1(hidden)
-    keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-    found = {TOWER_KEYS: key_means(keys)} if TOWER_KEYS in names else {}
-    rows = names & {CLS_ATTENTION, ATTENTION_RECEIVED}
-    if rows:
-        asking = states[:, :1] if has_cls else states
-        queries = attention.q_proj(asking).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        received = (attention_row if has_cls else mean_attention)(queries, keys, attention.scale)
-        found |= dict.fromkeys(rows, received)
-    return found
 
 
 def _attend(block: Any, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

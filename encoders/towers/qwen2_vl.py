@@ -10,9 +10,10 @@ A clip's frames are joined by `temporal_patch_size` (two) to one step in time; a
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,19 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoVideoProcessor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VisionTransformerPretrainedModel,
+    apply_rotary_pos_emb_vision,
+)
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from encoders.batches import in_groups
+from encoders.evidence import mean_attention
 from encoders.fingerprint import fingerprint
+from encoders.text import TextEmbeddings
 from mm.core.data import Grid, Image, Kind, Video, VisualTokens
 from mm.core.errors import MediaError
+from mm.core.plugins import ATTENTION_RECEIVED, TEXT_EMBEDDINGS, TOWER_FEATURES, TOWER_KEYS
 from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
 
 TOWERS: dict[str, Any] = {
@@ -61,7 +69,8 @@ class Patches:
 class Qwen2VLEncoder:
     """Images and clips of any size to the tokens that a Qwen2-VL or Qwen2.5-VL decoder was trained on.
 
-    It supplies no evidence: the tower has no [CLS], and most of its blocks see one window of a picture only.
+    The tower has no [CLS]. Evidence is computed when asked for, from the last block that sees whole frames, within each
+    step in time; a token has the mean over the patches that the merger joins.
 
     Args:
         folder: A checkpoint: a local folder or a hub name.
@@ -71,7 +80,7 @@ class Qwen2VLEncoder:
         BadCheckpoint: The folder is no such checkpoint, or lacks weights.
     """
 
-    provides: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset({ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS})
     kinds: frozenset[str] = frozenset({"image", "video"})
 
     def __init__(
@@ -87,7 +96,12 @@ class Qwen2VLEncoder:
         self.device, self.dtype = torch.device(device), dtype
         self.tower = _load(path, self.config, self.device, dtype)
         self._merge: int = self.config.vision_config.spatial_merge_size
+        self._text = functools.cache(lambda: TextEmbeddings(path, self.device))
         self.fingerprint: str = self._fingerprint(path, model_type)
+
+    def embed_text(self, text: str) -> Tensor:
+        """(T, D) float32: the text's tokens as the decoder embeds them."""
+        return self._text()(text)
 
     def _fingerprint(self, path: Path, model_type: str) -> str:
         settings = [
@@ -104,8 +118,8 @@ class Qwen2VLEncoder:
             MediaError: An item is too long and thin for the processor.
             CapacityError: The device has no memory for one item.
         """
-        images = self._encode([self.image_patches(item) for item in items if isinstance(item, Image)])
-        clips = self._encode([self.clip_patches(item) for item in items if isinstance(item, Video)])
+        images = self._encode([self.image_patches(item) for item in items if isinstance(item, Image)], needs)
+        clips = self._encode([self.clip_patches(item) for item in items if isinstance(item, Video)], needs)
         return [
             self._tokens(*next(images), "image", None)
             if isinstance(item, Image)
@@ -131,22 +145,49 @@ class Qwen2VLEncoder:
         """Clip time that one step of the grid stands for: `second_per_grid_ts` of transformers."""
         return self.video_processor.temporal_patch_size * clip.duration_s / len(clip.frames)
 
-    def _encode(self, items: Sequence[Patches]):
-        embeddings = in_groups(self._forward, items, [len(item.pixels) for item in items], MAX_BATCH_PATCHES)
-        return zip(items, embeddings, strict=True)
+    def _encode(self, items: Sequence[Patches], needs: frozenset[str]):
+        taps = needs & {ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES}
+        forward = functools.partial(self._forward_observed, taps=taps) if taps else self._forward
+        outputs = in_groups(forward, items, [len(item.pixels) for item in items], MAX_BATCH_PATCHES)
+        return zip(items, outputs, strict=True)
 
     @torch.inference_mode()
-    def _forward(self, items: Sequence[Patches]) -> list[Tensor]:
-        """Merged tokens (N, D) of each item, in raster order."""
-        pixels = torch.cat([item.pixels for item in items]).to(self.device, self.dtype)
-        grids = torch.tensor([item.grid for item in items], device=self.device)
-        merged = self.tower(pixels, grid_thw=grids).pooler_output
-        return list(merged.split([len(item.pixels) // self._merge**2 for item in items]))
+    def _forward(self, items: Sequence[Patches]) -> list[dict[str, Tensor]]:
+        """`embeddings` (N, D) of each item's merged tokens, in raster order."""
+        pixels, grids = self._packed(items)
+        return self._per_item({"embeddings": self.tower(pixels, grid_thw=grids).pooler_output}, items)
 
-    def _tokens(self, patches: Patches, embeddings: Tensor, kind: Kind, seconds_per_step: float | None) -> VisualTokens:
+    @torch.inference_mode()
+    def _forward_observed(self, items: Sequence[Patches], taps: frozenset[str]) -> list[dict[str, Tensor]]:
+        """The same, and the evidence (N, ...) that `taps` names."""
+        pixels, grids = self._packed(items)
+        index = getattr(self.tower, "fullatt_block_indexes", None) or [len(self.tower.blocks) - 1]
+        output = self.tower(pixels, grid_thw=grids, output_hidden_states=[max(index)])
+        planes = observed_in_packed_block(self.tower, max(index), output.hidden_states[max(index)], grids, taps)
+        if TOWER_FEATURES in taps:
+            planes[TOWER_FEATURES] = output.last_hidden_state.float()
+        order = window_order(self.tower, grids)
+        merged = {name: plane.unflatten(0, (-1, self._merge**2)).mean(dim=1) for name, plane in planes.items()}
+        # The tower keeps tokens in windows until the merger; what it returns is in raster order.
+        found = {name: plane if order is None else plane[torch.argsort(order)] for name, plane in merged.items()}
+        return self._per_item({"embeddings": output.pooler_output} | found, items)
+
+    def _packed(self, items: Sequence[Patches]) -> tuple[Tensor, Tensor]:
+        pixels = torch.cat([item.pixels for item in items]).to(self.device, self.dtype)
+        return pixels, torch.tensor([item.grid for item in items], device=self.device)
+
+    def _per_item(self, planes: dict[str, Tensor], items: Sequence[Patches]) -> list[dict[str, Tensor]]:
+        counts = [len(item.pixels) // self._merge**2 for item in items]
+        split = zip(*(plane.split(counts) for plane in planes.values()), strict=True)
+        return [dict(zip(planes, parts, strict=True)) for parts in split]
+
+    def _tokens(
+        self, patches: Patches, output: dict[str, Tensor], kind: Kind, seconds_per_step: float | None
+    ) -> VisualTokens:
         steps, height, width = patches.grid
         grid = (steps, height // self._merge, width // self._merge)
-        return VisualTokens.full(embeddings, grid, kind, seconds_per_step=seconds_per_step)
+        evidence = {name: plane.movedim(0, -1) for name, plane in output.items() if name != "embeddings"}
+        return VisualTokens.full(output["embeddings"], grid, kind, evidence, seconds_per_step=seconds_per_step)
 
 
 def _load(path: Path, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -166,3 +207,40 @@ def _grid(grid_thw: Tensor) -> Grid:
 def _check_aspect(sides: Sequence[int], kind: Kind) -> None:
     if max(sides) > MAX_ASPECT * min(sides):
         raise MediaError("bad_aspect", kind, MAX_ASPECT)
+
+
+def window_order(tower: Any, grids: Tensor) -> Tensor | None:
+    """(N,) int64: which merged token stands at each place inside the tower; None where they are in raster order."""
+    if not hasattr(tower, "window_size"):
+        return None
+    index, _ = get_vision_window_index(grids, tower.spatial_merge_size, tower.window_size, tower.patch_size)
+    return index.to(grids.device)
+
+
+def observed_in_packed_block(
+    tower: Any, index: int, hidden: Tensor, grids: Tensor, names: Set[str]
+) -> dict[str, Tensor]:
+    """The named evidence (P, ...) float32 of all patches, from the input (P, D) of the block `index`."""
+    attention = tower.blocks[index].attn
+    states = attention.qkv(tower.blocks[index].norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
+    queries, keys, _ = states.unbind(dim=1)
+    found = {TOWER_KEYS: keys.float().mean(dim=1)} if TOWER_KEYS in names else {}
+    if ATTENTION_RECEIVED in names:
+        cos, sin = (_in_windows(tower, plane, grids) for plane in _rotation(tower, hidden, grids))
+        queries, keys = apply_rotary_pos_emb_vision(queries, keys, cos, sin)
+        frames = [height * width for steps, height, width in grids.tolist() for _ in range(steps)]
+        received = [
+            mean_attention(q.transpose(0, 1)[None], k.transpose(0, 1)[None], attention.scaling)[0].T
+            for q, k in zip(queries.split(frames), keys.split(frames), strict=True)
+        ]
+        found[ATTENTION_RECEIVED] = torch.cat(received)
+    return found
+
+
+def _rotation(tower: Any, hidden: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
+    return tower.rotary_pos_emb(hidden, get_vision_position_ids(grids, tower.spatial_merge_size))
+
+
+def _in_windows(tower: Any, plane: Tensor, grids: Tensor) -> Tensor:
+    order = window_order(tower, grids)
+    return plane if order is None else plane.unflatten(0, (-1, tower.spatial_merge_size**2))[order].flatten(0, 1)

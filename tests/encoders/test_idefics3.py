@@ -16,7 +16,9 @@ import encoders.towers.idefics3 as module
 import mm.models.checkpoint as checkpoint
 from encoders.towers.idefics3 import Idefics3Encoder
 from mm.core.data import Image, Video
-from mm.core.errors import CapacityError, MediaError
+from mm.core.errors import CapacityError, IncompatiblePlugin, MediaError
+from mm.core.plugins import build_reducer, check_compatible
+from mm.core.reduce import reduce_tokens
 from tests.checkpoints import random_idefics3, random_llava
 
 SIZES = [(56, 56), (30, 200), (200, 150), (90, 224)]
@@ -141,3 +143,49 @@ def test_the_fingerprint_names_weights_processor_and_dtype(folder, encoder, tmp_
     (changed / name).write_text(json.dumps(settings))
     others.append(Idefics3Encoder(changed).fingerprint)
     assert len({encoder.fingerprint, *others}) == 4
+
+
+NEEDS = frozenset({"attention_received", "tower_keys", "tower_features"})
+
+
+def test_evidence_is_that_of_the_last_block_within_each_crop(folder, encoder):
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    tower = model.model.vision_model
+    image = picture(1)
+    pixels = encoder.preprocess(image).pixels
+    with torch.inference_mode():
+        out = tower(pixels, output_attentions=True, output_hidden_states=True)
+        block = tower.encoder.layers[-1]
+        keys = block.self_attn.k_proj(block.layer_norm1(out.hidden_states[len(tower.encoder.layers) - 1]))
+    keys = keys.unflatten(-1, (block.self_attn.num_heads, -1)).mean(dim=2)
+    tokens, plain = encoder.encode([image], NEEDS)[0], encoder.encode([image])[0]
+    assert torch.equal(tokens.embeddings, plain.embeddings)
+    side, scale = pixels.shape[-1] // tower.patch_size, encoder.config.scale_factor
+    expected = {
+        "attention_received": out.attentions[-1].mean(dim=2),
+        "tower_keys": keys.mT,
+        "tower_features": out.last_hidden_state.mT,
+    }
+    for name, plane in expected.items():
+        found = tokens.evidence[name]
+        assert found.shape[-1] == tokens.num_tokens
+        for token in (0, 1, tokens.num_tokens - 1):
+            crop, y, x = tokens.positions[token].tolist()
+            patches = plane[crop].unflatten(-1, (side, side))
+            cell = patches[:, y * scale : (y + 1) * scale, x * scale : (x + 1) * scale]
+            assert torch.allclose(found[:, token], cell.mean(dim=(1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["visionzip", "scope", "cdpruner", "pool2"])
+def test_reducers_work_crop_by_crop(encoder, spec):
+    reducer = build_reducer(spec)
+    check_compatible(reducer, encoder, "idefics3")
+    tokens = encoder.encode([picture(2)], reducer.needs)[0]
+    out = reduce_tokens(reducer, tokens, encoder.embed_text("what?"))
+    assert out.num_tokens == reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind)
+    assert set(out.positions[:, 0].tolist()) == set(range(tokens.grid[0]))
+
+
+def test_merging_is_refused_by_name(encoder):
+    with pytest.raises(IncompatiblePlugin, match="block_keys"):
+        check_compatible(build_reducer("tome"), encoder, "idefics3")

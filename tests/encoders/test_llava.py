@@ -420,7 +420,7 @@ def test_merging_inside_the_tower(folder, tmp_path, has_cls):
 
 
 def test_copies_in_a_picture_merge_without_loss(folder):
-    """A picture of one colour: patches differ by their position embedding alone; without it, means are what they were."""
+    """Patches of one colour differ by their position embedding alone; without it a mean is what its members are."""
     encoder = LlavaEncoder(folder)
     encoder.tower.embeddings.position_embedding.weight.data.zero_()
     flat = Image(pixels=np.full((56, 56, 3), 90, dtype=np.uint8), content_hash="")

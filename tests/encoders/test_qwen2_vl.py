@@ -16,10 +16,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import encoders.towers.qwen2_vl as module
 import mm.models.checkpoint as checkpoint
-from encoders.towers.qwen2_vl import Qwen2VLEncoder
+from encoders.towers.qwen2_vl import Qwen2VLEncoder, window_order
 from mm.core.data import Image, Video
 from mm.core.errors import CapacityError, IncompatiblePlugin, MediaError
 from mm.core.plugins import build_reducer, check_compatible
+from mm.core.reduce import reduce_tokens
 from tests.checkpoints import random_llava, random_qwen2_5_vl
 
 SIZES = [(56, 84), (91, 40), (30, 300), (200, 200), (57, 55), (56, 84)]
@@ -236,3 +237,71 @@ def test_threads_do_not_mix(encoder):
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda image: encoder.encode([image])[0], images * 3))
     assert all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(alone * 3, together, strict=True))
+
+
+NEEDS = frozenset({"attention_received", "tower_keys", "tower_features"})
+
+
+@pytest.mark.parametrize("make", [lambda: picture(1), lambda: clip(4)], ids=["image", "clip"])
+def test_evidence_is_that_of_the_last_block_that_sees_whole_frames(folder, encoder, make, monkeypatch):
+    """The maps are those of transformers' own eager attention, caught as it computes them."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+
+    item = make()
+    patches = encoder.image_patches(item) if isinstance(item, Image) else encoder.clip_patches(item)
+    blocks = encoder.tower.blocks
+    index = max(getattr(encoder.tower, "fullatt_block_indexes", None) or [len(blocks) - 1])
+    maps, keys, last = [], [], []
+    for modeling in (modeling_qwen2_vl, modeling_qwen2_5_vl):
+        eager = modeling.eager_attention_forward
+
+        def catching(module, *args, eager=eager, **kwargs):
+            output = eager(module, *args, **kwargs)
+            if module is blocks[index].attn:
+                maps.append(output[1][0])
+            return output
+
+        monkeypatch.setattr(modeling, "eager_attention_forward", catching)
+    handles = [
+        blocks[index].attn.qkv.register_forward_hook(lambda module, args, output: keys.append(output)),
+        encoder.tower.merger.register_forward_pre_hook(lambda module, args: last.append(args[0])),
+    ]
+    before = encoder.tower.config._attn_implementation
+    encoder.tower.config._attn_implementation = "eager"
+    try:
+        with torch.inference_mode():
+            encoder.tower(patches.pixels, grid_thw=torch.tensor([patches.grid]))
+    finally:
+        encoder.tower.config._attn_implementation = before
+        for handle in handles:
+            handle.remove()
+    received = torch.cat([m.mean(dim=1) for m in maps], dim=1)
+    heads = received.shape[0]
+    metric = keys[0].unflatten(-1, (3, heads, -1))[:, 1].mean(dim=1).T
+    order = window_order(encoder.tower, torch.tensor([patches.grid]))
+    tokens, plain = encoder.encode([item], NEEDS)[0], encoder.encode([item])[0]
+    assert torch.equal(tokens.embeddings, plain.embeddings)
+    place = torch.arange(tokens.num_tokens) if order is None else torch.argsort(order)
+    for name, plane in (("attention_received", received), ("tower_keys", metric), ("tower_features", last[0].T)):
+        expected = plane.unflatten(-1, (-1, 4)).mean(dim=-1)[:, place]
+        assert torch.allclose(tokens.evidence[name], expected, atol=1e-5), name
+    sums = tokens.evidence["attention_received"].unflatten(-1, (tokens.grid[0], -1)).sum(dim=-1) * 4
+    assert torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["visionzip", "scope", "cdpruner", "pool2", "evs", "vidcom2", "holitom"])
+def test_reducers_work_with_what_it_supplies(encoder, spec):
+    reducer = build_reducer(spec)
+    check_compatible(reducer, encoder, "qwen")
+    text = encoder.embed_text("what?")
+    for tokens in encoder.encode([picture(1), clip(8)], reducer.needs):
+        out = reduce_tokens(reducer, tokens, text)
+        planned = reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind)
+        assert out.num_tokens == planned or (spec == "holitom" and out.num_tokens < planned)
+        assert planned < tokens.num_tokens or (tokens.kind == "image" and spec in ("evs", "vidcom2", "holitom"))
+
+
+def test_merging_is_refused_by_name(encoder):
+    with pytest.raises(IncompatiblePlugin, match="block_keys"):
+        check_compatible(build_reducer("tome"), encoder, "qwen")
