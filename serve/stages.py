@@ -144,6 +144,8 @@ class DecoderHalfOf(Protocol):
 
     def step(self) -> bool: ...
 
+    def close(self) -> None: ...
+
 
 class DecoderStage:
     """Runs the engine in a thread of its own; requests are prepared in another, never on the event loop."""
@@ -209,6 +211,7 @@ class DecoderStage:
         self._prepare.shutdown(wait=False, cancel_futures=True)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=10)
+        self._engine.close()
 
 
 IDLE_S = 0.5

@@ -77,6 +77,9 @@ class ScriptedEngine:
             self._end(scene, error)
         return True
 
+    def close(self) -> None:
+        pass
+
     def _end(self, scene: Scene, error: Exception | None) -> None:
         self._scenes.remove(scene)
         scene.events.close()

@@ -46,6 +46,13 @@ def test_the_client_example_answers(monkeypatch, capsys):
     assert capsys.readouterr().out.strip().endswith(" 64")
 
 
+def test_the_batch_example_answers(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exec(compile(blocks("python")[2], "README.md", "exec"), {})
+    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("prompt tokens were cached")]
+    assert len(told) == 3
+
+
 def data_url(path: str) -> str:
     return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
 

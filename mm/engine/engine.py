@@ -160,6 +160,10 @@ class Engine:
         """Take no more requests; those that are here are answered."""
         self._draining = True
 
+    def close(self) -> None:
+        """Let go of the threads that compile schemas."""
+        self.samplers.close()
+
     def _check_room(self) -> None:
         if self._draining:
             raise CapacityError("the server is being stopped; ask another one", 5)
@@ -267,7 +271,7 @@ class Engine:
                 continue  # went with its sibling
             if job.cancelled.is_set():
                 self._forget(job)
-                job.sink.end()
+                _end(job)
             elif job.deadline is not None and now > job.deadline:
                 self._fail(job, DeadlineExceeded("the request took longer than it may"))
 
@@ -430,13 +434,18 @@ class Engine:
         job.num_left -= 1
         if not job.num_left:
             job.is_over = True
-            job.sink.put(summary(job, now))
-            job.sink.end()
+            try:
+                job.sink.put(summary(job, now))
+            except Exception as error:
+                log.exception("a summary was not taken: request_id=%s", job.request.request_id)
+                _end(job, EngineError(f"the summary could not be handed over: {type(error).__name__}"))
+            else:
+                _end(job)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         if any(answer.job is job for answer in self._answers):
             self._forget(job)
-            job.sink.end(error)
+            _end(job, error)
 
     def _forget(self, job: Job) -> None:
         job.is_over = True
@@ -444,3 +453,11 @@ class Engine:
             self.speculation.close(answer)
             self._scheduler.remove(answer)
             self._answers.discard(answer)
+
+
+def _end(job: Job, error: BaseException | None = None) -> None:
+    """Tell the sink. One that cannot be told any more is nobody else's trouble."""
+    try:
+        job.sink.end(error)
+    except Exception:
+        log.exception("an end was not taken: request_id=%s", job.request.request_id)

@@ -42,6 +42,9 @@ class SamplerFactory:
             for choice in range(sampling.n)
         ]
 
+    def close(self) -> None:
+        self._grammars.close()
+
     def rule(self, sampling: Sampling) -> Rule:
         """The rule with the model's own defaults where the request says nothing."""
         given = {name: self._or_default(sampling, name, plain) for name, plain in PLAIN.items()}

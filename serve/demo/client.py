@@ -93,6 +93,7 @@ class Reply:
     """What the server answered.
 
     Attributes:
+        num_cached_tokens: Prompt tokens that the decoder still had; 0 also when the server does not report them.
         num_visual_tokens_in, num_visual_tokens_kept: None when the server does not report them.
         kept: One map per media item; empty when the server does not report them.
         timings_s: Seconds by stage ("encode", "prefill", ...); empty when the server does not report them.
@@ -104,6 +105,7 @@ class Reply:
     num_prompt_tokens: int
     num_completion_tokens: int
     wall_s: float
+    num_cached_tokens: int = 0
     num_visual_tokens_in: int | None = None
     num_visual_tokens_kept: int | None = None
     kept: tuple[KeptMap, ...] = ()
@@ -221,6 +223,7 @@ def parse_reply(body: Any, wall_s: float) -> Reply:
             num_prompt_tokens=int(usage["prompt_tokens"]),
             num_completion_tokens=int(usage["completion_tokens"]),
             wall_s=wall_s,
+            num_cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
             num_visual_tokens_in=_count(vision.get("visual_tokens_in")),
             num_visual_tokens_kept=_count(vision.get("visual_tokens_kept")),
             kept=tuple(_kept_map(item) for item in vision.get("items") or ()),

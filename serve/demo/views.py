@@ -116,8 +116,9 @@ def _bar(stage: str, seconds: float, scale_s: float) -> str:
 
 
 def _usage(reply: Reply) -> str:
+    cached = f" ({reply.num_cached_tokens:,} of them cached)" if reply.num_cached_tokens else ""
     return (
-        f'<p class="mm-note">{reply.num_prompt_tokens:,} prompt + '
+        f'<p class="mm-note">{reply.num_prompt_tokens:,} prompt{cached} + '
         f"{reply.num_completion_tokens:,} answer tokens, {milliseconds(reply.wall_s)} round trip</p>"
     )
 

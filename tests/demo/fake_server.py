@@ -74,7 +74,12 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": len(kept) + 20, "completion_tokens": 7, "total_tokens": len(kept) + 27},
+        "usage": {
+            "prompt_tokens": len(kept) + 20,
+            "completion_tokens": 7,
+            "total_tokens": len(kept) + 27,
+            "prompt_tokens_details": {"cached_tokens": len(kept)},
+        },
         "vision": {
             "reducer": vision["reducer"],
             "visual_tokens_in": num_tokens,

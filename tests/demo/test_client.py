@@ -66,6 +66,7 @@ def test_a_reply_is_read_whole(picture: Path) -> None:
     assert reply.kept[0].kept == tuple(range(0, 256, 4))
     assert reply.timings_s["encode"] == 0.06
     assert (reply.num_prompt_tokens, reply.num_completion_tokens) == (84, 7)
+    assert reply.num_cached_tokens == 64
 
 
 def test_a_server_without_a_vision_object_is_understood() -> None:
@@ -77,6 +78,7 @@ def test_a_server_without_a_vision_object_is_understood() -> None:
     assert reply.num_visual_tokens_in is None
     assert reply.kept == ()
     assert reply.timings_s == {}
+    assert reply.num_cached_tokens == 0
 
 
 @pytest.mark.parametrize("kept", [[-1], [256], ["x"]])

@@ -33,6 +33,11 @@ def test_stages_stand_in_the_order_a_request_meets_them() -> None:
     assert [stage for stage, _ in views.stages_of(REPLY)] == ["load", "encode", "reduce", "prefill", "decode"]
 
 
+def test_prompt_tokens_from_the_cache_are_told() -> None:
+    card = views.answer_card(views.FULL, "", replace(REPLY, num_cached_tokens=256), 0.1)
+    assert "270 prompt (256 of them cached) + 7 answer tokens" in card
+
+
 def test_a_queue_that_was_waited_in_is_shown() -> None:
     waited = replace(REPLY, timings_s={**REPLY.timings_s, "queue": 0.5})
     assert ("queue", 0.5) in views.stages_of(waited)
