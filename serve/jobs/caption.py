@@ -4,7 +4,7 @@
 
 Exit codes: 0 when every item has its caption; 3 when the job is finished but some items failed or an input could not be
 read; 1 when nothing could run, or the model failed on one item after the other; 130 after Ctrl-C and 143 after SIGTERM,
-each once the item at hand is written.
+each once the items that were begun are written.
 
 A job is resumed by running it again. Items are recognised by path. A finished one is left alone as long as its file
 has the size and time it had, or else the same content; a file that changed is done again and its old record goes.
@@ -17,17 +17,20 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mm.core.errors import MmError
 from serve.jobs.captioner import (
+    Begun,
     Captioner,
     Failure,
     Loaded,
     LocalCaptioner,
     Record,
+    begin,
     complete,
     failure_record,
     load,
@@ -143,28 +146,57 @@ class _Run:
     summary: Summary
     stop: Stop
     num_faults_in_a_row: int = 0
+    begun: deque[Begun] = field(default_factory=deque)
 
     def work(self, pending: list[Item]) -> None:
-        loaded = prefetched(pending, self._load, self.job.num_prefetch, self.captioner.prepare_thread)
+        ahead = self.job.num_prefetch
+        loaded = prefetched(pending, self._load, ahead, self.captioner.prepare_thread, self._advance)
         with contextlib.closing(loaded), self.report.progress(len(pending)):
             self._drain(loaded)
+        if self._has_failed:
+            self.report.error(f"stopped: {MAX_FAULTS_IN_A_ROW} items in a row failed through no fault of their own")
+        elif self.stop and self.summary.num_remaining:
+            self.report.warn(f"stopped with {self.summary.num_remaining} to go; run the same command again to go on")
 
     def _load(self, item: Item) -> Loaded:
         return load(item, self.job, self.captioner, self.output.captions.hash_to_path.__contains__)
 
     def _drain(self, loaded: Iterator[Loaded]) -> None:
+        """Begin items as they are loaded, `num_together` at most, and write each as it is done, in their order."""
         for one in loaded:
-            if not self.stop:  # it may have come while this item was being loaded
-                self._finish(one)
-            if self.stop or self.num_faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
+            if self.stop:  # it may have come while this item was being loaded
                 break
-        if self.num_faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
-            self.report.error(f"stopped: {MAX_FAULTS_IN_A_ROW} items in a row failed through no fault of their own")
-        elif self.stop and self.summary.num_remaining:
-            self.report.warn(f"stopped with {self.summary.num_remaining} to go; run the same command again to go on")
+            self.begun.append(self._begin(one))
+            self._write_done()
+            while len(self.begun) >= self.job.num_together and not self._has_failed:
+                self._advance()
+            if self.stop or self._has_failed:
+                break
+        while self.begun and not self._has_failed:
+            self._advance()
 
-    def _finish(self, loaded: Loaded) -> None:
-        outcome = complete(loaded, self.job.model.model, self.captioner, self._equal(loaded))
+    def _begin(self, loaded: Loaded) -> Begun:
+        known = loaded.content_hash in self.output.captions.hash_to_path
+        under_way = any(begun.loaded.content_hash == loaded.content_hash for begun in self.begun)
+        # Without a hash it could not be read, and has failed.
+        return Begun(loaded=loaded) if known or under_way else begin(loaded, self.captioner)
+
+    def _advance(self) -> bool:
+        did_something = self.captioner.step()
+        self._write_done()
+        return did_something
+
+    def _write_done(self) -> None:
+        while self.begun and self.begun[0].is_done and not self._has_failed:
+            self._finish(self.begun.popleft())
+
+    @property
+    def _has_failed(self) -> bool:
+        return self.num_faults_in_a_row >= MAX_FAULTS_IN_A_ROW
+
+    def _finish(self, begun: Begun) -> None:
+        loaded = begun.loaded
+        outcome = complete(begun, self.job.model.model, self.captioner, self._equal(loaded))
         if isinstance(outcome, Failure):
             self._note_failure(loaded, outcome)
         else:

@@ -1,7 +1,7 @@
 """One item's journey in a batch job: file -> bytes -> visual tokens -> caption -> record.
 
-`load` and `complete` are its two halves, which run in two threads. Neither lets an item's fault through: it becomes a
-record with a fixed text, and the job goes on.
+`load` runs in one thread; `begin` and `complete` in another, between which the model answers many items together.
+None of them lets an item's fault through: it becomes a record with a fixed text, and the job goes on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from mm.core.data import (
 from mm.core.errors import MmError, RequestError
 from mm.core.plugins import build_reducer, canonical_spec
 from mm.engine.engine import Engine
-from mm.engine.generate import EncodeParts, answer, encode
+from mm.engine.generate import EncodeParts, encode, reducer_of
+from mm.engine.report import Feed
+from mm.engine.sequence import Job
 from mm.media import MediaBudget, content_hash, fetch
 from serve.jobs.discover import Item
 from serve.jobs.job import CaptionJob
@@ -46,6 +48,17 @@ Record = dict[str, Any]
 Step = Literal["load", "encode", "answer"]
 
 
+class Answering(Protocol):
+    """An item that the model is answering."""
+
+    @property
+    def is_done(self) -> bool: ...
+
+    def events(self) -> Iterator[Event]:
+        """All of them, waiting for those that are not there yet."""
+        ...
+
+
 class Captioner(Protocol):
     """The two halves of a loaded model, as a job uses them."""
 
@@ -55,7 +68,13 @@ class Captioner(Protocol):
 
     def encode(self, request: Request) -> Sequence[Encoded]: ...
 
-    def answer(self, request: Request, encoded: Sequence[Encoded]) -> Iterator[Event]: ...
+    def answer(self, request: Request, encoded: Sequence[Encoded]) -> Answering:
+        """Take an item; it is answered by and by, as `step` is called."""
+        ...
+
+    def step(self) -> bool:
+        """Get all items that were taken a little further. Whether there was anything to do."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +106,27 @@ class LocalCaptioner:
     def encode(self, request: Request) -> Sequence[Encoded]:
         return encode(request, self.parts)
 
-    def answer(self, request: Request, encoded: Sequence[Encoded]) -> Iterator[Event]:
-        return answer(request, encoded, self.engine, reducer=self.reducer)
+    def answer(self, request: Request, encoded: Sequence[Encoded]) -> Answering:
+        feed = Feed()
+        taken = self.engine.submit(request, encoded, feed, reducer_of(self.reducer), self.reducer)
+        return _InEngine(self.engine, taken, feed)
+
+    def step(self) -> bool:
+        return self.engine.step()
+
+
+@dataclass(frozen=True)
+class _InEngine:
+    engine: Engine
+    job: Job
+    feed: Feed
+
+    @property
+    def is_done(self) -> bool:
+        return self.job.is_over
+
+    def events(self) -> Iterator[Event]:
+        return self.engine.events(self.job, self.feed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,19 +216,49 @@ def _request(kind: Kind, data: bytes, job: CaptionJob) -> Request:
     )
 
 
-def complete(loaded: Loaded, model: str, captioner: Captioner, equal: Mapping[str, Any] | None) -> Record | Failure:
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """An item that the model may be answering.
+
+    Attributes:
+        answering: None when nothing is to be answered, or an equal item is being answered.
+    """
+
+    loaded: Loaded
+    answering: Answering | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.answering is None or self.answering.is_done
+
+
+def begin(loaded: Loaded, captioner: Captioner) -> Begun:
+    """Let the model begin with an item."""
+    if loaded.request is None:
+        return Begun(loaded=loaded)
+    try:
+        return Begun(loaded=loaded, answering=captioner.answer(loaded.request, loaded.encoded))
+    except Exception as error:
+        return Begun(loaded=replace(loaded, failure=Failure.of(error, "answer", loaded.item.path)))
+
+
+def complete(begun: Begun, model: str, captioner: Captioner, equal: Mapping[str, Any] | None) -> Record | Failure:
     """The item's caption as a record, or why there is none.
 
     Args:
         equal: The record of an item of the same content, whose caption this one shares.
     """
-    if loaded.failure is not None:
-        return loaded.failure
-    if equal is not None:
+    loaded = begun.loaded
+    if loaded.failure is None and equal is not None:
         return _shared(loaded, equal)
-    assert loaded.request is not None, "an item is only loaded without a request when an equal one has a caption"
+    if begun.answering is None and loaded.failure is None:  # an equal item came to nothing
+        assert loaded.request is not None, "an item is only loaded without a request when an equal one has a caption"
+        begun = begin(loaded, captioner)
+    if begun.loaded.failure is not None:
+        return begun.loaded.failure
+    assert begun.answering is not None
     try:
-        result = collect(captioner.answer(loaded.request, loaded.encoded))
+        result = collect(begun.answering.events())
     except Exception as error:
         return Failure.of(error, "answer", loaded.item.path)
     return {

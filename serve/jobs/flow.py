@@ -16,22 +16,36 @@ R = TypeVar("R")
 
 
 def prefetched(
-    items: Iterable[T], work: Callable[[T], R], num_ahead: int, prepare_thread: Callable[[], None] | None = None
+    items: Iterable[T],
+    work: Callable[[T], R],
+    num_ahead: int,
+    prepare_thread: Callable[[], None] | None = None,
+    meanwhile: Callable[[], bool] = lambda: False,
 ) -> Generator[R]:
     """`work(item)` for each item in order, computed in one other thread.
 
     At most `num_ahead` results wait beyond the one handed out, however many items there are. Closing the iterator drops
     what waits and returns once the item in work is done.
+
+    Args:
+        meanwhile: Called again and again while the next result is not there, until it says that it has nothing to do.
     """
+
+    def taken() -> R:
+        first = waiting.popleft()
+        while not first.done() and meanwhile():
+            pass
+        return first.result()
+
     waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=prepare_thread)
     try:
         for item in items:
             waiting.append(pool.submit(work, item))
             if len(waiting) > num_ahead:
-                yield waiting.popleft().result()
+                yield taken()
         while waiting:
-            yield waiting.popleft().result()
+            yield taken()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -59,7 +73,7 @@ def stopping() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.signal = number
         # Not through a stream: the signal may have come in the middle of a write to it.
-        os.write(2, b"\nfinishing the item at hand; once more to stop at once\n")
+        os.write(2, b"\nfinishing what was begun; once more to stop at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield stop

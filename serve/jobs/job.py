@@ -37,7 +37,8 @@ class CaptionJob:
         restart: Discard the folder's earlier results.
         quiet: No progress and no summary; errors and failed items are still told.
         as_json: One JSON line with the counts on stdout at the end.
-        num_prefetch: Items that are loaded and encoded ahead of the one being answered.
+        num_prefetch: Items that are loaded and encoded ahead of those being answered.
+        num_together: Items that are answered at a time; a kill costs no more than these.
     """
 
     inputs: tuple[str, ...]
@@ -52,12 +53,14 @@ class CaptionJob:
     quiet: bool = False
     as_json: bool = False
     num_prefetch: int = 2
+    num_together: int = 16
 
     def __post_init__(self) -> None:
         for name, value, least in (
             ("max_tokens", self.max_tokens, 1),
             ("limit", self.limit, 1),
             ("num_prefetch", self.num_prefetch, 0),
+            ("num_together", self.num_together, 1),
         ):
             if value is not None and value < least:
                 raise JobError(f"{name} was {value}; give at least {least}")

@@ -25,6 +25,9 @@ from mm.core.errors import MediaError
 from serve.jobs.caption import run_caption
 from serve.jobs.job import CaptionJob
 
+NUM_TOGETHER = 4
+"""Items that a forked job answers at a time."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FakeEncoded:
@@ -41,14 +44,18 @@ def caption_of(data: bytes) -> str:
 class FakeCaptioner:
     """Attributes:
     log: A file that gets the caption of every answer begun, so that work can be counted over processes.
+    num_steps: Steps that an answer takes.
     """
 
     log: Path | None = None
     delay_s: float = 0.0
+    num_steps: int = 0
     num_encoded: int = 0
     num_answered: int = 0
     num_waiting: int = 0
     most_waiting: int = 0
+    under_way: list[FakeAnswering] = dataclasses.field(default_factory=list)
+    most_under_way: int = 0
     prompts: list[str] = dataclasses.field(default_factory=list)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
@@ -66,7 +73,7 @@ class FakeCaptioner:
             self.most_waiting = max(self.most_waiting, self.num_waiting)
         return [FakeEncoded(media.source)]  # type: ignore[list-item]
 
-    def answer(self, request: Request, encoded: list[FakeEncoded]) -> Iterator[Event]:
+    def answer(self, request: Request, encoded: list[FakeEncoded]) -> FakeAnswering:
         (item,) = encoded
         with self.lock:
             self.num_waiting -= 1
@@ -75,10 +82,33 @@ class FakeCaptioner:
         if self.log:
             with open(self.log, "a") as file:
                 file.write(caption_of(item.data) + "\n")
-        if item.data.startswith(b"fault"):
+        answering = FakeAnswering(self, item.data, self.num_steps)
+        self.under_way.append(answering)
+        self.most_under_way = max(self.most_under_way, len(self.under_way))
+        return answering
+
+    def step(self) -> bool:
+        for answering in self.under_way:
+            answering.num_left -= 1
+        return bool(self.under_way)
+
+
+@dataclasses.dataclass(eq=False)
+class FakeAnswering:
+    captioner: FakeCaptioner
+    data: bytes
+    num_left: int
+
+    @property
+    def is_done(self) -> bool:
+        return self.num_left <= 0
+
+    def events(self) -> Iterator[Event]:
+        self.captioner.under_way.remove(self)
+        if self.data.startswith(b"fault"):
             raise RuntimeError("secret /path/of/the/library")
-        time.sleep(self.delay_s)
-        yield Delta(choice=0, text=caption_of(item.data), token_ids=(1, 2), finish_reason="stop")
+        time.sleep(self.captioner.delay_s)
+        yield Delta(choice=0, text=caption_of(self.data), token_ids=(1, 2), finish_reason="stop")
         usage = Usage(num_prompt_tokens=20, num_completion_tokens=2, num_image_tokens_in=16, num_image_tokens_kept=4)
         yield Summary(usage=usage, timings=Timings(encode_s=0.5, decode_s=0.25), reducer="uniform:keep_ratio=0.25")
 
@@ -92,8 +122,8 @@ def _fork(order: dict) -> int:
         stderr = os.open(order["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(stderr, 2)
         os.dup2(stderr, 1)
-        job = CaptionJob(inputs=tuple(order["inputs"]), out=Path(order["out"]))
-        captioner = FakeCaptioner(log=Path(order["log"]), delay_s=order["delay_s"])
+        job = CaptionJob(inputs=tuple(order["inputs"]), out=Path(order["out"]), num_together=NUM_TOGETHER)
+        captioner = FakeCaptioner(log=Path(order["log"]), delay_s=order["delay_s"], num_steps=3)
         code = run_caption(job, build=lambda _: captioner)
     except BaseException:
         os.write(2, traceback.format_exc().encode())

@@ -24,10 +24,10 @@ class Case:
     """Runs jobs over one folder into another, each with a new fake model."""
 
     def __init__(self, folder: Path, out: Path) -> None:
-        self.folder, self.out = folder, out
+        self.folder, self.out, self.num_steps = folder, out, 0
 
     def run(self, **options) -> int:
-        self.model = FakeCaptioner()
+        self.model = FakeCaptioner(num_steps=self.num_steps)
         self.num_built = 0
 
         def build(_: CaptionJob) -> FakeCaptioner:
@@ -320,6 +320,32 @@ def test_items_ahead_stay_few_and_order_stays(case: Case, fill: Fill, num_prefet
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
 
 
+@pytest.mark.parametrize("num_together", [1, 3])
+def test_items_are_answered_together_and_written_in_order(case: Case, fill: Fill, monkeypatch, num_together: int):
+    """The model only goes on when it has as many as it may have, or there are no more."""
+    case.num_steps = 2
+    fill(**{f"a{i:02}": f"text {i}" for i in range(20)})
+    step = FakeCaptioner.step
+
+    def step_when_full(self) -> bool:
+        return (len(self.under_way) == num_together or self.num_answered == 20) and step(self)
+
+    monkeypatch.setattr(FakeCaptioner, "step", step_when_full)
+    assert case.run(num_together=num_together) == 0
+    assert case.model.most_under_way == num_together
+    assert list(case.captions()) == [f"a{i:02}.png" for i in range(20)]
+
+
+def test_equal_files_that_come_together_share_one_answer(case: Case, fill: Fill):
+    """One whose equal comes to nothing is tried itself."""
+    case.num_steps = 5
+    fill(a="same", b="same", c="fault", d="fault", e="same")
+    assert case.run() == 3
+    assert case.model.num_answered == 3
+    assert case.captions() == {f"{name}.png": caption_of(b"same") for name in "abe"}
+    assert list(case.failures()) == ["c.png", "d.png"]
+
+
 def test_a_full_disk_ends_the_job_and_the_next_run_goes_on(case: Case, fill: Fill, monkeypatch, capsys):
     fill(a="1", b="2", c="3")
     write = os.write
@@ -390,7 +416,9 @@ def _terminal(screen: io.StringIO) -> dict:
     return {"file": screen, "force_terminal": True, "width": 100, "stderr": False}
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"limit": 0}, {"num_prefetch": -1}, {"prompt": "  "}])
+@pytest.mark.parametrize(
+    "options", [{"max_tokens": 0}, {"limit": 0}, {"num_prefetch": -1}, {"num_together": 0}, {"prompt": "  "}]
+)
 def test_values_that_make_no_sense_are_refused(options: dict):
     with pytest.raises(JobError):
         CaptionJob(inputs=("a",), out=Path("b"), **options)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.serve_jobs.conftest import Jobs, read_lines, until
-from tests.serve_jobs.fake import caption_of
+from tests.serve_jobs.fake import NUM_TOGETHER, caption_of
 
 NUM_GOOD, NUM_BROKEN = 27, 3
 DELAY_S = 0.01
@@ -67,11 +67,11 @@ def test_killed_at_five_random_points_every_item_comes_out_once(
     assert jobs.wait(pid) == 3, Path(f"{out}.said").read_text()
     check_complete(out, folder, texts)
     again = Counter(log(out)).total() - NUM_GOOD
-    assert 0 <= again <= 5, "a kill costs the item that was being answered, and no other"
+    assert 0 <= again <= 5 * NUM_TOGETHER, "a kill costs the items that were being answered, and no other"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_job_after_the_item_at_hand(
+def test_a_signal_ends_the_job_after_the_items_begun(
     jobs: Jobs, folder: Path, tmp_path: Path, texts: dict[str, str], number: int, code: int
 ):
     out = tmp_path / "out"
@@ -80,7 +80,7 @@ def test_a_signal_ends_the_job_after_the_item_at_hand(
     os.kill(pid, number)
     assert jobs.wait(pid) == code
     said = Path(f"{out}.said").read_text()
-    assert "finishing the item at hand" in said
+    assert "finishing what was begun" in said
     assert "run the same command again to go on" in said
     assert 5 <= len(records(out)) < NUM_GOOD + NUM_BROKEN
     assert len(log(out)) == len(read_lines(out / "captions.jsonl")), "an item was begun and not written"
@@ -92,7 +92,7 @@ def test_a_signal_ends_the_job_after_the_item_at_hand(
 def test_a_second_interrupt_ends_it_at_once(jobs: Jobs, folder: Path, tmp_path: Path, texts: dict[str, str]):
     out = tmp_path / "out"
     pid = jobs.start(folder, out, 1.0)
-    until(lambda: len(log(out)) == 1)
+    until(lambda: len(log(out)) >= 1)
     start = time.monotonic()
     os.kill(pid, signal.SIGINT)
     until(lambda: "finishing" in Path(f"{out}.said").read_text())
