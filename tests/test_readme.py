@@ -72,7 +72,7 @@ def commands() -> list[list[str]]:
 def test_commands_and_options_exist(command):
     group = typer.main.get_command(app)
     known = group.commands[command[1]]
-    options = {option for parameter in known.params for option in parameter.opts}
+    options = {option for parameter in known.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in command[2:] if word.startswith("--")} <= options
 
 
