@@ -19,6 +19,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import PIL.Image
@@ -37,7 +38,9 @@ from mm.models.checkpoint import find
 QUESTION = "What is in the picture, and where is it?"
 
 
-def our_steps(model: mm.Model, image: bytes, batch: int, num_tokens: int) -> tuple[list[float], list[list[int]], float]:
+def our_steps(
+    model: mm.Model, image: bytes, batch: int, num_tokens: int, clock: Callable[[], float] = time.process_time
+) -> tuple[list[float], list[list[int]], float]:
     """Seconds of each pure decoding step, the tokens, and the share of the steps outside the model."""
     engine = model.engine
     requests = [
@@ -49,9 +52,9 @@ def our_steps(model: mm.Model, image: bytes, batch: int, num_tokens: int) -> tup
         engine.submit(request, encode(request, model.encode_parts), feed, reducer_of("none"), "none")
     steps, before = [], engine.stats
     while engine.has_work:
-        rows, start = engine.stats.num_rows, time.process_time()
+        rows, start = engine.stats.num_rows, clock()
         engine.step()
-        elapsed = time.process_time() - start
+        elapsed = clock() - start
         if engine.stats.num_rows - rows == batch:
             steps.append(elapsed)
         else:
@@ -70,16 +73,19 @@ def our_steps(model: mm.Model, image: bytes, batch: int, num_tokens: int) -> tup
 class Stamps:
     """A stopping criterion that never stops and notes when it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self.times: list[float] = []
+        self._clock = clock
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
-        self.times.append(time.process_time())
+        self.times.append(self._clock())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def their_steps(model, inputs: dict, num_tokens: int) -> tuple[list[float], list[list[int]]]:
-    stamps = Stamps()
+def their_steps(
+    model, inputs: dict, num_tokens: int, clock: Callable[[], float] = time.process_time
+) -> tuple[list[float], list[list[int]]]:
+    stamps = Stamps(clock)
     out = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, stopping_criteria=[stamps])
     steps = [b - a for a, b in zip(stamps.times, stamps.times[1:], strict=False)]
     return steps, out[:, inputs["input_ids"].shape[1] :].tolist()

@@ -31,23 +31,33 @@ def facts() -> dict:
     }
 
 
-def best_s(run: Callable[[], object], repeats: int = 5) -> float:
+def wall_s(device: str = "cpu") -> float:
+    """The time by which all that was asked of the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def best_s(run: Callable[[], object], repeats: int = 5, device: str = "cpu") -> float:
     """The fastest of `repeats` runs after one warm-up, in seconds."""
     times = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = wall_s(device)
         run()
-        times.append(time.perf_counter() - start)
+        times.append(wall_s(device) - start)
     return min(times[1:])
 
 
-def read_gb_per_s(repeats: int = 5) -> float:
-    """Memory bandwidth of reading 256 MB."""
-    data = torch.ones(64_000_000)
-    return 1e-9 * data.nbytes / best_s(lambda: data.sum(), repeats)
+def read_gb_per_s(repeats: int = 5, device: str = "cpu") -> float:
+    """Memory bandwidth of reading 256 MB, on a GPU 4 GB."""
+    data = torch.ones(64_000_000 if device == "cpu" else 1_000_000_000, device=device)
+    return 1e-9 * data.nbytes / best_s(lambda: data.sum(), repeats, device)
 
 
-def product_gflop_per_s(rows: int, inner: int, columns: int, dtype: torch.dtype = torch.float32) -> float:
+def product_gflop_per_s(
+    rows: int, inner: int, columns: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> float:
     """Rate of one (rows, inner) x (inner, columns) product."""
-    left, right = torch.randn(rows, inner, dtype=dtype), torch.randn(inner, columns, dtype=dtype)
-    return 2e-9 * rows * inner * columns / best_s(lambda: left @ right)
+    left = torch.randn(rows, inner, dtype=dtype, device=device)
+    right = torch.randn(inner, columns, dtype=dtype, device=device)
+    return 2e-9 * rows * inner * columns / best_s(lambda: left @ right, device=device)

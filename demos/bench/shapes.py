@@ -73,8 +73,8 @@ SHAPES = {
 }
 
 
-def write_shape(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write a LLaVA checkpoint of the shape to `folder`."""
+def write_shape(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Path:
+    """Write a LLaVA checkpoint of the shape, its weights drawn on `device`, to `folder`."""
     shape, words = SHAPES[name], tokenizer()
     torch.manual_seed(0)
     config = LlavaConfig(
@@ -101,7 +101,8 @@ def write_shape(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) ->
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = Llava(config)
+        with torch.device(device):
+            model = Llava(config)
     finally:
         torch.set_default_dtype(before)
     model.generation_config.do_sample = False
