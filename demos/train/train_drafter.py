@@ -44,7 +44,7 @@ WAYS = ("none", "msd", "vispec", "specvlm", "flash")
 BATCH = 16  # answers per step
 POOL = 640  # answers that are gone through
 PICTURES = 16  # asked about at a time, PER_PICTURE questions each
-PER_REFILL = 25  # steps between two batches of new answers
+PER_REFILL = 20  # steps between two batches of new answers
 UNROLL = 3  # steps that a drafter feeds itself in training
 AHEAD = 5  # tokens per pass of FLASH
 MUON_LR, ADAM_LR = 0.01, 6e-4
@@ -242,7 +242,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def folder(args: argparse.Namespace, learner: Learner) -> Path:
-    return args.out / f"{learner.name}{args.suffix}"
+    """Named as the drafters are that look for it: what sees no picture is plain EAGLE."""
+    if learner.name == "none":
+        return args.out / f"eagle{3 if args.eagle3 else ''}{args.suffix}"
+    return args.out / f"{learner.name}{'-eagle3' if args.eagle3 else ''}{args.suffix}"
 
 
 def record(args: argparse.Namespace, learner: Learner, **values: object) -> None:

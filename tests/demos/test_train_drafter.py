@@ -34,27 +34,28 @@ def records(folder):
 
 @pytest.mark.parametrize("more", [[], ["--eagle3", "--draft-vocab", "40"]])
 def test_three_steps_and_on(target, tmp_path, more):
-    ways = "none,msd,vispec,specvlm,flash"
+    ways, plain = "none,msd,vispec,specvlm,flash", "eagle3" if more else "eagle"
     run(target, tmp_path, "--seeing", ways, "--steps", "5", "--stop-at", "3", *more)
     for way in ways.split(","):
-        config = read_draft_config(tmp_path / way)
+        name = {"none": "eagle3" if more else "eagle"}.get(way, way + "-eagle3" * bool(more))
+        config = read_draft_config(tmp_path / name)
         assert config.seeing == way
         assert config.trained["steps"] == 3
         assert config.draft_vocab_size == (40 if more else None)
         assert len(config.taps) == (3 if more else 0)
-        found = records(tmp_path / way)
+        found = records(tmp_path / name)
         assert found[0]["step"] == 0
         assert found[0]["loss"] > 0
         assert found[-1]["accepted"]["all"]["chain 3"] >= 1
-    before = (tmp_path / "none" / "model.safetensors").read_bytes()
+    before = (tmp_path / plain / "model.safetensors").read_bytes()
     run(target, tmp_path, "--seeing", ways, "--steps", "5", "--resume", *more)
-    assert read_draft_config(tmp_path / "none").trained["steps"] == 5
-    assert (tmp_path / "none" / "model.safetensors").read_bytes() != before
+    assert read_draft_config(tmp_path / plain).trained["steps"] == 5
+    assert (tmp_path / plain / "model.safetensors").read_bytes() != before
 
 
 def test_a_trained_way_learns_what_one_pool_says(target, tmp_path):
     run(target, tmp_path, "--seeing", "none", "--steps", "40", "--pool", "6", "--eval-every", "40")
-    found = [record for record in records(tmp_path / "none") if "loss" in record]
+    found = [record for record in records(tmp_path / "eagle") if "loss" in record]
     assert found[-1]["loss"] < found[0]["loss"]
 
 
