@@ -206,7 +206,7 @@ class DraftTarget:
     """The model that drafts are for, as far as drafters may know it.
 
     Attributes:
-        name: The checkpoint, by which trained weights are found.
+        name: The checkpoint's folder, in which trained weights are found.
         embed: (n,) token ids to (n, D), the target's own table.
         head_weight: (vocab, D): logits are its product with the state "last_hidden".
         placeholder_ids: Tokens that stand for media in a prompt; never to be proposed.
@@ -254,6 +254,7 @@ class Drafter(Protocol):
         needs: What observations have to hold beside tokens: "last_hidden" (the state behind the final norm, from which
             the head makes logits), "hidden:3" (the input of decoder layer 3, counted from 0), "top_ids:8" (the ids of
             each verified row's 8 largest logits).
+            One whose weights decide says it when it is loaded, by an attribute `needs` of what `load` gives.
         trained: Whether it has weights that belong to one target.
     """
 

@@ -108,17 +108,19 @@ class Speculation:
 
     def _load(self, spec: str, family: Any) -> Source:
         drafter = build_drafter(spec)
-        states = frozenset(need for need in drafter.needs if need == LAST_HIDDEN or need.startswith("hidden:"))
-        tops = [int(need.removeprefix("top_ids:")) for need in drafter.needs if need.startswith("top_ids:")]
+        loaded = drafter.load(target_of(family))
+        needs: frozenset[str] = getattr(loaded, "needs", drafter.needs)
+        states = frozenset(need for need in needs if need == LAST_HIDDEN or need.startswith("hidden:"))
+        tops = [int(need.removeprefix("top_ids:")) for need in needs if need.startswith("top_ids:")]
         layers = [int(state.removeprefix("hidden:")) for state in states - {LAST_HIDDEN}]
-        unknown = [need for need in drafter.needs - states if not need.startswith("top_ids:")]
+        unknown = [need for need in needs - states if not need.startswith("top_ids:")]
         unknown += [f"hidden:{layer}" for layer in layers if not 0 <= layer < family.language.num_layers]
         if unknown:
             raise IncompatiblePlugin(spec, "this engine", sorted(unknown))
         return Source(
             spec=canonical_spec(drafter, "drafter"),
             drafter=drafter,
-            loaded=drafter.load(target_of(family)),
+            loaded=loaded,
             controller=Controller(self.times),
             states=states,
             num_top=max(tops, default=0),
@@ -375,7 +377,7 @@ def target_of(family: Any) -> DraftTarget:
     """What drafters may know of a model."""
     language = family.language
     return DraftTarget(
-        name=family.name,
+        name=str(family.folder),
         vocab_size=language.vocab_size,
         hidden_size=language.head_weight.shape[1],
         num_layers=language.num_layers,

@@ -59,7 +59,7 @@ class CheckpointFamily(ABC):
         self.config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
         self.tokenizer, template = self.load_tokenizer(folder)
         self.language = LanguageModel(folder, self.config, device, dtype)
-        self.name = folder.name
+        self.folder = folder
         self._template = ChatTemplate(self.tokenizer, template)
         self._placeholders = dict(self.placeholders())
         self._generation = _generation_config(folder)

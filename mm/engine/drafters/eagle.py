@@ -30,7 +30,6 @@ from mm.engine.kv_cache import OutOfBlocks
 from mm.engine.trained.draft_layer import DraftLayer, last_of
 from mm.engine.trained.feature_rows import FeatureRows, answer_rows, prompt_rows, sight_of
 from mm.engine.trained.guessing import EagleSession, Guesser
-from mm.models.checkpoint import find
 from mm.models.draft_head import load_draft_head
 
 log = logging.getLogger(__name__)
@@ -245,7 +244,7 @@ def drafter_folder(weights: str, target: str) -> Path:
     Raises:
         InvalidOption: Neither is there.
     """
-    own = find(target) / FOLDER
+    own = Path(target) / FOLDER
     if (own / weights).is_dir():
         return own / weights
     path = Path(weights).expanduser()

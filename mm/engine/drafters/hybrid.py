@@ -38,14 +38,16 @@ class Hybrid:
         return any(stage.trained for stage in self.stages)
 
     def load(self, target: DraftTarget) -> LoadedHybrid:
-        return LoadedHybrid([stage.load(target) for stage in self.stages])
+        return LoadedHybrid(self.stages, [stage.load(target) for stage in self.stages])
 
 
 class LoadedHybrid:
     """Its sessions are lists: one session of each stage."""
 
-    def __init__(self, stages: Sequence[LoadedDrafter]) -> None:
+    def __init__(self, drafters: Sequence[Drafter], stages: Sequence[LoadedDrafter]) -> None:
         self._stages = stages
+        needs = [getattr(stage, "needs", drafter.needs) for drafter, stage in zip(drafters, stages, strict=True)]
+        self.needs: frozenset[str] = frozenset().union(*needs)
 
     def open(self, prompt: Prompt, *, private: bool = False) -> list[Any]:
         return [stage.open(prompt, private=private) for stage in self._stages]
