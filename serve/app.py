@@ -116,6 +116,9 @@ def serve(
     in_process: Annotated[bool, typer.Option("--in-process", help="One process, without Ray.")] = False,
     encoders: Annotated[int, typer.Option(min=1, help="Encoder replicas (Ray).")] = 1,
     decoders: Annotated[int, typer.Option(min=1, help="Decoder replicas (Ray).")] = 1,
+    max_decoders: Annotated[
+        int | None, typer.Option(min=1, help="Start up to so many decoders while requests fill them (Ray).")
+    ] = None,
     ingresses: Annotated[int, typer.Option(min=1, help="HTTP replicas (Ray).")] = 1,
     encoder_gpus: Annotated[float, typer.Option(min=0, help="GPUs, or a fraction of one, per encoder (Ray).")] = 0.0,
     decoder_gpus: Annotated[float, typer.Option(min=0, help="GPUs, or a fraction of one, per decoder (Ray).")] = 0.0,
@@ -172,6 +175,7 @@ def serve(
         port=port,
         num_encoders=encoders,
         num_decoders=decoders,
+        max_decoders=max_decoders,
         num_ingress=ingresses,
         encoder_gpus=encoder_gpus,
         decoder_gpus=decoder_gpus,

@@ -20,6 +20,8 @@ class ServeConfig:
             folder its last part.
         host, port: Where HTTP is bound.
         num_ingress, num_encoders, num_decoders: Replicas on Ray.
+        max_decoders: Ray starts up to so many decoders while requests fill those that run, and ends them again down to
+            `num_decoders`; None keeps that number.
         ingress_cpus, encoder_cpus, decoder_cpus: Share of the cluster's CPUs that a replica reserves. For placement
             only: how many threads torch uses is `model.num_threads`.
         encoder_gpus, decoder_gpus: GPUs, or fractions of one, per replica.
@@ -42,6 +44,7 @@ class ServeConfig:
     num_ingress: int = 1
     num_encoders: int = 1
     num_decoders: int = 1
+    max_decoders: int | None = None
     ingress_cpus: float = 0.1
     encoder_cpus: float = 0.5
     decoder_cpus: float = 0.5
@@ -69,6 +72,9 @@ class ServeConfig:
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise InvalidOption("serve", name, f"was {getattr(self, name)}; it has to be at least 1")
+        if self.max_decoders is not None and self.max_decoders < self.num_decoders:
+            least = f"it has to be at least num_decoders, {self.num_decoders}"
+            raise InvalidOption("serve", "max_decoders", f"was {self.max_decoders}; {least}")
         if any(not key for key in self.api_keys):
             raise InvalidOption("serve", "api_keys", "holds an empty key")
 
@@ -86,7 +92,7 @@ class ServeConfig:
     @property
     def max_in_flight(self) -> int:
         """Requests that one ingress admits at a time."""
-        return self.max_ongoing_requests * self.num_decoders + self.max_queued_requests
+        return self.max_ongoing_requests * (self.max_decoders or self.num_decoders) + self.max_queued_requests
 
     @property
     def total_cpus(self) -> float:
@@ -94,7 +100,7 @@ class ServeConfig:
         return (
             self.num_ingress * self.ingress_cpus
             + self.num_encoders * self.encoder_cpus
-            + self.num_decoders * self.decoder_cpus
+            + (self.max_decoders or self.num_decoders) * self.decoder_cpus
         )
 
     def with_threads(self) -> ServeConfig:

@@ -12,12 +12,13 @@ from typing import Any
 
 import ray
 from ray import serve as ray_serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 
 from serve.config import ServeConfig
 from serve.deployments.decoder import Decoder
 from serve.deployments.encoder import Encoder
 from serve.deployments.ingress import APPLICATION, build_ingress
+from serve.deployments.router import STATS_PERIOD_S, LeastLoadedRouter
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,10 @@ def build_application(config: ServeConfig) -> Any:
         ray_actor_options={"num_cpus": config.encoder_cpus, "num_gpus": config.encoder_gpus},
     )
     decoder = Decoder.options(
-        num_replicas=config.num_decoders,
+        **_replicas(config),
+        request_router_config=RequestRouterConfig.model_validate(
+            {"request_router_class": LeastLoadedRouter, "request_routing_stats_period_s": STATS_PERIOD_S}
+        ),
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
@@ -65,6 +69,18 @@ def build_application(config: ServeConfig) -> Any:
         ray_actor_options={"num_cpus": config.ingress_cpus},
     )
     return ingress.bind(encoder.bind(config), decoder.bind(config))
+
+
+def _replicas(config: ServeConfig) -> dict[str, Any]:
+    """A fixed number of decoders, or as many between two bounds as the requests under way fill."""
+    if config.max_decoders is None:
+        return {"num_replicas": config.num_decoders}
+    bounds = AutoscalingConfig(
+        min_replicas=config.num_decoders,
+        max_replicas=config.max_decoders,
+        target_ongoing_requests=config.model.max_num_seqs,
+    )
+    return {"autoscaling_config": bounds}
 
 
 @contextlib.contextmanager

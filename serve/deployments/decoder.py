@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 from ray import serve as ray_serve
 
 from mm.core.data import Event, Request
 from serve.config import ServeConfig
+from serve.deployments.router import routing_stats
 from serve.deployments.transport import receive
 from serve.runtime import Features, Load
 from serve.stages import build_decoder_stage
@@ -27,6 +29,11 @@ class Decoder:
 
     async def load(self) -> Load:
         return self._stage.load
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Ray asks for these from time to time and hands them to the routers."""
+        (stats,) = self._stage.load.engines
+        return routing_stats(stats)
 
     async def max_context_tokens(self) -> int:
         return self._stage.max_context_tokens

@@ -1,0 +1,47 @@
+"""Which decoder takes a request: of two at random, one with room in its cache before one whose line has begun.
+
+Ray counts the requests that a replica holds; a decoder knows more: how full its cache is, and how many prompt tokens
+wait. It publishes that about once a second, so it orders candidates only where it makes a plain difference; among
+equals Ray's own count decides.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+
+from mm.engine.report import EngineStats
+
+FULL = 0.95
+STATS_PERIOD_S = 1.0
+
+
+def routing_stats(stats: EngineStats) -> dict[str, Any]:
+    """What a decoder's replica publishes."""
+    return {
+        "kv_usage": stats.kv_usage,
+        "num_running": stats.num_running,
+        "num_waiting": stats.num_waiting,
+        "num_waiting_tokens": stats.num_waiting_tokens,
+    }
+
+
+def is_full(stats: dict[str, Any]) -> bool:
+    """Whether a new request would have to wait there; a replica that has not said anything yet is not full."""
+    return stats.get("num_waiting", 0) > 0 or stats.get("kv_usage", 0.0) > FULL
+
+
+class LeastLoadedRouter(FIFOMixin, RequestRouter):
+    """Two choices, those with room first."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Ranks of candidates; within a rank Ray takes the one with the shortest queue."""
+        with_room = [replica for replica in candidate_replicas if not is_full(replica.routing_stats)]
+        full = [replica for replica in candidate_replicas if is_full(replica.routing_stats)]
+        full.sort(key=lambda replica: replica.routing_stats.get("num_waiting_tokens", 0))
+        ranks = [random.sample(with_room, min(2, len(with_room))), full[:2]]
+        return [rank for rank in ranks if rank]
