@@ -103,6 +103,7 @@ def build_encode_parts(config: ModelConfig) -> EncodeParts:
         limits=config.limits,
         sources=config.sources,
         video_decoder=config.video_decoder,
+        policy=config.reducers,
     )
 
 
@@ -127,6 +128,7 @@ def build_engine(config: ModelConfig) -> Engine:
         share_prefixes=config.prefix_caching,
         speculation=config.speculation,
         record_steps=config.cuda_graphs,
+        lenient=config.reducers.lenient,
     )
 
 
@@ -149,6 +151,7 @@ class Answer:
     timings: Timings
     kept: tuple[KeptMap, ...]
     reducer: str
+    reducer_faults: tuple[str, ...] = ()
     logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
 
     @property
@@ -179,8 +182,8 @@ class Model:
             images, videos: Put before the text, images first. Paths, encoded bytes, data URLs; images also as PIL
                 images or uint8 arrays (H, W, 3).
             **options: Fields of `Sampling` (max_new_tokens, temperature, top_p, top_k, seed, stop, n, logprobs,
-                response_format and more), of `VisionOptions` (reducer, keep_ratio, num_frames, fps) and of `Request`
-                (priority, timeout_s, cache_salt, and speculation: a drafter's name or `SpeculationOptions`). Without a
+                response_format and more), of `VisionOptions` (reducer, keep_ratio, positions, num_frames, fps) and
+                of `Request` (priority, timeout_s, cache_salt, and speculation: a drafter's name or `SpeculationOptions`). Without a
                 temperature the model's own default holds.
 
         Raises:
@@ -280,12 +283,13 @@ def collect(events: Iterator[Event]) -> Answer:
         timings=summary.timings,
         kept=summary.kept,
         reducer=summary.reducer,
+        reducer_faults=summary.reducer_faults,
         logprobs=tuple(tuple(logprobs[i]) for i in sorted(logprobs)),
     )
 
 
 SAMPLING_FIELDS = {f.name for f in dataclasses.fields(Sampling)}
-VISION_FIELDS = {"reducer", "keep_ratio", "return_map"}
+VISION_FIELDS = {"reducer", "keep_ratio", "positions", "return_map"}
 FRAME_FIELDS = {f.name for f in dataclasses.fields(FrameSampling)}
 REQUEST_FIELDS = {"priority", "timeout_s", "cache_salt", "speculation"}
 FIELDS = SAMPLING_FIELDS | VISION_FIELDS | FRAME_FIELDS | REQUEST_FIELDS

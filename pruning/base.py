@@ -16,7 +16,7 @@ from torch import Tensor
 from mm.core.data import Grid, Kind, VisualTokens
 from mm.core.errors import InvalidOption
 from mm.core.plugins import Count, ReduceContext, Reducer, Reduction, Stage
-from mm.core.reduce import apply
+from mm.core.reduce import apply, blaming
 
 Rounding = Literal["half_up", "half_even", "floor", "floor_complement", "ceil"]
 
@@ -264,7 +264,8 @@ class Pipeline:
         total, num_tokens = keep_all(tokens), tokens.num_tokens
         evidence = dict(context.evidence)
         for stage in self.stages:
-            reduction = stage.after_encode(tokens, replace(context, evidence=evidence))
+            with blaming(type(stage).__name__, "before the decoder"):
+                reduction = stage.after_encode(tokens, replace(context, evidence=evidence))
             evidence = {name: _follow(plane, reduction.keep, tokens.num_tokens) for name, plane in evidence.items()}
             tokens = replace(apply(reduction, tokens, type(stage).__name__), evidence=evidence)
             total = _compose(total, reduction, tokens, num_tokens)

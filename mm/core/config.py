@@ -84,6 +84,27 @@ class SpeculationLimits:
             raise InvalidOption("model", "max_draft_tokens", f"was {self.max_draft_tokens}; it has to be 1 to 255")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReducerPolicy:
+    """What requests may ask of reducers, and what happens when one is at fault.
+
+    Attributes:
+        allowed: Names that a request may use; empty allows all. The configured default is always allowed.
+        min_keep_ratio: Requests may not go below this many visual tokens kept / in; None sets no bound.
+        lenient: When a reducer fails or gives a wrong answer, keep the tokens it was to reduce and say so in the answer
+            and the metrics; otherwise its request fails.
+    """
+
+    allowed: tuple[str, ...] = ()
+    min_keep_ratio: float | None = None
+    lenient: bool = False
+
+    def __post_init__(self) -> None:
+        if self.min_keep_ratio is not None and not 0 < self.min_keep_ratio <= 1:
+            given = f"was {self.min_keep_ratio}; it has to be above 0 and at most 1"
+            raise InvalidOption("model", "min_keep_ratio", given)
+
+
 VideoDecoder = Literal["pyav", "decord"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -110,6 +131,7 @@ class ModelConfig:
         cuda_graphs: Whether a GPU's decoding steps are recorded at start and replayed.
         compile: Whether the decoder's layers go through torch.compile; slow to start, and rarely worth it on a CPU.
         limits, sources: What media may be, and from where.
+        reducers: What requests may ask of reducers.
     """
 
     model: str = "tiny"
@@ -131,6 +153,7 @@ class ModelConfig:
     compile: bool = False
     limits: MediaLimits = MediaLimits()
     sources: SourcePolicy = SourcePolicy()
+    reducers: ReducerPolicy = ReducerPolicy()
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", DTYPES), ("video_decoder", get_args(VideoDecoder))):

@@ -18,6 +18,7 @@ from mm.core.errors import InvalidRequest
 from mm.core.sampling import ResponseFormat, Sampling
 
 Kind = Literal["image", "video"]
+Positions = Literal["kept", "compact"]
 Grid = tuple[int, int, int]
 """Tokens along time, height and width: (t, h, w). An image has t = 1, or one step per crop of it."""
 
@@ -202,10 +203,13 @@ class VisionOptions:
         return_map: Report which tokens were kept.
         return_timings: Report the seconds of each stage.
         frames: Which frames of clips are looked at; None takes the server's default.
+        positions: "kept" leaves every row where it stands in the unreduced prompt; "compact" counts anew what enters
+            the decoder, so that only that has to fit the context. None leaves it to the reducer, whose default is kept.
     """
 
     reducer: str | None = None
     keep_ratio: float | None = None
+    positions: Positions | None = None
     return_map: bool = False
     return_timings: bool = False
     frames: FrameSampling | None = None
@@ -268,12 +272,14 @@ class Encoded:
 
     Attributes:
         key: Names what the tokens depend on: content, encoder, reducer, tenant. Empty for tokens nobody may share.
+        fault: Why they are not reduced although they should be; empty when nothing went wrong.
     """
 
     tokens: VisualTokens
     timings: EncodeTimings = field(default_factory=EncodeTimings)
     cache_hit: bool = False
     key: str = ""
+    fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +289,8 @@ class Prompt:
     Attributes:
         token_ids: (L,) int64; visual rows hold the placeholder id.
         embeddings: (L, D).
-        positions: (P, L) int64 with P = 1, or 3 for M-RoPE: the positions of the unreduced prompt at the kept rows.
+        positions: (P, L) int64 with P = 1, or 3 for M-RoPE: the positions of the unreduced prompt at the kept rows,
+            unless they were made compact.
         next_position: The position of the first generated token: where text behind the unreduced prompt goes on. With
             M-RoPE a clip may have reached further in time.
         is_visual: (L,) bool.
@@ -298,6 +305,12 @@ class Prompt:
     @property
     def length(self) -> int:
         return self.token_ids.shape[0]
+
+    def compact(self) -> Prompt:
+        """The same rows at positions 0, 1, 2, ...; only where positions have one row."""
+        assert self.positions.shape[0] == 1, "counting through positions in time, height and width loses the grid"
+        positions = torch.arange(self.length, device=self.positions.device).unsqueeze(0)
+        return replace(self, positions=positions, next_position=self.length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,12 +407,17 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The last event of a request."""
+    """The last event of a request.
+
+    Attributes:
+        reducer_faults: What reducers did wrong; what they were to reduce was kept whole.
+    """
 
     usage: Usage
     timings: Timings
     kept: tuple[KeptMap, ...] = ()
     reducer: str = "none"
+    reducer_faults: tuple[str, ...] = ()
 
 
 Event = Delta | Summary
@@ -418,6 +436,7 @@ __all__ = [
     "MediaPart",
     "MediaSource",
     "Message",
+    "Positions",
     "Prompt",
     "Request",
     "ResponseFormat",

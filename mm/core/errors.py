@@ -13,6 +13,7 @@
     │   ├── MissingPackage
     │   ├── InvalidOption
     │   ├── IncompatiblePlugin
+    │   ├── ReducerNotAllowed   the operator does not let requests use it
     │   ├── ReducerFault        a reducer returned what cannot be applied
     │   └── DrafterFault        a drafter proposed what cannot be verified
     └── EngineError             ours
@@ -216,6 +217,12 @@ class IncompatiblePlugin(PluginError):
 
     def __str__(self) -> str:
         return f"{self.plugin} cannot be used with {self.host}, which does not supply: {', '.join(self.missing)}"
+
+
+class ReducerNotAllowed(PluginError):
+    """A request names a reducer, or asks it to keep fewer tokens, than the operator allows."""
+
+    code = "reducer_not_allowed"
 
 
 class ReducerFault(PluginError):

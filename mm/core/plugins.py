@@ -28,7 +28,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from mm.core.data import Grid, Image, Kind, Message, Prompt, Video, VisualTokens
+from mm.core.data import Grid, Image, Kind, Message, Positions, Prompt, Video, VisualTokens
 from mm.core.drafting import Drafter
 from mm.core.errors import IncompatiblePlugin, InvalidOption, MissingPackage, PluginError, UnknownPlugin, nearest
 
@@ -474,6 +474,25 @@ def inner_stages(reducer: Reducer) -> tuple[tuple[InPrefill, ...], tuple[InDecod
     )
 
 
+def positions_of(reducer: Reducer) -> Positions:
+    """What the reducer wants of the positions behind what it drops: "compact" where one of its stages says so."""
+    asked = (getattr(stage, "positions", "kept") for stage in flat_stages(reducer))
+    return "compact" if "compact" in asked else "kept"
+
+
+def least_keep_ratio(reducer: Reducer) -> float | None:
+    """Tokens kept / tokens in, at worst; None where it depends on the picture or the question."""
+    least, side = 1.0, 100
+    for stage in flat_stages(reducer):
+        ratio = getattr(stage, "keep_ratio", None)
+        if ratio is None and stage.count == "fixed":
+            ratio = stage.plan(side**2, (1, side, side)) / side**2
+        if ratio is None:
+            return None
+        least *= ratio
+    return least
+
+
 CAPABILITIES = ("stage", "needs", "provides", "kinds", "query_aware", "count", "model_types", "trained")
 
 
@@ -538,8 +557,10 @@ __all__ = [
     "flat_stages",
     "get",
     "inner_stages",
+    "least_keep_ratio",
     "names",
     "options_of",
     "parse_spec",
+    "positions_of",
     "tower_stage",
 ]

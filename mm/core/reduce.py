@@ -6,13 +6,15 @@ one of them and forget another. What comes back is checked before it reaches a p
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mm.core.data import VisualTokens
-from mm.core.errors import ReducerFault
+from mm.core.errors import MmError, ReducerFault
 from mm.core.plugins import ReduceContext, Reducer, Reduction
 
 ROW_SUM_TOLERANCE = 1e-3
@@ -29,12 +31,28 @@ def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tenso
     """
     name = type(reducer).__name__
     context = ReduceContext(evidence=tokens.evidence, text_embeddings=text_embeddings)
-    reduced = apply(reducer.after_encode(tokens, context), tokens, name)
-    planned = reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind)
+    with blaming(name, "before the decoder"):
+        reduced = apply(reducer.after_encode(tokens, context), tokens, name)
+        planned = reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind)
     kept = reduced.num_tokens
     if kept > planned or (kept < planned and reducer.count == "fixed"):
         raise ReducerFault(name, f"kept {kept} of {tokens.num_tokens} tokens, but its plan says {planned}")
     return reduced
+
+
+@contextlib.contextmanager
+def blaming(reducer: str, when: str) -> Iterator[None]:
+    """Makes what a reducer raises its fault, named; errors of ours pass.
+
+    Args:
+        when: Such as "before the decoder".
+    """
+    try:
+        yield
+    except MmError:
+        raise
+    except Exception as error:
+        raise ReducerFault(reducer, f"failed {when}: {type(error).__name__}") from error
 
 
 def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer") -> VisualTokens:

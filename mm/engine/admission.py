@@ -1,12 +1,13 @@
-"""What a request may have of an engine: room for its answer, reducers inside the decoder."""
+"""What a request may have of an engine: room for its answer, positions, reducers inside the decoder."""
 
 from __future__ import annotations
 
-from mm.core.data import Prompt, Request
-from mm.core.errors import ContextTooLong, InvalidRequest
+from mm.core.data import Positions, Prompt, Request
+from mm.core.errors import ContextTooLong, InvalidRequest, ReducerFault
 from mm.core.plugins import Reducer, inner_stages
 from mm.engine.kv_cache import KVCache
 from mm.engine.sequence import Job
+from mm.engine.step import layers_of
 
 
 def answer_length(request: Request, prompt: Prompt, context: int, cache: KVCache) -> int:
@@ -34,15 +35,45 @@ def answer_length(request: Request, prompt: Prompt, context: int, cache: KVCache
     return asked or min(room, context - next_position)
 
 
-def add_hooks(job: Job, reducer: Reducer, num_layers: int) -> None:
+def with_positions(prompt: Prompt, positions: Positions) -> Prompt:
+    """The prompt with the positions that were asked for.
+
+    Raises:
+        InvalidRequest: They cannot be made compact.
+    """
+    if positions == "kept" or not prompt.is_visual.any():
+        return prompt
+    if prompt.positions.shape[0] > 1:
+        raise InvalidRequest(
+            "this model places visual tokens in time, height and width, which compact positions would lose; send "
+            'vision.positions = "kept"',
+            "vision.positions",
+        )
+    return prompt.compact()
+
+
+def add_hooks(job: Job, reducer: Reducer, num_layers: int, *, lenient: bool = False) -> None:
     """Note at which layers the reducer acts, if the prompt has anything to reduce.
+
+    Args:
+        lenient: Only note what a reducer does wrong.
 
     Raises:
         InvalidRequest: The model has no such layer, or two reducers want the same.
+        ReducerFault: It does not say where it acts.
     """
-    prefill, decode = inner_stages(reducer)
+    if not job.prompt.is_visual.any():
+        return
+    prefill, job.evictors = inner_stages(reducer)
     for stage in prefill:
-        for layer in stage.layers(num_layers):
+        try:
+            layers = layers_of(stage, num_layers)
+        except ReducerFault as error:
+            if not lenient:
+                raise
+            job.faults.append(str(error))
+            continue
+        for layer in layers:
             if not 0 < layer < num_layers or layer in job.hooks:
                 raise InvalidRequest(
                     f"{type(stage).__name__} acts at layer {layer}; this model allows 1 to {num_layers - 1}, each "
@@ -50,6 +81,3 @@ def add_hooks(job: Job, reducer: Reducer, num_layers: int) -> None:
                     "vision.reducer",
                 )
             job.hooks[layer] = stage
-    job.evictors = decode
-    if not job.prompt.is_visual.any():
-        job.hooks, job.evictors = {}, ()

@@ -20,9 +20,9 @@ import torch
 
 from mm.core.config import SpeculationLimits
 from mm.core.data import Encoded, Event, Request
-from mm.core.errors import CapacityError, DeadlineExceeded, EngineError, ReducerFault
-from mm.core.plugins import Reducer
-from mm.engine.admission import add_hooks, answer_length
+from mm.core.errors import CapacityError, DeadlineExceeded, EngineError, MmError, ReducerFault
+from mm.core.plugins import Reducer, positions_of
+from mm.engine.admission import add_hooks, answer_length, with_positions
 from mm.engine.attention import Attention, build_attention
 from mm.engine.eviction import evict
 from mm.engine.kv_cache import KVCache
@@ -53,6 +53,7 @@ class Engine:
         share_prefixes: Whether prompts begin with what earlier ones left.
         speculation: What may be drafted; None is nothing.
         record_steps: Whether decoding steps are recorded where the device can replay them.
+        lenient: Whether a reducer's fault is noted instead of failing its request.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Engine:
         share_prefixes: bool = True,
         speculation: SpeculationLimits | None = None,
         record_steps: bool = True,
+        lenient: bool = False,
     ) -> None:
         self.engine_id = uuid.uuid4().hex
-        self.family, self.limits = family, limits
+        self.family, self.limits, self._lenient = family, limits, lenient
         self.samplers = SamplerFactory(family)
         shape = family.language.cache_shape
         num_blocks = kv_bytes // shape.block_bytes
@@ -111,6 +113,7 @@ class Engine:
         """
         self._check_room()
         prompt = self.family.splice(request.messages, [item.tokens for item in encoded])
+        prompt = with_positions(prompt, request.vision.positions or positions_of(reducer))
         max_new_tokens = answer_length(request, prompt, self.family.max_context_tokens, self.cache)
         samplers = self.samplers.make(request.sampling, prompt)
         before = time.perf_counter()
@@ -123,8 +126,9 @@ class Engine:
             priority=request.priority,
             deadline=None if request.timeout_s is None else before + request.timeout_s,
             num_left=len(samplers),
+            faults=[item.fault for item in encoded if item.fault],
         )
-        add_hooks(job, reducer, self.family.language.num_layers)
+        add_hooks(job, reducer, self.family.language.num_layers, lenient=self._lenient)
         answers = [
             Answer(
                 job=job,
@@ -323,8 +327,7 @@ class Engine:
         answer = item.answer
         self.speculation.keep_prompt_states(answer, answer.num_computed, chunk)
         answer.num_computed += item.count
-        if chunk.error is not None:
-            self._fail(answer.job, chunk.error)
+        if chunk.error is not None and not self._blame(answer.job, chunk.error):
             return []
         if answer.job.evictors and answer.num_computed == answer.job.prompt.length:
             self._evict(answer, chunk)
@@ -351,12 +354,20 @@ class Engine:
         """Let the reducers of the decode stage take rows out; only blocks that stay as they are may be shared."""
         job = answer.job
         assert answer.slot is not None
-        try:
-            untouched = evict(self.cache, answer.slot, job.prompt, chunk, job.evictors)
-        except ReducerFault as error:
+        untouched, fault = evict(self.cache, answer.slot, job.prompt, chunk, job.evictors)
+        del answer.prefix[untouched // self.cache.shape.block_size :]
+        if fault is not None:
+            self._blame(job, fault)
+
+    def _blame(self, job: Job, error: MmError) -> bool:
+        """Whether the request goes on: a fault of a reducer is only noted where that is wanted."""
+        if not self._lenient or not isinstance(error, ReducerFault):
             self._fail(job, error)
-        else:
-            del answer.prefix[untouched // self.cache.shape.block_size :]
+            return False
+        if str(error) not in job.faults:
+            log.warning("request_id=%s reducer_fault=%s", job.request.request_id, error, exc_info=error.__cause__)
+            job.faults.append(str(error))
+        return True
 
     def _emit(self, rounds: Sequence[Round], logits: torch.Tensor) -> None:
         """Give each answer its tokens: one, and those that follow as long as its draft had them."""

@@ -12,34 +12,39 @@ import torch
 from torch import Tensor
 
 from mm.core.data import Prompt
-from mm.core.errors import ReducerFault
+from mm.core.errors import MmError, ReducerFault
 from mm.core.plugins import CacheView, InDecode
+from mm.core.reduce import blaming
 from mm.engine.kv_cache import KVCache
 from mm.engine.step import Chunk
 
 
-def evict(cache: KVCache, slot: int, prompt: Prompt, chunk: Chunk, evictors: Sequence[InDecode]) -> int:
+def evict(
+    cache: KVCache, slot: int, prompt: Prompt, chunk: Chunk, evictors: Sequence[InDecode]
+) -> tuple[int, MmError | None]:
     """Carry out what the evictors decide, one after the other: each sees what the one before it left.
 
     Args:
         chunk: The prompt's last one, which has just been through the decoder.
 
     Returns:
-        How many of the prompt's first rows are untouched in every layer.
-
-    Raises:
-        ReducerFault: One of them failed, or its answer cannot be carried out.
+        How many of the prompt's first rows are untouched in every layer, and what went wrong: with the one that failed
+        it ends, and what its answer named stays.
     """
     planes = _visual(cache.shape.num_layers, prompt, chunk)
     untouched = prompt.length
     for evictor in evictors:
-        for layer, rows in _asked(evictor, cache.lengths[:, slot].tolist(), planes).items():
+        try:
+            kept = _asked(evictor, cache.lengths[:, slot].tolist(), planes)
+        except MmError as error:
+            return untouched, error
+        for layer, rows in kept.items():
             untouched = min(untouched, _num_leading(rows))
             cache.keep_rows(slot, layer, rows)
             visual, origins = planes[layer]
             stays = torch.isin(visual, rows)
             planes[layer] = torch.searchsorted(rows, visual[stays]), origins[stays]
-    return untouched
+    return untouched, None
 
 
 def _asked(evictor: InDecode, lengths: Sequence[int], planes: Sequence[tuple[Tensor, Tensor]]) -> Mapping[int, Tensor]:
@@ -47,13 +52,9 @@ def _asked(evictor: InDecode, lengths: Sequence[int], planes: Sequence[tuple[Ten
     view = CacheView(
         lengths=tuple(lengths), visual=tuple(rows for rows, _ in planes), origins=tuple(of for _, of in planes)
     )
-    try:
+    with blaming(name, "when the prompt was in"):
         kept = evictor.prefill_done(view)
-    except ReducerFault:
-        raise
-    except Exception as error:
-        raise ReducerFault(name, f"failed when the prompt was in: {type(error).__name__}: {error}") from error
-    _check(kept, lengths, name)
+        _check(kept, lengths, name)
     return kept
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from mm.core.config import MediaLimits, SourcePolicy, VideoDecoder
+from torch import Tensor
+
+from mm.core.config import MediaLimits, ReducerPolicy, SourcePolicy, VideoDecoder
 from mm.core.data import (
     Encoded,
     EncodeTimings,
@@ -27,8 +30,9 @@ from mm.core.data import (
     TextPart,
     Video,
     VisionOptions,
+    VisualTokens,
 )
-from mm.core.errors import MediaError, MmError
+from mm.core.errors import MediaError, MmError, ReducerFault, ReducerNotAllowed
 from mm.core.plugins import (
     TEXT_EMBEDDINGS,
     Encoder,
@@ -38,6 +42,8 @@ from mm.core.plugins import (
     canonical_spec,
     check_compatible,
     encode_spec,
+    least_keep_ratio,
+    parse_spec,
     tower_stage,
 )
 from mm.core.reduce import reduce_tokens
@@ -47,6 +53,8 @@ from mm.engine.report import Feed
 from mm.engine.sequence import Job
 from mm.media import MediaBudget, content_hash, fetch
 from mm.media.loading import decode as decode_media
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,7 @@ class EncodeParts:
     limits: MediaLimits = field(default_factory=MediaLimits)
     sources: SourcePolicy = field(default_factory=SourcePolicy)
     video_decoder: VideoDecoder = "pyav"
+    policy: ReducerPolicy = field(default_factory=ReducerPolicy)
 
 
 def resolve_reducer(vision: VisionOptions, parts: EncodeParts) -> Reducer:
@@ -70,8 +79,32 @@ def resolve_reducer(vision: VisionOptions, parts: EncodeParts) -> Reducer:
         PluginError: It is unknown, has bad options, or cannot work with this encoder.
     """
     reducer = build_reducer(vision.reducer or parts.reducer, vision.keep_ratio)
+    if vision.reducer is not None or vision.keep_ratio is not None:
+        check_allowed(reducer, parts.policy)
     check_compatible(reducer, parts.encoder, parts.host)
     return reducer
+
+
+def check_allowed(reducer: Reducer, policy: ReducerPolicy) -> None:
+    """Refuse what the operator does not let requests ask for.
+
+    Raises:
+        ReducerNotAllowed: Says what is allowed.
+    """
+    for name, _ in parse_spec(canonical_spec(reducer)):
+        if policy.allowed and name not in policy.allowed:
+            raise ReducerNotAllowed(
+                f"requests to this server may not use the reducer {name!r}; allowed: {', '.join(policy.allowed)}"
+            )
+    if policy.min_keep_ratio is None:
+        return
+    least = least_keep_ratio(reducer)
+    if least is None or least < policy.min_keep_ratio:
+        told = "an unknown share" if least is None else f"{least:g}"
+        raise ReducerNotAllowed(
+            f"{canonical_spec(reducer)} keeps {told} of the visual tokens at worst; requests to this server may not go "
+            f"below {policy.min_keep_ratio:g}"
+        )
 
 
 def encode(request: Request, parts: EncodeParts) -> list[Encoded]:
@@ -157,12 +190,24 @@ def _encode_batch(
     encoded = {}
     for (key, (_, load_s)), tokens in zip(loaded.items(), batch, strict=True):
         start = time.perf_counter()
-        kept = reduce_tokens(reducer, tokens, text)
+        kept, fault = _reduce(reducer, tokens, text, parts.policy.lenient)
         reduce_s = time.perf_counter() - start
         timings = EncodeTimings(load_s=load_s, encode_s=encode_s, reduce_s=reduce_s)
-        encoded[key] = Encoded(tokens=kept, timings=timings, key=key)
-        parts.cache.put(key, replace(encoded[key], timings=EncodeTimings()))
+        encoded[key] = Encoded(tokens=kept, timings=timings, key="" if fault else key, fault=fault)
+        if not fault:
+            parts.cache.put(key, replace(encoded[key], timings=EncodeTimings()))
     return encoded
+
+
+def _reduce(reducer: Reducer, tokens: VisualTokens, text: Tensor | None, lenient: bool) -> tuple[VisualTokens, str]:
+    """What the reducer leaves, and what it did wrong where that is only noted."""
+    try:
+        return reduce_tokens(reducer, tokens, text), ""
+    except ReducerFault as error:
+        if not lenient:
+            raise
+        log.warning("reducer_fault=%s", error, exc_info=error.__cause__)
+        return tokens.without_evidence(), str(error)
 
 
 def answer(request: Request, encoded: Sequence[Encoded], engine: Engine, *, reducer: str = "none") -> Generator[Event]:

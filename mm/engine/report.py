@@ -172,7 +172,13 @@ def summary(job: Job, now: float) -> Summary:
         decode_s=now - job.first_token,
     )
     shown = kept if job.request.vision.return_map else ()
-    return Summary(usage=_usage(job, kept), timings=timings, kept=shown, reducer=job.reducer)
+    return Summary(
+        usage=_usage(job, kept),
+        timings=timings,
+        kept=shown,
+        reducer=job.reducer,
+        reducer_faults=tuple(dict.fromkeys(job.faults)),
+    )
 
 
 def _usage(job: Job, kept: Sequence[KeptMap]) -> Usage:

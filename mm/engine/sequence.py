@@ -40,6 +40,7 @@ class Job:
         reducer: How its visual tokens are reduced, for the summary.
         hooks: Layer to reducer, for those that act in prefill.
         evictors: Reducers that act on the cache once the prompt is in.
+        faults: What reducers did wrong, where that is only noted.
         drops: Once the prompt has gone in, which visual rows the last of `hooks` left; None without hooks.
         deadline: On the clock of `time.perf_counter`; None waits for ever.
         num_left: Answers not finished yet.
@@ -54,6 +55,7 @@ class Job:
     reducer: str = "none"
     hooks: dict[int, InPrefill] = field(default_factory=dict)
     evictors: tuple[InDecode, ...] = ()
+    faults: list[str] = field(default_factory=list)
     drops: Drops | None = None
     priority: int = 0
     deadline: float | None = None

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.core.errors import ReducerFault
+from mm.core.errors import MmError, ReducerFault
 from mm.core.plugins import InPrefill
+from mm.core.reduce import blaming
 from mm.engine.attention import Attention, Rotary, RowBatch
 from mm.engine.kv_cache import KVCache
 
@@ -86,7 +87,7 @@ class Chunk:
     num_logits: int = 1
     mask: Tensor | None = None
     drops: Drops | None = None
-    error: ReducerFault | None = field(default=None, init=False)
+    error: MmError | None = field(default=None, init=False)
     states: dict[str, Tensor] = field(default_factory=dict, init=False)
     left: Tensor | None = field(default=None, init=False)
 
@@ -327,6 +328,20 @@ class PrefillView:
         return torch.cat([earlier, self._owner._layers.queries_keys(layer, source, self._rotary)[1]])
 
 
+def layers_of(reducer: InPrefill, num_layers: int) -> tuple[int, ...]:
+    """At the input of which layers a reducer wants to be asked.
+
+    Raises:
+        ReducerFault: It failed, or named what is no layer.
+    """
+    name = type(reducer).__name__
+    with blaming(name, "when asked for its layers"):
+        layers = tuple(reducer.layers(num_layers))
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise ReducerFault(name, f"has to name layers by whole numbers, not {layers!r}")
+    return layers
+
+
 def _ask(chunk: Chunk, layer: int, view: PrefillView) -> Tensor:
     """(n',) int64: the rows that stay, ascending. A reducer that fails costs its own chunk, and nobody else."""
     drops = chunk.drops
@@ -337,13 +352,11 @@ def _ask(chunk: Chunk, layer: int, view: PrefillView) -> Tensor:
     reducer = drops.hooks[layer]
     name = type(reducer).__name__
     try:
-        keep = reducer.in_prefill(layer, view)
-        _check_keep(keep, drops.visual.shape[0], name)
-    except ReducerFault as error:
+        with blaming(name, f"at layer {layer}"):
+            keep = reducer.in_prefill(layer, view)
+            _check_keep(keep, drops.visual.shape[0], name)
+    except MmError as error:
         chunk.error = error
-        return everything
-    except Exception as error:
-        chunk.error = ReducerFault(name, f"failed at layer {layer}: {type(error).__name__}: {error}")
         return everything
     stays = torch.ones(view.num_rows, dtype=torch.bool, device=view.hidden.device)
     stays[drops.visual] = False

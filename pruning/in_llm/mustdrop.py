@@ -76,6 +76,7 @@ class MustDrop:
         return frozenset({CLS_ATTENTION} if self.key_ratio else ())
 
     def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
+        """At most all: how many depends on the picture and on the question."""
         return num_tokens
 
     # ── before the decoder ────────────────────────────────────────────────────────────────────────────────────────────

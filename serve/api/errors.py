@@ -97,7 +97,8 @@ def failure_of(error: BaseException, request_id: str = "-") -> Failure:
             return _known(error, status, type_)
         if isinstance(error, kind):
             log.warning("request_id=%s status=%d error=%s", request_id, status, type(error).__name__, exc_info=error)
-            return _known(error, status, type_) if isinstance(error, CapacityError) else _internal()
+            told = isinstance(error, CapacityError | ReducerFault)
+            return _known(error, status, type_) if told else _internal()
     log.error("request_id=%s status=500 error=%s", request_id, type(error).__name__, exc_info=error)
     return _internal()
 

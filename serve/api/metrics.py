@@ -57,6 +57,9 @@ class Metrics:
         )
         self.visual_in = self._counter("mm:visual_tokens_in", "Visual tokens before reduction.", "kind", "reducer")
         self.visual_kept = self._counter("mm:visual_tokens_kept", "Visual tokens after reduction.", "kind", "reducer")
+        self.reducer_faults = self._counter(
+            "mm:reducer_faults", "Answers in which a reducer failed and its tokens were kept whole.", "reducer"
+        )
         self.media_bytes = self._counter("mm:media_bytes", "Encoded media received.", "kind")
         self.failures = self._counter("mm:request_failures", "Requests answered with an error.", "status", "code")
         self.cancelled = self._counter("mm:requests_cancelled", "Requests whose client went away.")
@@ -102,6 +105,8 @@ class Metrics:
             self.stage.labels(model, stage.removesuffix("_s")).observe(seconds)
         # The method alone: with its options a client could make as many series as it likes.
         reducer = "pipeline" if "+" in summary.reducer else summary.reducer.partition(":")[0]
+        if summary.reducer_faults:
+            self.reducer_faults.labels(model, reducer).inc()
         for kind, num_in, num_kept in (
             ("image", usage.num_image_tokens_in, usage.num_image_tokens_kept),
             ("video", usage.num_video_tokens_in, usage.num_video_tokens_kept),

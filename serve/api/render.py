@@ -58,6 +58,8 @@ def vision_fields(summary: Summary, *, return_map: bool, return_timings: bool) -
         "visual_tokens_in": summary.usage.num_visual_tokens_in,
         "visual_tokens_kept": summary.usage.num_visual_tokens_kept,
     }
+    if summary.reducer_faults:
+        fields["reducer_faults"] = list(summary.reducer_faults)
     if return_map:
         fields["items"] = [_kept(item) for item in summary.kept]
     if return_timings:

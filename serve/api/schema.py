@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -111,6 +111,9 @@ class Vision(BaseModel):
         default=None, description='Such as "divprune:keep_ratio=0.25"; the server\'s default if absent.'
     )
     keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="Tokens kept / tokens in.")
+    positions: Literal["kept", "compact"] | None = Field(
+        default=None, description="Whether rows are counted anew behind dropped ones; the reducer's choice if absent."
+    )
     return_map: bool | None = Field(default=None, description="Say which tokens were kept.")
     return_timings: bool | None = Field(default=None, description="Say how many seconds each stage took.")
     num_frames: Annotated[int, Field(ge=1)] | None = Field(
@@ -352,6 +355,7 @@ def _vision(vision: Vision, limits: MediaLimits) -> VisionOptions:
     return VisionOptions(
         reducer=vision.reducer,
         keep_ratio=vision.keep_ratio,
+        positions=vision.positions,
         return_map=bool(vision.return_map),
         return_timings=bool(vision.return_timings),
         frames=frames,

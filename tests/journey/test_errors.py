@@ -214,7 +214,7 @@ RAISED: list[tuple[Exception, int, str]] = [
     (MediaError("undecodable", "image"), 400, "media_undecodable"),
     (CapacityError("no room", 7), 429, "overloaded"),
     (Unavailable("restarting", 5), 503, "unavailable"),
-    (ReducerFault("Bad", "kept none"), 500, "internal_error"),
+    (ReducerFault("Bad", "kept none"), 500, "reducer_fault"),
     (ValueError("secret at /home/x 0x7f001234567"), 500, "internal_error"),
 ]
 
