@@ -17,6 +17,7 @@ import typer
 
 from mm import __version__
 from serve.options import (
+    AllowedReducersOption,
     BatchTokensOption,
     CacheOption,
     CompileOption,
@@ -26,6 +27,8 @@ from serve.options import (
     FpsOption,
     FramesOption,
     GraphsOption,
+    LenientOption,
+    MinKeepRatioOption,
     ModelArgument,
     ModelOption,
     PrefixOption,
@@ -37,6 +40,7 @@ from serve.options import (
     check_port,
     model_config,
     need,
+    read_reducer,
 )
 
 if TYPE_CHECKING:
@@ -124,6 +128,9 @@ def serve(
     decoder_gpus: Annotated[float, typer.Option(min=0, help="GPUs, or a fraction of one, per decoder (Ray).")] = 0.0,
     ray_cpus: Annotated[float | None, typer.Option(help="CPUs that the Ray started here may use.")] = None,
     reducer: ReducerOption = "none",
+    allow_reducer: AllowedReducersOption = None,
+    min_keep_ratio: MinKeepRatioOption = None,
+    lenient_reducers: LenientOption = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     frames: FramesOption = 8,
@@ -170,6 +177,9 @@ def serve(
             cuda_graphs=cuda_graphs,
             compile=compile,
             allowed_domains=tuple(allow_media_domain or ()),
+            allowed_reducers=tuple(allow_reducer or ()),
+            min_keep_ratio=min_keep_ratio,
+            lenient_reducers=lenient_reducers,
         ),
         host=host,
         port=port,
@@ -303,7 +313,7 @@ def evaluate(
 
     job = Evaluation(
         data=data,
-        reducers=tuple(reducer or ()),
+        reducers=tuple(map(read_reducer, reducer or ())),
         tasks=tuple(task or ()),
         wording=wording,
         limit=limit,
@@ -321,6 +331,58 @@ def evaluate(
         max_tokens=max_tokens,
     )
     run_evaluation(job)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help='"tiny" (the shipped model), a folder, or a hub name.')],
+    data: Annotated[
+        Path | None, typer.Argument(help="Parquet file as `mm eval` reads it; the shipped set when not given.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="FLOPs of the prefill / FLOPs with every visual token, for the sigmoid search.")
+    ] = None,
+    search: Annotated[
+        str, typer.Option(help="sigmoid (under a budget), or greedy (as few as do not hurt).")
+    ] = "sigmoid",
+    tolerance: Annotated[float, typer.Option(help="Share of items that greedy may lose.")] = 0.01,
+    trials: Annotated[int, typer.Option(min=1, help="Schedules that the sigmoid search tries.")] = 20,
+    out: Annotated[Path, typer.Option(help="The reducer's file; the same again resumes.")] = Path("reducer.json"),
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; repeat for several.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many items of each task and wording.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    frames: Annotated[int, typer.Option(min=1, help="Frames taken of a clip, evenly.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Search how many visual tokens each layer needs; the result is a file for --reducer. Run again to resume."""
+    for package in ("pyarrow", "rich", "transformers"):
+        need(package, "batch")
+    if search not in ("greedy", "sigmoid"):
+        raise typer.BadParameter(f"was {search!r}; allowed: greedy, sigmoid", param_hint="--search")
+    if search == "sigmoid":
+        need("sklearn", "tune")
+    from serve.tuning.command import Tuning, run_tuning
+
+    job = Tuning(
+        data=data,
+        out=out,
+        search="greedy" if search == "greedy" else "sigmoid",
+        budget=budget,
+        tolerance=tolerance,
+        num_trials=trials,
+        tasks=tuple(task or ()),
+        limit=limit,
+        quiet=quiet,
+        model=model_config(model=model, device=device, dtype=dtype, num_frames=frames, num_threads=threads),
+        num_frames=frames,
+        max_tokens=max_tokens,
+    )
+    run_tuning(job)
 
 
 @app.command()

@@ -6,7 +6,9 @@ Imports nothing heavy; see `serve.app`.
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +19,17 @@ if TYPE_CHECKING:
 ModelArgument = Annotated[str, typer.Argument(help='"tiny" (the shipped model), a folder, or a hub name.')]
 ModelOption = Annotated[str, typer.Option("--model", help='"tiny" (the shipped model), a folder, or a hub name.')]
 ReducerOption = Annotated[
-    str, typer.Option(help="Default reducer, e.g. divprune:keep_ratio=0.25; `mm plugins` lists them.")
+    str, typer.Option(help="Default reducer, e.g. divprune:keep_ratio=0.25 or a file of `mm tune`.")
+]
+AllowedReducersOption = Annotated[
+    list[str] | None, typer.Option("--allow-reducer", help="Requests may use this reducer; repeat. All when not given.")
+]
+MinKeepRatioOption = Annotated[
+    float | None, typer.Option(help="Requests may not keep a smaller share of visual tokens than this.")
+]
+LenientOption = Annotated[
+    bool,
+    typer.Option("--lenient-reducers", help="Where a reducer fails keep all tokens and say so, instead of an error."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
 DtypeOption = Annotated[
@@ -51,11 +63,42 @@ CompileOption = Annotated[
 ]
 
 
-def model_config(*, allowed_domains: tuple[str, ...] = (), allow_paths: bool = False, **fields: Any) -> ModelConfig:
+def model_config(
+    *,
+    allowed_domains: tuple[str, ...] = (),
+    allow_paths: bool = False,
+    allowed_reducers: tuple[str, ...] = (),
+    min_keep_ratio: float | None = None,
+    lenient_reducers: bool = False,
+    **fields: Any,
+) -> ModelConfig:
     """The configuration that a command's options describe; `fields` are those of `ModelConfig`."""
-    from mm.core.config import ModelConfig, SourcePolicy
+    from mm.core.config import ModelConfig, ReducerPolicy, SourcePolicy
 
-    return ModelConfig(**fields, sources=SourcePolicy(allowed_domains=allowed_domains, allow_paths=allow_paths))
+    if "reducer" in fields:
+        fields["reducer"] = read_reducer(fields["reducer"])
+    return ModelConfig(
+        **fields,
+        sources=SourcePolicy(allowed_domains=allowed_domains, allow_paths=allow_paths),
+        reducers=ReducerPolicy(allowed=allowed_reducers, min_keep_ratio=min_keep_ratio, lenient=lenient_reducers),
+    )
+
+
+def read_reducer(given: str) -> str:
+    """A reducer's specification: as given, or what a file of `mm tune` says. Requests cannot name files."""
+    from mm.core.errors import InvalidOption
+
+    if not given.endswith(".json"):
+        return given
+    try:
+        spec = json.loads(Path(given).read_text(encoding="utf-8"))["reducer"]
+    except OSError as error:
+        raise InvalidOption("reducer", given, f"cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError):
+        spec = None
+    if not isinstance(spec, str):
+        raise InvalidOption("reducer", given, 'is no file of a reducer: it has to be JSON such as {"reducer": "fastv"}')
+    return spec
 
 
 def need(package: str, extra: str) -> None:
@@ -81,8 +124,10 @@ def check_port(host: str, port: int) -> None:
 
 def check_model(config: ModelConfig) -> None:
     """Refuse a wrong model or reducer in one line, before replicas fail to start over it."""
-    from mm.core.plugins import build_reducer
+    from mm.core.plugins import build_reducer, get
     from mm.models.checkpoint import find, read_config
 
     read_config(find(config.model))
     build_reducer(config.reducer)
+    for name in config.reducers.allowed:
+        get("reducer", name)

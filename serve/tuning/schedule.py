@@ -1,0 +1,73 @@
+"""A schedule: which share of the visual tokens each decoder layer sees. What it costs, and its text as a reducer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Schedule = tuple[float, ...]
+"""Tokens kept / tokens in, layer by layer from layer 0, where it is always 1; never rising."""
+
+STEP = 1e-4
+"""Ratios are written in four decimals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a prefill costs in a decoder.
+
+    Attributes:
+        width, inner_width: Of the residual stream and of the gated MLP.
+        query_width, key_width: Of all query heads and of all key heads.
+        num_visual, num_text: Rows of the prompts, on average.
+    """
+
+    num_layers: int
+    width: int
+    inner_width: int
+    query_width: int
+    key_width: int
+    num_visual: float
+    num_text: float
+
+    @classmethod
+    def of(cls, config: Any, head_dim: int, num_visual: float, num_text: float) -> Shape:
+        """Of a text model's configuration."""
+        return cls(
+            num_layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            inner_width=config.intermediate_size,
+            query_width=config.num_attention_heads * head_dim,
+            key_width=config.num_key_value_heads * head_dim,
+            num_visual=num_visual,
+            num_text=num_text,
+        )
+
+    def layer_flops(self, keep_ratio: float) -> float:
+        """FLOPs of one layer's prefill: projections, scores and sums of attention, and the MLP's three products."""
+        rows = self.num_text + self.num_visual * keep_ratio
+        projections = 2 * rows * self.width * (self.query_width + self.key_width)
+        attention = 2 * rows**2 * self.query_width
+        return 2 * (projections + attention + 3 * rows * self.width * self.inner_width)
+
+    def flop_share(self, schedule: Sequence[float]) -> float:
+        """FLOPs of a prefill by the schedule / FLOPs with every token in every layer."""
+        return sum(map(self.layer_flops, schedule)) / (self.num_layers * self.layer_flops(1.0))
+
+
+def spec_of(schedule: Sequence[float]) -> str:
+    """The reducer that carries the schedule out; only layers in which tokens go are named."""
+    places = [at for at in range(1, len(schedule)) if schedule[at] < schedule[at - 1]]
+    if not places:
+        return "none"
+    ratios = ",".join(f"{schedule[layer]:g}" for layer in places)
+    return f"scheduled:at_layers=[{','.join(map(str, places))}],keep_ratios=[{ratios}]"
+
+
+def written(ratio: float) -> float:
+    """The ratio in as many decimals as are written, at least one step. Rounded down, but for the last tenth of a step:
+    what is all but 1 is 1.
+    """
+    return max(STEP, round(math.floor(ratio / STEP + 0.1) * STEP, 4))

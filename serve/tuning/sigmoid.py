@@ -1,0 +1,109 @@
+"""The sigmoid search: under a budget of FLOPs, the falling sigmoid over depth that answers best.
+
+arXiv:2412.00556, "P-Sigmoid": shares fall along a sigmoid over the layers, and Bayesian optimisation chooses its
+parameters. Here these are how steeply it falls and what is left at the end; where it falls follows from them, so that
+every curve that is tried uses the budget up. A Gaussian process models the score, and the next curve is the one with
+the largest expected improvement. Nothing is left to chance: equal scores give equal searches.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import norm, qmc
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+from mm.core.errors import InvalidOption
+from serve.tuning.schedule import STEP, Schedule, Shape, written
+
+STEEPNESS = (2.0, 200.0)
+"""Slope of the sigmoid over the relative depth, from nearly straight to a step; searched on a logarithmic scale."""
+
+NUM_FIRST = 5
+"""Curves that are tried before there is anything to learn from."""
+
+NUM_CANDIDATES = 512
+"""Curves among which the next one is chosen, a power of two."""
+
+
+def curve(shape: Shape, steepness: float, last: float, middle: float) -> Schedule:
+    """The shares along the sigmoid that falls to `last` around the relative depth `middle`."""
+    depths = [layer / shape.num_layers for layer in range(1, shape.num_layers)]
+    falling = [0.5 - 0.5 * math.tanh(steepness * (depth - middle) / 2) for depth in depths]
+    return 1.0, *(written(last + (1 - last) * share) for share in falling)
+
+
+def fitted(shape: Shape, budget: float, steepness: float, last: float) -> Schedule:
+    """The curve of this slope and end that costs as much as `budget`, a share of all FLOPs, and no more."""
+    reach = 1 + 20 / steepness
+    low, high = -reach, 1 + reach
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = shape.flop_share(curve(shape, steepness, last, middle)) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return curve(shape, steepness, last, low)
+
+
+def largest_last(shape: Shape, budget: float) -> float:
+    """The share that, kept in all layers from the second on, uses the budget up.
+
+    Raises:
+        InvalidOption: The budget is below what text and the first layer take, or it is all.
+    """
+    least = shape.flop_share((1.0, *[STEP] * (shape.num_layers - 1)))
+    if not least <= budget < 1:
+        raise InvalidOption(
+            "tune", "budget", f"was {budget:g}; with these prompts it can be from {math.ceil(least * 1e3) / 1e3:g} to 1"
+        )
+    low, high = STEP, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = shape.flop_share((1.0, *[middle] * (shape.num_layers - 1))) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def search(shape: Shape, budget: float, num_trials: int, score: Callable[[Schedule], float]) -> Schedule:
+    """The best of `num_trials` different curves; of equally good ones the first that was tried.
+
+    Args:
+        score: Of a schedule, larger is better; asked once for each.
+    """
+    most = largest_last(shape, budget)
+
+    def schedule_at(point: np.ndarray) -> Schedule:
+        steepness = STEEPNESS[0] * (STEEPNESS[1] / STEEPNESS[0]) ** float(point[0])
+        return fitted(shape, budget, steepness, STEP + (most - STEP) * float(point[1]))
+
+    points = qmc.Sobol(2, scramble=False).random(NUM_CANDIDATES)[1:]  # the first Sobol point is a corner
+    candidates: dict[Schedule, np.ndarray] = {}
+    for point in points:
+        candidates.setdefault(schedule_at(point), point)
+    tried: dict[Schedule, float] = {}
+    tried_points: list[np.ndarray] = []
+    while len(tried) < num_trials and len(tried) < len(candidates):
+        left = [schedule for schedule in candidates if schedule not in tried]
+        place = 0
+        if len(tried) >= NUM_FIRST:
+            place = _most_promising(tried_points, list(tried.values()), [candidates[one] for one in left])
+        tried[left[place]] = score(left[place])
+        tried_points.append(candidates[left[place]])
+    return max(tried, key=lambda schedule: tried[schedule])
+
+
+def _most_promising(points: list[np.ndarray], scores: list[float], candidates: list[np.ndarray]) -> int:
+    """Which of the candidates has the largest expected improvement over the best score."""
+    kernel = ConstantKernel(1.0) * Matern(length_scale=0.3, nu=2.5) + WhiteKernel(1e-2)
+    process = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a bound of the kernel is reached on flat scores
+        process.fit(np.array(points), np.array(scores))
+    mean, deviation = process.predict(np.array(candidates), return_std=True)
+    gain = mean - max(scores)
+    spread = np.maximum(deviation, 1e-9)
+    return int(np.argmax(gain * norm.cdf(gain / spread) + spread * norm.pdf(gain / spread)))
