@@ -16,6 +16,7 @@ from torch import Tensor
 from mm.core.data import Grid, Kind, VisualTokens
 from mm.core.errors import ReducerFault
 from mm.core.plugins import TOWER_FEATURES, InTower, Matched
+from mm.core.reduce import blaming
 
 Attend = Callable[[Any, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """Block, hidden (B, n, D) and a bias (B, 1, 1, n) for each key's scores, to hidden (B, n, D) behind the attention and
@@ -46,18 +47,20 @@ def run_blocks(
     """All `blocks` on (B, num_prefix + patches, D), merging in each what `merging` matches.
 
     Raises:
-        ReducerFault: It matched what cannot be merged.
+        ReducerFault: It failed, or matched what cannot be merged.
     """
-    num_tokens = hidden.shape[1]
-    counts = merging.merges(num_tokens - num_prefix, len(blocks))
+    num_tokens, name = hidden.shape[1], type(merging).__name__
+    with blaming(name, "in the tower"):
+        counts = merging.merges(num_tokens - num_prefix, len(blocks))
     sizes = torch.ones(hidden.shape[:2], device=hidden.device)
     anchors = torch.arange(num_tokens, device=hidden.device).expand(len(hidden), -1)
     for block, count in zip(blocks, counts, strict=True):
         bias = sizes.log().to(hidden.dtype)[:, None, None] if hidden.shape[1] < num_tokens else None
         hidden, keys = attend(block, hidden, bias)
         if count:
-            matched = merging.match(keys.float().mean(dim=1), count, num_prefix)
-            _check(matched, hidden.shape[1], count, type(merging).__name__)
+            with blaming(name, "in the tower"):
+                matched = merging.match(keys.float().mean(dim=1), count, num_prefix)
+                _check(matched, hidden.shape[1], count, name)
             hidden, sizes = _carried_out(matched.slots, hidden, sizes, matched.anchors.shape[1])
             anchors = anchors.gather(1, matched.anchors)
         hidden = feed_forward(block, hidden)

@@ -183,8 +183,8 @@ class Model:
                 images or uint8 arrays (H, W, 3).
             **options: Fields of `Sampling` (max_new_tokens, temperature, top_p, top_k, seed, stop, n, logprobs,
                 response_format and more), of `VisionOptions` (reducer, keep_ratio, positions, num_frames, fps) and
-                of `Request` (priority, timeout_s, cache_salt, and speculation: a drafter's name or `SpeculationOptions`). Without a
-                temperature the model's own default holds.
+                of `Request` (priority, timeout_s, cache_salt, and speculation: a drafter's name or
+                `SpeculationOptions`). Without a temperature the model's own default holds.
 
         Raises:
             MmError: Names what was given, what is allowed and what to do.

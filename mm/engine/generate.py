@@ -182,21 +182,32 @@ def _encode_batch(
     if not loaded:
         return {}
     start = time.perf_counter()
-    merging = tower_stage(reducer)
-    hosted: dict[str, Any] = {} if merging is None else {"merging": merging}
-    batch = parts.encoder.encode([media for media, _ in loaded.values()], needs=reducer.needs, **hosted)
+    batch, in_tower = _in_tower([media for media, _ in loaded.values()], reducer, parts)
     text = cast(ReadsText, parts.encoder).embed_text(asked) if TEXT_EMBEDDINGS in reducer.needs else None
     encode_s = (time.perf_counter() - start) / len(loaded)
     encoded = {}
     for (key, (_, load_s)), tokens in zip(loaded.items(), batch, strict=True):
         start = time.perf_counter()
-        kept, fault = _reduce(reducer, tokens, text, parts.policy.lenient)
+        kept, fault = (tokens, in_tower) if in_tower else _reduce(reducer, tokens, text, parts.policy.lenient)
         reduce_s = time.perf_counter() - start
         timings = EncodeTimings(load_s=load_s, encode_s=encode_s, reduce_s=reduce_s)
         encoded[key] = Encoded(tokens=kept, timings=timings, key="" if fault else key, fault=fault)
         if not fault:
             parts.cache.put(key, replace(encoded[key], timings=EncodeTimings()))
     return encoded
+
+
+def _in_tower(media: Sequence[Image | Video], reducer: Reducer, parts: EncodeParts) -> tuple[list[VisualTokens], str]:
+    """The encoded items, and what the reducer inside the tower did wrong where that is only noted."""
+    merging = tower_stage(reducer)
+    hosted: dict[str, Any] = {} if merging is None else {"merging": merging}
+    try:
+        return parts.encoder.encode(media, needs=reducer.needs, **hosted), ""
+    except ReducerFault as error:
+        if not parts.policy.lenient:
+            raise
+        log.warning("reducer_fault=%s", error, exc_info=error.__cause__)
+        return [tokens.without_evidence() for tokens in parts.encoder.encode(media)], str(error)
 
 
 def _reduce(reducer: Reducer, tokens: VisualTokens, text: Tensor | None, lenient: bool) -> tuple[VisualTokens, str]:

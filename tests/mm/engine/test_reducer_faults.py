@@ -17,6 +17,7 @@ from mm.core.reduce import reduce_tokens
 from mm.engine.admission import with_positions
 from mm.engine.generate import check_allowed, encode, resolve_reducer
 from mm.models.family import splice
+from pruning.in_vit.tome import ToMe
 from tests.checkpoints import random_qwen2_5_vl
 from tests.faulty import ENTRY_POINTS, HOWS
 from tests.parity.test_generate import picture, png
@@ -74,6 +75,18 @@ def test_the_fault_is_told_and_neighbours_are_not_touched(lenient):
             assert isinstance(result, ReducerFault), (name, how)
     assert not model.engine.stats.num_running
     assert model.engine.stats.kv_usage == 0
+
+
+def test_a_fault_in_the_tower(monkeypatch):
+    def fail(self, keys, count, num_prefix):
+        raise RuntimeError("a secret of the plugin")
+
+    monkeypatch.setattr(ToMe, "match", fail)
+    with pytest.raises(ReducerFault, match=r"^ToMe: failed in the tower: RuntimeError$"):
+        load(False).generate(**QUESTION, reducer="tome", max_new_tokens=1)
+    answer = load(True).generate(**QUESTION, reducer="tome", max_new_tokens=1)
+    assert answer.reducer_faults == ("ToMe: failed in the tower: RuntimeError",)
+    assert answer.usage.num_visual_tokens_kept == 256
 
 
 def test_what_a_faulty_reducer_left_is_not_cached():
