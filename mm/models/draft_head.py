@@ -192,6 +192,7 @@ class DraftHead(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.state_dict().items()}
         save_file({name: t.contiguous() for name, t in state.items()}, folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone
         (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
 
 
