@@ -66,7 +66,7 @@ def tiny_url() -> Iterator[str]:
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     """Opens the page; afterwards, everything it asked for was on this machine and its console is free of errors."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     hosts: list[str | None] = []
     errors: list[str] = []
 
