@@ -44,7 +44,7 @@ def parameters(folder: Path) -> str:
     counts = dict.fromkeys(PARTS, 0)
     for key, tensor in load_file(folder / "model.safetensors").items():
         counts[next(part for part, name in PARTS.items() if name in key)] += tensor.numel()
-    size_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    size_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     lines = [[part, f"{count:,}"] for part, count in counts.items()]
     lines += [["all", f"{sum(counts.values()):,}"], ["folder on disk", f"{size_bytes / 1e6:.1f} MB"]]
     return markdown(["part", "parameters"], lines)

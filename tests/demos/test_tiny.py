@@ -22,8 +22,9 @@ def processor():
     return AutoProcessor.from_pretrained(FOLDER)
 
 
-def test_folder_is_small():
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 25e6
+@pytest.mark.parametrize("name", ["tiny", "tiny_plain"])
+def test_folder_is_small(name):
+    assert sum(file.stat().st_size for file in (FOLDER.parent / name).iterdir()) < 25e6
 
 
 @settings(max_examples=100, deadline=None)
