@@ -87,13 +87,18 @@ def options(
 def plugins(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
 ) -> None:
-    """List every registered reducer, drafter, encoder and family with its capabilities."""
+    """List every registered plugin with its capabilities, and which reducer works with which model family."""
     from mm.core.plugins import KINDS, describe
+    from serve.matrix import matrix_table, support_matrix
 
+    matrix = support_matrix()
+    support = {row["name"]: row for row in matrix}
     rows = [row for kind in KINDS for row in describe(kind)]
     if as_json:
-        typer.echo(json.dumps(rows, indent=2, default=str))
+        joined = (row | support.get(row["name"], {}) if row["kind"] == "reducer" else row for row in rows)
+        typer.echo(json.dumps(list(joined), indent=2, default=str))
         return
+    typer.echo(matrix_table(matrix) + "\n")
     for kind in KINDS:
         typer.echo(f"{KINDS[kind].removeprefix('mm.')}")
         of_kind = [row for row in rows if row["kind"] == kind]
@@ -271,6 +276,54 @@ def caption(
         as_json=as_json,
     )
     raise typer.Exit(run_caption(job))
+
+
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture or a clip.")],
+    prompt: Annotated[str, typer.Option(help="What is asked about it.")],
+    reducer: Annotated[
+        list[str] | None, typer.Option(help="Specification of a reducer; repeat for several. `none` is always there.")
+    ] = None,
+    model: ModelOption = "tiny",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for overlays of the kept tokens and comparison.json.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    frames: FramesOption = 8,
+    fps: FpsOption = None,
+    video_decoder: DecoderOption = "pyav",
+    threads: ThreadsOption = None,
+) -> None:
+    """Ask once with every visual token and once with each reducer: answers, tokens, times, memory, kept tokens."""
+    need("transformers", "batch")
+    from serve.compare import Comparison, run_compare
+
+    config = model_config(
+        model=model,
+        device=device,
+        dtype=dtype,
+        num_frames=frames,
+        fps=fps,
+        video_decoder=video_decoder,
+        num_threads=threads,
+        cache_bytes=0,
+        prefix_caching=False,
+        allow_paths=True,
+    )
+    job = Comparison(
+        path=file,
+        prompt=prompt,
+        reducers=tuple(reducer or ("divprune:keep_ratio=0.25",)),
+        model=config,
+        max_tokens=max_tokens,
+        out=out,
+        as_json=as_json,
+    )
+    run_compare(job)
 
 
 @app.command(name="eval")

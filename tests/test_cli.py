@@ -10,7 +10,7 @@ import pytest
 import serve.app as app_module
 from mm.core.plugins import KINDS, names
 
-COMMANDS = ["", "serve", "caption", "eval", "demo", "plugins"]
+COMMANDS = ["", "serve", "caption", "compare", "eval", "demo", "plugins"]
 
 HELP = """
 import sys, time
