@@ -6,66 +6,49 @@ text on the page.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import gradio as gr
 
 from mm.core.errors import MmError
-from mm.core.plugins import describe
 from serve.demo import views
+from serve.demo.choices import DEFAULT_REDUCER, ReducerChoice, installed_reducers, reducer_spec, written
 from serve.demo.client import Ask, Client, Reply, ServerProblem, Upload
 from serve.demo.media import NotMedia, Preview, preview, read_upload, thumbnail
 from serve.demo.samples import Sample
 
 MAX_FRAMES = 32
-DEFAULT_REDUCER = "divprune"
-NO_CHOICE = frozenset({"none", "pipeline"})
-"""`none` is the other side of the comparison; a pipeline is written out: `a:keep_ratio=0.5 + b:keep_ratio=0.5`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReducerChoice:
-    """A reducer to choose, with the options it takes."""
-
-    name: str
-    summary: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def has_keep_ratio(self) -> bool:
-        return "keep_ratio" in self.options
-
-    @property
-    def other_options(self) -> str:
-        """The options beside the budget as one would write them."""
-        rest = {name: value for name, value in self.options.items() if name != "keep_ratio"}
-        return ", ".join(f"{name}={value}" for name, value in rest.items())
-
-
-def installed_reducers() -> tuple[ReducerChoice, ...]:
-    """The reducers of this installation, which are those of its server too."""
-    return tuple(
-        ReducerChoice(name=row["name"], summary=row["summary"], options=row["options"])
-        for row in describe("reducer")
-        if row["name"] not in NO_CHOICE
-    )
+WRITTEN_OUT = "Sent as written, such as: uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """The values of the page's inputs, in the order in which Gradio hands them over."""
+    """The values of the page's inputs, in the order in which Gradio hands them over; the options come last.
+
+    Attributes:
+        options: Of the chosen reducer, beside its budget.
+    """
 
     path: str | None
     question: str
     reducer: str
     keep_ratio: float
-    options: str
     num_frames: float
     seed: float | None
     temperature: float
     max_tokens: float
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, values: Sequence[Any], choices: Sequence[ReducerChoice]) -> Form:
+        """From what Gradio hands over: `Inputs.form`."""
+        names = [field.name for field in fields(cls) if field.name != "options"]
+        form = dict(zip(names, values, strict=False))
+        given = zip(option_keys(choices), values[len(names) :], strict=True)
+        chosen = {option: value for (reducer, option), value in given if reducer == form["reducer"].strip()}
+        return cls(**form, options=chosen)
 
     def asks(self, upload: Upload, choices: Sequence[ReducerChoice]) -> tuple[Ask, Ask]:
         """The full and the reduced question; the same in everything else."""
@@ -81,18 +64,9 @@ class Form:
         return full, replace(full, reducer=spec, keep_ratio=keep_ratio)
 
 
-def reducer_spec(
-    reducer: str, keep_ratio: float, options: str, choices: Sequence[ReducerChoice]
-) -> tuple[str, float | None]:
-    """The specification to send, and the budget beside it.
-
-    A specification written out by hand goes as it is; whether it is right is for the server to say.
-    """
-    choice = next((choice for choice in choices if choice.name == reducer.strip()), None)
-    if choice is None:
-        return reducer.strip(), None
-    spec = f"{choice.name}:{options.strip()}" if choice.other_options and options.strip() else choice.name
-    return spec, round(float(keep_ratio), 4) if choice.has_keep_ratio else None
+def option_keys(choices: Sequence[ReducerChoice]) -> list[tuple[str, str]]:
+    """(reducer, option) of every input for an option, in their order on the page."""
+    return [(choice.name, option) for choice in choices for option in choice.other_options]
 
 
 def build_page(
@@ -128,7 +102,8 @@ class Inputs:
     button: gr.Button
     reducer: gr.Dropdown
     keep_ratio: gr.Slider
-    options: gr.Textbox
+    groups: dict[str, gr.Group]
+    options: list[Any]
     num_frames: gr.Slider
     seed: gr.Number
     temperature: gr.Slider
@@ -137,8 +112,8 @@ class Inputs:
     @property
     def form(self) -> list[Any]:
         """The components of `Form`, in its order."""
-        chosen = [self.file, self.question, self.reducer, self.keep_ratio, self.options]
-        return [*chosen, self.num_frames, self.seed, self.temperature, self.max_tokens]
+        chosen = [self.file, self.question, self.reducer, self.keep_ratio]
+        return [*chosen, self.num_frames, self.seed, self.temperature, self.max_tokens, *self.options]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,15 +157,10 @@ def _inputs(samples: Sequence[Sample], choices: Sequence[ReducerChoice]) -> Inpu
             visible=first.has_keep_ratio,
             elem_id="mm-keep-ratio",
         )
-        options = gr.Textbox(
-            label="Its other options",
-            placeholder=first.other_options,
-            visible=bool(first.other_options),
-            elem_id="mm-options",
-        )
         num_frames = gr.Slider(
             1, MAX_FRAMES, value=8, step=1, label="Frames of the clip", visible=False, elem_id="mm-frames"
         )
+    groups, options = _option_inputs(choices, first.name)
     with gr.Accordion("Sampling", open=False):
         temperature = gr.Slider(
             0, 2, value=0, step=0.05, label="Temperature", info="0 always takes the likeliest token."
@@ -205,12 +175,40 @@ def _inputs(samples: Sequence[Sample], choices: Sequence[ReducerChoice]) -> Inpu
         button=button,
         reducer=reducer,
         keep_ratio=keep_ratio,
+        groups=groups,
         options=options,
         num_frames=num_frames,
         seed=seed,
         temperature=temperature,
         max_tokens=max_tokens,
     )
+
+
+def _option_inputs(choices: Sequence[ReducerChoice], shown: str) -> tuple[dict[str, gr.Group], list[Any]]:
+    """One group per reducer that has options beside its budget, and all their inputs in the order of `option_keys`."""
+    groups: dict[str, gr.Group] = {}
+    inputs: list[Any] = []
+    for choice in choices:
+        if not choice.other_options:
+            continue
+        with gr.Group(visible=choice.name == shown, elem_id=f"mm-options-{choice.name}") as group:
+            inputs += [_option_input(choice, option, default) for option, default in choice.other_options.items()]
+        groups[choice.name] = group
+    return groups, inputs
+
+
+def _option_input(choice: ReducerChoice, option: str, default: Any) -> Any:
+    """An input for what the option's default is: yes or no, a number, or text."""
+    said: dict[str, Any] = {
+        "label": option,
+        "info": choice.help.get(option),
+        "elem_id": f"mm-option-{choice.name}-{option}",
+    }
+    if isinstance(default, bool):
+        return gr.Checkbox(default, **said)
+    if isinstance(default, int | float):
+        return gr.Number(default, precision=0 if isinstance(default, int) else None, **said)
+    return gr.Textbox(written(default), max_lines=1, **said)
 
 
 def _sample_gallery(samples: Sequence[Sample]) -> gr.Gallery:
@@ -270,7 +268,7 @@ def _wire(page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs,
         **quiet,
     )
     inputs.reducer.change(
-        handlers.show_options, inputs.reducer, [inputs.reducer, inputs.keep_ratio, inputs.options], **quiet
+        handlers.show_options, inputs.reducer, [inputs.reducer, inputs.keep_ratio, *inputs.groups.values()], **quiet
     )
     if inputs.samples is not None:
         inputs.samples.select(handlers.take_sample, None, [inputs.file, inputs.question], **quiet)
@@ -306,17 +304,14 @@ class Handlers:
         title = f"{len(shown.urls)} frames of the clip" if is_clip else ""
         return gr.update(value=views.plain_pictures(shown, title), visible=True), gr.update(visible=is_clip)
 
-    def show_options(self, reducer: str) -> tuple[Any, Any, Any]:
-        """The inputs that the chosen reducer has a use for."""
+    def show_options(self, reducer: str) -> list[Any]:
+        """The inputs that the chosen reducer has a use for: its line, its budget, each reducer's group of options."""
         choice = next((choice for choice in self._choices if choice.name == reducer), None)
         if choice is None:
-            info = "Sent as written, such as: uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5"
-            return gr.update(info=info), gr.update(visible=False), gr.update(visible=False)
-        return (
-            gr.update(info=choice.summary),
-            gr.update(visible=choice.has_keep_ratio),
-            gr.update(value="", placeholder=choice.other_options, visible=bool(choice.other_options)),
-        )
+            choice = ReducerChoice(name="", summary=WRITTEN_OUT)
+        with_options = [other.name for other in self._choices if other.other_options]
+        groups = [gr.update(visible=name == choice.name) for name in with_options]
+        return [gr.update(info=choice.summary), gr.update(visible=choice.has_keep_ratio), *groups]
 
     def take_sample(self, event: gr.SelectData) -> tuple[str, str]:
         sample = self._samples[int(event.index)]
@@ -324,7 +319,7 @@ class Handlers:
 
     def ask(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Both answers, each as soon as it is there."""
-        form = Form(**dict(zip(Form.__dataclass_fields__, values, strict=True)))
+        form = Form.of(values, self._choices)
         hidden, folded = gr.update(value="", visible=False), gr.update(visible=False)
         try:
             upload = _required(form)

@@ -244,14 +244,18 @@ def test_nothing_chosen_is_explained(open_page: Any, fake_url: str) -> None:
     assert "Choose an image or a clip first" in page.inner_text("#mm-full")
 
 
-def test_options_of_the_chosen_reducer_are_offered(open_page: Any, fake_url: str, picture: Path) -> None:
+def test_options_of_the_chosen_reducer_are_offered_and_sent(open_page: Any, fake_url: str, picture: Path) -> None:
     page = open_page(fake_url)
-    assert not page.locator("#mm-options").is_visible()
+    assert not page.locator("#mm-options-random").is_visible()
     page.click("#mm-reducer input")
     page.get_by_role("option", name="random").click()
-    page.wait_for_selector("#mm-options")
-    assert "seed=" in page.get_attribute("#mm-options textarea, #mm-options input", "placeholder")
+    page.wait_for_selector("#mm-options-random")
     assert page.locator("#mm-keep-ratio").is_visible()
+    assert not page.locator("#mm-option-mustdrop-window").is_visible()
+    page.fill("#mm-option-random-seed input", "5")
+    upload(page, picture)
+    ask(page, "What?")
+    assert "random:seed=5" in page.inner_text("#mm-reduced")
 
 
 def test_a_narrow_window_needs_no_sideways_scrolling(open_page: Any, fake_url: str, picture: Path) -> None:

@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 
 from mm.core.errors import InvalidOption
+from mm.core.plugins import create, get, names, options_of
+from serve.demo.choices import ReducerChoice, installed_reducers, option_help, reducer_spec, written
 from serve.demo.client import Client
 from serve.demo.launch import DemoConfig, demo_app, run_demo, serving
 from serve.demo.media import NotMedia, preview, read_upload, thumbnail
-from serve.demo.page import Form, Handlers, ReducerChoice, installed_reducers, reducer_spec
+from serve.demo.page import Form, Handlers, option_keys
 from serve.demo.samples import SAMPLES_FOLDER, load_samples
 from tests.demo.fake_server import fake_app
 
@@ -23,18 +25,19 @@ CHOICES = (
     ReducerChoice(name="uniform", options={"keep_ratio": 0.25}),
     ReducerChoice(name="random", options={"keep_ratio": 0.25, "seed": 0}),
     ReducerChoice(name="fixed", options={}),
+    ReducerChoice(name="deep", options={"keep_ratio": 0.5, "at_layers": (), "joint": False, "alpha": 1.0}),
 )
 FORM: dict[str, Any] = {
     "path": None,
     "question": "What?",
     "reducer": "uniform",
     "keep_ratio": 0.25,
-    "options": "",
     "num_frames": 8,
     "seed": 7,
     "temperature": 0.5,
     "max_tokens": 9,
 }
+OPTIONS = {("random", "seed"): 0, ("deep", "at_layers"): "[]", ("deep", "joint"): False, ("deep", "alpha"): 1.0}
 
 
 @pytest.fixture
@@ -45,23 +48,68 @@ def handlers() -> Any:
         client.close()
 
 
-def ask(handlers: Handlers, **values: Any) -> list[tuple]:
-    return list(handlers.ask(*(FORM | values).values()))
+def ask(handlers: Handlers, options: dict | None = None, **values: Any) -> list[tuple]:
+    return list(handlers.ask(*(FORM | values).values(), *(OPTIONS | (options or {})).values()))
 
 
 @pytest.mark.parametrize(
     ("reducer", "options", "expected"),
     [
-        ("uniform", "", ("uniform", 0.3)),
-        ("uniform", "left=over", ("uniform", 0.3)),
-        ("random", "seed=4", ("random:seed=4", 0.3)),
-        ("fixed", "", ("fixed", None)),
-        ("uniform:keep_ratio=0.5 + random", "", ("uniform:keep_ratio=0.5 + random", None)),
-        ("nonesuch", "", ("nonesuch", None)),
+        ("uniform", {}, ("uniform", 0.3)),
+        ("uniform", {"left": "over"}, ("uniform", 0.3)),
+        ("random", {"seed": 0}, ("random", 0.3)),
+        ("random", {"seed": 4}, ("random:seed=4", 0.3)),
+        ("random", {"seed": None}, ("random", 0.3)),
+        ("fixed", {}, ("fixed", None)),
+        ("deep", {"at_layers": "1, 3", "joint": True}, ("deep:at_layers=[1,3],joint=true", 0.3)),
+        ("deep", {"at_layers": "", "joint": False, "alpha": 1}, ("deep", 0.3)),
+        ("deep", {"alpha": 0.25}, ("deep:alpha=0.25", 0.3)),
+        ("uniform:keep_ratio=0.5 + random", {}, ("uniform:keep_ratio=0.5 + random", None)),
+        ("nonesuch", {}, ("nonesuch", None)),
     ],
 )
-def test_reducer_and_its_options_make_one_specification(reducer: str, options: str, expected: tuple) -> None:
+def test_reducer_and_its_options_make_one_specification(reducer: str, options: dict, expected: tuple) -> None:
     assert reducer_spec(reducer, 0.3, options, CHOICES) == expected
+
+
+def test_every_option_of_every_installed_reducer_is_offered_and_explained() -> None:
+    choices = installed_reducers()
+    offered = {(choice.name, option) for choice in choices for option in choice.options}
+    installed = [name for name in names("reducer") if name not in ("none", "pipeline")]
+    assert offered == {(name, option) for name in installed for option in options_of(get("reducer", name))}
+    for choice in choices:
+        assert {option for option in choice.options if not choice.help.get(option)} == set(), choice.name
+
+
+@pytest.mark.parametrize("choice", installed_reducers(), ids=lambda choice: choice.name)
+def test_options_at_their_defaults_are_what_the_reducer_has_anyway(choice: ReducerChoice) -> None:
+    shown = {
+        name: value if isinstance(value, bool | int | float) else written(value)
+        for name, value in choice.options.items()
+    }
+    assert reducer_spec(choice.name, 0.25, shown, [choice])[0] == choice.name
+    create("reducer", choice.name, **choice.options)
+
+
+def test_help_reads_continued_lines_and_bases() -> None:
+    help_ = option_help(get("reducer", "pyramiddrop"))
+    assert help_["keep_ratio"].endswith("0.125 in three stages is 0.5, 0.25, 0.125.")
+    assert "joint" in option_help(get("reducer", "scope"))
+
+
+def test_options_of_the_chosen_reducer_are_sent(handlers: Handlers, picture: Path) -> None:
+    last = ask(handlers, {("random", "seed"): 3, ("deep", "alpha"): 9.0}, path=str(picture), reducer="random")[-1]
+    assert '"reducer": "random:seed=3"' in last[5]
+    assert "alpha" not in last[5]
+
+
+def test_only_the_chosen_reducers_options_are_shown(handlers: Handlers) -> None:
+    assert option_keys(CHOICES) == list(OPTIONS)
+    _, budget, random, deep = handlers.show_options("random")
+    assert (budget["visible"], random["visible"], deep["visible"]) == (True, True, False)
+    info, budget, random, deep = handlers.show_options("uniform + random")
+    assert (budget["visible"], random["visible"], deep["visible"]) == (False, False, False)
+    assert "as written" in info["info"]
 
 
 def test_installed_reducers_are_offered_with_their_budget() -> None:
@@ -72,7 +120,7 @@ def test_installed_reducers_are_offered_with_their_budget() -> None:
 
 
 def test_both_questions_differ_in_the_reduction_only(picture: Path) -> None:
-    full, reduced = Form(**FORM).asks(read_upload(picture), CHOICES)
+    full, reduced = Form(**FORM, options={}).asks(read_upload(picture), CHOICES)
     first, second = full.payload("m"), reduced.payload("m")
     assert first.pop("vision") == {"reducer": "none", "return_map": True, "return_timings": True}
     assert second.pop("vision")["reducer"] == "uniform"
