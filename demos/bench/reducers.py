@@ -1,0 +1,425 @@
+"""What does each reduction method cost in right answers, and what does it save, on the model we ship?
+
+Every registered reducer at keep_ratio 1, .5, .25, .1 and .05 answers the same questions of the held-out set in one
+process, through the engine that serves, with the attention that serves; `none` is one of them. Pictures and clips are
+two runs. Each method and ratio is one JSON line, written as soon as it is known: run it again to go on.
+`demos.bench.reducer_figures` makes tables and plots of the file.
+
+    python -m demos.bench.reducers --kind image --out demos/bench/results/reducers-tiny-image.jsonl [--limit 10]
+        [--task color --task read] [--methods divprune fastv]
+
+Accuracy: right answers per question, scored as `mm eval` does. `--limit` takes the first so many of each task and
+wording, the same for all. A picture is encoded once, with all that any method asks of the tower, and then reduced by
+each. At keep_ratio 1 a method has nothing to do: its answers to a few questions are compared with those of `none`,
+and the others are not asked again.
+
+Cost: a few questions one at a time, in turns with `none`, nothing cached. Seconds are CPU time of this process with
+one thread, as others use the machine: `encode` of decoded pixels with what the method asks of the tower, `select` its
+own decisions (those inside the decoder are part of `prefill` too), `prefill` to the first token, and `ttft`, the sum
+of encoding, selecting outside the decoder and prefill. KV bytes are of the rows in the cache at the first token.
+
+A method's ratio is the share of tokens left behind the last layer that drops some; `layers_kept` is the mean over
+layers. `pool2` has only its quarter. FastV acts at layer 1 of the shipped model's 4: its published layer 2 of 32 would
+be none of them, and the default of 2 keeps all in half of the decoder. MustDrop has thresholds in place of a ratio: the
+one that leaves the wanted share of a few items' tokens is searched for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mm
+from demos.bench.machine import facts
+from mm.api import build_request, collect
+from mm.core.config import ModelConfig
+from mm.core.data import Delta, Encoded, FrameSampling, Image, Kind, Request, Video, VisualTokens
+from mm.core.errors import IncompatiblePlugin, InvalidOption
+from mm.core.plugins import BLOCK_KEYS, TEXT_EMBEDDINGS, build_reducer, get, names, options_of, tower_stage
+from mm.core.reduce import reduce_tokens
+from mm.engine.generate import question
+from mm.engine.report import Feed
+from mm.media import MediaBudget, decode_image, decode_video
+from pruning.base import NoReduction
+from serve.evaluation.items import Item, choose, read_test_set
+from serve.evaluation.scoring import is_right
+
+RATIOS = (0.1, 0.25, 0.05, 0.5, 1.0)
+"""In the order in which they are run: the most telling first."""
+
+NUM_FRAMES, MAX_TOKENS, IN_FLIGHT = 16, 192, 32
+NUM_SAME = 1
+"""Questions of each task and wording that are asked at keep_ratio 1."""
+
+NO_METHOD = frozenset({"none", "pipeline", "scheduled"})
+"""Made of others, or of a schedule that `mm tune` finds."""
+
+BASE = {"fastv": "layer=1"}
+HOOKS = frozenset({"after_encode", "in_prefill", "prefill_done"})
+
+
+# ── methods and their budgets ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def methods_for(kind: Kind) -> list[str]:
+    """Every registered reducer that acts on items of this kind, `none` first."""
+    found = [name for name in names("reducer") if name not in NO_METHOD]
+    return ["none", *(name for name in found if kind in getattr(get("reducer", name), "kinds", ("image", "video")))]
+
+
+def ratios_of(method: str) -> tuple[float, ...]:
+    """At which of `RATIOS` a method can be run."""
+    if method == "none":
+        return (1.0,)
+    if method == "pool2":
+        return (0.25,)
+    return RATIOS
+
+
+def spec_of(method: str, keep_ratio: float, threshold: float | None = None) -> str:
+    """The specification of `method` that keeps `keep_ratio` of the tokens.
+
+    Args:
+        threshold: For a method without a ratio.
+    """
+    if method in ("none", "pool2"):
+        return method
+    if method == "mustdrop" and keep_ratio == 1:
+        return "mustdrop:window=1,key_ratio=0,global_share=0,peak=0"
+    if method == "mustdrop":
+        keys = min(0.08, keep_ratio / 2)
+        return f"mustdrop:key_ratio={keys:g},global_share={threshold:.6g},peak={threshold:.6g}"
+    if "keep_ratio" not in options_of(get("reducer", method)):
+        raise SystemExit(f"{method} has no keep_ratio: tell spec_of how its budget is spelled")
+    extra = BASE.get(method)
+    return f"{method}:{f'{extra},' if extra else ''}keep_ratio={keep_ratio:g}"
+
+
+class Timed:
+    """A reducer whose decisions are timed.
+
+    Attributes:
+        select_s: CPU seconds of its decisions so far.
+    """
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer, self.select_s = reducer, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._reducer, name)
+        return self._timed(value) if name in HOOKS else value
+
+    def _timed(self, decide: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            start = time.process_time()
+            try:
+                return decide(*args)
+            finally:
+                self.select_s += time.process_time() - start
+
+        return timed
+
+
+# ── asking ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Bench:
+    """The model, the pictures it was shown, and all that is asked of it.
+
+    Args:
+        needs: Evidence that any of the methods asks for; pictures are encoded with it once.
+    """
+
+    def __init__(self, model: mm.Model, needs: frozenset[str]) -> None:
+        self.model, self.encoder, self.engine = model, model.encode_parts.encoder, model.engine
+        self._needs = needs
+        self._media: dict[int, Image | Video] = {}
+        self._tokens: dict[int, VisualTokens] = {}
+        self._encode_s: dict[tuple[frozenset[str], Any], float] = {}
+
+    def medium(self, item: Item) -> Image | Video:
+        if item.media_index not in self._media:
+            budget = MediaBudget(self.model.config.limits)
+            self._media[item.media_index] = (
+                decode_image(item.media, budget)
+                if item.kind == "image"
+                else decode_video(item.media, FrameSampling(num_frames=NUM_FRAMES), budget)
+            )
+        return self._media[item.media_index]
+
+    def encode(self, item: Item, reducer: Any, needs: frozenset[str]) -> VisualTokens:
+        """By the tower, in which a reducer of that stage merges."""
+        merging = tower_stage(reducer)
+        hosted: dict[str, Any] = {} if merging is None else {"merging": merging}
+        return self.encoder.encode([self.medium(item)], needs, **hosted)[0]
+
+    def tokens(self, item: Item, reducer: Any) -> VisualTokens:
+        """The item's tokens, with the evidence that the reducer needs; shared where the tower does not merge."""
+        needs = reducer.needs
+        if tower_stage(reducer) is not None:
+            return self.encode(item, reducer, needs)
+        if item.media_index not in self._tokens:
+            self._tokens[item.media_index] = self.encode(item, NoReduction(), self._needs)
+        full = self._tokens[item.media_index]
+        return replace(full, evidence={name: full.evidence[name] for name in needs & full.evidence.keys()})
+
+    def request(self, item: Item, max_new_tokens: int = MAX_TOKENS) -> Request:
+        medium = self.medium(item)
+        media: dict[str, Any] = {"images": [medium]} if item.kind == "image" else {"videos": [medium]}
+        return build_request(item.question, temperature=0.0, max_new_tokens=max_new_tokens, return_map=False, **media)
+
+    def reduced(self, request: Request, tokens: VisualTokens, reducer: Any) -> Encoded:
+        text = self.encoder.embed_text(question(request)) if TEXT_EMBEDDINGS in reducer.needs else None
+        # What a tower has merged is reduced already: it left what was planned.
+        return Encoded(tokens=tokens if tower_stage(reducer) else reduce_tokens(reducer, tokens, text))
+
+    def answers(self, items: Sequence[Item], spec: str) -> dict[str, tuple[str, int, int]]:
+        """Per item the answer, and its visual tokens in and kept; many at a time."""
+        waiting = iter(sorted(items, key=lambda item: item.media_index))
+        running: dict[str, tuple[Feed, list[Any]]] = {}
+        done: dict[str, tuple[str, int, int]] = {}
+        while len(done) < len(items):
+            for item in _up_to(waiting, IN_FLIGHT - len(running)):
+                reducer = build_reducer(spec)
+                request, feed = self.request(item), Feed()
+                encoded = self.reduced(request, self.tokens(item, reducer), reducer)
+                self.engine.submit(request, [encoded], feed, reducer, spec)
+                running[item.id] = feed, []
+            self.engine.step()
+            for item_id in [key for key, (feed, events) in running.items() if _drained(feed, events)]:
+                answer = collect(iter(running.pop(item_id)[1]))
+                usage = answer.usage
+                done[item_id] = answer.text, usage.num_visual_tokens_in, usage.num_visual_tokens_kept
+        return done
+
+    def encode_s(self, items: Sequence[Item], reducer: Any, repeats: int) -> float:
+        """Median CPU seconds of the tower for one of the items; measured once for what several methods ask of it."""
+        key = reducer.needs, tower_stage(reducer)
+        if key not in self._encode_s:
+            runs = []
+            for turn in range(repeats + 1):
+                for item in items if turn else items[:1]:
+                    start = time.process_time()
+                    self.encode(item, reducer, reducer.needs)
+                    runs += [time.process_time() - start] if turn else []
+            self._encode_s[key] = statistics.median(runs)
+        return self._encode_s[key]
+
+    def cost(self, item: Item, spec: str) -> dict[str, float]:
+        """One encoded request alone up to its first token: CPU seconds, and rows and bytes in the cache."""
+        request, reducer, feed = self.request(item, 2), build_reducer(spec), Feed()
+        tokens, timed = self.tokens(item, reducer), Timed(reducer)
+        start = time.process_time()
+        encoded = self.reduced(request, tokens, timed)
+        reduced_at = time.process_time()
+        job = self.engine.submit(request, [encoded], feed, timed, spec)
+        while not isinstance((feed.take() or (None, None))[0], Delta):
+            self.engine.step()
+        end = time.process_time()
+        cache = self.engine.cache
+        rows = cache.lengths.sum(axis=1)
+        num_text = job.prompt.length - encoded.tokens.num_tokens
+        self.engine.cancel(job)
+        return {
+            "select": timed.select_s,
+            "prefill": end - reduced_at,
+            "reduce_and_prefill": end - start,
+            "kv_bytes": int(rows.sum()) * cache.shape.row_bytes,
+            "kept": (int(rows[-1]) - num_text) / tokens.num_tokens_in,
+            "layers_kept": (float(rows.mean()) - num_text) / tokens.num_tokens_in,
+        }
+
+
+def _up_to(items: Iterator[Item], count: int) -> Iterable[Item]:
+    for _ in range(max(0, count)):
+        if (item := next(items, None)) is None:
+            return
+        yield item
+
+
+def _drained(feed: Feed, events: list[Any]) -> bool:
+    """Move what is there to `events`; whether the request is over."""
+    while (taken := feed.take()) is not None:
+        event, error = taken
+        if event is not None:
+            events.append(event)
+        elif error is not None:
+            raise error
+        else:
+            return True
+    return False
+
+
+# ── the measurements ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def probes(items: Sequence[Item], count: int) -> list[Item]:
+    """A few items, each of another medium and, as far as it goes, of another task."""
+    chosen: dict[int, Item] = {}
+    by_task: dict[str, list[Item]] = {}
+    for item in items:
+        by_task.setdefault(item.task, []).append(item)
+    for turn in range(max(map(len, by_task.values()))):
+        for of_task in by_task.values():
+            if turn < len(of_task) and len(chosen) < count:
+                chosen.setdefault(of_task[turn].media_index, of_task[turn])
+    return list(chosen.values())
+
+
+def costs(bench: Bench, items: Sequence[Item], spec: str, repeats: int) -> dict[str, float]:
+    """Medians; `..._over_none` are against `none` in the same turns."""
+    runs: dict[str, list[dict[str, float]]] = {"none": [], spec: []}
+    for turn in range(repeats + 1):
+        for item in items if turn else items[:1]:  # the first one warms up
+            for which, of in runs.items():
+                cost = bench.cost(item, which)
+                of += [cost] if turn else []
+    mine, full = (
+        {key: statistics.median(run[key] for run in of) for key in of[0]} for of in (runs[spec], runs["none"])
+    )
+    for which, of in ((spec, mine), ("none", full)):
+        of["encode"] = bench.encode_s(items, build_reducer(which), repeats)
+        of["ttft"] = of["encode"] + of.pop("reduce_and_prefill")
+    over = {f"{key}_over_none": round(mine[key] / full[key], 4) for key in ("prefill", "ttft", "kv_bytes")}
+    return {key: round(value, 6) for key, value in mine.items()} | over
+
+
+def threshold_for(bench: Bench, items: Sequence[Item], keep_ratio: float) -> float:
+    """The threshold of MustDrop that leaves `keep_ratio` of the items' tokens, by bisection of its logarithm."""
+    low, high = 1e-5, 0.3
+    for _ in range(8):
+        middle = (low * high) ** 0.5
+        kept = [bench.cost(item, spec_of("mustdrop", keep_ratio, middle))["kept"] for item in items]
+        low, high = (middle, high) if statistics.mean(kept) > keep_ratio else (low, middle)
+    return (low * high) ** 0.5
+
+
+def measure(bench: Bench, items: Sequence[Item], args: argparse.Namespace, method: str, keep_ratio: float) -> dict:
+    """One line of the file."""
+    probed = probes(items, args.probes)
+    needs_threshold = method == "mustdrop" and keep_ratio < 1
+    threshold = threshold_for(bench, probed, keep_ratio) if needs_threshold else None
+    spec = spec_of(method, keep_ratio, threshold)
+    asked = list(items) if keep_ratio < 1 or method == "none" else first_of_each(items, NUM_SAME)
+    answers = bench.answers(asked, spec)
+    right = {i.id: is_right(answers[i.id][0], (i.answer, *i.accepted), i.scoring) for i in asked}
+    return {
+        "method": method,
+        "keep_ratio": keep_ratio,
+        "spec": spec,
+        "kept": round(sum(kept for _, _, kept in answers.values()) / sum(n for _, n, _ in answers.values()), 4),
+        "asked": [item.id for item in asked],
+        "right": [item.id for item in asked if right[item.id]],
+        "texts": {item.id: answers[item.id][0] for item in first_of_each(asked, NUM_SAME)},
+        "cost": costs(bench, probed, spec, args.repeats),
+    }
+
+
+def first_of_each(items: Sequence[Item], count: int) -> list[Item]:
+    """The first `count` of each task and wording."""
+    taken: dict[tuple[str, str], int] = {}
+    chosen = []
+    for item in items:
+        key = item.task, item.wording
+        taken[key] = taken.get(key, 0) + 1
+        if taken[key] <= count:
+            chosen.append(item)
+    return chosen
+
+
+# ── the file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def settings_of(args: argparse.Namespace, model: mm.Model, items: Sequence[Item], sha256: str) -> dict[str, Any]:
+    """What lines of one file have in common."""
+    ids = hashlib.sha256("\n".join(item.id for item in items).encode()).hexdigest()[:16]
+    return {
+        "question": "reducers",
+        "kind": args.kind,
+        "model": args.model,
+        "encoder": model.encode_parts.encoder.fingerprint[:16],
+        "data": sha256[:16],
+        "limit": args.limit,
+        "num_items": len(items),
+        "items": ids,
+        "num_frames": NUM_FRAMES,
+        "dtype": "float32",
+        "threads": 1,
+        "repeats": args.repeats,
+        "probes": args.probes,
+    }
+
+
+def done_before(path: Path, settings: dict[str, Any]) -> set[tuple[str, float]]:
+    """Which (method, keep_ratio) the file has; starts it with the settings where there is none."""
+    if not path.exists():
+        path.write_text(json.dumps({"settings": settings, "machine": facts()}) + "\n")
+        return set()
+    head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if different := [key for key, value in settings.items() if head["settings"].get(key) != value]:
+        key = different[0]
+        raise SystemExit(
+            f"{path} was measured with {key}={head['settings'].get(key)!r}, this run has {settings[key]!r}; "
+            "give the same settings or another --out"
+        )
+    return {(line["method"], line["keep_ratio"]) for line in lines}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines; a file of the same settings is continued")
+    parser.add_argument("--kind", choices=("image", "video"), required=True)
+    parser.add_argument("--limit", type=int, default=10, help="questions of each task and wording")
+    parser.add_argument("--task", action="append", default=[], help="only this task; repeat for several")
+    parser.add_argument("--methods", nargs="*", default=None, help="all that are registered when not given")
+    parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
+    parser.add_argument("--probes", type=int, default=3, help="questions whose costs are measured")
+    parser.add_argument("--repeats", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    test_set = read_test_set()
+    items = [item for item in choose(test_set, args.task, limit=args.limit) if item.kind == args.kind]
+    model = mm.Model(
+        ModelConfig(
+            model=args.model, dtype="float32", num_threads=1, cache_bytes=0, prefix_caching=False, kv_cache_gb=0.5
+        )
+    )
+    wanted = methods_for(args.kind) if args.methods is None else ["none", *(m for m in args.methods if m != "none")]
+    ratios = [ratio for ratio in args.ratios if ratio < 1]
+    plan = [("none", 1.0), *((m, ratio) for ratio in ratios for m in wanted if ratio in ratios_of(m))]
+    plan += [(m, 1.0) for m in wanted if m != "none" and 1.0 in ratios_of(m) and 1.0 in args.ratios]
+    needs = frozenset().union(*(build_reducer(spec_of(m, 0.25, 0.01)).needs for m in wanted))
+    bench = Bench(model, needs - {TEXT_EMBEDDINGS, BLOCK_KEYS})
+    done = done_before(args.out, settings_of(args, model, items, test_set.sha256))
+    for method, keep_ratio in plan:
+        if (method, keep_ratio) in done:
+            continue
+        start, cpu = time.perf_counter(), time.process_time()
+        try:
+            line = measure(bench, items, args, method, keep_ratio)
+        except (IncompatiblePlugin, InvalidOption) as error:
+            print(f"{method:12} {keep_ratio:<5g} left out: {error}", flush=True)
+            continue
+        line["cpu_s"] = round(time.process_time() - cpu, 1)
+        with args.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        share = len(line["right"]) / len(line["asked"])
+        print(
+            f"{method:12} {keep_ratio:<5g} {share:6.1%} of {len(line['asked'])} right, "
+            f"kept {line['kept']:.3f}, {line['cpu_s']:.0f} s CPU in {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
