@@ -17,12 +17,15 @@ import typer
 
 from mm import __version__
 from serve.options import (
+    AllowDrafterOption,
     AllowedReducersOption,
     BatchTokensOption,
     CacheOption,
     CompileOption,
     DecoderOption,
     DeviceOption,
+    DrafterOption,
+    DraftTokensOption,
     DtypeOption,
     FpsOption,
     FramesOption,
@@ -149,6 +152,9 @@ def serve(
     prefix_caching: PrefixOption = True,
     cuda_graphs: GraphsOption = True,
     compile: CompileOption = False,
+    drafter: DrafterOption = "none",
+    allow_drafter: AllowDrafterOption = None,
+    max_draft_tokens: DraftTokensOption = 15,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API; repeat for aliases.")] = None,
     allow_media_domain: Annotated[
         list[str] | None, typer.Option(help="Fetch media from this host; repeat. Without it remote URLs are off.")
@@ -181,6 +187,9 @@ def serve(
             prefix_caching=prefix_caching,
             cuda_graphs=cuda_graphs,
             compile=compile,
+            drafter=drafter,
+            drafters=allow_drafter,
+            max_draft_tokens=max_draft_tokens,
             allowed_domains=tuple(allow_media_domain or ()),
             allowed_reducers=tuple(allow_reducer or ()),
             min_keep_ratio=min_keep_ratio,
@@ -240,6 +249,8 @@ def caption(
     prefix_caching: PrefixOption = True,
     cuda_graphs: GraphsOption = True,
     compile: CompileOption = False,
+    drafter: DrafterOption = "none",
+    max_draft_tokens: DraftTokensOption = 15,
 ) -> None:
     """Caption images and clips into JSON lines; run again to resume. Exits with 0, 3 (some failed) or 1 (none ran)."""
     need("transformers", "batch")
@@ -265,6 +276,8 @@ def caption(
             prefix_caching=prefix_caching,
             cuda_graphs=cuda_graphs,
             compile=compile,
+            drafter=drafter,
+            max_draft_tokens=max_draft_tokens,
             allow_paths=True,
         ),
         max_tokens=max_tokens,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +64,15 @@ CompileOption = Annotated[
 ]
 
 
+DrafterOption = Annotated[
+    str, typer.Option(help='Drafter ahead of the decoder, e.g. "copy" or "copy + recycle"; `mm plugins` lists them.')
+]
+AllowDrafterOption = Annotated[
+    list[str] | None, typer.Option(help="A further drafter that requests may ask for; repeat for several.")
+]
+DraftTokensOption = Annotated[int, typer.Option(min=1, max=255, help="Drafted tokens per answer and pass at most.")]
+
+
 def model_config(
     *,
     allowed_domains: tuple[str, ...] = (),
@@ -70,15 +80,21 @@ def model_config(
     allowed_reducers: tuple[str, ...] = (),
     min_keep_ratio: float | None = None,
     lenient_reducers: bool = False,
+    drafter: str = "none",
+    drafters: Sequence[str] | None = None,
+    max_draft_tokens: int = 15,
     **fields: Any,
 ) -> ModelConfig:
     """The configuration that a command's options describe; `fields` are those of `ModelConfig`."""
-    from mm.core.config import ModelConfig, ReducerPolicy, SourcePolicy
+    from mm.core.config import ModelConfig, ReducerPolicy, SourcePolicy, SpeculationLimits
 
     if "reducer" in fields:
         fields["reducer"] = read_reducer(fields["reducer"])
     return ModelConfig(
         **fields,
+        speculation=SpeculationLimits(
+            drafter=drafter, drafters=tuple(drafters or ()), max_draft_tokens=max_draft_tokens
+        ),
         sources=SourcePolicy(allowed_domains=allowed_domains, allow_paths=allow_paths),
         reducers=ReducerPolicy(allowed=allowed_reducers, min_keep_ratio=min_keep_ratio, lenient=lenient_reducers),
     )
@@ -123,11 +139,21 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_model(config: ModelConfig) -> None:
+<<<<<<< HEAD
     """Refuse a wrong model or reducer in one line, before replicas fail to start over it."""
     from mm.core.plugins import build_reducer, get
+=======
+    """Refuse a wrong model, reducer or drafter in one line, before replicas fail to start over it."""
+    from mm.core.plugins import build_drafter, build_reducer
+>>>>>>> f999543 (Choose a drafter per request, over HTTP and on the command line, and count what drafting does)
     from mm.models.checkpoint import find, read_config
 
     read_config(find(config.model))
     build_reducer(config.reducer)
+<<<<<<< HEAD
     for name in config.reducers.allowed:
         get("reducer", name)
+=======
+    for drafter in (config.speculation.drafter, *config.speculation.drafters):
+        build_drafter(drafter)
+>>>>>>> f999543 (Choose a drafter per request, over HTTP and on the command line, and count what drafting does)

@@ -303,6 +303,8 @@ class Engine:
             rounds += self._begun(item, chunk, row)
             row += chunk.num_logits
         self._emit(rounds, logits)
+        if any(one.walk.draft.num_tokens for one in rounds):
+            self.speculation.stats.verify_s += time.perf_counter() - start
         if not plan.has_prompts:
             self.speculation.times.observe(plan.num_rows, self.speculation.clock() - began)
         self.speculation.finish(rounds, logits)
@@ -371,7 +373,6 @@ class Engine:
 
     def _emit(self, rounds: Sequence[Round], logits: torch.Tensor) -> None:
         """Give each answer its tokens: one, and those that follow as long as its draft had them."""
-        start = time.perf_counter()
         walks = [one.walk for one in rounds]
 
         def say(alive: list[int]) -> list[int | None]:
@@ -396,8 +397,6 @@ class Engine:
             self.speculation.count(one)
         for one in rounds:
             self._settle(one, now)
-        if drafted:
-            self.speculation.stats.verify_s += now - start
 
     def _say(self, one: Round, chosen: Chosen | EngineError) -> int | None:
         """Make a token part of an answer; None where that ends it."""

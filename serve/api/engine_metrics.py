@@ -31,6 +31,14 @@ COUNTERS: tuple[tuple[str, str, Figure], ...] = (
     ("mm:engine_steps", "Passes through a decoder.", lambda s: s.num_steps),
     ("mm:engine_step_seconds", "Seconds in passes.", lambda s: s.step_s),
     ("mm:engine_model_seconds", "Seconds in the model's part of passes.", lambda s: s.model_s),
+    ("vllm:spec_decode_num_drafts", "Drafts verified.", lambda s: s.speculation.num_drafts),
+    ("vllm:spec_decode_num_draft_tokens", "Drafted tokens verified.", lambda s: s.speculation.num_draft_tokens),
+    ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens accepted.", lambda s: s.speculation.num_accepted_tokens),
+    ("mm:spec_decode_target_steps", "Times a pass gave an answer tokens.", lambda s: s.speculation.num_target_steps),
+    ("mm:spec_decode_emitted_tokens", "Tokens of these.", lambda s: s.speculation.num_emitted_tokens),
+    ("mm:spec_decode_faults", "Calls of a drafter that failed.", lambda s: s.speculation.num_faults),
+    ("mm:spec_decode_draft_seconds", "Seconds in drafters.", lambda s: s.speculation.draft_s),
+    ("mm:spec_decode_verify_seconds", "Seconds in passes with drafts.", lambda s: s.speculation.verify_s),
 )
 HISTOGRAMS: tuple[tuple[str, str, Callable[[EngineStats], Histogram]], ...] = (
     ("vllm:iteration_tokens_total", "Rows of a pass, those of prompts included.", lambda s: s.step_rows),
@@ -58,11 +66,28 @@ class EngineMetrics(Collector):
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric(self._labels, sum(map(figure, self._known.values())))
             yield counter
+        yield self._accepted()
+        yield self._gauge(
+            "mm:spec_decode_mean_acceptance_length", "Tokens per pass with a draft, the bonus included.", self._length
+        )
         for name, text, figure in HISTOGRAMS:
             histogram = HistogramMetricFamily(name, text, labels=["model_name"])
             if self._known:
                 histogram.add_metric(self._labels, *_summed([figure(stats) for stats in self._known.values()]))
             yield histogram
+
+    def _accepted(self) -> Metric:
+        name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+        counter = CounterMetricFamily(name, "Drafted tokens accepted, by depth.", labels=["model_name", "position"])
+        counts = [stats.speculation.num_accepted_per_position for stats in self._known.values()]
+        for position, column in enumerate(itertools.zip_longest(*counts, fillvalue=0)):
+            counter.add_metric([*self._labels, str(position)], sum(column))
+        return counter
+
+    @property
+    def _length(self) -> float:
+        drafts = sum(stats.speculation.num_drafts for stats in self._known.values())
+        return 1 + sum(stats.speculation.num_accepted_tokens for stats in self._known.values()) / max(1, drafts)
 
     @property
     def _usage(self) -> float:

@@ -48,6 +48,10 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
             "image_tokens": usage.num_image_tokens_prompt,
             "video_tokens": usage.num_video_tokens_prompt,
         },
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": usage.num_accepted_tokens,
+            "rejected_prediction_tokens": usage.num_rejected_tokens,
+        },
     }
 
 

@@ -40,6 +40,7 @@ async def test_answer_has_openais_form(client, ask) -> None:
             "completion_tokens": 5,
             "total_tokens": 12,
             "prompt_tokens_details": {"cached_tokens": 0, "image_tokens": 0, "video_tokens": 0},
+            "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
         },
         "vision": {"reducer": "none", "visual_tokens_in": 0, "visual_tokens_kept": 0},
     }
