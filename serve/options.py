@@ -139,21 +139,13 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_model(config: ModelConfig) -> None:
-<<<<<<< HEAD
-    """Refuse a wrong model or reducer in one line, before replicas fail to start over it."""
-    from mm.core.plugins import build_reducer, get
-=======
     """Refuse a wrong model, reducer or drafter in one line, before replicas fail to start over it."""
-    from mm.core.plugins import build_drafter, build_reducer
->>>>>>> f999543 (Choose a drafter per request, over HTTP and on the command line, and count what drafting does)
+    from mm.core.plugins import build_drafter, build_reducer, get
     from mm.models.checkpoint import find, read_config
 
     read_config(find(config.model))
     build_reducer(config.reducer)
-<<<<<<< HEAD
     for name in config.reducers.allowed:
         get("reducer", name)
-=======
     for drafter in (config.speculation.drafter, *config.speculation.drafters):
         build_drafter(drafter)
->>>>>>> f999543 (Choose a drafter per request, over HTTP and on the command line, and count what drafting does)
