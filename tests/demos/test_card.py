@@ -46,7 +46,7 @@ def test_only_what_is_between_the_marks_is_replaced():
         card.fill(before, {"outside": "x"})
 
 
-@pytest.mark.parametrize("name", ["tiny"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_plain"])
 def test_the_shipped_card_tells_its_own_evaluation(name):
     folder = ROOT / "mm" / "models" / "weights" / name
     result = json.loads((ROOT / "demos" / "bench" / "results" / f"eval-{name}.json").read_text())
