@@ -209,10 +209,10 @@ class Guesser:
         return drafts
 
     def _ahead_chain(self, levels: Tensor, budget: DraftBudget) -> Draft:
+        rows = levels[: budget.max_tokens].split(1) if budget.temperature else [levels[: budget.max_tokens]]
         tokens, scores, score = [], [], 1.0
-        for level, row in enumerate(levels[: budget.max_tokens].unbind()):
-            if budget.temperature or level == 0:
-                (token,), (prob,) = self._likeliest(row.unsqueeze(0), [budget], level)
+        found = (self._likeliest(row, [budget] * len(row), level) for level, row in enumerate(rows))
+        for token, prob in (pair for chosen in found for pair in zip(*chosen, strict=True)):
             score *= prob
             if score < self._stop_below or token in self._barred:
                 break

@@ -234,8 +234,10 @@ def test_paths_that_are_improbable_are_not_drafted(tmp_path):
         assert 0 < len(kept) < len(scores)
 
 
-def test_at_a_temperature_drafts_are_drawn_with_the_given_noise(tmp_path):
-    drafter, asked = loaded(tmp_path, network()), prompt()
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_at_a_temperature_drafts_are_drawn_with_the_given_noise(tmp_path, ahead):
+    """Near zero they are the greedy ones, each level from a law of its own."""
+    drafter, asked = loaded(tmp_path, network(num_ahead=ahead)), prompt()
     session = told(drafter, asked, observations(asked, hidden_states(40)))
     greedy = drafter.propose([session], [budget()])[0]
     drawn = [drafter.propose([session], [budget(temperature=1.0, key=(s, 0, 4))])[0].token_ids for s in range(12)]
