@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 MAX_CALIBRATED = 64
 """Rows of the largest pass that is measured when an engine is made."""
 
+BEGUN = 6
+"""Tokens behind which control lets drafters begin that read states: their first draft is a pass over the whole prompt,
+which an answer that ends sooner would not pay for."""
+
 
 @dataclass(eq=False)
 class Source:
@@ -209,8 +213,13 @@ class Speculation:
 
     def _may_draft(self, answer: Answer) -> bool:
         assert answer.drafting is not None
-        asked = answer.drafting.source.controller.is_asked(answer.drafting.tracked)
-        return (asked or not self.limits.control) and answer.output.num_left > 1
+        if answer.output.num_left <= 1:
+            return False
+        source = answer.drafting.source
+        if not self.limits.control:
+            return True
+        is_begun = not source.states or len(answer.output.token_ids) >= BEGUN
+        return is_begun and source.controller.is_asked(answer.drafting.tracked)
 
     def _propose(self, source: Source, answers: list[Answer], num_answers: int, room: int) -> int:
         start = self.clock()

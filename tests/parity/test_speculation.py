@@ -20,6 +20,7 @@ from mm.core.config import SpeculationLimits
 from mm.core.data import Delta, Request, SpeculationOptions, Summary
 from mm.core.errors import InvalidRequest, MmError
 from mm.engine.generate import encode
+from mm.engine.speculation import BEGUN
 from mm.models.checkpoint import find
 from tests.checkpoints import random_llava, random_qwen2_5_vl
 from tests.drafters import TRUTH
@@ -280,3 +281,17 @@ def test_five_hundred_questions_to_the_shipped_model():
         drafted = load(folder, spec, control=control)
         different = [i for i, (a, b) in enumerate(zip(answers(drafted, asked), expected, strict=True)) if a != b]
         assert not different, f"{spec}, control={control}: {len(different)} answers differ, the first is {different[0]}"
+
+
+def test_control_leaves_short_answers_alone_where_the_first_draft_costs_a_prompt(folder):
+    def drafts(num_tokens: int, spec: str, **options) -> int:
+        model = load(folder, spec, **options)
+        request = build_request("red blue", max_new_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+        answers(model, [request])
+        return model.engine.stats.speculation.num_drafts
+
+    reads_states = "wild:states=last_hidden,truth=0.5,shape=chain"
+    assert drafts(BEGUN, reads_states) == 0
+    assert drafts(BEGUN, reads_states, control=False) > 0
+    assert drafts(BEGUN, "wild:truth=0.5,shape=chain") > 0
+    assert drafts(4 * BEGUN, reads_states) > 0

@@ -1,0 +1,140 @@
+"""Does reduction still raise throughput when many requests are under way?
+
+Run python -m demos.bench.reducer_load [--model tiny | --shape 256m] [--in-flight 32] [--requests 96] [--out FILE]
+
+Pictures are encoded and reduced first; then the engine answers `--requests` questions, `--in-flight` of them under way
+at a time, each for `--new-tokens` greedy tokens. Told is the decoder's throughput, in answers' tokens per second of
+processor time (one thread), prefill included, and with encoding and selection counted too; methods take turns, round
+after round, and the ratio to `none` of the same round is told. Every question shows a picture of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import mm
+from demos.bench.machine import facts
+from demos.bench.path import picture
+from demos.bench.shapes import SHAPES, write_shape
+from mm.api import build_request
+from mm.engine.generate import encode, reducer_of
+from mm.engine.report import Feed
+from mm.models.checkpoint import find
+
+METHODS = (
+    "none",
+    "uniform:keep_ratio=0.25",
+    "pool2",
+    "divprune:keep_ratio=0.25",
+    "visionzip:keep_ratio=0.25",
+    "scope:keep_ratio=0.25",
+    "cdpruner:keep_ratio=0.25",
+    "fastv:keep_ratio=0.25,layer=1",
+    "pyramiddrop:keep_ratio=0.25",
+    "mustdrop",
+    "tome:keep_ratio=0.25",
+)
+QUESTION = "What is in the picture, and where is it?"
+
+
+def throughput(model: mm.Model, reducer: str, args: argparse.Namespace, round_number: int) -> dict[str, float]:
+    engine = model.engine
+    side_px = model.encode_parts.encoder.config.vision_config.image_size
+    engine.prefixes.clear()
+    start = time.process_time()
+    waiting = []
+    for i in range(args.requests):
+        image = picture(side_px) + i.to_bytes(2, "big") + bytes([round_number])  # other bytes: nothing is shared
+        request = build_request(
+            QUESTION,
+            images=[image],
+            reducer=reducer,
+            max_new_tokens=args.new_tokens,
+            temperature=0,
+            ignore_eos=True,
+        )
+        waiting.append((request, encode(request, model.encode_parts)))
+    encoded = time.process_time()
+    running: list[Feed] = []
+    while waiting or running:
+        while waiting and len(running) < args.in_flight:
+            request, items = waiting.pop()
+            running.append(Feed())
+            engine.submit(request, items, running[-1], reducer_of(reducer), reducer)
+        engine.step()
+        running = [feed for feed in running if not _is_over(feed)]
+    done = time.process_time()
+    tokens = args.requests * args.new_tokens
+    return {"decoder": tokens / (done - encoded), "all": tokens / (done - start)}
+
+
+def _is_over(feed: Feed) -> bool:
+    while (item := feed.take()) is not None:
+        event, error = item
+        if error is not None:
+            raise error
+        if event is None:
+            return True
+    return False
+
+
+def bench(path: Path, args: argparse.Namespace) -> list[dict]:
+    model = mm.load(path, dtype=args.dtype, max_num_seqs=args.in_flight, max_waiting=4096, num_threads=1, cache_bytes=0)
+    found: dict[str, list[dict[str, float]]] = {method: [] for method in args.reducer or METHODS}
+    for number in range(args.rounds):
+        for method in found:
+            found[method].append(throughput(model, method, args, number))
+    rows = []
+    for method, rounds in found.items():
+        row: dict = {"method": method}
+        for key in ("decoder", "all"):
+            row[key] = statistics.median(r[key] for r in rounds)
+            pairs = zip(rounds, found["none"], strict=True)
+            row[f"{key}_ratio"] = statistics.median(mine[key] / none[key] for mine, none in pairs)
+        rows.append(row)
+    return rows
+
+
+HEADER = f"{'method':<34}{'decoder tok/s':>14}{'':>9}{'with encoding':>15}"
+
+
+def line(row: dict) -> str:
+    return (
+        f"{row['method']:<34}{row['decoder']:>14.0f}{row['decoder_ratio']:>8.2f}x{row['all']:>15.0f}"
+        f"{row['all_ratio']:>8.2f}x"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of a real model's shape")
+    parser.add_argument("--reducer", action="append", help="methods, `none` among them; all when not given")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--in-flight", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="also write the report to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    name = args.shape or args.model
+    with tempfile.TemporaryDirectory() as temporary:
+        path = write_shape(Path(temporary), args.shape) if args.shape else find(args.model)
+        rows = bench(path, args)
+    title = f"{name}: {args.in_flight} requests under way, {args.new_tokens} tokens each, {args.dtype}, one thread"
+    report = [title, HEADER, *map(line, rows), "", json.dumps(facts() | {"model": name, "rows": rows}), ""]
+    print("\n".join(report))
+    if args.out:
+        args.out.write_text("\n".join(report))
+
+
+if __name__ == "__main__":
+    main()
