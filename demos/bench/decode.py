@@ -50,17 +50,16 @@ def our_steps(
     feeds = [Feed() for _ in requests]
     for request, feed in zip(requests, feeds, strict=True):
         engine.submit(request, encode(request, model.encode_parts), feed, reducer_of("none"), "none")
-    steps, before = [], engine.stats
+    steps, model_s, step_s = [], 0.0, 0.0
     while engine.has_work:
-        rows, start = engine.stats.num_rows, clock()
+        before, start = engine.stats, clock()
         engine.step()
-        elapsed = clock() - start
-        if engine.stats.num_rows - rows == batch:
+        elapsed, after = clock() - start, engine.stats
+        if after.num_rows - before.num_rows == batch:
             steps.append(elapsed)
-        else:
-            before = engine.stats
-    after = engine.stats
-    outside = 1 - (after.model_s - before.model_s) / (after.step_s - before.step_s)
+            model_s += after.model_s - before.model_s
+            step_s += after.step_s - before.step_s
+    outside = 1 - model_s / step_s
     tokens = []
     for feed in feeds:
         ids: list[int] = []
