@@ -425,18 +425,12 @@ def check_compatible(reducer: Reducer, encoder: Encoder, host: str) -> None:
     missing = sorted(reducer.needs - encoder.provides)
     if missing:
         raise IncompatiblePlugin(type(reducer).__name__, host, missing)
-    for stage in flat_stages(reducer):
-        if stage.stage not in SERVED_STAGES:
-            raise IncompatiblePlugin(type(stage).__name__, host, [f"the stage {stage.stage.value}"])
     if (merging := tower_stage(reducer)) is not None:
         lost = sorted(reducer.needs - BEHIND_MERGING) + ([BLOCK_KEYS] if BLOCK_KEYS not in encoder.provides else [])
         if lost:
             behind = [f"{name} with {type(merging).__name__} in its tower" for name in lost]
             raise IncompatiblePlugin(type(reducer).__name__, host, behind)
 
-
-SERVED_STAGES = frozenset(Stage)
-"""Stages that encoders and the engine carry out: IN_VIT where the encoder provides `BLOCK_KEYS`."""
 
 BEHIND_MERGING = frozenset({BLOCK_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS})
 """What an encoder supplies, of what it provides, when tokens were merged inside its tower."""

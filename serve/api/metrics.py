@@ -38,7 +38,7 @@ class Metrics:
         self.cache_hits = self._counter("vllm:mm_cache_hits", "Media items found in the encoder's cache.")
         self.rejections = self._counter("vllm:admission_rejections", "Requests refused because too many are in flight.")
         self.ttft = self._histogram(
-            "vllm:time_to_first_token_seconds", "From the request's arrival, media included; streams only.", SECONDS
+            "vllm:time_to_first_token_seconds", "From the request's arrival, media included.", SECONDS
         )
         self.e2e = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.", SECONDS)
         self.tpot = self._histogram(

@@ -140,7 +140,9 @@ class Chat:
     async def _complete(self, call: ChatCall, arrived: float, deadline: float) -> list[Event]:
         async with _until(deadline):
             events = await self._runtime.complete(*await self._prepared(call, deadline))
-        self._finished(summary_of(events), _reasons(events), arrived)
+        summary = summary_of(events)
+        self._first_token(time.perf_counter() - arrived - summary.timings.decode_s)
+        self._finished(summary, _reasons(events), arrived)
         return events
 
     async def _begin(
@@ -171,7 +173,7 @@ class Chat:
                     return
                 if not started:
                     started = True
-                    self._metrics.ttft.labels(self._config.names[0]).observe(time.perf_counter() - arrived)
+                    self._first_token(time.perf_counter() - arrived)
                 reasons += _reasons(batch)
                 if isinstance(batch[-1], Summary):
                     self._finished(batch[-1], reasons, arrived)
@@ -188,6 +190,9 @@ class Chat:
         except (asyncio.CancelledError, GeneratorExit):
             self._metrics.cancelled.labels(self._config.names[0]).inc()
             raise
+
+    def _first_token(self, seconds: float) -> None:
+        self._metrics.ttft.labels(self._config.names[0]).observe(seconds)
 
     def _finished(self, summary: Summary, reasons: list[str], arrived: float) -> None:
         self._metrics.finished(summary, reasons, time.perf_counter() - arrived)

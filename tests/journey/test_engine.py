@@ -66,6 +66,9 @@ async def test_the_second_question_about_a_picture_finds_its_rows(engine_client,
     assert await figure(engine_client, "vllm:kv_cache_usage_perc") == 0
     assert await figure(engine_client, "mm:kv_cache_prefix_bytes") > 0
     assert await figure(engine_client, "vllm:inter_token_latency_seconds_count") == 3 * 2
+    assert await figure(engine_client, "vllm:time_to_first_token_seconds_count") == 3
+    waited = await figure(engine_client, "vllm:time_to_first_token_seconds_sum")
+    assert 0 < waited < await figure(engine_client, "vllm:e2e_request_latency_seconds_sum")
 
 
 @pytest.mark.parametrize(
