@@ -32,12 +32,12 @@ from demos.train.packing import Packed, Packer, Row, collate
 
 SCENES_PER_BATCH, CLIPS_PER_BATCH, GROUPS_PER_BATCH = 8, 3, 4
 QUESTIONS = 14  # per scene
-READS, CHARTS = 2, 4  # questions on a scene that has texts, and on one that has a chart
+READS, NUMBERS, CHARTS = 3, 3, 4  # questions on a scene that has texts, a display, or a chart
 DISTURBED_SHARE = 0.15  # of the questions, after SHAPES_FROM
 LONG_SHARE = {"caption": 0.3, "tour": 0.12, "list": 0.15}  # of the rows; the rest are short questions
 KEEP, KEEP_CELLS = 96, 30  # visual tokens of an image, pooled cells of a clip, until FULL_FROM
 FULL_FROM = 0.85  # share of the steps after which all visual tokens are in the row
-CLIPS_FROM, CLIP_SHARE = 0.12, 0.3  # clips come in after the first lookups have formed
+CLIPS_FROM, CLIP_SHARE = 0.12, 0.4  # clips come in after the first lookups have formed
 GROUPS_FROM, GROUP_SHARE, THREE_SHARE = 0.35, 0.06, 0.25  # several pictures in a row; three instead of two
 SHAPES_FROM = 0.3  # when other row shapes (turns, system message, question first) come in
 
@@ -125,7 +125,7 @@ class Batches(Dataset[Batch]):
 
     def kinds(self, scene: Scene, rng: np.random.Generator) -> list[str]:
         """Kinds of question to ask about a scene: those that only few scenes allow, some long ones, then short ones."""
-        kinds = ["read"] * (READS if scene.texts else 0) + ["number"] * (1 if scene.display else 0)
+        kinds = ["read"] * (READS if scene.texts else 0) + ["number"] * (NUMBERS if scene.display else 0)
         kinds += ["chart"] * (CHARTS if scene.chart else 0) + ["name"] * (1 if len(scene.things) == 1 else 0)
         kinds += [kind for kind, share in LONG_SHARE.items() if rng.random() < share]
         weights = self.mix.numpy() / self.mix.sum().item()

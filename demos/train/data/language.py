@@ -85,7 +85,7 @@ def disturb(rng: np.random.Generator, text: str) -> str:
     if spare and rng.random() < 0.5:
         words[spare[rng.integers(len(spare))]] = invented(rng)
     else:
-        words.insert(0 if rng.random() < 0.7 else len(words), invented(rng))
+        words.insert(int(rng.choice((0, len(words), rng.integers(len(words) + 1)))), invented(rng))
     return " ".join(words)
 
 
