@@ -112,6 +112,17 @@ def ratio_option(owner: str, option: str, value: object) -> float:
     return float(value)
 
 
+def number_option(owner: str, option: str, value: object, low: float, high: float) -> float:
+    """`value` as a number from `low` to `high`.
+
+    Raises:
+        InvalidOption: It is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidOption(owner, option, f"has to be a number from {low:g} to {high:g}, got {value!r}")
+    return float(value)
+
+
 def int_option(owner: str, option: str, value: object, low: int, high: int) -> int:
     """`value` as an integer from `low` to `high`.
 

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from mm.core.data import Grid, Kind, VisualTokens
-from mm.core.errors import InvalidOption
 from mm.core.plugins import CacheView, Count, PrefillView, ReduceContext, Reduction, Stage
-from pruning.base import budget, int_option, keep_all, top_k_ascending
+from pruning.base import budget, int_option, keep_all, number_option, top_k_ascending
 from pruning.ranking import layers_option, scaled
 
 CLS_ATTENTION = "cls_attention"
@@ -66,10 +65,7 @@ class MustDrop:
         object.__setattr__(self, "window", int_option("mustdrop", "window", self.window, 1, 64))
         object.__setattr__(self, "at_layers", layers_option("mustdrop", "at_layers", self.at_layers))
         for option, low in (("similarity", -1), ("key_ratio", 0), ("global_share", 0), ("peak", 0)):
-            value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= 1:
-                raise InvalidOption("mustdrop", option, f"has to be a number from {low} to 1, got {value!r}")
-            object.__setattr__(self, option, float(value))
+            object.__setattr__(self, option, number_option("mustdrop", option, getattr(self, option), low, 1))
 
     @property
     def needs(self) -> frozenset[str]:

@@ -23,9 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.errors import InvalidOption
 from mm.core.plugins import ATTENTION_RECEIVED, Count, ReduceContext, Reduction
-from pruning.base import Rounding, top_k_ascending, unit_rows
+from pruning.base import Rounding, number_option, top_k_ascending, unit_rows
 from pruning.clips import ClipReducer
 from pruning.clusters import dpc_knn
 from pruning.steps import quota
@@ -51,9 +50,7 @@ class HoliTom(ClipReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        value = self.threshold
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
-            raise InvalidOption("HoliTom", "threshold", f"has to be a number from -1 to 1, got {value!r}")
+        object.__setattr__(self, "threshold", number_option("HoliTom", "threshold", self.threshold, -1, 1))
 
     def decide(self, frames: Tensor, context: ReduceContext, k: int) -> Reduction:
         attention = context.evidence[ATTENTION_RECEIVED].float().sum(dim=0).reshape(frames.shape[:2])

@@ -1,7 +1,10 @@
-"""EVS (case E1), VidCom2 (VC1), HoliTom (H1) and its clustering (K1): the specification's cases, and properties."""
+"""EVS (case E1), VidCom2 (VC1), HoliTom (H1), FlashVID (FL1, FL2), clustering (K1): the specification's cases, and
+properties.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,12 +14,14 @@ from mm.core.data import VisualTokens
 from mm.core.errors import InvalidOption
 from mm.core.plugins import ATTENTION_RECEIVED, build_reducer, create
 from mm.core.reduce import reduce_tokens
+from pruning.base import unit_rows
 from pruning.clusters import dpc_knn
+from pruning.temporal import flashvid
 from pruning.temporal.evs import changes
 from pruning.temporal.holitom import segments
 from pruning.temporal.vidcom2 import frame_shares, likeness, steady_channels
 
-VIDEO = ["evs", "vidcom2", "holitom"]
+VIDEO = ["evs", "vidcom2", "holitom", "flashvid"]
 
 
 def clip(rows: list, num_frames: int) -> VisualTokens:
@@ -163,6 +168,79 @@ def test_holitom_averages_what_stands_still():
     assert torch.allclose(out.embeddings[0], expected, atol=1e-6)
 
 
+FL1 = [[4, 1, 0], [3, 2, 0], [0, 1, 3], [1, 4, 1], [0, 0, 5], [2, 2, 1]]
+FL2 = [[[4, 0], [0, 4], [3, 3]], [[5, 1], [1, 5], [4, -4]], [[1, 6], [6, 1], [2, 2]]]
+
+
+def test_fl1_flashvid_choice():
+    unit = unit_rows(torch.tensor([FL1, FL1]).float())
+    weights = torch.tensor([[3.0, 1, 2, 6, 1, 5], [1, 1, 1, 1, 1, 1]])
+    order = flashvid.pick_order(unit, weights, 3)
+    assert order[0].tolist() == [3, 0, 2]
+    alone = flashvid.pick_order(unit[1:], weights[1:], 6)[0].tolist()
+    assert order[1].tolist() == alone[:3]
+    assert sorted(alone) == list(range(6))
+
+
+def test_fl2_flashvid_trees():
+    frames = torch.tensor(FL2).float()
+    begins = torch.tensor([True, False, False])
+    roots = flashvid.tree_roots(unit_rows(frames), torch.zeros(3, 3).bool(), begins, 0.95)
+    assert roots.tolist() == [0, 1, 2, 0, 1, 5, 1, 0, 8]
+    flat = frames.flatten(0, 1)
+    assert torch.allclose(flat[roots == 0].mean(dim=0), torch.tensor([5, 2 / 3]))
+    assert torch.allclose(flat[roots == 1].mean(dim=0), torch.tensor([2 / 3, 5]))
+    # A chosen token has no tree, and none grows over the border of a segment.
+    chosen = torch.zeros(3, 3).bool()
+    chosen[1, 0] = True
+    assert flashvid.tree_roots(unit_rows(frames), chosen, begins, 0.95).tolist() == [0, 1, 2, 3, 1, 5, 1, 7, 8]
+    apart = flashvid.tree_roots(unit_rows(frames), torch.zeros(3, 3).bool(), torch.tensor([True, False, True]), 0.95)
+    assert apart.tolist() == [0, 1, 2, 0, 1, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("per_frame", "keep_ratio", "whole", "chosen"), [(196, 0.125, 25, 18), (196, 0.3125, 62, 44)])
+def test_fl2_budgets(per_frame, keep_ratio, whole, chosen):
+    """Of an r of .1 and .25 with an expansion of 1.25. Chosen tokens stand alone, the others are merged."""
+    frames = torch.randn(2, per_frame, 8, generator=torch.Generator().manual_seed(0))
+    tokens = VisualTokens.full(
+        frames.flatten(0, 1), (2, 1, per_frame), "video", {ATTENTION_RECEIVED: torch.rand(2, 2 * per_frame)}
+    )
+    reducer = create("reducer", "flashvid", keep_ratio=keep_ratio)
+    assert reducer.plan(2 * per_frame, tokens.grid, "video") == 2 * whole
+    out = reduce_tokens(reducer, tokens)
+    assert out.num_tokens == 2 * whole
+    assert out.sizes.sum() == 2 * per_frame
+    unit, attention = unit_rows(frames), tokens.evidence[ATTENTION_RECEIVED].sum(dim=0).view(2, -1)
+    order = flashvid.pick_order(unit, attention, chosen) + torch.tensor([[0], [per_frame]])
+    alone = torch.isin(out.indices, order)
+    assert int(alone.sum()) == 2 * chosen
+    assert (out.sizes[alone] == 1).all()
+
+
+def test_flashvid_segments_begin_where_frames_differ():
+    """Three pictures, two frames of each: two true borders, and the least alike of the others where more are wanted."""
+    rng = torch.Generator().manual_seed(0)
+    scenes = torch.randn(3, 5, 16, generator=rng).repeat_interleave(2, dim=0)
+    frames = scenes + torch.tensor([0.0, 0.001, 0, 0.02, 0, 0.005]).view(6, 1, 1) * torch.randn(6, 5, 16, generator=rng)
+    assert flashvid.beginnings(frames, 0.9, 1).nonzero().flatten().tolist() == [0, 2, 4]
+    assert flashvid.beginnings(frames, 0.9, 4).nonzero().flatten().tolist() == [0, 2, 3, 4]
+    assert flashvid.beginnings(frames, 0.9, 99).all()
+
+
+def test_flashvid_merges_what_stands_still():
+    """One cell moves and is looked at; the others stand still and are one token each over a segment of time."""
+    rng = torch.Generator().manual_seed(0)
+    frames = torch.randn(4, 4, 8, generator=rng)
+    frames[:, 1:] = torch.randn(3, 8, generator=rng)
+    attention = torch.tensor([1.0, 0, 0, 0]).repeat(4).view(1, 16)
+    tokens = VisualTokens.full(frames.flatten(0, 1), (4, 2, 2), "video", {ATTENTION_RECEIVED: attention})
+    reducer = create("reducer", "flashvid", keep_ratio=0.5, diverse_share=0.5, segment_threshold=-1, min_segments=1)
+    out = reduce_tokens(reducer, tokens)
+    assert out.indices.tolist() == [0, 1, 2, 3, 4, 8, 12]
+    assert out.sizes.tolist() == [1, 4, 4, 4, 1, 1, 1]
+    assert torch.allclose(out.embeddings[1:4], frames[0, 1:], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", VIDEO)
 @pytest.mark.parametrize("grid", [(1, 3, 5), (2, 1, 1), (9, 2, 3), (5, 7, 7)])
 @pytest.mark.parametrize("keep_ratio", [0.05, 0.25, 0.6])
@@ -175,7 +253,7 @@ def test_images_stay_and_clips_lose(name, grid, keep_ratio):
     assert torch.equal(reduce_tokens(reducer, image).embeddings, embeddings)
     out = reduce_tokens(reducer, replace(image, kind="video"))
     assert out.num_tokens <= reducer.plan(t * h * w, grid, "video")
-    least = {"evs": h * w, "vidcom2": t, "holitom": 1}[name]
+    least = {"evs": h * w, "vidcom2": t, "holitom": 1, "flashvid": t * math.ceil(h * w * keep_ratio)}[name]
     assert out.num_tokens <= max(least, round(keep_ratio * t * h * w))
 
 
