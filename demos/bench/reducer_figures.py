@@ -4,7 +4,9 @@
         demos/bench/results/reducers-tiny-video.jsonl --plots docs [--docs docs/reducers.md]
 
 Of each file one table: the mean over tasks of right answers with its 95 % bootstrap interval (resampled by medium) and
-as a share of that of `none`; tokens, CPU times and KV bytes beside it; then the tasks one by one at the chosen ratio.
+as a share of that of `none`; tokens, CPU times and KV bytes beside it; then, at the chosen ratio, every method against
+DivPrune question by question, which tells far smaller differences apart than two intervals beside each other do, and
+the tasks one by one. Sentences say what the tables show, so that no text has to be kept in step by hand.
 One plot per file: right answers against tokens kept, averaged over layers, and against CPU time to the first token.
 `--docs` puts the tables where a page has the markers `<!-- NAME -->` and `<!-- end -->`, NAME being the file's name.
 """
@@ -19,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from serve.evaluation.intervals import NUM_RESAMPLES, SEED, Resamples, interval
+from serve.evaluation.intervals import LEVEL, NUM_RESAMPLES, SEED, Resamples, interval
 from serve.evaluation.items import Item, read_test_set
 from serve.evaluation.report import markdown
 
-FULL, GOAL = "none", 0.9
-"""What the others are measured against, and the share of its right answers that still counts as good."""
+FULL, BASE, GOAL = "none", "divprune", 0.9
+"""What the others are measured against, before and after reduction, and the share of right answers that is good."""
 
 TASKS_AT = 0.1
 """The ratio at which tasks are shown one by one, and methods compared with DivPrune."""
@@ -82,8 +84,22 @@ class Results:
         share = draws.share(self.right(line)[mine])
         return share.value, share.low, share.high
 
+    def over(self, line: dict[str, Any], other: dict[str, Any], task: str | None = None) -> tuple[float, float, float]:
+        """By how much the score, or the share of one task, is above that of another line, question by question."""
+        if task is None:
+            return self.score(line) - self.score(other), *interval(self.scores(line) - self.scores(other))
+        mine = self._task == self.tasks.index(task)
+        draws = Resamples(self._media[mine].tolist(), f"{task} all")
+        gap = draws.difference(self.right(line)[mine], self.right(other)[mine])
+        return gap.value, gap.low, gap.high
+
     def at(self, ratio: float) -> list[dict[str, Any]]:
-        return [line for line in self.lines if line["keep_ratio"] == ratio and line["method"] != FULL]
+        """The methods at this ratio, best first."""
+        lines = [line for line in self.lines if line["keep_ratio"] == ratio and line["method"] != FULL]
+        return sorted(lines, key=self.score, reverse=True)
+
+    def find(self, method: str, ratio: float) -> dict[str, Any] | None:
+        return next((line for line in self.at(ratio) if line["method"] == method), None)
 
 
 def _same(line: dict[str, Any], full: dict[str, Any]) -> tuple[int, int]:
@@ -121,36 +137,118 @@ def main_table(results: Results) -> str:
 
 
 def task_table(results: Results, ratio: float = TASKS_AT) -> str:
-    """Right answers per task; bold where the interval lies wholly above that of DivPrune."""
-    lines = [results.full, *sorted(results.at(ratio), key=results.score, reverse=True)]
-    divprune = next((line for line in lines if line["method"] == "divprune"), None)
-    rows = []
-    for task in results.tasks:
-        bound = results.task_share(divprune, task)[2] if divprune else 1.0
-        cells = [results.task_share(line, task) for line in lines]
-        rows.append([task, *(f"**{value:.0%}**" if low > bound else f"{value:.0%}" for value, low, _ in cells)])
+    """Right answers per task; bold where better than DivPrune question by question, italic where worse."""
+    lines = [results.full, *results.at(ratio)]
+    base = results.find(BASE, ratio)
+    rows = [[task, *(_task_cell(results, line, base, task) for line in lines)] for task in results.tasks]
     return markdown(["task", *(line["method"] for line in lines)], rows)
 
 
+def _task_cell(results: Results, line: dict[str, Any], base: dict[str, Any] | None, task: str) -> str:
+    text = f"{results.task_share(line, task)[0]:.0%}"
+    if base is None or line in (base, results.full):
+        return text
+    _, low, high = results.over(line, base, task)
+    return f"**{text}**" if low > 0 else f"_{text}_" if high < 0 else text
+
+
+def paired_table(results: Results, ratio: float = TASKS_AT) -> str:
+    """Every method against DivPrune at the same ratio: the score, and the tasks on which it differs for certain."""
+    base = results.find(BASE, ratio)
+    if base is None:
+        return ""
+    full, full_scores, rows = results.score(results.full), results.scores(results.full), []
+    for line in results.at(ratio):
+        low, high = interval(results.scores(line) / full_scores)
+        gaps = {task: results.over(line, base, task) for task in results.tasks}
+        better = [f"{task} {_points(*gap)}" for task, gap in gaps.items() if gap[1] > 0]
+        worse = [f"{task} {_points(*gap)}" for task, gap in gaps.items() if gap[2] < 0]
+        over = "-" if line is base else _points(*results.over(line, base))
+        share = f"{results.score(line) / full:.0%} ({low:.0%}-{high:.0%})"
+        rows.append([line["method"], share, over, "; ".join(better) or "-", "; ".join(worse) or "-"])
+    return markdown(["method", "of full", "over DivPrune", "better on", "worse on"], rows)
+
+
+def _points(value: float, low: float, high: float) -> str:
+    return f"{100 * value:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
+
+
+# ── sentences ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def verdicts(results: Results) -> list[str]:
-    """The two bars, and what ratio 1 does."""
-    full, at = results.score(results.full), results.at(TASKS_AT)
-    good = [line["method"] for line in at if results.score(line) >= GOAL * full]
-    said = [f"{len(good)} methods keep {GOAL:.0%} of the full accuracy at {TASKS_AT:.0%}: {', '.join(good) or 'none'}."]
-    divprune = next((line for line in at if line["method"] == "divprune"), None)
-    if divprune is not None:
-        above = [
-            f"{line['method']} on {task}"
-            for task in results.tasks
-            for line in at
-            if results.task_share(line, task)[1] > results.task_share(divprune, task)[2]
-        ]
-        said.append(f"Above DivPrune with disjoint intervals: {', '.join(above) or 'no method on any task'}.")
+    """What the tables show, sentence by sentence."""
+    said = [*_good_methods(results), *_against_base(results), *_no_better_than_even(results)]
+    said += [*_flashvid_or_holitom(results), *_cheapest(results)]
     if results.same:
         odd = [name for name, (same, total) in results.same.items() if same < total]
         total = next(iter(results.same.values()))[1]
         told = f"all but {', '.join(odd)}" if odd else "every method"
         said.append(f"At keep_ratio 1 {told} gave the answers of `none` to {total} of {total} questions.")
+    return said
+
+
+def _ratios(results: Results) -> list[float]:
+    return sorted({line["keep_ratio"] for line in results.lines} - {1.0}, reverse=True)
+
+
+def _good_methods(results: Results) -> list[str]:
+    full, said = results.score(results.full), []
+    for ratio in _ratios(results):
+        shares = [(line["method"], results.score(line) / full) for line in results.at(ratio)]
+        good = ", ".join(f"`{method}` {share:.0%}" for method, share in shares if share >= GOAL)
+        best = f"none; best is `{shares[0][0]}` with {shares[0][1]:.0%}"
+        said.append(f"At {ratio:.0%} of the tokens these keep {GOAL:.0%} of the full score: {good or best}.")
+    return said
+
+
+def _against_base(results: Results) -> list[str]:
+    base = results.find(BASE, TASKS_AT)
+    if base is None:
+        return []
+    others = [line for line in results.at(TASKS_AT) if line is not base]
+    apart = [
+        f"`{line['method']}` on {task}"
+        for task in results.tasks
+        for line in others
+        if results.task_share(line, task)[1] > results.task_share(base, task)[2]
+    ]
+    better = [f"`{line['method']}` by {_points(*gap)}" for line in others if (gap := results.over(line, base))[1] > 0]
+    num_gaps = len(others) * len(results.tasks)
+    return [
+        f"At {TASKS_AT:.0%}, above DivPrune with disjoint intervals: {', '.join(apart) or 'no method on any task'}.",
+        f"Above it question by question, in points over all tasks: {', '.join(better) or 'no method'}. The tables "
+        f"tell it by task; chance alone would call {num_gaps * (1 - LEVEL) / 2:.0f} of {num_gaps} comparisons better.",
+    ]
+
+
+def _no_better_than_even(results: Results) -> list[str]:
+    even = results.find("uniform", TASKS_AT)
+    if even is None:
+        return []
+    poor = [line["method"] for line in results.at(TASKS_AT) if results.over(line, even)[1] <= 0 and line is not even]
+    told = ", ".join(f"`{method}`" for method in poor) or "no method"
+    return [f"At {TASKS_AT:.0%}, not for certain better than evenly spread tokens (`uniform`): {told}."]
+
+
+def _flashvid_or_holitom(results: Results) -> list[str]:
+    parts = []
+    for ratio in _ratios(results):
+        one, other = results.find("flashvid", ratio), results.find("holitom", ratio)
+        if one and other:
+            gap = _points(*results.over(one, other))
+            parts.append(f"at {ratio:.0%} {gap}, with {one['kept']:.1%} of the tokens in place of {other['kept']:.1%}")
+    return [f"FlashVID over HoliTom, in points: {'; '.join(parts)}."] if parts else []
+
+
+def _cheapest(results: Results) -> list[str]:
+    said = []
+    for key, what in (("ttft_over_none", "time to the first token"), ("kv_bytes_over_none", "bytes in the cache")):
+        parts = []
+        for ratio in _ratios(results):
+            least = min(results.at(ratio), key=lambda line: (line["cost"][key], -results.score(line)))
+            parts.append(f"{ratio:.0%} `{least['method']}` {least['cost'][key]:.2f}")
+        said.append(f"Least {what}, `none` = 1: {', '.join(parts)}.")
     return said
 
 
@@ -161,10 +259,15 @@ def report(results: Results) -> str:
         f"of each task and wording, {len(results.tasks)} tasks. CPU time of one thread, float32, {machine['cpu']}: "
         "prefill, TTFT and KV bytes as a share of those of `none` in the same turns, `select` in ms per item."
     )
-    parts = [head, main_table(results), *verdicts(results)]
+    parts = ["\n".join(f"- {sentence}" for sentence in verdicts(results)), head, main_table(results)]
     if results.at(TASKS_AT):
-        parts += [f"By task, at {TASKS_AT:.0%} (bold: interval wholly above DivPrune's):", task_table(results)]
-    return "\n\n".join(parts)
+        parts += [
+            f"Against DivPrune at {TASKS_AT:.0%}, in points, with 95 % intervals of differences on the same questions:",
+            paired_table(results),
+            f"By task, at {TASKS_AT:.0%} (bold: better than DivPrune on the same questions, italic: worse):",
+            task_table(results),
+        ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def put_into(page: Path, name: str, text: str) -> None:

@@ -27,6 +27,7 @@ from mm.api import build_request
 from mm.engine.generate import encode, reducer_of
 from mm.engine.report import Feed
 from mm.models.checkpoint import find
+from serve.evaluation.report import markdown
 
 METHODS = (
     "none",
@@ -110,6 +111,21 @@ def line(row: dict) -> str:
         f"{row['method']:<34}{row['decoder']:>14.0f}{row['decoder_ratio']:>8.2f}x{row['all']:>15.0f}"
         f"{row['all_ratio']:>8.2f}x"
     )
+
+
+def report_load(record: dict) -> str:
+    """The table for a page."""
+    rows = [
+        [
+            f"`{row['method']}`",
+            f"{row['decoder']:.0f}",
+            f"{row['decoder_ratio']:.2f}x",
+            f"{row['all']:.0f}",
+            f"{row['all_ratio']:.2f}x",
+        ]
+        for row in record["rows"]
+    ]
+    return markdown(["method", "decoder, tokens/s", "of `none`", "with encoding", "of `none`"], rows)
 
 
 def main() -> None:

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 import mm
+from demos.bench.budgets import NO_METHOD, spec_of
 from demos.bench.machine import facts
-from demos.bench.reducers import NO_METHOD, Timed, spec_of
+from demos.bench.reducers import Timed
 from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
 from mm.core.config import ModelConfig

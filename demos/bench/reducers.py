@@ -5,8 +5,10 @@ process, through the engine that serves, with the attention that serves; `none` 
 two runs. Each method and ratio is one JSON line, written as soon as it is known: run it again to go on.
 `demos.bench.reducer_figures` makes tables and plots of the file.
 
-    python -m demos.bench.reducers --kind image --out demos/bench/results/reducers-tiny-image.jsonl [--limit 10]
-        [--task color --task read] [--methods divprune fastv]
+    python -m demos.bench.reducers --kind image --out demos/bench/results/reducers-tiny-image.jsonl [--limit 40]
+        [--task color --task read] [--methods divprune fastv] [--minutes 20]
+
+`demos.bench.reducer_page` runs both kinds and puts the tables where they are read.
 
 Accuracy: right answers per question, scored as `mm eval` does. `--limit` takes the first so many of each task and
 wording, the same for all. A picture is encoded once, with all that any method asks of the tower, and then reduced by
@@ -19,9 +21,8 @@ own decisions (those inside the decoder are part of `prefill` too), `prefill` to
 of encoding, selecting outside the decoder and prefill. KV bytes are of the rows in the cache at the first token.
 
 A method's ratio is the share of tokens left behind the last layer that drops some; `layers_kept` is the mean over
-layers. `pool2` has only its quarter. FastV acts at layer 1 of the shipped model's 4: its published layer 2 of 32 would
-be none of them, and the default of 2 keeps all in half of the decoder. MustDrop has thresholds in place of a ratio: the
-one that leaves the wanted share of a few items' tokens is searched for.
+layers. `budgets.py` says how budgets are spelled; of MustDrop the thresholds that leave the wanted share of a few
+items' tokens are searched for.
 """
 
 from __future__ import annotations
@@ -39,69 +40,27 @@ from typing import Any
 import torch
 
 import mm
+from demos.bench.budgets import RATIOS, methods_for, ratios_of, spec_of
 from demos.bench.machine import facts
 from mm.api import build_request, collect
 from mm.core.config import ModelConfig
-from mm.core.data import Delta, Encoded, FrameSampling, Image, Kind, Request, Video, VisualTokens
+from mm.core.data import Delta, Encoded, FrameSampling, Image, Request, Video, VisualTokens
 from mm.core.errors import IncompatiblePlugin, InvalidOption
-from mm.core.plugins import BLOCK_KEYS, TEXT_EMBEDDINGS, build_reducer, get, names, options_of, tower_stage
+from mm.core.plugins import BLOCK_KEYS, TEXT_EMBEDDINGS, build_reducer, tower_stage
 from mm.core.reduce import reduce_tokens
 from mm.engine.generate import question
 from mm.engine.report import Feed
 from mm.media import MediaBudget, decode_image, decode_video
+from mm.models.checkpoint import find
 from pruning.base import NoReduction
 from serve.evaluation.items import Item, choose, read_test_set
 from serve.evaluation.scoring import is_right
-
-RATIOS = (0.1, 0.25, 0.05, 0.5, 1.0)
-"""In the order in which they are run: the most telling first."""
 
 NUM_FRAMES, MAX_TOKENS, IN_FLIGHT = 16, 192, 32
 NUM_SAME = 1
 """Questions of each task and wording that are asked at keep_ratio 1."""
 
-NO_METHOD = frozenset({"none", "pipeline", "scheduled"})
-"""Made of others, or of a schedule that `mm tune` finds."""
-
-BASE = {"fastv": "layer=1"}
 HOOKS = frozenset({"after_encode", "in_prefill", "prefill_done"})
-
-
-# ── methods and their budgets ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def methods_for(kind: Kind) -> list[str]:
-    """Every registered reducer that acts on items of this kind, `none` first."""
-    found = [name for name in names("reducer") if name not in NO_METHOD]
-    return ["none", *(name for name in found if kind in getattr(get("reducer", name), "kinds", ("image", "video")))]
-
-
-def ratios_of(method: str) -> tuple[float, ...]:
-    """At which of `RATIOS` a method can be run."""
-    if method == "none":
-        return (1.0,)
-    if method == "pool2":
-        return (0.25,)
-    return RATIOS
-
-
-def spec_of(method: str, keep_ratio: float, threshold: float | None = None) -> str:
-    """The specification of `method` that keeps `keep_ratio` of the tokens.
-
-    Args:
-        threshold: For a method without a ratio.
-    """
-    if method in ("none", "pool2"):
-        return method
-    if method == "mustdrop" and keep_ratio == 1:
-        return "mustdrop:window=1,key_ratio=0,global_share=0,peak=0"
-    if method == "mustdrop":
-        keys = min(0.08, keep_ratio / 2)
-        return f"mustdrop:key_ratio={keys:g},global_share={threshold:.6g},peak={threshold:.6g}"
-    if "keep_ratio" not in options_of(get("reducer", method)):
-        raise SystemExit(f"{method} has no keep_ratio: tell spec_of how its budget is spelled")
-    extra = BASE.get(method)
-    return f"{method}:{f'{extra},' if extra else ''}keep_ratio={keep_ratio:g}"
 
 
 class Timed:
@@ -339,14 +298,22 @@ def first_of_each(items: Sequence[Item], count: int) -> list[Item]:
 # ── the file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def settings_of(args: argparse.Namespace, model: mm.Model, items: Sequence[Item], sha256: str) -> dict[str, Any]:
+def weights_hash(model: str) -> str:
+    """Of all weights of a checkpoint."""
+    digest = hashlib.sha256()
+    for path in sorted(find(model).glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def settings_of(args: argparse.Namespace, items: Sequence[Item], sha256: str) -> dict[str, Any]:
     """What lines of one file have in common."""
     ids = hashlib.sha256("\n".join(item.id for item in items).encode()).hexdigest()[:16]
     return {
         "question": "reducers",
         "kind": args.kind,
         "model": args.model,
-        "encoder": model.encode_parts.encoder.fingerprint[:16],
+        "weights": weights_hash(args.model),
         "data": sha256[:16],
         "limit": args.limit,
         "num_items": len(items),
@@ -379,13 +346,17 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; a file of the same settings is continued")
     parser.add_argument("--kind", choices=("image", "video"), required=True)
-    parser.add_argument("--limit", type=int, default=10, help="questions of each task and wording")
+    parser.add_argument("--limit", type=int, default=40, help="questions of each task and wording")
     parser.add_argument("--task", action="append", default=[], help="only this task; repeat for several")
     parser.add_argument("--methods", nargs="*", default=None, help="all that are registered when not given")
     parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
     parser.add_argument("--probes", type=int, default=3, help="questions whose costs are measured")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--minutes", type=float, help="begin no method later than this; the next run goes on from there"
+    )
     args = parser.parse_args()
+    begun = time.monotonic()
     torch.set_num_threads(1)
     test_set = read_test_set()
     items = [item for item in choose(test_set, args.task, limit=args.limit) if item.kind == args.kind]
@@ -400,10 +371,15 @@ def main() -> None:
     plan += [(m, 1.0) for m in wanted if m != "none" and 1.0 in ratios_of(m) and 1.0 in args.ratios]
     needs = frozenset().union(*(build_reducer(spec_of(m, 0.25, 0.01)).needs for m in wanted))
     bench = Bench(model, needs - {TEXT_EMBEDDINGS, BLOCK_KEYS})
-    done = done_before(args.out, settings_of(args, model, items, test_set.sha256))
+    done = done_before(args.out, settings_of(args, items, test_set.sha256))
     for method, keep_ratio in plan:
         if (method, keep_ratio) in done:
             continue
+        if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
+            print(
+                f"{args.minutes:g} minutes are over: run it again to go on from {method} at {keep_ratio:g}", flush=True
+            )
+            break
         start, cpu = time.perf_counter(), time.process_time()
         try:
             line = measure(bench, items, args, method, keep_ratio)

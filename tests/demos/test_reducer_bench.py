@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -10,8 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from demos.bench.reducer_figures import Results, main_table, plot, put_into, report, task_table, verdicts
-from demos.bench.reducers import Timed, done_before, methods_for, probes, ratios_of, spec_of
+from demos.bench import reducer_page
+from demos.bench.budgets import methods_for, ratios_of, spec_of
+from demos.bench.reducer_figures import (
+    Results,
+    main_table,
+    paired_table,
+    plot,
+    put_into,
+    report,
+    task_table,
+    verdicts,
+)
+from demos.bench.reducers import Timed, done_before, probes
 from mm.core.data import VisualTokens
 from mm.core.plugins import ReduceContext, Stage, build_reducer
 from serve.evaluation.items import read_test_set
@@ -65,7 +78,7 @@ def test_probes_are_of_different_media_and_tasks() -> None:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`none` is right on all but each tenth item; "good" as `none`, "bad" and DivPrune on every fourth."""
+    """`none` is right on all but each tenth item, "good" as well; DivPrune on each fourth, "bad" on most of these."""
     items = [item for item in read_test_set().items if item.task in ("color", "read")]
     asked = [item.id for item in items]
     cost = {
@@ -79,6 +92,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("none", 1.0): [item for i, item in enumerate(asked) if i % 10],
         ("good", 0.1): [item for i, item in enumerate(asked) if i % 10],
         ("divprune", 0.1): asked[::4],
+        ("bad", 0.1): [item for i, item in enumerate(asked[::4]) if i % 9],
+        ("uniform", 0.1): [item for i, item in enumerate(asked[::4]) if i % 9],
     }
     lines = [
         {
@@ -107,12 +122,31 @@ def test_tables_and_verdicts_say_what_the_file_says(file: Path) -> None:
     assert 0.88 < full < 0.92
     good = next(line for line in main_table(results).splitlines() if "| good" in line)
     assert "100% (100%-100%)" in good
-    assert verdicts(results) == [
-        "1 methods keep 90% of the full accuracy at 10%: good.",
-        "Above DivPrune with disjoint intervals: good on color, good on read.",
-        "At keep_ratio 1 all but good gave the answers of `none` to 1 of 1 questions.",
-    ]
+    said = verdicts(results)
+    assert said[0] == "At 10% of the tokens these keep 90% of the full score: `good` 100%."
+    assert said[1] == "At 10%, above DivPrune with disjoint intervals: `good` on color, `good` on read."
+    assert said[2].startswith("Above it question by question, in points over all tasks: `good` by +6")
+    assert "chance alone would call 0 of 6 comparisons better" in said[2]
+    assert said[3] == "At 10%, not for certain better than evenly spread tokens (`uniform`): `bad`."
+    assert said[-1] == "At keep_ratio 1 all but good gave the answers of `none` to 1 of 1 questions."
     assert "**90%**" in task_table(results) or "**91%**" in task_table(results)
+
+
+def test_methods_are_compared_question_by_question(file: Path) -> None:
+    """`bad` is right where DivPrune is, but for each ninth question: two intervals alone do not show that."""
+    results = Results(file, read_test_set().by_id())
+    base, bad = results.find("divprune", 0.1), results.find("bad", 0.1)
+    assert base is not None
+    assert bad is not None
+    value, low, high = results.over(bad, base)
+    assert value == pytest.approx(results.score(bad) - results.score(base))
+    assert low <= value <= high < 0
+    shares = [results.task_share(line, "color") for line in (bad, base)]
+    assert shares[0][2] > shares[1][1]
+    assert results.over(bad, base, "color")[2] < 0
+    row = next(line for line in paired_table(results).splitlines() if "| bad" in line)
+    assert [cell.split()[0] for cell in row.split("|")[4:6]] == ["-", "color"]
+    assert "_2" in task_table(results)
 
 
 def test_a_plot_and_a_page(file: Path, tmp_path: Path) -> None:
@@ -124,7 +158,7 @@ def test_a_plot_and_a_page(file: Path, tmp_path: Path) -> None:
     put_into(page, "reducers-x", report(results))
     text = page.read_text()
     assert "outdated" not in text
-    assert text.startswith("before\n<!-- reducers-x -->\ntiny, ")
+    assert text.startswith("before\n<!-- reducers-x -->\n- At 10% ")
     assert text.endswith("<!-- end -->\nafter\n")
     with pytest.raises(SystemExit, match="has no <!-- other -->"):
         put_into(page, "other", "")
@@ -132,6 +166,49 @@ def test_a_plot_and_a_page(file: Path, tmp_path: Path) -> None:
 
 def test_a_file_of_other_settings_is_not_continued(file: Path) -> None:
     settings = {"model": "tiny", "kind": "image", "limit": 3}
-    assert done_before(file, settings) == {("none", 1.0), ("good", 0.1), ("divprune", 0.1), ("good", 1.0)}
+    assert done_before(file, settings) == {
+        *[(method, 0.1) for method in ("good", "divprune", "bad", "uniform")],
+        ("none", 1.0),
+        ("good", 1.0),
+    }
     with pytest.raises(SystemExit, match="limit=3, this run has 4"):
         done_before(file, settings | {"limit": 4})
+
+
+def test_the_page_has_figures_only_where_a_script_writes_them() -> None:
+    """Between markers, so that text and tables cannot disagree."""
+    page = Path(__file__).parents[2] / "docs" / "reducers.md"
+    by_hand = re.sub(r"<!-- [\w-]+ -->.*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
+    assert not re.findall(r"\d+(?:\.\d+)? ?%|\d\.\d+x|\d+ ms", by_hand)
+    assert {"reducers-tiny-image", "reducers-tiny-video"} <= set(re.findall(r"<!-- ([\w-]+) -->", page.read_text()))
+
+
+def test_a_page_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of results that the page is made of is there and is read."""
+    page = tmp_path / "reducers.md"
+    page.write_text((Path(__file__).parents[2] / "docs" / "reducers.md").read_text())
+    monkeypatch.setattr(reducer_page, "plot", lambda *_: None)
+    reducer_page.write_page(page)
+    assert "FLOPs saved at most" in page.read_text()
+    before = page.read_text()
+    reducer_page.write_page(page)
+    assert page.read_text() == before
+
+
+def test_both_kinds_share_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    class Run:
+        def __init__(self, command: list[str]) -> None:
+            ran.append(command)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(reducer_page.subprocess, "Popen", Run)
+    for jobs, parts in ((1, (10, 20)), (2, (20, 20))):
+        ran.clear()
+        reducer_page.measure(argparse.Namespace(minutes=20, jobs=jobs, limit=(7, 5)))
+        assert [run[run.index("--kind") + 1] for run in ran] == ["image", "video"]
+        assert [run[run.index("--limit") + 1] for run in ran] == ["7", "5"]
+        assert [float(run[run.index("--minutes") + 1]) for run in ran] == pytest.approx(parts, abs=0.1)

@@ -1,0 +1,95 @@
+"""The evidence of docs/reducers.md in one command: measure what reduction costs and saves, and write the page's tables.
+
+    python -m demos.bench.reducer_page [--restart] [--minutes 40] [--jobs 2]      measure, then write the page
+    python -m demos.bench.reducer_page --no-measure                               only write the page
+
+Pictures and clips are asked by `demos.bench.reducers`, one after the other or, with `--jobs 2`, side by side. What was
+measured before with the same settings is not measured again, so a run that was stopped goes on; `--restart` begins
+anew, as is needed after the model has changed. Rows come in the order in which they tell most, a tenth of the tokens
+first: when the minutes are over, what there is makes the page.
+
+Tables and sentences with figures stand between markers of the page and come from files in demos/bench/results alone, of
+which those of `reducer_load` and `reducer_speed` are only read here. Plots lie beside the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from demos.bench.reducer_figures import Results, plot, put_into, report
+from demos.bench.reducer_load import report_load
+from demos.bench.reducer_speed import report_select
+from serve.evaluation.items import read_test_set
+
+RESULTS, PAGE = Path("demos/bench/results"), Path("docs/reducers.md")
+KINDS = ("image", "video")
+
+
+def path_of(kind: str) -> Path:
+    return RESULTS / f"reducers-tiny-{kind}.jsonl"
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Runs of both kinds.
+
+    Raises:
+        SystemExit: One of them failed.
+    """
+    end = time.monotonic() + 60 * args.minutes
+    left, running = list(KINDS), list[subprocess.Popen]()
+    while left or running:
+        while left and len(running) < args.jobs:
+            # With one job, each kind has its part of the time that is left.
+            minutes = (end - time.monotonic()) / 60 / (len(left) if args.jobs == 1 else 1)
+            kind = left.pop(0)
+            running.append(subprocess.Popen(command(kind, args.limit[KINDS.index(kind)], minutes)))
+        if running.pop(0).wait():
+            raise SystemExit("a run failed; see above")
+
+
+def command(kind: str, limit: int, minutes: float) -> list[str]:
+    run = [sys.executable, "-m", "demos.bench.reducers", "--kind", kind, "--out", str(path_of(kind))]
+    return [*run, "--limit", str(limit), "--minutes", f"{minutes:.2f}"]
+
+
+def last_record(name: str) -> dict[str, Any]:
+    """The JSON of a result whose last line it is."""
+    return json.loads((RESULTS / name).read_text().strip().splitlines()[-1])
+
+
+def write_page(page: Path) -> None:
+    items = read_test_set().by_id()
+    for kind in KINDS:
+        results = Results(path_of(kind), items)
+        plot(results, page.parent / f"{results.name}.png")
+        put_into(page, results.name, report(results))
+    put_into(page, "reducer-load-tiny", report_load(last_record("reducer-load-tiny-epyc-2core.txt")))
+    put_into(page, "reducer-select-256m", report_select(last_record("reducer-select-256m-epyc-2core.txt")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--restart", action="store_true", help="forget what was measured before")
+    parser.add_argument("--minutes", type=float, default=40, help="of measuring, from when on no method is begun")
+    parser.add_argument("--jobs", type=int, default=1, choices=(1, 2), help="processes of one thread each")
+    parser.add_argument(
+        "--limit", type=int, nargs=2, default=(60, 40), help="pictures' and clips' questions of each task and wording"
+    )
+    parser.add_argument("--no-measure", action="store_true", help="only write the page from the files there are")
+    args = parser.parse_args()
+    if not args.no_measure:
+        if args.restart:
+            for kind in KINDS:
+                path_of(kind).unlink(missing_ok=True)
+        measure(args)
+    write_page(PAGE)
+
+
+if __name__ == "__main__":
+    main()
