@@ -43,6 +43,18 @@ IMAGE, VIDEO = ("image", "picture", "photo"), ("video", "clip")
 BRIEF = (" Answer with one word.", " Answer briefly.", " Be brief.", " Short answer.", " Just the answer.")
 OPENERS = ("Look at the {}. ", "Here is the {}. ", "Question: ", "Hi! ", "Look carefully. ", "About this {}: ")
 SPARE = "tell me you can could would like to know please say give find state do does is are the there"
+ASIDES = (
+    "elsewhere",
+    "everywhere",
+    "nowhere",
+    "wherever",
+    "whatever",
+    "somewhat",
+    "somehow",
+    "anyhow",
+    "however",
+    "whichever",
+)
 LONG = {"caption", "tour", "list", "read", "read only", "happens", "first", "last"}  # not to be answered in one word
 WORDINGS = SCENE_WORDINGS | CLIP_WORDINGS
 
@@ -90,6 +102,9 @@ def disturb(rng: np.random.Generator, text: str) -> str:
 
 
 def invented(rng: np.random.Generator) -> str:
+    """A word of random letters, or one that looks like a question word and is none."""
+    if rng.random() < 0.35:
+        return pick(rng, ASIDES)
     letters = [
         str(rng.choice(list("aeiou" if i % 2 else "bcdfghjklmnprstvwy"))) for i in range(int(rng.integers(2, 8)))
     ]
