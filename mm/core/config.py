@@ -83,6 +83,11 @@ class SpeculationLimits:
         if not 1 <= self.max_draft_tokens <= 255:
             raise InvalidOption("model", "max_draft_tokens", f"was {self.max_draft_tokens}; it has to be 1 to 255")
 
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """All that a request may name."""
+        return tuple(dict.fromkeys(("none", self.drafter, *self.drafters)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReducerPolicy:

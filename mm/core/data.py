@@ -333,7 +333,7 @@ class Usage:
 
     Of visual tokens: `_in` came from the encoder, `_prompt` entered the decoder, `_kept` are left behind the last layer
     at whose input some were dropped. Of drafted tokens: `_accepted` are part of the answers, `_rejected` were verified
-    for nothing.
+    for nothing; `num_drafts` passes verified them, and each gave a token of its own besides.
     """
 
     num_prompt_tokens: int
@@ -347,6 +347,7 @@ class Usage:
     num_video_tokens_kept: int = 0
     num_accepted_tokens: int = 0
     num_rejected_tokens: int = 0
+    num_drafts: int = 0
 
     @property
     def num_visual_tokens_in(self) -> int:
@@ -355,6 +356,11 @@ class Usage:
     @property
     def num_visual_tokens_kept(self) -> int:
         return self.num_image_tokens_kept + self.num_video_tokens_kept
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """Tokens that a pass with a draft gave, its own included; None where nothing was drafted."""
+        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,7 +399,7 @@ class Delta:
 
     `num_prompt_tokens` is what the decoder saw of the prompt; the first delta of a request says it, for running totals.
     `logprobs` has one entry for each of `token_ids` when the request asks for them, and is empty otherwise.
-    `num_drafted` of `token_ids` were drafted ahead and found right.
+    `num_drafted` of `token_ids` were drafted ahead and found right; the token that ends an answer is the pass's own.
     """
 
     choice: int

@@ -57,7 +57,7 @@ class Output:
             token_ids=(token_id,),
             finish_reason=self.finish_reason,
             num_prompt_tokens=num_prompt_tokens,
-            num_drafted=int(is_drafted),
+            num_drafted=int(is_drafted and self.finish_reason is None),
             logprobs=()
             if chosen.logprob is None
             else (self._vocabulary.logprob(token_id, chosen.logprob, chosen.top),),

@@ -191,6 +191,7 @@ def _usage(job: Job, kept: Sequence[KeptMap]) -> Usage:
         num_cached_tokens=job.num_cached_tokens,
         num_accepted_tokens=job.num_accepted_tokens,
         num_rejected_tokens=job.num_drafted_tokens - job.num_accepted_tokens,
+        num_drafts=job.num_drafts,
         num_image_tokens_in=count("image", "num_tokens_in"),
         num_image_tokens_prompt=count("image", "num_tokens"),
         num_image_tokens_kept=sum(len(item.kept) for item in kept if item.kind == "image"),

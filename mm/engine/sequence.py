@@ -66,6 +66,7 @@ class Job:
     num_completion_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)

@@ -106,8 +106,7 @@ class Speculation:
         self.times = PassTimes()
         self._language: LanguageModel = family.language
         self.stats = SpeculationStats(num_accepted_per_position=[0] * limits.max_draft_tokens)
-        specs = dict.fromkeys(("none", limits.drafter, *limits.drafters))
-        self._sources = {source.spec: source for source in (self._load(spec, family) for spec in specs)}
+        self._sources = {source.spec: source for source in (self._load(spec, family) for spec in limits.offered)}
         self._default = canonical_spec(build_drafter(limits.drafter), "drafter")
 
     def _load(self, spec: str, family: Any) -> Source:
@@ -186,7 +185,7 @@ class Speculation:
         except MmError as error:
             raise InvalidRequest(f"speculation.drafter: {error}", "speculation.drafter") from None
         if wanted not in self._sources:
-            allowed = ", ".join(self._sources)
+            allowed = ", ".join(self.limits.offered)
             raise InvalidRequest(
                 f"speculation.drafter was {spec!r}; this server allows: {allowed}", "speculation.drafter"
             )
@@ -315,6 +314,7 @@ class Speculation:
         stats.num_accepted_tokens += walk.num_accepted
         for position in range(walk.num_accepted):
             stats.num_accepted_per_position[position] += 1
+        one.answer.job.num_drafts += 1
         one.answer.job.num_drafted_tokens += drafted
         one.answer.job.num_accepted_tokens += walk.num_accepted
 

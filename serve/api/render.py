@@ -71,6 +71,31 @@ def vision_fields(summary: Summary, *, return_map: bool, return_timings: bool) -
     return fields
 
 
+def speculation_fields(usage: Usage) -> dict[str, Any]:
+    """The `speculation` object of an answer: passes with a draft, and how many tokens one gave, its own included."""
+    length = usage.mean_acceptance_length
+    return {"drafts": usage.num_drafts, "mean_acceptance_length": length and round(length, 4)}
+
+
+def pieces(deltas: Sequence[Delta]) -> list[dict[str, Any]]:
+    """One choice's text in runs of tokens that were drafted and accepted, and of tokens that were not.
+
+    Text that was held back stands where the token came that made it safe to send.
+    """
+    runs: list[dict[str, Any]] = []
+    for delta in deltas:
+        piece = accepted_fields(len(delta.token_ids), delta.num_drafted)
+        if runs and bool(runs[-1]["accepted_tokens"]) == bool(delta.num_drafted):
+            runs[-1] = {name: runs[-1][name] + value for name, value in {"text": delta.text, **piece}.items()}
+        elif delta.text or delta.token_ids:
+            runs.append({"text": delta.text, **piece})
+    return runs
+
+
+def accepted_fields(num_tokens: int, num_accepted: int) -> dict[str, int]:
+    return {"tokens": num_tokens, "accepted_tokens": num_accepted}
+
+
 def _kept(item: KeptMap) -> dict[str, Any]:
     return {"kind": item.kind, "grid": list(item.grid), "kept": list(item.kept)}
 
@@ -88,7 +113,9 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.token, "logprob": max(token.logprob, LEAST_LOGPROB), "bytes": utf8}
 
 
-def completion(head: Head, events: Sequence[Event], *, return_map: bool, return_timings: bool) -> dict[str, Any]:
+def completion(
+    head: Head, events: Sequence[Event], *, return_map: bool, return_timings: bool, return_accepted: bool = False
+) -> dict[str, Any]:
     """The answer to a request that does not stream."""
     texts: dict[int, list[str]] = {}
     reasons: dict[int, str | None] = {}
@@ -100,7 +127,7 @@ def completion(head: Head, events: Sequence[Event], *, return_map: bool, return_
                 logprobs.setdefault(event.choice, []).extend(event.logprobs)
             reasons[event.choice] = event.finish_reason or reasons.get(event.choice)
     summary = summary_of(events)
-    return head.fields("chat.completion") | {
+    answer = head.fields("chat.completion") | {
         "choices": [
             {
                 "index": choice,
@@ -113,6 +140,11 @@ def completion(head: Head, events: Sequence[Event], *, return_map: bool, return_
         "usage": usage_fields(summary.usage),
         "vision": vision_fields(summary, return_map=return_map, return_timings=return_timings),
     }
+    if return_accepted:
+        deltas = [event for event in events if isinstance(event, Delta)]
+        runs = [pieces([delta for delta in deltas if delta.choice == choice]) for choice in sorted(texts)]
+        answer["speculation"] = speculation_fields(summary.usage) | {"pieces": runs}
+    return answer
 
 
 def summary_of(events: Sequence[Event]) -> Summary:

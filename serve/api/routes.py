@@ -105,7 +105,13 @@ class Chat:
             body = self._body(Framer(head=head, call=call), first, rest, request_id)
             return Stream(body, slot.pop_all(), headers=headers, sep="\n", send_timeout=self._config.send_timeout_s)
         events = await _unless_gone(http, self._complete(call, arrived, deadline))
-        answer = completion(head, events, return_map=call.request.vision.return_map, return_timings=call.return_timings)
+        answer = completion(
+            head,
+            events,
+            return_map=call.request.vision.return_map,
+            return_timings=call.return_timings,
+            return_accepted=call.return_accepted,
+        )
         return Response(to_json(answer), media_type="application/json", headers=headers)
 
     @contextlib.asynccontextmanager
@@ -288,6 +294,8 @@ def _add_models(app: FastAPI, runtime: Runtime, config: ServeConfig) -> None:
             "max_model_len": info.max_context_tokens,
             "input_modalities": ["text", *info.kinds],
             "default_reducer": info.default_reducer,
+            "default_drafter": config.model.speculation.drafter,
+            "drafters": list(config.model.speculation.offered),
         }
 
     @app.get("/v1/models")

@@ -135,6 +135,7 @@ class Speculation(BaseModel):
     max_draft_tokens: Annotated[int, Field(ge=0, le=255)] | None = Field(
         default=None, description="Drafted tokens per pass, up to the server's limit; 0 drafts nothing."
     )
+    return_accepted: bool | None = Field(default=None, description="Say which text was drafted and accepted.")
 
 
 class ChatBody(BaseModel):
@@ -197,6 +198,7 @@ class ChatCall:
     include_usage: bool = False
     continuous_usage: bool = False
     return_timings: bool = False
+    return_accepted: bool = False
     ignored: tuple[str, ...] = ()
 
     @property
@@ -242,7 +244,7 @@ def parse_chat(body: Any, request_id: str, config: ServeConfig) -> ChatCall:
         media=media,
         sampling=_sampling(chat),
         vision=_vision(chat.vision or Vision(), config.model.limits),
-        speculation=SpeculationOptions(**(chat.speculation or Speculation()).model_dump()),
+        speculation=_speculation(chat.speculation or Speculation()),
         priority=chat.priority or 0,
         cache_salt=chat.cache_salt or "",
     )
@@ -253,6 +255,7 @@ def parse_chat(body: Any, request_id: str, config: ServeConfig) -> ChatCall:
         include_usage=bool(options.include_usage),
         continuous_usage=bool(options.continuous_usage_stats),
         return_timings=bool(chat.vision and chat.vision.return_timings),
+        return_accepted=bool(chat.speculation and chat.speculation.return_accepted),
         ignored=ignored,
     )
 
@@ -299,8 +302,8 @@ def _invalid(error: ValidationError) -> InvalidRequest:
     if first["type"] == "missing":
         return InvalidRequest(f"{param} is missing", param, "missing_parameter")
     if first["type"] == "extra_forbidden":
-        hint = nearest(str(first["loc"][-1]), list(Vision.model_fields))
-        allowed = ", ".join(Vision.model_fields)
+        fields = list((Speculation if first["loc"][0] == "speculation" else Vision).model_fields)
+        hint, allowed = nearest(str(first["loc"][-1]), fields), ", ".join(fields)
         return InvalidRequest(f"{param} is unknown{hint} (allowed: {allowed})", param, "unknown_parameter")
     message = first["msg"].removeprefix("Input ").replace("should", "has to", 1)
     return InvalidRequest(f"{param} {message}; it was {_shown(first['input'])}", param, "invalid_value")
@@ -308,7 +311,7 @@ def _invalid(error: ValidationError) -> InvalidRequest:
 
 def _path(loc: tuple[int | str, ...], whole: bool) -> str:
     """The field's path in the request, without pydantic's names for a union's members."""
-    known = Vision.model_fields | StreamOptions.model_fields
+    known = Vision.model_fields | StreamOptions.model_fields | Speculation.model_fields
     steps = [step for step in loc[1:] if whole or isinstance(step, int) or step in known]
     return ".".join(str(step)[:100] for step in (loc[0], *steps))
 
@@ -375,3 +378,7 @@ def _vision(vision: Vision, limits: MediaLimits) -> VisionOptions:
         return_timings=bool(vision.return_timings),
         frames=frames,
     )
+
+
+def _speculation(speculation: Speculation) -> SpeculationOptions:
+    return SpeculationOptions(drafter=speculation.drafter, max_draft_tokens=speculation.max_draft_tokens)

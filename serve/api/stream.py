@@ -9,9 +9,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from dataclasses import dataclass, field
 from typing import Any
 
-from mm.core.data import Delta, Event, Summary, TokenLogprob
+from mm.core.data import Delta, Event, Summary
 from serve.api.errors import Failure
-from serve.api.render import Head, chunk, to_json, usage_fields, vision_fields
+from serve.api.render import Head, accepted_fields, chunk, speculation_fields, to_json, usage_fields, vision_fields
 from serve.api.schema import ChatCall
 
 DONE = b"data: [DONE]\n\n"
@@ -34,7 +34,7 @@ class Framer:
     def start(self) -> Iterator[bytes]:
         """Each choice's role, before anything else."""
         for choice in range(self.call.request.sampling.n):
-            yield self._chunk(choice, {"role": "assistant", "content": ""})
+            yield self._frame(chunk(self.head, choice, {"role": "assistant", "content": ""}))
 
     def frames(self, events: Sequence[Event]) -> Iterator[bytes]:
         for event in events:
@@ -47,20 +47,17 @@ class Framer:
         self.num_completion_tokens += len(delta.token_ids)
         if delta.num_prompt_tokens is not None:
             self.num_prompt_tokens = delta.num_prompt_tokens
-        # A token whose text is held back still tells its log-probability.
-        if delta.text or delta.logprobs:
-            yield self._chunk(delta.choice, {"content": delta.text}, logprobs=delta.logprobs)
+        # A token whose text is held back still tells its log-probability, and who said it first.
+        if delta.text or delta.logprobs or (self.call.return_accepted and delta.token_ids):
+            fields = chunk(self.head, delta.choice, {"content": delta.text}, None, delta.logprobs)
+            if self.call.return_accepted:
+                fields["speculation"] = accepted_fields(len(delta.token_ids), delta.num_drafted)
+            yield self._frame(fields)
         if delta.finish_reason is not None:
-            yield self._chunk(delta.choice, {}, delta.finish_reason)
+            yield self._frame(chunk(self.head, delta.choice, {}, delta.finish_reason))
 
-    def _chunk(
-        self,
-        choice: int,
-        delta: dict[str, Any],
-        finish_reason: str | None = None,
-        logprobs: Sequence[TokenLogprob] = (),
-    ) -> bytes:
-        fields = chunk(self.head, choice, delta, finish_reason, logprobs)
+    def _frame(self, fields: dict[str, Any]) -> bytes:
+        """A chunk with the counts so far, where they are asked for."""
         if self.call.continuous_usage and self.num_prompt_tokens is not None:
             fields["usage"] = {
                 "prompt_tokens": self.num_prompt_tokens,
@@ -72,15 +69,17 @@ class Framer:
         return frame(fields)
 
     def _end(self, summary: Summary) -> Iterator[bytes]:
-        """The last chunk: no choices; usage when asked for, and what became of the visual tokens."""
+        """The last chunk: no choices; usage and drafting when asked for, and what became of the visual tokens."""
         vision = self.call.request.vision
         wants_vision = vision.return_map or vision.return_timings or bool(self.call.request.media)
-        if not (self.call.include_usage or wants_vision):
+        if not (self.call.include_usage or wants_vision or self.call.return_accepted):
             return
         last = self.head.fields("chat.completion.chunk") | {"choices": []}
         if self.call.include_usage:
             last["usage"] = usage_fields(summary.usage)
         last["vision"] = vision_fields(summary, return_map=vision.return_map, return_timings=vision.return_timings)
+        if self.call.return_accepted:
+            last["speculation"] = speculation_fields(summary.usage)
         yield frame(last)
 
 
