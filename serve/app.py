@@ -458,23 +458,36 @@ def demo(
     port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
     model: ModelOption = "tiny",
     reducer: ReducerOption = "none",
+    drafter: DrafterOption = "none",
+    allow_drafter: AllowDrafterOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
     api_key: Annotated[str | None, typer.Option(envvar="MM_API_KEY", help="Key that the server wants.")] = None,
 ) -> None:
-    """Open a page that compares the full and the reduced answer and shows which tokens were kept."""
+    """Open a page that compares the full and the reduced answer and shows which tokens were kept and which drafted.
+
+    Without a drafter option the page offers the model's own drafters and those that need no training.
+    """
     from serve.config import ServeConfig
+    from serve.demo.choices import with_drafters
     from serve.demo.launch import DemoConfig, run_demo
 
     _log_to_stderr()
     need("gradio", "demo")
-    server = ServeConfig(
-        model=model_config(model=model, reducer=reducer, device=device, dtype=dtype, num_threads=threads)
+    config = model_config(
+        model=model,
+        reducer=reducer,
+        device=device,
+        dtype=dtype,
+        num_threads=threads,
+        drafter=drafter,
+        drafters=allow_drafter,
     )
     if url is None:
-        check_model(server.model)
-    run_demo(DemoConfig(url=url, api_key=api_key, server=server, host=host, port=port))
+        check_model(config)
+        config = with_drafters(config)
+    run_demo(DemoConfig(url=url, api_key=api_key, server=ServeConfig(model=config), host=host, port=port))
 
 
 def _log_to_stderr() -> None:

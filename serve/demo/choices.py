@@ -9,12 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mm.core.plugins import describe, get
+from mm.core.config import ModelConfig, SpeculationLimits
+from mm.core.plugins import describe, get, names
+from mm.models.checkpoint import find
 
 DEFAULT_REDUCER = "divprune"
 NO_CHOICE = frozenset({"none", "pipeline"})
 """`none` is the other side of the comparison; a pipeline is written out: `a:keep_ratio=0.5 + b:keep_ratio=0.5`."""
 
+DEFAULT_DRAFTER = "flash"
+SHOWN = 6
+"""Drafted tokens per pass on a page that offers all drafters."""
 BUDGET = "keep_ratio"
 ENTRY = re.compile(r"^\s{4,8}(\w+(?:, \w+)*): (.*(?:\n\s{9,}\S.*)*)", re.MULTILINE)
 """One entry of a docstring's list of attributes, its continued lines included."""
@@ -101,3 +106,25 @@ def written(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, separators=(",", ":"))
+
+
+def with_drafters(config: ModelConfig) -> ModelConfig:
+    """The model with every drafter that its folder brings, and those that need no training.
+
+    All that they draft is verified, so that it can be seen; elsewhere cost decides. What the operator chose stays as
+    it is.
+    """
+    if config.speculation != SpeculationLimits():
+        return config
+    folder = find(config.model) / "drafters"
+    trained = [name for name in names("drafter") if (weights := _weights(name)) and (folder / weights).is_dir()]
+    free = ["copy", "recycle", "copy + recycle"]
+    default = next((name for name in [DEFAULT_DRAFTER, *trained] if name in trained), free[-1])
+    limits = SpeculationLimits(drafter=default, drafters=(*trained, *free), max_draft_tokens=SHOWN, control=False)
+    return dataclasses.replace(config, speculation=limits)
+
+
+def _weights(drafter: str) -> str | None:
+    """The folder that a trained drafter looks for."""
+    plugin = get("drafter", drafter)
+    return getattr(plugin, "weights", None) if plugin.trained is True else None

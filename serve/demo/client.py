@@ -55,12 +55,14 @@ class Ask:
         reducer: A reducer specification.
         keep_ratio: Sent only when set; for a specification that holds its own ratios leave it None.
         num_frames: Frames of a clip; not sent for an image.
+        drafter: One that the server offers; None leaves the choice to it.
     """
 
     question: str
     upload: Upload
     reducer: str = "none"
     keep_ratio: float | None = None
+    drafter: str | None = None
     num_frames: int = 8
     seed: int = 0
     temperature: float = 0.0
@@ -78,6 +80,7 @@ class Ask:
             vision["keep_ratio"] = self.keep_ratio
         if self.upload.kind == "video":
             vision["num_frames"] = self.num_frames
+        drafting = {"drafter": self.drafter} if self.drafter is not None else {}
         return {
             "model": model,
             "messages": [{"role": "user", "content": content}],
@@ -85,7 +88,25 @@ class Ask:
             "temperature": self.temperature,
             "seed": self.seed,
             "vision": vision,
+            "speculation": drafting | {"return_accepted": True},
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A run of an answer's text whose tokens were all drafted and accepted, or all came from the model alone."""
+
+    text: str
+    num_tokens: int
+    is_drafted: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What a server offers: a model, and who may draft for it, its default first."""
+
+    model: str
+    drafters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +117,8 @@ class Reply:
         num_cached_tokens: Prompt tokens that the decoder still had; 0 also when the server does not report them.
         num_visual_tokens_in, num_visual_tokens_kept: None when the server does not report them.
         kept: One map per media item; empty when the server does not report them.
+        pieces: The text in runs; empty when the server does not report them.
+        mean_acceptance_length: Tokens per pass that had a draft; None without any.
         timings_s: Seconds by stage ("encode", "prefill", ...); empty when the server does not report them.
         wall_s: Seconds from sending the request to having the answer, as seen from here.
     """
@@ -109,6 +132,8 @@ class Reply:
     num_visual_tokens_in: int | None = None
     num_visual_tokens_kept: int | None = None
     kept: tuple[KeptMap, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    mean_acceptance_length: float | None = None
     timings_s: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -143,17 +168,26 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def model(self) -> str:
-        """The name of the first model the server offers.
+    def offer(self) -> Offer:
+        """The first model of the server, and its drafters.
 
         Raises:
-            ServerProblem: There is no such server, or it offers none.
+            ServerProblem: There is no such server, or it offers no model.
         """
         body = self._call("GET", "/v1/models")
         try:
-            return str(body["data"][0]["id"])
+            card = body["data"][0]
+            return Offer(model=str(card["id"]), drafters=_drafters(card))
         except (LookupError, TypeError):
             raise ServerProblem(f"The server at {self.url} offers no model.") from None
+
+    def model(self) -> str:
+        """The name of the first model of the server.
+
+        Raises:
+            ServerProblem: See `offer`.
+        """
+        return self.offer().model
 
     def ask(self, ask: Ask) -> Reply:
         """Send a question and wait for the whole answer.
@@ -208,6 +242,11 @@ def _body(response: httpx.Response, url: str) -> Any:
     )
 
 
+def _drafters(card: Mapping[str, Any]) -> tuple[str, ...]:
+    names = [str(name) for name in card.get("drafters") or ()]
+    return tuple(dict.fromkeys([str(card["default_drafter"]), *names])) if names else ()
+
+
 def parse_reply(body: Any, wall_s: float) -> Reply:
     """A `Reply` from a response's JSON.
 
@@ -216,7 +255,8 @@ def parse_reply(body: Any, wall_s: float) -> Reply:
     """
     try:
         choice, usage, vision = body["choices"][0], body["usage"], body.get("vision") or {}
-        timings = vision.get("timings") or {}
+        timings, drafting = vision.get("timings") or {}, body.get("speculation") or {}
+        length = drafting.get("mean_acceptance_length")
         return Reply(
             text=str(choice["message"]["content"] or ""),
             finish_reason=str(choice.get("finish_reason") or ""),
@@ -227,6 +267,8 @@ def parse_reply(body: Any, wall_s: float) -> Reply:
             num_visual_tokens_in=_count(vision.get("visual_tokens_in")),
             num_visual_tokens_kept=_count(vision.get("visual_tokens_kept")),
             kept=tuple(_kept_map(item) for item in vision.get("items") or ()),
+            pieces=tuple(_piece(piece) for runs in (drafting.get("pieces") or ())[:1] for piece in runs),
+            mean_acceptance_length=None if length is None else float(length),
             timings_s={stage.removesuffix("_s"): float(value) for stage, value in timings.items()},
         )
     except (LookupError, TypeError, ValueError, AttributeError):
@@ -235,6 +277,11 @@ def parse_reply(body: Any, wall_s: float) -> Reply:
 
 def _count(value: Any) -> int | None:
     return None if value is None else int(value)
+
+
+def _piece(piece: Any) -> Piece:
+    num_tokens = int(piece["tokens"])
+    return Piece(text=str(piece["text"]), num_tokens=num_tokens, is_drafted=int(piece["accepted_tokens"]) > 0)
 
 
 def _kept_map(item: Any) -> KeptMap:

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.core.config import MiB
+from mm.core.config import MiB, ModelConfig
 from mm.core.errors import InvalidOption, MmError
 from serve.config import ServeConfig
+from serve.demo.choices import with_drafters
 from serve.demo.samples import SAMPLES_FOLDER, load_samples
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class DemoConfig:
 
     url: str | None = None
     api_key: str | None = field(default=None, repr=False)
-    server: ServeConfig = field(default_factory=ServeConfig)
+    server: ServeConfig = field(default_factory=lambda: ServeConfig(model=with_drafters(ModelConfig())))
     host: str = "127.0.0.1"
     port: int = 7860
     samples: Path = SAMPLES_FOLDER

@@ -35,6 +35,7 @@ class Form:
     question: str
     reducer: str
     keep_ratio: float
+    drafter: str | None
     num_frames: float
     seed: float | None
     temperature: float
@@ -56,6 +57,7 @@ class Form:
         full = Ask(
             question=self.question.strip(),
             upload=upload,
+            drafter=self.drafter or None,
             num_frames=int(self.num_frames),
             seed=int(self.seed or 0),
             temperature=float(self.temperature),
@@ -104,6 +106,7 @@ class Inputs:
     keep_ratio: gr.Slider
     groups: dict[str, gr.Group]
     options: list[Any]
+    drafter: gr.Dropdown
     num_frames: gr.Slider
     seed: gr.Number
     temperature: gr.Slider
@@ -112,7 +115,7 @@ class Inputs:
     @property
     def form(self) -> list[Any]:
         """The components of `Form`, in its order."""
-        chosen = [self.file, self.question, self.reducer, self.keep_ratio]
+        chosen = [self.file, self.question, self.reducer, self.keep_ratio, self.drafter]
         return [*chosen, self.num_frames, self.seed, self.temperature, self.max_tokens, *self.options]
 
 
@@ -161,6 +164,14 @@ def _inputs(samples: Sequence[Sample], choices: Sequence[ReducerChoice]) -> Inpu
             1, MAX_FRAMES, value=8, step=1, label="Frames of the clip", visible=False, elem_id="mm-frames"
         )
     groups, options = _option_inputs(choices, first.name)
+    drafter = gr.Dropdown(
+        [],
+        value=None,
+        label="Drafter",
+        info="Proposes tokens ahead; the answer is the same with any.",
+        visible=False,
+        elem_id="mm-drafter",
+    )
     with gr.Accordion("Sampling", open=False):
         temperature = gr.Slider(
             0, 2, value=0, step=0.05, label="Temperature", info="0 always takes the likeliest token."
@@ -177,6 +188,7 @@ def _inputs(samples: Sequence[Sample], choices: Sequence[ReducerChoice]) -> Inpu
         keep_ratio=keep_ratio,
         groups=groups,
         options=options,
+        drafter=drafter,
         num_frames=num_frames,
         seed=seed,
         temperature=temperature,
@@ -259,7 +271,7 @@ def _outputs() -> Outputs:
 def _wire(page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs, head: gr.HTML) -> None:
     # Private: the page is for people; programs have the server's own API.
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    page.load(handlers.heading, None, head, **quiet)
+    page.load(handlers.heading, None, [head, inputs.drafter], **quiet)
     gr.on(
         [inputs.file.change, inputs.num_frames.release],
         handlers.show_upload,
@@ -281,12 +293,15 @@ class Handlers:
     def __init__(self, client: Client, samples: Sequence[Sample], choices: Sequence[ReducerChoice]) -> None:
         self._client, self._samples, self._choices = client, tuple(samples), tuple(choices)
 
-    def heading(self) -> str:
-        """The first line, with who is asked or why nobody can be."""
+    def heading(self) -> tuple[str, Any]:
+        """The first line, with who is asked or why nobody can be; and the drafters to choose from, if there are any."""
         try:
-            return views.heading(views.server_line(self._client.model(), self._client.url))
+            offer = self._client.offer()
         except ServerProblem as problem:
-            return views.heading(views.server_down(str(problem)))
+            return views.heading(views.server_down(str(problem))), gr.update()
+        drafters = list(offer.drafters)
+        chosen = gr.update(choices=drafters, value=next(iter(drafters), None), visible=len(drafters) > 1)
+        return views.heading(views.server_line(offer.model, self._client.url)), chosen
 
     def show_upload(self, path: str | None, num_frames: float) -> tuple[Any, Any]:
         """The picture, or the frames that will be looked at."""

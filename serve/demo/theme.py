@@ -63,6 +63,9 @@ gradio-app, .gradio-container { min-width: 0 !important; }
   overflow-wrap: anywhere; }
 .mm-answer { font-size: 19px; line-height: 1.4; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 4px;
   color: var(--body-text-color); max-height: 320px; overflow-y: auto; }
+.mm-drafted { background: #ccfbf1; color: #134e4a; border-radius: 3px; padding: 0 1px;
+  box-decoration-break: clone; -webkit-box-decoration-break: clone; }
+.dark .mm-drafted { background: #134e4a; color: #ccfbf1; }
 .mm-expected { font-size: 13px; margin: 0 0 4px; color: var(--body-text-color-subdued); }
 .mm-note { font-size: 12.5px; color: var(--body-text-color-subdued); margin: 8px 0 0; }
 .mm-meter { margin: 12px 0 0; }

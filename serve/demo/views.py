@@ -56,19 +56,44 @@ def answer_card(side: str, detail: str, reply: Reply, scale_s: float, expected: 
         scale_s: Seconds of a full bar, the same for both cards.
         expected: The right answer, where it is known.
     """
-    answer = escape(reply.text.strip()) if reply.text.strip() else "<em>(an empty answer)</em>"
-    body = [f'<p class="mm-answer">{answer}</p>']
+    body = [f'<p class="mm-answer">{_text(reply)}</p>']
     if expected is not None:
         body.append(f'<p class="mm-expected">The right answer: {escape(expected)}</p>')
     if reply.finish_reason == "length":
         body.append('<p class="mm-note">Cut off at the limit of answer tokens.</p>')
-    body += [_meter(reply), _bars(reply, scale_s), _usage(reply)]
+    body += [_drafting(reply), _meter(reply), _bars(reply, scale_s), _usage(reply)]
     return _card(side, detail, "".join(body))
 
 
 def _card(side: str, detail: str, body: str) -> str:
     head = f"<h2>{TITLES[side]}<span>{escape(detail)}</span></h2>"
     return f'<section class="mm-card mm-{side}" aria-live="polite">{head}{body}</section>'
+
+
+def _text(reply: Reply) -> str:
+    """The answer, with what was drafted and accepted marked."""
+    if not reply.text.strip():
+        return "<em>(an empty answer)</em>"
+    if "".join(piece.text for piece in reply.pieces) != reply.text:
+        return escape(reply.text.strip())
+    marked = (
+        f'<mark class="mm-drafted">{escape(piece.text)}</mark>' if piece.is_drafted else escape(piece.text)
+        for piece in reply.pieces
+        if piece.text
+    )
+    return "".join(marked).strip()
+
+
+def _drafting(reply: Reply) -> str:
+    """How much of the answer was drafted, beside the colour it has."""
+    if reply.mean_acceptance_length is None:
+        return ""
+    drafted = sum(piece.num_tokens for piece in reply.pieces if piece.is_drafted)
+    return (
+        f'<p class="mm-note mm-drafting"><mark class="mm-drafted">Drafted and accepted</mark>: {drafted:,} of '
+        f"{reply.num_completion_tokens:,} tokens. Mean accepted length <b>{reply.mean_acceptance_length:.2f}</b> "
+        "tokens per drafted pass, the pass's own included.</p>"
+    )
 
 
 def _meter(reply: Reply) -> str:

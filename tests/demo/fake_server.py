@@ -1,6 +1,7 @@
 """A stand-in that speaks the public HTTP API and knows no model: it answers with the question and keeps tokens by rule.
 
-Random reduction keeps every fourth token by default, so a test can say which cells a map has to dim.
+Random reduction keeps every fourth token by default, so a test can say which cells a map has to dim. The drafter "echo"
+drafts the question, the others nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def fake_app() -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": "fake", "object": "model"}]}
+        card = {"id": "fake", "object": "model", "default_drafter": "echo", "drafters": ["none", "echo", "other"]}
+        return {"object": "list", "data": [card]}
 
     @app.post("/v1/chat/completions")
     async def chat(http: Request) -> Any:
@@ -66,6 +68,7 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
     ratio = {"none": 1.0, "uniform": vision.get("keep_ratio"), "random": vision.get("keep_ratio")}[name]
     kept = kept_indices(num_tokens, ratio)
     work_s = len(kept) / 10_000
+    drafts = body["speculation"].get("drafter", "echo") == "echo"
     return {
         "choices": [
             {
@@ -79,6 +82,16 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
             "completion_tokens": 7,
             "total_tokens": len(kept) + 27,
             "prompt_tokens_details": {"cached_tokens": len(kept)},
+        },
+        "speculation": {
+            "drafts": int(drafts),
+            "mean_acceptance_length": 6.0 if drafts else None,
+            "pieces": [
+                [
+                    {"text": f"{name}: ", "tokens": 2, "accepted_tokens": 0},
+                    {"text": text["text"], "tokens": 5, "accepted_tokens": 5 * drafts},
+                ]
+            ],
         },
         "vision": {
             "reducer": vision["reducer"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,6 +144,31 @@ def test_a_picture_is_answered_twice_by_the_shipped_model(open_page: Any, tiny_u
     assert np.abs(pixels(shown) - dimmed).mean() > 30
     page.get_by_text("The reduced question as curl").click()
     page.wait_for_selector("#mm-curl >> text=a bright picture.png")
+
+
+@needs_samples
+def test_drafted_text_has_a_colour_and_the_answer_is_the_same_without(open_page: Any, tiny_url: str) -> None:
+    page = open_page(tiny_url)
+    sample = next(sample for sample in load_samples() if sample.path.name == "many_shapes.png")
+    upload(page, sample.path)
+    assert page.input_value("#mm-drafter input") == "flash"
+    ask(page, "Describe the picture.")
+    answer = page.locator("#mm-full .mm-answer")
+    marked = answer.locator("mark.mm-drafted")
+    assert marked.count() > 0
+    colour = "e => getComputedStyle(e).backgroundColor"
+    assert marked.first.evaluate(colour) != answer.evaluate(colour)
+    told = page.inner_text("#mm-full .mm-drafting")
+    found = re.search(r"(\d+) of (\d+) tokens. Mean accepted length (\d+\.\d+)", told)
+    assert found, told
+    assert 0 < int(found[1]) < int(found[2])
+    assert 1 < float(found[3]) < 16
+    text = page.inner_text("#mm-full .mm-answer")
+    page.click("#mm-drafter input")
+    page.get_by_role("option", name="none", exact=True).click()
+    page.click("#mm-ask")
+    page.wait_for_function("!document.querySelector('mark') && document.querySelector('#mm-reduced .mm-answer')")
+    assert page.inner_text("#mm-full .mm-answer") == text
 
 
 @needs_samples

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.demo.client import Ask, Client, ServerProblem, Upload, parse_reply
+from serve.demo.client import Ask, Client, Offer, ServerProblem, Upload, parse_reply
 from serve.demo.launch import serving
 from serve.demo.media import read_upload
 from tests.demo.fake_server import answer, fake_app
@@ -67,6 +67,27 @@ def test_a_reply_is_read_whole(picture: Path) -> None:
     assert reply.timings_s["encode"] == 0.06
     assert (reply.num_prompt_tokens, reply.num_completion_tokens) == (84, 7)
     assert reply.num_cached_tokens == 64
+    assert [(piece.text, piece.num_tokens, piece.is_drafted) for piece in reply.pieces] == [
+        ("uniform: ", 2, False),
+        ("What?", 5, True),
+    ]
+    assert reply.mean_acceptance_length == 6.0
+
+
+def test_the_drafter_is_the_servers_unless_one_is_chosen() -> None:
+    assert Ask(question="What?", upload=PNG).payload("m")["speculation"] == {"return_accepted": True}
+    chosen = Ask(question="What?", upload=PNG, drafter="copy").payload("m")["speculation"]
+    assert chosen == {"drafter": "copy", "return_accepted": True}
+
+
+def test_the_servers_drafters_are_offered_its_default_first() -> None:
+    cards = [
+        ({"id": "m", "default_drafter": "copy", "drafters": ["none", "copy"]}, ("copy", "none")),
+        ({"id": "m"}, ()),
+    ]
+    for card, drafters in cards:
+        asked = client(lambda request, card=card: httpx.Response(200, json={"data": [card]}))
+        assert asked.offer() == Offer(model="m", drafters=drafters)
 
 
 def test_a_server_without_a_vision_object_is_understood() -> None:
@@ -76,7 +97,8 @@ def test_a_server_without_a_vision_object_is_understood() -> None:
     }
     reply = parse_reply(body, 0.1)
     assert reply.num_visual_tokens_in is None
-    assert reply.kept == ()
+    assert reply.kept == reply.pieces == ()
+    assert reply.mean_acceptance_length is None
     assert reply.timings_s == {}
     assert reply.num_cached_tokens == 0
 

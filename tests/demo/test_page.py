@@ -11,9 +11,10 @@ import httpx
 import pytest
 from PIL import Image
 
+from mm.core.config import ModelConfig, SpeculationLimits
 from mm.core.errors import InvalidOption
 from mm.core.plugins import create, get, names, options_of
-from serve.demo.choices import ReducerChoice, installed_reducers, option_help, reducer_spec, written
+from serve.demo.choices import ReducerChoice, installed_reducers, option_help, reducer_spec, with_drafters, written
 from serve.demo.client import Client
 from serve.demo.launch import DemoConfig, demo_app, run_demo, serving
 from serve.demo.media import NotMedia, preview, read_upload, thumbnail
@@ -32,6 +33,7 @@ FORM: dict[str, Any] = {
     "question": "What?",
     "reducer": "uniform",
     "keep_ratio": 0.25,
+    "drafter": "other",
     "num_frames": 8,
     "seed": 7,
     "temperature": 0.5,
@@ -125,7 +127,25 @@ def test_both_questions_differ_in_the_reduction_only(picture: Path) -> None:
     assert first.pop("vision") == {"reducer": "none", "return_map": True, "return_timings": True}
     assert second.pop("vision")["reducer"] == "uniform"
     assert first == second
+    assert first["speculation"]["drafter"] == "other"
     assert (first["seed"], first["temperature"], first["max_tokens"]) == (7, 0.5, 9)
+
+
+def test_the_servers_drafters_can_be_chosen(handlers: Handlers) -> None:
+    head, drafter = handlers.heading()
+    assert "fake at <code>http" in head
+    assert (drafter["choices"], drafter["value"], drafter["visible"]) == (["echo", "none", "other"], "echo", True)
+
+
+def test_the_own_server_offers_the_models_drafters_unless_told_otherwise(tmp_path: Path) -> None:
+    own = DemoConfig().server.model.speculation
+    assert own.drafter == "flash"
+    assert {"eagle", "msd", "vispec", "specvlm", "flash", "copy", "recycle"} <= set(own.offered)
+    told = ModelConfig(speculation=SpeculationLimits(drafter="none", drafters=("copy",)))
+    assert with_drafters(told) == told
+    (tmp_path / "config.json").write_text("{}")
+    bare = with_drafters(ModelConfig(model=str(tmp_path))).speculation
+    assert (bare.drafter, bare.drafters) == ("copy + recycle", ("copy", "recycle", "copy + recycle"))
 
 
 def test_answers_come_one_after_the_other(handlers: Handlers, picture: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mm.core.data import KeptMap
 from serve.demo import views
-from serve.demo.client import Reply
+from serve.demo.client import Piece, Reply
 from serve.demo.media import Preview
 
 REPLY = Reply(
@@ -23,6 +23,7 @@ REPLY = Reply(
     kept=(KeptMap(kind="image", grid=(1, 16, 16), kept=tuple(range(64))),),
     timings_s={"decode": 0.03, "load": 0.004, "queue": 0.00001, "encode": 0.06, "reduce": 0.0, "prefill": 0.0064},
 )
+DRAFTED = Piece(text="<img src=x>", num_tokens=1, is_drafted=True)
 
 
 def widths(html: str) -> list[float]:
@@ -67,6 +68,26 @@ def test_a_cached_item_is_said_to_be_cached() -> None:
     assert "in its cache" not in views.answer_card("full", "", REPLY, 0.1)
 
 
+def test_drafted_text_is_marked_and_counted() -> None:
+    pieces = (
+        Piece(text="a <b", num_tokens=2, is_drafted=False),
+        Piece(text="> c", num_tokens=3, is_drafted=True),
+        Piece(text="", num_tokens=1, is_drafted=True),
+        Piece(text="at", num_tokens=2, is_drafted=False),
+    )
+    drafted = replace(REPLY, text="a <b> cat", pieces=pieces, mean_acceptance_length=2.333, num_completion_tokens=8)
+    card = views.answer_card("full", "", drafted, 0.1)
+    assert '<p class="mm-answer">a &lt;b<mark class="mm-drafted">&gt; c</mark>at</p>' in card
+    assert ": 4 of 8 tokens" in card
+    assert "<b>2.33</b> tokens per drafted pass" in card
+    assert "mm-drafted" not in views.answer_card("full", "", REPLY, 0.1)
+
+
+def test_pieces_that_are_not_the_text_mark_nothing() -> None:
+    other = (Piece(text="<img src=x>", num_tokens=1, is_drafted=True),)
+    assert '<p class="mm-answer">a cat</p>' in views.answer_card("full", "", replace(REPLY, pieces=other), 0.1)
+
+
 def test_a_cut_answer_is_said_to_be_cut() -> None:
     assert "Cut off" in views.answer_card("full", "", replace(REPLY, finish_reason="length"), 0.1)
 
@@ -82,6 +103,7 @@ def test_a_server_that_reports_nothing_is_said_to() -> None:
     "html",
     [
         views.answer_card("full", "<b>", replace(REPLY, text="<img src=x>"), 1.0, expected="<img src=x>"),
+        views.answer_card("full", "", replace(REPLY, text="<img src=x>", pieces=(DRAFTED,)), 1.0),
         views.error_card("full", "<b>x", "<img src=x>", "<img src=x>"),
         views.server_line("<img src=x>", "<img src=x>"),
         views.server_down("<img src=x>"),
