@@ -230,6 +230,7 @@ def caption(
     prompt: Annotated[str | None, typer.Option(help="Asked about every item; a description by default.")] = None,
     model: ModelOption = "tiny",
     reducer: ReducerOption = "none",
+    lenient_reducers: LenientOption = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest caption.")] = 128,
     pattern: Annotated[list[str] | None, typer.Option(help='Names to take from folders, e.g. "*.png"; repeat.')] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items.")] = None,
@@ -264,6 +265,7 @@ def caption(
         model=model_config(
             model=model,
             reducer=reducer,
+            lenient_reducers=lenient_reducers,
             device=device,
             dtype=dtype,
             num_frames=frames,
@@ -458,6 +460,7 @@ def demo(
     port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
     model: ModelOption = "tiny",
     reducer: ReducerOption = "none",
+    lenient_reducers: LenientOption = False,
     drafter: DrafterOption = "none",
     allow_drafter: AllowDrafterOption = None,
     device: DeviceOption = "cpu",
@@ -478,6 +481,7 @@ def demo(
     config = model_config(
         model=model,
         reducer=reducer,
+        lenient_reducers=lenient_reducers,
         device=device,
         dtype=dtype,
         num_threads=threads,

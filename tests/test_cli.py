@@ -101,3 +101,18 @@ def test_the_engine_is_bounded_from_the_command_line(command, tmp_path, monkeypa
     assert (fields["max_num_seqs"], fields["max_batch_tokens"]) == (3, 64)
     assert (fields["prefix_caching"], fields["dtype"]) == (False, "float32")
     assert fields.get("max_waiting", 7) == 7
+
+
+@pytest.mark.parametrize("given", [[], ["--lenient-reducers"]])
+@pytest.mark.parametrize(("command", "arguments"), [("serve", ["--in-process"]), ("caption", ["."]), ("demo", [])])
+def test_every_command_that_answers_takes_lenient_reducers(command, arguments, given, tmp_path, monkeypatch):
+    made = []
+
+    def caught(**fields):
+        made.append(fields)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(app_module, "model_config", caught)
+    out = ["--out", str(tmp_path)] if command == "caption" else []
+    assert run_here(monkeypatch, command, *arguments, *out, *given) == 0
+    assert made[0]["lenient_reducers"] is bool(given)

@@ -119,6 +119,7 @@ class Reply:
         kept: One map per media item; empty when the server does not report them.
         pieces: The text in runs; empty when the server does not report them.
         mean_acceptance_length: Tokens per pass that had a draft; None without any.
+        reducer_faults: What the reducer did wrong; its tokens were all kept.
         timings_s: Seconds by stage ("encode", "prefill", ...); empty when the server does not report them.
         wall_s: Seconds from sending the request to having the answer, as seen from here.
     """
@@ -134,6 +135,7 @@ class Reply:
     kept: tuple[KeptMap, ...] = ()
     pieces: tuple[Piece, ...] = ()
     mean_acceptance_length: float | None = None
+    reducer_faults: tuple[str, ...] = ()
     timings_s: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -269,6 +271,7 @@ def parse_reply(body: Any, wall_s: float) -> Reply:
             kept=tuple(_kept_map(item) for item in vision.get("items") or ()),
             pieces=tuple(_piece(piece) for runs in (drafting.get("pieces") or ())[:1] for piece in runs),
             mean_acceptance_length=None if length is None else float(length),
+            reducer_faults=tuple(str(fault) for fault in vision.get("reducer_faults") or ()),
             timings_s={stage.removesuffix("_s"): float(value) for stage, value in timings.items()},
         )
     except (LookupError, TypeError, ValueError, AttributeError):

@@ -61,6 +61,7 @@ def answer_card(side: str, detail: str, reply: Reply, scale_s: float, expected: 
         body.append(f'<p class="mm-expected">The right answer: {escape(expected)}</p>')
     if reply.finish_reason == "length":
         body.append('<p class="mm-note">Cut off at the limit of answer tokens.</p>')
+    body += [f'<p class="mm-note">All tokens were kept: {escape(fault)}</p>' for fault in reply.reducer_faults]
     body += [_drafting(reply), _meter(reply), _bars(reply, scale_s), _usage(reply)]
     return _card(side, detail, "".join(body))
 

@@ -211,6 +211,7 @@ class _Run:
         return None if path is None else self.output.captions.read(path)
 
     def _count(self, record: Record) -> None:
+        self.summary.num_reducer_faults += "reducer_faults" in record
         if "same_as" in record:
             self.summary.num_shared += 1
             return

@@ -261,7 +261,7 @@ def complete(begun: Begun, model: str, captioner: Captioner, equal: Mapping[str,
         result = collect(begun.answering.events())
     except Exception as error:
         return Failure.of(error, "answer", loaded.item.path)
-    return {
+    record = {
         **_identity(loaded),
         "caption": result.text,
         "finish_reason": result.finish_reasons[0],
@@ -273,6 +273,8 @@ def complete(begun: Begun, model: str, captioner: Captioner, equal: Mapping[str,
         "model": model,
         "reducer": result.reducer,
     }
+    # Only where there are some: with a lenient policy, what a reducer did wrong while all its tokens were kept.
+    return record | ({"reducer_faults": list(result.reducer_faults)} if result.reducer_faults else {})
 
 
 def failure_record(loaded: Loaded, failure: Failure) -> Record:

@@ -36,6 +36,7 @@ class Summary:
         num_failed: Failed in this run.
         num_captioned_before, num_failed_before: Left as earlier runs left them.
         num_remaining: Not reached.
+        num_reducer_faults: Captioned in this run with all tokens because the reducer failed.
         skipped: Files of other types, counted by extension.
         problems: Inputs that led nowhere and folders that could not be read.
         num_visual_tokens_in, num_visual_tokens_kept: Sums over what the model captioned in this run.
@@ -48,6 +49,7 @@ class Summary:
     num_captioned_before: int = 0
     num_failed_before: int = 0
     num_remaining: int = 0
+    num_reducer_faults: int = 0
     num_visual_tokens_in: int = 0
     num_visual_tokens_kept: int = 0
     elapsed_s: float = 0.0
@@ -137,9 +139,11 @@ class Report:
     def end(self, summary: Summary, *, as_json: bool) -> None:
         """The counts, and on request the same as one JSON line on stdout."""
         before = f", {summary.num_captioned_before} had a caption already" if summary.num_captioned_before else ""
+        faults = f", {summary.num_reducer_faults} with all tokens as the reducer failed"
+        faults = faults if summary.num_reducer_faults else ""
         remaining = f", {summary.num_remaining} not reached" if summary.num_remaining else ""
         self.info(
-            f"{summary.num_captioned + summary.num_shared} captioned ({summary.num_shared} as equal files), "
+            f"{summary.num_captioned + summary.num_shared} captioned ({summary.num_shared} as equal files){faults}, "
             f"{summary.num_failures} failed{before}{remaining}; {_kept(summary)}; {summary.elapsed_s:.1f} s; "
             f"results in {summary.out}"
         )

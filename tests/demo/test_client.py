@@ -72,6 +72,10 @@ def test_a_reply_is_read_whole(picture: Path) -> None:
         ("What?", 5, True),
     ]
     assert reply.mean_acceptance_length == 6.0
+    assert reply.reducer_faults == ()
+    body = answer(ask.payload("fake"))
+    body["vision"]["reducer_faults"] = ["X: failed"]
+    assert parse_reply(body, 0.5).reducer_faults == ("X: failed",)
 
 
 def test_the_drafter_is_the_servers_unless_one_is_chosen() -> None:

@@ -39,6 +39,12 @@ def test_prompt_tokens_from_the_cache_are_told() -> None:
     assert "270 prompt (256 of them cached) + 7 answer tokens" in card
 
 
+def test_a_reducer_that_failed_is_told() -> None:
+    card = views.answer_card(views.FULL, "", replace(REPLY, reducer_faults=("X: raised <b>",)), 0.1)
+    assert "All tokens were kept: X: raised &lt;b&gt;" in card
+    assert "All tokens were kept" not in views.answer_card(views.FULL, "", REPLY, 0.1)
+
+
 def test_a_queue_that_was_waited_in_is_shown() -> None:
     waited = replace(REPLY, timings_s={**REPLY.timings_s, "queue": 0.5})
     assert ("queue", 0.5) in views.stages_of(waited)

@@ -373,6 +373,7 @@ def test_the_counts_come_as_one_line_of_json(case: Case, fill: Fill, capsys):
         "num_captioned_before": 0,
         "num_failed_before": 0,
         "num_remaining": 0,
+        "num_reducer_faults": 0,
         "num_visual_tokens_in": 16,
         "num_visual_tokens_kept": 4,
         "exit_code": 3,

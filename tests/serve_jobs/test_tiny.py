@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 import mm
-from mm.core.config import ModelConfig, SourcePolicy
+from mm.core.config import ModelConfig, ReducerPolicy, SourcePolicy
+from pruning.in_llm.fastv import FastV
 from serve.jobs.caption import run_caption
 from serve.jobs.job import CaptionJob
 from tests.serve_jobs.conftest import read_lines
@@ -43,6 +47,34 @@ def test_the_shipped_model_captions_images_and_clips_as_it_answers_in_python(tmp
         assert line["reducer"] == answer.reducer == REDUCER
         assert line["timings"]["encode_s"] > 0
         assert line["timings"]["decode_s"] > 0
+        assert "reducer_faults" not in line
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_a_reducer_at_fault_fails_the_item_or_keeps_its_tokens(tmp_path: Path, monkeypatch, capsys, lenient: bool):
+    """An equal file, which shares the caption, shares the flag."""
+
+    def fail(self: FastV, layer: int, view: object) -> None:
+        raise RuntimeError("a secret of the plugin")
+
+    monkeypatch.setattr(FastV, "in_prefill", fail)
+    for name in ("a.png", "b.png"):
+        shutil.copy(SAMPLES / "many_shapes.png", tmp_path / name)
+    model = ModelConfig(reducer="fastv", reducers=ReducerPolicy(lenient=lenient))
+    job = CaptionJob(inputs=(str(tmp_path),), out=tmp_path / "out", model=model, max_tokens=4, as_json=True)
+    told = "FastV: failed at layer 2: RuntimeError"
+    if not lenient:
+        assert run_caption(job) == 3
+        failures = read_lines(job.out / "failures.jsonl")
+        assert [(line["code"], line["reason"]) for line in failures] == [("reducer_fault", told)] * 2
+        return
+    assert run_caption(job) == 0
+    lines = read_lines(job.out / "captions.jsonl")
+    assert [line["reducer_faults"] for line in lines] == [[told]] * 2
+    assert lines[0]["num_visual_tokens_kept"] == lines[0]["num_visual_tokens_in"] == 256
+    said = capsys.readouterr()
+    assert json.loads(said.out)["num_reducer_faults"] == 2
+    assert "2 with all tokens as the reducer failed" in " ".join(said.err.split())
 
 
 def test_a_model_that_does_not_exist_is_exit_code_1(tmp_path: Path, capsys):
