@@ -117,7 +117,8 @@ def prefill(language: LanguageModel, prompt: Prompt, cache: KVCache, spec: str) 
 def full_map(language: LanguageModel, prompt: Prompt) -> int:
     """Largest tensor of one layer's attention, made whole."""
     with Largest() as largest, torch.inference_mode():
-        query, key = language.queries_keys(0, prompt.embeddings, language.rotary(prompt.positions))
+        rotary = language.rotary(prompt.positions)
+        query, key = language.queries(0, prompt.embeddings, rotary), language.keys(0, prompt.embeddings, rotary)
         groups = query.shape[1] // key.shape[1]
         torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(groups, dim=1)).softmax(-1)
     return largest.num_bytes

@@ -34,7 +34,9 @@ class Layers(Protocol):
 
     def layer(self, index: int, hidden: Tensor, batch: RowBatch, rotary: Rotary, attention: Attention) -> Tensor: ...
 
-    def queries_keys(self, index: int, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]: ...
+    def queries(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor: ...
+
+    def keys(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor: ...
 
     def norm(self, hidden: Tensor) -> Tensor: ...
 
@@ -304,7 +306,7 @@ class PrefillView:
             raise ReducerFault("attention_rows", f"asks for layer {layer} at the input of layer {self.layer}")
         index, source = layer, self.hidden if layer == self.layer else self._before
         cos, sin = self._rotary
-        query, _ = self._owner._layers.queries_keys(index, source[rows], (cos[rows], sin[rows]))
+        query = self._owner._layers.queries(index, source[rows], (cos[rows], sin[rows]))
         keys = self._keys(index, source)
         earlier = keys.shape[0] - self.num_rows
         heads, width = query.shape[1], query.shape[2]
@@ -325,7 +327,7 @@ class PrefillView:
         earlier = cache.keys.flatten(0, 1)[places] if held else source.new_empty(0, *cache.keys.shape[2:])
         if layer < self.layer:
             return earlier
-        return torch.cat([earlier, self._owner._layers.queries_keys(layer, source, self._rotary)[1]])
+        return torch.cat([earlier, self._owner._layers.keys(layer, source, self._rotary)])
 
 
 def layers_of(reducer: InPrefill, num_layers: int) -> tuple[int, ...]:

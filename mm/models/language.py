@@ -130,9 +130,13 @@ class LanguageModel:
         for layer in self.layers:
             layer.compile()
 
-    def queries_keys(self, index: int, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Rotated queries (R, H, d) and keys (R, H_kv, d) of a layer's input; nothing is stored."""
-        return self.layers[index].queries_keys(hidden, rotary)
+    def queries(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated queries (R, H, d) of a layer's input."""
+        return self.layers[index].queries(hidden, rotary)
+
+    def keys(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated keys (R, H_kv, d) of a layer's input; nothing is stored."""
+        return self.layers[index].keys(hidden, rotary)
 
     def norm(self, hidden: Tensor) -> Tensor:
         """(R, D) of the last layer's output (R, D): what the head makes logits of."""

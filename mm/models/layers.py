@@ -27,8 +27,12 @@ class Layer(Protocol):
         """(R, D) to (R, D)."""
         ...
 
-    def queries_keys(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Rotated queries (R, H, d) and keys (R, H_kv, d) of the layer's input; nothing is stored."""
+    def queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated queries (R, H, d) of the layer's input."""
+        ...
+
+    def keys(self, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated keys (R, H_kv, d) of the layer's input; nothing is stored."""
         ...
 
     def compile(self) -> None:
@@ -63,14 +67,17 @@ class ModuleLayer:
     def compile(self) -> None:
         """Does nothing: our attention stands in the middle of the module."""
 
-    def queries_keys(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
+        return self._rotated("q", hidden, rotary)
+
+    def keys(self, hidden: Tensor, rotary: Rotary) -> Tensor:
+        return self._rotated("k", hidden, rotary)
+
+    def _rotated(self, which: str, hidden: Tensor, rotary: Rotary) -> Tensor:
         inner = self._module.self_attn
-        rows = self._module.input_layernorm(hidden)
-        both = []
-        for project, norm in ((inner.q_proj, "q_norm"), (inner.k_proj, "k_norm")):
-            heads = project(rows).unflatten(-1, (-1, self._head_dim))
-            both.append(rotate(getattr(inner, norm)(heads) if hasattr(inner, norm) else heads, *rotary))
-        return both[0], both[1]
+        project, norm = getattr(inner, f"{which}_proj"), getattr(inner, f"{which}_norm", nn.Identity())
+        heads = project(self._module.input_layernorm(hidden)).unflatten(-1, (-1, self._head_dim))
+        return rotate(norm(heads), *rotary)
 
 
 class FusedLayer:
@@ -106,14 +113,17 @@ class FusedLayer:
         self._before = torch.compile(self._before, dynamic=True)
         self._after = torch.compile(self._after, dynamic=True)
 
-    def queries_keys(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        rows = nn.functional.linear(self._norm(hidden, 0), self._qkv, self._qkv_bias)
-        num_queries, num_keys = self._num_queries, (rows.shape[-1] - self._num_queries) // 2
-        query, key, _ = rows.split([num_queries, num_keys, num_keys], dim=-1)
-        return (
-            rotate(query.unflatten(-1, (-1, self._head_dim)), *rotary),
-            rotate(key.unflatten(-1, (-1, self._head_dim)), *rotary),
-        )
+    def queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
+        return self._rotated(slice(0, self._num_queries), hidden, rotary)
+
+    def keys(self, hidden: Tensor, rotary: Rotary) -> Tensor:
+        middle = (self._num_queries + self._qkv.shape[0]) // 2
+        return self._rotated(slice(self._num_queries, middle), hidden, rotary)
+
+    def _rotated(self, part: slice, hidden: Tensor, rotary: Rotary) -> Tensor:
+        bias = None if self._qkv_bias is None else self._qkv_bias[part]
+        heads = nn.functional.linear(self._norm(hidden, 0), self._qkv[part], bias)
+        return rotate(heads.unflatten(-1, (-1, self._head_dim)), *rotary)
 
     def _norm(self, hidden: Tensor, which: int) -> Tensor:
         weight, epsilon = self._norms[which]
