@@ -1,31 +1,36 @@
 """What does drafting gain, by drafter, task, temperature and batch size?
 
-Run python -m demos.bench.drafters [--drafter copy --drafter recycle ...] [--batch 1 --batch 4] [--rounds 3] [--out F]
+Run python -m demos.bench.drafters [--drafter copy --drafter recycle ...] [--batch 1 --batch 4] [--seconds 20] [--out F]
 
-Every engine answers the same questions, in turn in one process and one thread, round after round; what is told is the
-median over rounds of each round's ratio to the engine without a drafter, so a machine that slows down slows all of
-them. Seconds are processor time of the thread, with wall time beside them: on a shared machine wall time tells the
-others' load. `hf` is transformers' `generate` with prompt lookup (batch 1, greedy) against its own `generate`.
+All engines answer the same few questions one after the other, in turn, in one process and one thread, again and again;
+a row tells the median over these rounds of the ratio to the engine without a drafter, so a machine that slows down
+slows all of them. Seconds are processor time of the process, with wall time beside them: on a shared machine wall time
+tells the others' load. The row `none` is a second engine without a drafter: what it differs from 1 is the noise.
+`hf` is transformers' `generate` with prompt lookup (batch 1, greedy) against its own `generate`.
+
+Before a row's rounds every engine serves the same task for `--warm-up` seconds: control has to see what pays. Pictures
+and prompts are in the caches then, so what is timed is decoding.
 
     length      tokens per pass with a draft, the bonus token included
     per step    tokens per pass and answer, with or without a draft
     draft       share of the time in the drafter
-    v(n)        a pass of n + 1 rows over a pass of one, as the engine has measured it
+    v(n)        a pass with the mean number of drafted rows over a pass without, as the engine has measured it
     break-even  speed-up that arithmetic predicts: per step / (v of the mean number of rows + draft share of a pass)
 
-Repeat-heavy: the model is told to go on past the end of its answer, and falls into repeating itself. Nobody wants that
-text, but copying from it is as hard as copying from a table or a program. Trained drafters join by name: --drafter.
+Asked again: in a chat the model has described a picture, and is asked the same once more. `repeats` is the share of the
+answers' tokens that end four tokens of the earlier answer; the model describes part of the things, in the same words.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import functools
 import io
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +43,20 @@ import mm
 from demos.bench.machine import facts
 from mm.api import build_request, collect
 from mm.core.config import SpeculationLimits
+from mm.core.data import Request
+from mm.engine.report import SpeculationStats
 from serve.evaluation.items import held_out_path
 
 TASKS: dict[str, dict[str, Any]] = {
     "captioning": {"questions": ("Describe the picture.", "Describe the picture in detail."), "length": 64},
     "question answering": {"questions": ("What colour is the circle?", "How many objects are there?"), "length": 16},
     "reading": {"questions": ("What does the text say?", "Read the text in the picture."), "length": 16},
-    "repeat-heavy": {"questions": ("Describe the picture.", "What does the text say?"), "length": 160, "goes_on": True},
+    "asked again": {"questions": ("Describe the picture.", "Describe the picture in detail."), "length": 64},
 }
+AGAIN, PLAIN = "asked again", "plain"
+AT_LEAST = 4
+"""Questions of a round."""
+COUNTS = [f.name for f in fields(SpeculationStats) if f.name != "num_accepted_per_position"]
 
 
 @dataclass
@@ -55,29 +66,59 @@ class Spent:
     cpu_s: float
     wall_s: float
     num_tokens: int
-    stats: Any
+    stats: SpeculationStats
 
 
-def answer_all(model: mm.Model, task: dict[str, Any], batch: int, temperature: float, count: int) -> Spent:
-    requests = [
-        build_request(
-            task["questions"][i % len(task["questions"])],
-            images=[image_of(i)],
-            max_new_tokens=task["length"],
-            temperature=temperature,
-            seed=i,
-            ignore_eos=task.get("goes_on", False),
-        )
-        for i in range(count)
-    ]
-    model.engine.speculation.stats.__init__(num_accepted_per_position=[0] * 255)
+def answer_all(model: mm.Model, requests: list[Request], batch: int) -> Spent:
+    before = model.engine.stats.speculation
     cpu, wall, tokens = time.process_time(), time.perf_counter(), 0
-    for start in range(0, count, batch):
+    for start in range(0, len(requests), batch):
         for _, outcome in model.run_batch(requests[start : start + batch]):
             assert isinstance(outcome, list), outcome
             tokens += collect(iter(outcome)).usage.num_completion_tokens
-    stats = model.engine.stats.speculation
-    return Spent(time.process_time() - cpu, time.perf_counter() - wall, tokens, stats)
+    spent = time.process_time() - cpu, time.perf_counter() - wall
+    return Spent(*spent, tokens, _since(before, model.engine.stats.speculation))
+
+
+def _since(before: SpeculationStats, after: SpeculationStats) -> SpeculationStats:
+    return _stats({name: getattr(after, name) - getattr(before, name) for name in COUNTS})
+
+
+def _stats(counts: dict[str, Any]) -> SpeculationStats:
+    return SpeculationStats(**counts)
+
+
+@functools.cache
+def conversations(task: str, plain: mm.Model) -> list[list[dict[str, Any]]]:
+    """Chats that end in a question, one for each picture."""
+    found = []
+    for i, image in enumerate(held_out_images()):
+        question = TASKS[task]["questions"][i % 2]
+        url = "data:image/png;base64," + base64.b64encode(image).decode()
+        first = {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}
+        chat: list[dict[str, Any]] = [{"role": "user", "content": list(first)}]
+        if task == AGAIN:
+            (outcome,) = (outcome for _, outcome in plain.run_batch([request_of(chat, task, 0.0, 0)]))
+            assert isinstance(outcome, list), outcome
+            chat.append({"role": "assistant", "content": collect(iter(outcome)).texts[0]})
+            chat.append({"role": "user", "content": question})
+        found.append(chat)
+    return found
+
+
+def request_of(chat: list[dict[str, Any]], task: str, temperature: float, seed: int) -> Request:
+    return build_request(chat, max_new_tokens=TASKS[task]["length"], temperature=temperature, seed=seed)
+
+
+def requests_of(task: str, chats: list, temperature: float, count: int, number: int) -> list[Request]:
+    """Those of one round."""
+    return [
+        request_of(chats[i % len(chats)], task, temperature, i) for i in range(number * count, (number + 1) * count)
+    ]
+
+
+def load(name: str, speculation: SpeculationLimits) -> mm.Model:
+    return mm.load(name, dtype="float32", num_threads=1, speculation=speculation)
 
 
 @functools.cache
@@ -88,50 +129,66 @@ def held_out_images(count: int = 16) -> list[bytes]:
     return list(found)[:count]
 
 
-def image_of(i: int) -> bytes:
-    images = held_out_images()
-    return images[i % len(images)]
+def repeats(task: str, plain: mm.Model) -> float:
+    """Share of the tokens of greedy answers that end four tokens of the answer before."""
+    tokenizer, hits, count = plain.engine.family.text_tokenizer, 0, 0
+    for i, chat in enumerate(conversations(task, plain)):
+        (outcome,) = (outcome for _, outcome in plain.run_batch([request_of(chat, task, 0.0, i)]))
+        assert isinstance(outcome, list), outcome
+        said = list(collect(iter(outcome)).token_ids[0])
+        earlier = tokenizer.encode(chat[1]["content"], add_special_tokens=False).ids
+        runs = set(zip(*(earlier[k:] for k in range(4)), strict=False))
+        hits += sum(tuple(said[k - 3 : k + 1]) in runs for k in range(3, len(said)))
+        count += len(said)
+    return hits / count
 
 
-def row_of(spec: str, rounds: list[tuple[Spent, Spent]], model: mm.Model) -> dict[str, Any]:
+def row_of(spec: str, rounds: list[tuple[Spent, Spent]], model: mm.Model, batch: int) -> dict[str, Any]:
     """Figures of a drafter on one task; each round beside the one without drafts."""
     ratios = [(a.cpu_s / a.num_tokens) / (b.cpu_s / b.num_tokens) for a, b in rounds]
     walls = [(a.wall_s / a.num_tokens) / (b.wall_s / b.num_tokens) for a, b in rounds]
-    stats = rounds[-1][1].stats
-    rows = 1 + stats.num_draft_tokens / max(1, stats.num_target_steps)
-    times = model.engine.speculation.times
-    passes = times.seconds(np.array([1.0, rows]))
-    share = stats.draft_s / max(1e-9, rounds[-1][1].cpu_s)
-    draft_of_pass = stats.draft_s / max(1, stats.num_target_steps) / passes[0]
+    stats = _stats({name: sum(getattr(b.stats, name) for _, b in rounds) for name in COUNTS})
+    cpu_s = sum(b.cpu_s for _, b in rounds)
+    drafted = stats.num_draft_tokens / max(1, stats.num_target_steps)
+    passes = model.engine.speculation.times.seconds(batch, batch * np.array([0.0, drafted]))
+    draft_of_pass = stats.draft_s / max(1, stats.num_target_steps) * batch / passes[0]
     return {
         "drafter": spec,
         "speedup_cpu": round(statistics.median(ratios), 3),
         "speedup_wall": round(statistics.median(walls), 3),
+        "speedup_quartiles": [round(float(q), 3) for q in np.quantile(ratios, (0.25, 0.75))],
         "accepted_length": round(stats.mean_acceptance_length, 2),
         "tokens_per_step": round(stats.tokens_per_target_step, 2),
         "acceptance_rate": round(stats.acceptance_rate, 2),
-        "draft_share": round(share, 3),
-        "verify_share": round(stats.verify_s / max(1e-9, rounds[-1][1].wall_s), 3),
-        "rows_per_step": round(rows, 2),
+        "draft_share": round(stats.draft_s / cpu_s, 3),
+        "verify_share": round(stats.verify_s / max(1e-9, sum(b.wall_s for _, b in rounds)), 3),
+        "rows_per_step": round(1 + drafted, 2),
         "pass_cost": round(float(passes[1] / passes[0]), 2),
         "break_even": round(float(stats.tokens_per_target_step / (passes[1] / passes[0] + draft_of_pass)), 2),
+        "rounds": len(rounds),
     }
 
 
-def compare(models: dict[str, mm.Model], task: dict[str, Any], batch: int, temperature: float, args: Any) -> list[dict]:
-    rounds: dict[str, list[tuple[Spent, Spent]]] = {spec: [] for spec in models if spec != "none"}
-    count = max(batch, args.questions)
-    for number in range(args.rounds + 1):
-        plain = answer_all(models["none"], task, batch, temperature, count)
-        for spec, model in models.items():
-            if spec != "none":
-                spent = answer_all(model, task, batch, temperature, count)
-                if number:  # the first round warms up: code, caches, what control has measured
-                    rounds[spec].append((plain, spent))
-    return [row_of(spec, found, models[spec]) for spec, found in rounds.items()]
+def compare(models: dict[str, mm.Model], task: str, batch: int, temperature: float, args: Any) -> list[dict]:
+    """A row for each engine but the first, which has no drafter."""
+    count = -(-max(batch, AT_LEAST) // batch) * batch
+    chats = conversations(task, models[PLAIN])
+    for model in models.values():
+        start, number = time.process_time(), 0
+        while number < len(chats) // count or time.process_time() - start < args.warm_up:
+            answer_all(model, requests_of(task, chats, temperature, count, number), batch)
+            number += 1
+    rounds: list[dict[str, Spent]] = []
+    specs, start = list(models), time.process_time()
+    while len(rounds) < args.rounds or time.process_time() - start < args.seconds:
+        requests = requests_of(task, chats, temperature, count, len(rounds))
+        first = len(rounds) % len(specs)
+        turn = specs[first:] + specs[:first]  # who comes behind whom is nobody's privilege
+        rounds.append({spec: answer_all(models[spec], requests, batch) for spec in turn})
+    return [row_of(spec, [(r[PLAIN], r[spec]) for r in rounds], models[spec], batch) for spec in specs if spec != PLAIN]
 
 
-def hugging_face(task: dict[str, Any], args: Any) -> dict[str, Any]:
+def hugging_face(task: str, plain: mm.Model, args: Any) -> dict[str, Any]:
     """`generate` with prompt lookup against `generate`, greedy, batch 1."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -140,29 +197,33 @@ def hugging_face(task: dict[str, Any], args: Any) -> dict[str, Any]:
     folder = find(args.model)
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    ratios = []
-    for number in range(args.rounds + 1):
+    ratios, start = [], time.process_time()
+    while len(ratios) < args.rounds or time.process_time() - start < args.seconds / 2:
+        i = len(ratios) % len(held_out_images())
+        text = processor.apply_chat_template(
+            _with_placeholder(conversations(task, plain)[i]), add_generation_prompt=True
+        )
+        image = PIL.Image.open(io.BytesIO(held_out_images()[i]))
+        inputs = processor(images=[image], text=text, return_tensors="pt", add_special_tokens=False)
         spent = []
         for extra in ({}, {"prompt_lookup_num_tokens": 10}):
-            start = time.process_time()
-            for i in range(args.questions):
-                text = task["questions"][i % len(task["questions"])]
-                content = [{"type": "image"}, {"type": "text", "text": text}]
-                prompt = processor.apply_chat_template(
-                    [{"role": "user", "content": content}], add_generation_prompt=True
-                )
-                inputs = processor(
-                    images=[PIL.Image.open(io.BytesIO(image_of(i)))],
-                    text=prompt,
-                    return_tensors="pt",
-                    add_special_tokens=False,
-                )
-                more = {"eos_token_id": None} if task.get("goes_on") else {}
-                model.generate(**inputs, max_new_tokens=task["length"], do_sample=False, **more, **extra)
-            spent.append(time.process_time() - start)
-        if number:
-            ratios.append(spent[0] / spent[1])
-    return {"drafter": "hf prompt lookup / hf", "speedup_cpu": round(statistics.median(ratios), 3)}
+            began = time.process_time()
+            model.generate(**inputs, max_new_tokens=TASKS[task]["length"], do_sample=False, **extra)
+            spent.append(time.process_time() - began)
+        ratios.append(spent[0] / spent[1])
+    return {
+        "drafter": "hf prompt lookup / hf",
+        "speedup_cpu": round(statistics.median(ratios[1:]), 3),
+        "rounds": len(ratios) - 1,
+    }
+
+
+def _with_placeholder(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As transformers' templates want it: pictures are named in place, texts are parts."""
+    question = chat[0]["content"][1]
+    first = {"role": "user", "content": [{"type": "image"}, question]}
+    later = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in chat[1:]]
+    return [first, *later]
 
 
 def main() -> None:
@@ -172,34 +233,32 @@ def main() -> None:
     parser.add_argument("--task", action="append", choices=list(TASKS))
     parser.add_argument("--batch", action="append", type=int)
     parser.add_argument("--temperature", action="append", type=float)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=16.0, help="Measured seconds of each task, all engines.")
+    parser.add_argument("--rounds", type=int, default=8, help="At least so many.")
+    parser.add_argument("--warm-up", type=float, default=1.0, help="Seconds of each engine before each task.")
     parser.add_argument("--no-control", action="store_true", help="Verify everything that is drafted.")
     parser.add_argument("--no-hf", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    specs = ["none", *(args.drafter or ("copy", "recycle", "copy + recycle"))]
-    models = {
-        spec: mm.load(
-            args.model,
-            dtype="float32",
-            num_threads=1,
-            speculation=SpeculationLimits(drafter=spec, control=not args.no_control),
-        )
-        for spec in specs
-    }
+    models = {PLAIN: load(args.model, SpeculationLimits())}
+    for spec in ("none", *(args.drafter or ("copy", "recycle", "copy + recycle"))):
+        models[spec] = load(args.model, SpeculationLimits(drafter=spec, control=not args.no_control))
     found = []
     for name in args.task or TASKS:
+        if name == AGAIN:
+            print(f"task={name} repeats={repeats(name, models[PLAIN]):.2f}")
         for batch in args.batch or (1, 4, 16):
             for temperature in args.temperature or (0.0, 1.0):
-                rows = compare(models, TASKS[name], batch, temperature, args)
+                rows = compare(models, name, batch, temperature, args)
                 if batch == 1 and not temperature and not args.no_hf:
-                    rows.append(hugging_face(TASKS[name], args))
+                    rows.append(hugging_face(name, models[PLAIN], args))
                 for row in rows:
                     found.append({"task": name, "batch": batch, "temperature": temperature} | row)
                     print(" ".join(f"{key}={value}" for key, value in found[-1].items()), flush=True)
-    line = json.dumps({"question": "drafters", "rounds": args.rounds, "rows": found, "machine": facts()})
+    line = json.dumps(
+        {"question": "drafters", "seconds": args.seconds, "warm_up": args.warm_up, "rows": found, "machine": facts()}
+    )
     print(line)
     if args.out:
         args.out.write_text(line + "\n")

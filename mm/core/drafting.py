@@ -7,7 +7,7 @@ A drafter is a plugin in three stages, so that each thing lives as long as it sh
     session = loaded.open(prompt, private=False)         # what it knows of one answer
 
     drafts = loaded.propose(sessions, budgets)           # before a pass, for all answers that may draft
-    loaded.observe(sessions, observations)               # after it, for every answer that has a session
+    loaded.observe(sessions, observations)               # after it, for answers that are asked for a draft next
 
 The target checks a draft in the pass that would have made one token. Row 0 of that pass is the *root*, the newest
 token of the answer; row i + 1 is drafted token i. So a round gives at least one token, and however bad a draft is, it
@@ -171,7 +171,10 @@ class DraftBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What one answer learned from a pass: first from the last of its prompt, then from each pass that gave it tokens.
+    """What one answer learned since it was observed before: first from its prompt, then from passes that gave tokens.
+
+    An answer that is not asked for drafts is not observed; one observation then tells of several passes. Of those in
+    between there may be no states, since keeping them costs time.
 
     The *rows* of an answer are its prompt's, then one per token of the answer, without the newest: that is the root
     of the next round and has been through no pass yet. Row r is followed by the token of row r + 1; together they are
@@ -182,12 +185,13 @@ class Observation:
         token_ids: (k,) tokens that became part of the answer, in order; the last one is the new root.
         rows: (r,) int64, ascending: rows whose states are in `hidden`; the last one gave `token_ids[-1]`. After the
             prompt: its rows, without those that the prefix cache held or that a reducer dropped inside the decoder.
-            Later: the k rows that gave `token_ids`. Empty when the drafter needs no states.
+            Later: the rows that gave `token_ids`, the last of them at least. Empty when the drafter needs no states.
         hidden: State name, as in `Drafter.needs`, to (r, D).
-        row_token_ids: (n + 1,) tokens of all verified rows, the rejected ones too: first the rows off the accepted
+        row_token_ids: (n + 1,) tokens of the newest pass's rows, the rejected ones too: first the rows off the accepted
             path, in order, then those on it, so that what came last is true.
         row_top_ids: (n + 1, k) int64, the ids of their largest logits in descending order; None unless needed.
-        num_drafted, num_accepted: Tokens of the draft that was verified, and those of them that were right.
+        num_drafted, num_accepted: In the newest pass: tokens of the draft that was verified, and those of
+            them that were right.
         is_prompt: Whether the prompt has just gone in.
     """
 
@@ -239,7 +243,7 @@ class LoadedDrafter(Protocol):
         ...
 
     def observe(self, sessions: Sequence[Any], seen: Sequence[Observation]) -> None:
-        """Take note, for each session, of what a pass gave its answer, whether or not it had drafted."""
+        """Take note, for each session, of what its answer was given since it was observed before."""
         ...
 
     def close(self, session: Any) -> None:

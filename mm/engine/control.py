@@ -1,19 +1,26 @@
-"""How much of what was drafted is worth verifying: expected tokens over expected time.
+"""Whether drafting pays, and how much of what was drafted is worth verifying.
 
-A pass of R rows takes T(R) seconds, which is measured: once when the engine is made, then at every pass that only
-decodes. A drafted node is right with a probability that its drafter estimates, or that its depth has shown so far, both
-corrected by what this answer's drafts turned out to be worth. Of the nodes of all answers those are kept that make
+One pass of the decoder gives B answers a token each and takes T(B) seconds, so a token is worth T(B) / B. A drafter is
+credited with that for every token that a pass gave beyond one per answer, and charged with everything it caused:
+opening a session, observing, proposing, deciding, and the time by which drafted rows made a pass longer. Credits less
+charges are its account, one for each range of batch sizes, in passes.
 
-    (answers + sum of the kept nodes' probabilities) / (T(answers + kept nodes) + time to draft)
+- An answer begins to draft while the account is not in debt. In debt, nothing is kept, observed or asked: each pass
+  pays back `ALLOWANCE`, and out of the red an answer tries again. So a drafter that does not pay costs about that share
+  of the time and no more, whatever its costs are made of, and one that begins to pay is noticed.
+- An answer whose drafts are not worth their costs is asked less and less often, down to `IDLE_SHARE` of its time.
+- Of what was drafted those nodes are verified that make
 
-largest; a node is never likelier than its parent, so what is kept of a tree is a tree. With a large batch or hard text
-nothing is kept. An answer whose drafts were worth nothing is asked less and less often, so that drafters that cost
-something cost little where they do not pay; and what was drafted is compared with what was said even where it was not
-verified, so that a text that becomes easy is noticed.
+      (answers + sum of the kept nodes' probabilities) / (T(answers, kept nodes) + time to draft)
+
+  largest; a node is never likelier than its parent, so what is kept of a tree is a tree. A node is right with a
+  probability that its drafter estimates, or that its depth has shown so far, both corrected by what this answer's
+  drafts turned out to be worth. What was drafted is compared with what was said even where it was not verified.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,57 +33,128 @@ from mm.core.drafting import NO_DRAFT, Draft, ProposalKind
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows of a pass whose times are told apart."""
 NEAREST = [0] + [min(ROWS, key=lambda rows: abs(rows - num)) for num in range(1, 2 * ROWS[-1])]
-NEAREST = [at if abs(at - num) * 8 <= at else 0 for num, at in enumerate(NEAREST)]
-"""Number of rows to that of `ROWS` under which its time is kept; 0 where it would blur two of them."""
+"""Number of rows to that of `ROWS` under which its time is kept."""
+ROW_SHARE = 0.001
+"""Of a pass, that another row takes at the least: no row is free, however times err."""
 NUM_SAMPLES = 9
 WEIGHT = 0.1
 """Of the newest round in what is remembered of acceptance."""
+ALLOWANCE = 0.01
+"""Share of the time that may be lost in trying whether drafting pays."""
+IDLE_SHARE = 0.005
+"""Share of its time for which an answer whose drafts do not pay is asked."""
 MAX_WAIT = 64
 """Passes after which an answer is asked again at the latest."""
-FREE_SHARE = 0.02
-"""Drafting that takes less than this share of a pass is done always."""
+CREDIT = 32.0
+"""Passes that an account begins with."""
+MOST, LEAST = 64.0, -16.0
+"""Passes between which an account moves, so that neither a good past nor a bad one decides for long."""
+STAKE = 2.0
+"""Passes that an account has to hold before an answer begins beside another one: out of debt, one tries for all."""
+NEAR = 8
+"""Passes ahead of a question from which on what an answer's passes show is kept for it."""
 LEAST_GAIN = 1.03
 """Expected speed-up from which drafts are verified: estimates err, and not drafting is never wrong."""
 PROBE_EVERY = 256
 """Decisions of which one is taken the other way, so that no measured time grows old."""
 
 
+class Median:
+    """Of the last few values."""
+
+    def __init__(self, value: float | None = None) -> None:
+        self._values: deque[float] = deque([] if value is None else [value], maxlen=NUM_SAMPLES)
+        self.value = value or 0.0
+
+    def observe(self, value: float) -> None:
+        self._values.append(value)
+        self.value = statistics.median(self._values)
+
+
 class PassTimes:
-    """Seconds that a pass of so many rows takes: the median of the last few, straight lines between."""
+    """Seconds that a pass takes, by how many answers it serves and how many drafted rows it verifies.
+
+    What a drafted row adds is learned at each batch size; before that it is what a row adds to one long chunk.
+    """
 
     def __init__(self) -> None:
-        self._samples: dict[int, deque[float]] = {}
-        self._known = np.zeros(0), np.zeros(0)
-        self._is_new = False
+        self._chunk = np.array([0.0, 1.0]), np.array([0.0, 1.0])
+        self._plain: dict[int, Median] = {}
+        self._added: dict[int, dict[int, Median]] = {}
 
-    def observe(self, num_rows: int, seconds: float) -> None:
-        at = NEAREST[num_rows] if num_rows < len(NEAREST) else 0
-        if at:
-            self._samples.setdefault(at, deque(maxlen=NUM_SAMPLES)).append(seconds)
-            self._is_new = True
+    def observe(self, num_answers: int, num_drafted: int, seconds: float) -> None:
+        """Note a pass in which nothing but decoding was done."""
+        if num_answers >= len(NEAREST) or num_drafted >= len(NEAREST):
+            return
+        if not num_drafted:
+            self._plain.setdefault(num_answers, Median()).observe(seconds)
+        elif num_answers in self._plain:
+            added = self._added.setdefault(NEAREST[num_answers], {}).setdefault(NEAREST[num_drafted], Median())
+            added.observe(seconds - self._plain[num_answers].value)
 
-    def seconds(self, num_rows: np.ndarray) -> np.ndarray:
-        """Of passes with so many rows. Beyond what is known it goes on as between the last two."""
-        if self._is_new:
-            medians = [(rows, statistics.median(s)) for rows, s in sorted(self._samples.items())]
-            rows, times = np.array(medians).T
-            self._known, self._is_new = (rows, np.maximum.accumulate(times)), False  # more rows never take less
-        rows, times = self._known
-        if not len(rows):
-            return np.ones(len(num_rows))
-        found = np.interp(num_rows, rows, times)
-        if len(rows) > 1:
-            slope = (times[-1] - times[-2]) / (rows[-1] - rows[-2])
-            found = found + slope * np.maximum(num_rows - rows[-1], 0)
-        return found
+    def plain(self, num_answers: int) -> float:
+        """Seconds of a pass in which so many answers decode without drafts."""
+        if known := self._plain.get(num_answers):
+            return known.value
+        if not self._plain:
+            return float(self._chunk_seconds(np.array([num_answers]))[0])
+        near = min(self._plain, key=lambda known: abs(known - num_answers))
+        here, there = self._chunk_seconds(np.array([num_answers, near]))
+        return self._plain[near].value * float(here / there)
+
+    def seconds(self, num_answers: int, num_drafted: np.ndarray) -> np.ndarray:
+        """Of passes in which so many answers decode and so many drafted rows are verified."""
+        rows, plain = np.array(ROWS, dtype=float), self.plain(num_answers)
+        added = self._chunk_seconds(num_answers + rows) - self._chunk_seconds(np.array([float(num_answers)]))
+        added = np.maximum(added, ROW_SHARE * plain * rows)
+        known = sorted(self._added.get(NEAREST[min(num_answers, len(NEAREST) - 1)], {}).items())
+        if known:  # what rows of a chunk take, times how wrong that was for as many rows
+            wrong = [median.value / added[ROWS.index(count)] for count, median in known]
+            added = added * np.interp(rows, [count for count, _ in known], np.maximum(wrong, 0.0))
+        added = np.maximum.accumulate(np.concatenate([[0.0], added]))
+        return plain + _interpolated(num_drafted, np.concatenate([[0.0], rows]), added)
+
+    def _chunk_seconds(self, rows: np.ndarray) -> np.ndarray:
+        return _interpolated(rows, *self._chunk)
 
     def calibrate(self, run: Callable[[int], float], most: int) -> None:
-        """Measure passes of up to `most` rows; `run` gives the seconds of one."""
-        for rows in ROWS:
-            if rows <= most:
-                run(rows)
-                for _ in range(3):
-                    self.observe(rows, run(rows))
+        """Measure passes of one chunk of up to `most` rows; `run` gives the seconds of one."""
+        rows = [count for count in ROWS if count <= most]
+        found = []
+        for count in rows:
+            run(count)
+            found.append(statistics.median(run(count) for _ in range(3)))
+        self._chunk = np.array(rows, dtype=float), np.maximum.accumulate(found)  # more rows never take less
+
+
+def _interpolated(at: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Straight lines between what is known; beyond it goes on as between the last two."""
+    found = np.interp(at, known, values)
+    if len(known) > 1:
+        found = found + (values[-1] - values[-2]) / (known[-1] - known[-2]) * np.maximum(at - known[-1], 0)
+    return found
+
+
+@dataclass
+class Account:
+    """What drafting brought at about one batch size, in passes: what was gained or may be lost.
+
+    Attributes:
+        ask_s: Seconds per answer that proposing and deciding take.
+        observe_s: Seconds per answer that observing takes.
+    """
+
+    balance: float = CREDIT
+    ask_s: Median = field(default_factory=Median)
+    observe_s: Median = field(default_factory=Median)
+
+    def book(self, passes: float) -> None:
+        self.balance = max(LEAST, min(MOST, self.balance + passes))
+
+    @property
+    def price_s(self) -> float:
+        """Seconds to ask an answer once, without what its first draft takes."""
+        return self.ask_s.value + self.observe_s.value
 
 
 @dataclass
@@ -119,70 +197,119 @@ class Tracked:
     Attributes:
         wait: Passes until it is asked for a draft again.
         patience: How many it would be the next time.
+        is_worth: Whether its last draft was worth its price.
         draft: What was proposed last, for comparison with what is said; verified or not.
         scores: (n,) probabilities that its nodes are right.
     """
 
-    acceptance: Acceptance
+    acceptance: Acceptance = field(default_factory=Acceptance)
     wait: int = 0
     patience: int = 1
+    is_worth: bool = False
     draft: Draft = NO_DRAFT
     scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be asked for the next pass."""
+        return self.wait <= 0
+
+    @property
+    def is_near(self) -> bool:
+        """Whether it is to be asked so soon that what its passes show is of use."""
+        return self.wait <= NEAR
+
 
 class Controller:
-    """Decides about the drafts of one drafter."""
+    """Decides about the drafts of one drafter.
+
+    Attributes:
+        num_begun: Answers that draft.
+    """
 
     def __init__(self, times: PassTimes) -> None:
         self._times = times
         self._acceptance = Acceptance()
-        self._draft_s = 0.0
+        self._accounts: dict[int, Account] = {}
         self._num_choices = 0
+        self._num_answers = 1
+        self.num_begun = 0
 
-    def track(self) -> Tracked:
-        return Tracked(self._acceptance.inherit())
+    def account(self, num_answers: int) -> Account:
+        """Of the batch sizes from one power of two to the next."""
+        return self._accounts.setdefault(num_answers.bit_length(), Account())
+
+    def begin(self, num_answers: int, wait: int = 0) -> Tracked | None:
+        """Let an answer draft, from `wait` passes on; None where there is nothing to pay for that.
+
+        Args:
+            num_answers: Answers that are being served, this one too.
+        """
+        if self.account(num_answers).balance < STAKE * min(self.num_begun, 1):
+            return None
+        self.num_begun += 1
+        return Tracked(self._acceptance.inherit(), wait=wait)
+
+    def end(self) -> None:
+        """An answer that drafted is over."""
+        self.num_begun -= 1
+
+    def pass_begins(self, num_answers: int) -> None:
+        """A pass is near in which so many answers decode."""
+        self._num_answers = num_answers
+        self.account(num_answers).book(ALLOWANCE)
 
     def is_asked(self, tracked: Tracked) -> bool:
-        """Whether an answer may draft for the next pass."""
+        """Whether an answer drafts for this pass. Asked once per pass."""
         tracked.draft = NO_DRAFT
         tracked.wait -= 1
-        return tracked.wait < 0
+        if tracked.wait >= 0:
+            return False
+        if not tracked.is_worth and self.account(self._num_answers).balance < 0:
+            tracked.wait = tracked.patience = min(2 * tracked.patience, MAX_WAIT)
+            return False
+        return True
 
-    def spent(self, seconds: float, num_drafts: int) -> None:
-        """How long drafting for so many answers took."""
-        if num_drafts:
-            self._draft_s += WEIGHT * (seconds / num_drafts - self._draft_s)
+    def spent(self, seconds: float, *, num_asked: int = 0, num_observed: int = 0) -> None:
+        """How long drafting took, and for how many answers it did what."""
+        account = self.account(self._num_answers)
+        account.book(-seconds / self._times.plain(self._num_answers))
+        if num_asked:
+            account.ask_s.observe(seconds / num_asked)
+        if num_observed:
+            account.observe_s.observe(seconds / num_observed)
 
-    def choose(self, drafts: Sequence[Draft], tracked: Sequence[Tracked], num_answers: int, room: int) -> list[Draft]:
+    def choose(self, drafts: Sequence[Draft], tracked: Sequence[Tracked], room: int) -> list[Draft]:
         """What of the drafts is to be verified.
 
         Args:
-            num_answers: Answers that decode in the next pass, those without a draft too.
             room: Rows that the pass may have beyond one per answer.
         """
         for draft, one in zip(drafts, tracked, strict=True):
             one.draft, one.scores = draft, self._scores(draft, one)
-        scores = np.concatenate([np.zeros(0), *(one.scores for one in tracked)])
-        if not len(scores):
-            self._be_patient(drafts, tracked, 1.0, float(self._times.seconds(np.array([num_answers]))[0]))
+        if not any(draft.num_tokens for draft in drafts):
+            self._be_patient(drafts, tracked, 0.0)
             return list(drafts)
-        ordered = -np.sort(-scores)[:room]
+        num_answers, account = self._num_answers, self.account(self._num_answers)
+        ordered = -np.sort(-np.concatenate([one.scores for one in tracked]))[:room]
         tokens = num_answers + np.concatenate([[0.0], np.cumsum(ordered)])
-        seconds = self._times.seconds(num_answers + np.arange(len(tokens)))
-        gains = tokens / seconds * seconds[0] / num_answers
-        best = int(gains.argmax())
-        worth = gains[best] * seconds[best] / (seconds[best] + self._draft_s * len(drafts))
-        best = self._probed(gains, best if gains[best] >= LEAST_GAIN else 0)
+        seconds = self._times.seconds(num_answers, np.arange(len(tokens)))
+        spent = account.price_s * len(drafts)
+        rates = tokens / (seconds + spent)
+        best = int(rates.argmax())
+        worth = rates[best] * seconds[0] / num_answers
+        best = self._probed(rates, best if rates[best] >= LEAST_GAIN * rates[0] else 0)
+        account.book(1 - seconds[best] / seconds[0])
         least = ordered[best - 1] if best else np.inf
         kept = [_kept(draft, one.scores >= least) for draft, one in zip(drafts, tracked, strict=True)]
-        self._be_patient(kept, tracked, worth, float(seconds[0]))
+        self._be_patient(kept, tracked, worth)
         return kept
 
-    def _probed(self, gains: np.ndarray, best: int) -> int:
+    def _probed(self, rates: np.ndarray, best: int) -> int:
         self._num_choices += 1
-        if self._num_choices % PROBE_EVERY or len(gains) < 2:
+        if self._num_choices % PROBE_EVERY or len(rates) < 2:
             return best
-        return 0 if best else int(gains[1:].argmax()) + 1
+        return 0 if best else int(rates[1:].argmax()) + 1
 
     def _scores(self, draft: Draft, tracked: Tracked) -> np.ndarray:
         """(n,) probability that each node is reached and right; falls from parent to child."""
@@ -195,14 +322,18 @@ class Controller:
         by_depth = np.cumprod([acceptance.rate(depth) for depth in range(max(draft.depths))])
         return by_depth[np.array(draft.depths[1:]) - 1]
 
-    def _be_patient(self, kept: Sequence[Draft], tracked: Sequence[Tracked], worth: float, pass_s: float) -> None:
-        is_free = self._draft_s < FREE_SHARE * pass_s
+    def _be_patient(self, kept: Sequence[Draft], tracked: Sequence[Tracked], worth: float) -> None:
+        longest = self._longest_wait()
         for draft, one in zip(kept, tracked, strict=True):
-            if is_free or (draft.num_tokens and worth >= LEAST_GAIN):
-                one.patience = 1
-            else:
-                one.patience = min(2 * one.patience, MAX_WAIT)
-                one.wait = one.patience
+            one.is_worth = draft.num_tokens > 0 and worth >= LEAST_GAIN
+            one.patience = 1 if one.is_worth else min(2 * one.patience, longest)
+            one.wait = one.patience - 1
+
+    def _longest_wait(self) -> int:
+        """Passes between two questions to an answer that has nothing to say."""
+        num_answers = self._num_answers
+        share = self.account(num_answers).price_s * num_answers / self._times.plain(num_answers)
+        return max(1, min(MAX_WAIT, math.ceil(share / IDLE_SHARE)))
 
     def learn(self, tracked: Tracked, verified: Draft, said: Sequence[int]) -> None:
         """Compare what was proposed with what was said, down to the depth that was verified, and one level at least.
@@ -214,6 +345,8 @@ class Controller:
         draft, row, hits = tracked.draft, 0, []
         if not draft.num_tokens:
             return
+        if verified.num_tokens:
+            self.account(self._num_answers).book((len(said) - 1) / self._num_answers)
         deepest = max(1, max(verified.depths))
         for token in said[:deepest]:
             if not draft.children[row]:

@@ -291,7 +291,8 @@ class Engine:
             at += len(text)
         decoding = self._decoding(plan.decoding, rows[: len(last)])
         start = time.perf_counter()
-        logits = self._pass.run(chunks, decoding, self.speculation.watched(plan.answers))
+        load = min(len(self._answers), self.limits.max_num_seqs)
+        logits = self._pass.run(chunks, decoding, self.speculation.watched(plan.answers, load))
         self._counters.model_s += time.perf_counter() - start
         rounds: list[Round] = []
         for i, answer in enumerate(plan.decoding):
@@ -306,7 +307,8 @@ class Engine:
         if any(one.walk.draft.num_tokens for one in rounds):
             self.speculation.stats.verify_s += time.perf_counter() - start
         if not plan.has_prompts:
-            self.speculation.times.observe(plan.num_rows, self.speculation.clock() - began)
+            num_drafted = plan.num_rows - len(plan.answers)
+            self.speculation.times.observe(len(plan.answers), num_drafted, self.speculation.clock() - began)
         self.speculation.finish(rounds, logits)
 
     def _begun(self, item: Planned, chunk: Chunk, row: int) -> list[Round]:
@@ -344,7 +346,7 @@ class Engine:
         ready = [answer]
         for sibling in answer.siblings:
             if sibling.drafting is not None and answer.drafting is not None:
-                sibling.drafting.prompt_states = answer.drafting.prompt_states
+                sibling.drafting.kept = list(answer.drafting.kept)
             if self._scheduler.fork(answer, sibling):
                 ready.append(sibling)
             else:

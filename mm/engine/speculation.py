@@ -35,8 +35,11 @@ MAX_CALIBRATED = 64
 """Rows of the largest pass that is measured when an engine is made."""
 
 BEGUN = 6
-"""Tokens behind which control lets drafters begin that read states: their first draft is a pass over the whole prompt,
+"""Passes behind which control lets drafters begin that read states: their first draft is a pass over the whole prompt,
 which an answer that ends sooner would not pay for."""
+
+Kept = tuple[Tensor, dict[str, Tensor]]
+"""Rows (k,) of an answer, and their states (k, D) by name."""
 
 
 @dataclass(eq=False)
@@ -61,15 +64,34 @@ class Drafting:
     """One answer's part in speculation.
 
     Attributes:
-        session: Once the prompt is in.
-        prompt_states: Rows of the prompt and their states, chunk by chunk, while it goes in.
+        tracked: Since its first pass.
+        session: Since something was observed.
+        num_seen: Tokens of the answer that the session was told.
+        kept: What passes showed since something was observed; of the prompt, chunk by chunk.
     """
 
     source: Source
     max_tokens: int
-    tracked: Tracked
+    tracked: Tracked | None = None
     session: Any = None
-    prompt_states: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
+    num_seen: int = 0
+    kept: list[Kept] = field(default_factory=list)
+
+    def keep(self, rows: Tensor, states: Mapping[str, Tensor]) -> None:
+        """Put by the states of some rows that the drafter needs, those behind what is there already."""
+        if self.kept and int(self.kept[-1][0][-1]) >= int(rows[0]):
+            return
+        if self.source.states <= states.keys():
+            self.kept.append((rows, {name: states[name] for name in self.source.states}))
+
+    def take(self, stop: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows below `stop` that were put by, and their states; they are put by no more."""
+        taken = [one for one in self.kept if stop is None or int(one[0][0]) < stop]
+        self.kept = self.kept[len(taken) :]
+        if not taken:
+            return torch.zeros(0, dtype=torch.int64), {}
+        names = self.source.states
+        return torch.cat([rows for rows, _ in taken]), {name: torch.cat([s[name] for _, s in taken]) for name in names}
 
 
 @dataclass(eq=False)
@@ -108,6 +130,8 @@ class Speculation:
         self.stats = SpeculationStats(num_accepted_per_position=[0] * limits.max_draft_tokens)
         self._sources = {source.spec: source for source in (self._load(spec, family) for spec in limits.offered)}
         self._default = canonical_spec(build_drafter(limits.drafter), "drafter")
+        self._num_served = 1
+        self._speaking = [source for source in self._sources.values() if source.spec != "none"]
 
     def _load(self, spec: str, family: Any) -> Source:
         drafter = build_drafter(spec)
@@ -155,7 +179,7 @@ class Speculation:
     @property
     def is_on(self) -> bool:
         """Whether any answer may draft."""
-        return any(spec != "none" for spec in self._sources)
+        return bool(self._speaking)
 
     def drafting(self, request: Request) -> Drafting | None:
         """How an answer to a request drafts; None where it does not.
@@ -175,7 +199,7 @@ class Speculation:
             most = asked.max_draft_tokens
         if source.spec == "none" or not most:
             return None
-        return Drafting(source, most, source.controller.track())
+        return Drafting(source, most)
 
     def _source(self, spec: str | None) -> Source:
         if spec is None:
@@ -199,31 +223,30 @@ class Speculation:
         Args:
             room: Rows that the next pass may have beyond one per answer.
         """
+        if not answers:
+            return
+        for source in self._speaking:
+            source.controller.pass_begins(len(answers))
         groups: dict[Source, list[Answer]] = {}
         for answer in answers:
             answer.draft = NO_DRAFT
             one = answer.drafting
-            if one is not None and one.session is not None:
+            if one is not None and self._may_draft(answer, one):
                 groups.setdefault(one.source, []).append(answer)
-        for source, group in groups.items():
-            asked = [answer for answer in group if self._may_draft(answer)]
-            if asked:
-                room -= self._propose(source, asked, len(answers), room)
+        for source, asked in groups.items():
+            room -= self._propose(source, asked, room)
 
-    def _may_draft(self, answer: Answer) -> bool:
-        assert answer.drafting is not None
-        if answer.output.num_left <= 1:
+    def _may_draft(self, answer: Answer, one: Drafting) -> bool:
+        """Whether control asks an answer that can use a draft, and its session knows all that was said."""
+        if one.tracked is None:
             return False
-        source = answer.drafting.source
-        if not self.limits.control:
-            return True
-        is_begun = not source.states or len(answer.output.token_ids) >= BEGUN
-        return is_begun and source.controller.is_asked(answer.drafting.tracked)
+        is_asked = not self.limits.control or one.source.controller.is_asked(one.tracked)
+        return is_asked and one.session is not None and answer.output.num_left > 1
 
-    def _propose(self, source: Source, answers: list[Answer], num_answers: int, room: int) -> int:
+    def _propose(self, source: Source, answers: list[Answer], room: int) -> int:
         start = self.clock()
         budgets = [_budget(answer) for answer in answers]
-        sessions = [answer.drafting.session for answer in answers]  # type: ignore[union-attr]
+        sessions = [_parts(answer)[0].session for answer in answers]
         try:
             drafts = source.loaded.propose(sessions, budgets)
             for draft, budget in zip(drafts, budgets, strict=True):
@@ -231,14 +254,14 @@ class Speculation:
         except Exception as error:
             self._fail(source, answers, error)
             return 0
-        spent = self.clock() - start
-        self.stats.draft_s += spent
-        source.controller.spent(spent, len(answers))
         if self.limits.control:
-            tracked = [answer.drafting.tracked for answer in answers]  # type: ignore[union-attr]
-            drafts = source.controller.choose(drafts, tracked, num_answers, room)
+            tracked = [_parts(answer)[1] for answer in answers]
+            drafts = source.controller.choose(drafts, tracked, room)
         for answer, draft in zip(answers, drafts, strict=True):
             answer.draft = draft
+        spent = self.clock() - start
+        self.stats.draft_s += spent
+        source.controller.spent(spent, num_asked=len(answers))
         return sum(draft.num_tokens for draft in drafts)
 
     def _fail(self, source: Source, answers: Iterable[Answer], error: Exception) -> None:
@@ -249,13 +272,32 @@ class Speculation:
 
     # ── during a pass ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def watched(self, answers: Iterable[Answer]) -> frozenset[str]:
-        """States that the drafters of some answers need from the next pass."""
-        found: set[str] = set()
+    def watched(self, answers: Iterable[Answer], num_answers: int) -> frozenset[str]:
+        """States that the drafters of some answers need from the next pass. Decides whether new ones draft at all.
+
+        Args:
+            num_answers: Answers that are being served, those in line too.
+        """
+        found: frozenset[str] = frozenset()
+        self._num_served = num_answers
         for answer in answers:
-            if answer.drafting is not None:
-                found |= answer.drafting.source.states
-        return frozenset(found)
+            one = answer.drafting
+            if one is None:
+                continue
+            if one.tracked is None:
+                self._begin(answer, one)
+            if one.source.states and one.tracked is not None and one.tracked.is_near:
+                found |= one.source.states
+        return found
+
+    def _begin(self, answer: Answer, one: Drafting) -> None:
+        is_late = bool(one.source.states and answer.output.token_ids and not one.kept)  # nobody watched its prompt
+        if not self.limits.control and not is_late:
+            one.tracked = Tracked()
+        elif not is_late:
+            one.tracked = one.source.controller.begin(self._num_served, wait=BEGUN - 1 if one.source.states else 0)
+        if one.tracked is None:
+            answer.drafting = None
 
     def keep_prompt_states(self, answer: Answer, start: int, chunk: Chunk) -> None:
         """Put by what a chunk of the prompt showed, until the prompt is in.
@@ -264,42 +306,63 @@ class Speculation:
             start: The chunk's first row.
         """
         one = answer.drafting
-        if one is not None and one.session is None and one.source.states and chunk.left is not None:
-            states = {name: chunk.states[name] for name in one.source.states}
-            one.prompt_states.append((chunk.left + start, states))
+        if one is None or chunk.left is None or not one.source.states or answer.output.token_ids:
+            return
+        if one.kept and int(one.kept[-1][0][-1]) >= start:
+            one.kept = []  # the answer lost its rows and begins again
+        one.keep(chunk.left + start, chunk.states)
 
     # ── behind a pass ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def finish(self, rounds: Sequence[Round], logits: Tensor) -> None:
-        """Tell drafters what came of a pass. Answers that are over draft no more."""
+        """Tell drafters what came of a pass, where they are asked next. Answers that are over draft no more."""
         groups: dict[Source, list[Round]] = {}
         for one in rounds:
-            if one.answer.drafting is not None and one.said:
-                groups.setdefault(one.answer.drafting.source, []).append(one)
-        start = self.clock()
+            drafting = one.answer.drafting
+            if drafting is None or not one.said:
+                continue
+            if drafting.tracked is None:  # its prompt went in with a sibling's
+                self._begin(one.answer, drafting)
+            if drafting.tracked is not None:
+                groups.setdefault(drafting.source, []).append(one)
         for source, group in groups.items():
+            start = self.clock()
+            due = [one for one in group if self._is_due(one)]
             try:
-                self._observe(source, group, logits)
+                self._observe(source, due, logits)
             except Exception as error:
                 self._fail(source, [one.answer for one in group], error)
-        self.stats.draft_s += self.clock() - start
+            spent = self.clock() - start
+            self.stats.draft_s += spent
+            if self.limits.control:
+                source.controller.spent(spent, num_observed=len(due))
+
+    def _is_due(self, one: Round) -> bool:
+        """Whether a drafter is asked about an answer next; notes what the pass showed."""
+        drafting, tracked = _parts(one.answer)
+        if tracked.draft.num_tokens:
+            drafting.source.controller.learn(tracked, one.walk.draft, one.said)
+        if not tracked.is_near:
+            drafting.kept = []
+        elif drafting.source.states and one.states:
+            path, stop = one.walk.path, one.answer.num_rows - 1  # the newest token's row has been through no pass
+            whole = len(path) == len(next(iter(one.states.values())))
+            states = one.states if whole else {name: state[path] for name, state in one.states.items()}
+            drafting.keep(torch.arange(stop - len(path), stop), states)
+        return tracked.is_due
 
     def _observe(self, source: Source, rounds: Sequence[Round], logits: Tensor) -> None:
-        start = self.clock()
+        late = []
         for one in rounds:
-            drafting = one.answer.drafting
-            assert drafting is not None
-            source.controller.learn(drafting.tracked, one.walk.draft, one.said)
-        seen = [_observation(one, source, logits) for one in rounds]
-        for one in rounds:
-            drafting = one.answer.drafting
-            assert drafting is not None
+            drafting, job = _parts(one.answer)[0], one.answer.job
             if drafting.session is None:
-                job = one.answer.job
                 drafting.session = source.loaded.open(job.prompt, private=bool(job.request.cache_salt))
-                drafting.prompt_states = []
-        source.loaded.observe([one.answer.drafting.session for one in rounds], seen)  # type: ignore[union-attr]
-        source.controller.spent(self.clock() - start, len(rounds))
+                late += [one.answer] if len(one.answer.output.token_ids) > 1 else []
+        if late:  # what the prompt showed is told apart from what came behind
+            source.loaded.observe([_parts(answer)[0].session for answer in late], [_prompt_seen(one) for one in late])
+        seen = [_observation(one, source, logits) for one in rounds]
+        if seen:
+            source.loaded.observe([_parts(one.answer)[0].session for one in rounds], seen)
 
     def count(self, one: Round) -> None:
         """Note what a round gave; before its request is summed up."""
@@ -322,7 +385,11 @@ class Speculation:
         """The answer drafts no more."""
         drafting, answer.drafting = answer.drafting, None
         answer.draft = NO_DRAFT
-        if drafting is None or drafting.session is None:
+        if drafting is None:
+            return
+        if drafting.tracked is not None and self.limits.control:
+            drafting.source.controller.end()
+        if drafting.session is None:
             return
         try:
             drafting.source.loaded.close(drafting.session)
@@ -342,31 +409,34 @@ def _budget(answer: Answer) -> DraftBudget:
     )
 
 
-def _observation(one: Round, source: Source, logits: Tensor) -> Observation:
-    answer, walk = one.answer, one.walk
+def _parts(answer: Answer) -> tuple[Drafting, Tracked]:
     assert answer.drafting is not None
+    assert answer.drafting.tracked is not None
+    return answer.drafting, answer.drafting.tracked
+
+
+def _prompt_seen(answer: Answer) -> Observation:
+    """Of an answer that has gone on without being observed: its prompt and first token."""
+    drafting, _ = _parts(answer)
+    rows, hidden = drafting.take(stop=answer.job.prompt.length)
+    drafting.num_seen = 1
+    return Observation(token_ids=tuple(answer.output.token_ids[:1]), rows=rows, hidden=hidden, is_prompt=True)
+
+
+def _observation(one: Round, source: Source, logits: Tensor) -> Observation:
+    drafting, _ = _parts(one.answer)
+    token_ids = one.answer.output.token_ids
+    rows, hidden = drafting.take()
     observation = Observation(
-        token_ids=tuple(one.said),
-        num_drafted=walk.draft.num_tokens,
-        num_accepted=walk.num_accepted,
-        is_prompt=answer.drafting.session is None,
+        token_ids=tuple(token_ids[drafting.num_seen :]),
+        rows=rows,
+        hidden=hidden,
+        num_drafted=one.walk.draft.num_tokens,
+        num_accepted=one.walk.num_accepted,
+        is_prompt=not drafting.num_seen,
     )
-    if source.states:
-        observation = _with_states(observation, one, source.states)
+    drafting.num_seen = len(token_ids)
     return _with_tops(observation, one, logits, source.num_top) if source.num_top else observation
-
-
-def _with_states(observation: Observation, one: Round, names: frozenset[str]) -> Observation:
-    drafting, path = one.answer.drafting, one.walk.path
-    assert drafting is not None
-    if observation.is_prompt and (parts := drafting.prompt_states):
-        rows = torch.cat([rows for rows, _ in parts])
-        return replace(
-            observation, rows=rows, hidden={name: torch.cat([states[name] for _, states in parts]) for name in names}
-        )
-    stop = one.answer.num_rows - 1  # the newest token's row has been through no pass
-    rows = torch.arange(stop - len(path), stop)
-    return replace(observation, rows=rows, hidden={name: one.states[name][path] for name in names})
 
 
 def _with_tops(observation: Observation, one: Round, logits: Tensor, num_top: int) -> Observation:

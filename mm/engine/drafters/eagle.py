@@ -189,7 +189,8 @@ class LoadedEagle:
         told_by_item: Tensor | None = None
         for observation in session.pending:
             states, prompt = self._states(observation), session.prompt
-            ids = torch.tensor(observation.token_ids, device=states.device)
+            # Tokens that came while nothing was kept have no states: their rows are left out.
+            ids = torch.tensor(observation.token_ids[-max(1, len(observation.rows)) :], device=states.device)
             if observation.is_prompt:
                 sight = sight_of(prompt, observation.rows, observation.hidden["last_hidden"])
                 seen = network.seeing.look(sight)

@@ -5,28 +5,42 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mm.core.drafting import NO_DRAFT, Draft
-from mm.engine.control import Controller, PassTimes
+from mm.core.drafting import Draft
+from mm.engine.control import ALLOWANCE, CREDIT, LEAST, Controller, PassTimes, Tracked
 from mm.engine.report import SpeculationStats
 
 
-def times_of(costs: dict[int, float]) -> PassTimes:
+def times_of(costs: dict[int, float], num_answers: int = 1) -> PassTimes:
+    """Seconds of a pass by its rows, of which one is each answer's own."""
     times = PassTimes()
+    times.observe(num_answers, 0, costs[num_answers])
     for rows, seconds in costs.items():
-        times.observe(rows, seconds)
+        if rows > num_answers:
+            times.observe(num_answers, rows - num_answers, seconds)
     return times
 
 
 FLAT = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.4, 16: 2.0, 32: 3.6, 64: 7.0}
 
 
-def run(controller: Controller, draft: Draft, said: tuple[int, ...], batch: int = 1) -> list[int]:
-    """Tokens kept in each of 120 rounds where every draft of every answer meets `said`."""
-    tracked = [controller.track() for _ in range(batch)]
+def begun(controller: Controller, batch: int = 1) -> list[Tracked]:
+    tracked = [controller.begin(batch) for _ in range(batch)]
+    assert all(one is not None for one in tracked)
+    return [one for one in tracked if one is not None]
+
+
+def run(
+    controller: Controller, draft: Draft, said: tuple[int, ...], batch: int = 1, ask_s: float = 0.0, count: int = 120
+) -> list[int]:
+    """Tokens kept in each of some rounds where every draft of every answer meets `said`."""
+    tracked = begun(controller, batch)
     kept = []
-    for _ in range(120):
+    for _ in range(count):
+        controller.pass_begins(batch)
         asked = [one for one in tracked if controller.is_asked(one)]
-        chosen = controller.choose([draft] * len(asked), asked, batch, 512) if asked else []
+        chosen = controller.choose([draft] * len(asked), asked, 512) if asked else []
+        if asked:
+            controller.spent(ask_s * len(asked), num_asked=len(asked))
         kept.append(sum(one.num_tokens for one in chosen))
         for one, verified in zip(asked, chosen, strict=True):
             right = next((i for i, (a, b) in enumerate(zip(verified.token_ids, said, strict=False)) if a != b), None)
@@ -52,53 +66,142 @@ def test_half_good_drafts_are_cut_where_they_stop_paying():
 
 def test_a_large_batch_verifies_nothing():
     steep = {rows: float(rows) for rows in (1, 2, 4, 8, 16, 32, 64, 128)}
-    assert run(Controller(times_of(steep)), DRAFT, (*DRAFT.token_ids, 9), batch=16)[-1] == 0
+    assert run(Controller(times_of(steep, 16)), DRAFT, (*DRAFT.token_ids, 9), batch=16)[-1] == 0
+
+
+def test_where_the_batch_grows_drafts_stop_and_where_it_shrinks_they_come_back():
+    times = PassTimes()
+    for batch, added in ((1, 0.01), (16, 0.2)):
+        times.observe(batch, 0, 1.0)
+        for rows in (1, 2, 4, 8, 16, 32, 64, 128):
+            times.observe(batch, rows, 1.0 + added * rows)
+    controller = Controller(times)
+    mostly = (1, 2, 3, 9)
+    for _ in range(2):
+        assert run(controller, DRAFT, mostly, batch=1)[-1] > 0
+        assert sum(run(controller, DRAFT, mostly, batch=16)[-40:]) <= 16, "but for a probe"
 
 
 def test_a_text_that_becomes_easy_is_noticed_without_verifying():
     controller = Controller(times_of({1: 1.0, 2: 2.5, 4: 2.6, 8: 2.8}))
-    tracked = controller.track()
+    (tracked,) = begun(controller)
     for said, expected in (((9,), 0), ((1, 2, 3, 4, 5, 6, 7, 8, 9), 8)):
         for _ in range(80):
             controller.is_asked(tracked)
-            (verified,) = controller.choose([DRAFT], [tracked], 1, 512)
+            (verified,) = controller.choose([DRAFT], [tracked], 512)
             controller.learn(tracked, verified, said[: verified.num_tokens + 1])
         assert verified.num_tokens == expected
 
 
-def test_drafting_that_costs_and_does_not_pay_is_asked_less_and_less():
-    controller = Controller(times_of(FLAT))
-    for _ in range(100):
-        controller.spent(0.5, 1)
-    tracked, asked = controller.track(), 0
-    for _ in range(400):
+def asked_rounds(controller: Controller, batch: int, count: int, said: tuple[int, ...], price_s: float) -> list[int]:
+    """In which of some passes of 1 s an answer is asked, whose drafting costs so much each time."""
+    tracked, rounds = begun(controller)[0], []
+    for number in range(count):
+        controller.pass_begins(batch)
         if controller.is_asked(tracked):
-            asked += 1
-            controller.choose([DRAFT], [tracked], 1, 512)
-            controller.learn(tracked, NO_DRAFT, (9,))
-    assert 3 < asked < 30
+            rounds.append(number)
+            (verified,) = controller.choose([DRAFT], [tracked], 512)
+            controller.spent(price_s, num_asked=1)
+            controller.learn(tracked, verified, said[: verified.num_tokens + 1])
+    return rounds
+
+
+def test_hard_text_is_asked_rarely_and_the_dearer_the_rarer():
+    dear = asked_rounds(Controller(times_of(FLAT)), 1, 800, (9,), 0.3)
+    cheap = asked_rounds(Controller(times_of(FLAT)), 1, 800, (9,), 0.02)
+    assert 5 < len(dear) < 32
+    assert 2 * len(dear) < len(cheap) < 400
+    free = asked_rounds(Controller(times_of(FLAT)), 1, 800, (9,), 0.001)
+    assert len(free) == 800, "what costs nothing is asked always"
+
+
+def test_easy_text_is_asked_always():
+    assert len(asked_rounds(Controller(times_of(FLAT)), 1, 200, (*DRAFT.token_ids, 9), 0.3)) == 200
+
+
+@pytest.mark.parametrize("cost", ["asking", "observing", "verifying"])
+def test_every_cost_counts_and_the_loss_is_bounded(cost):
+    """Answers of ten tokens, none of which was drafted rightly: all but about `ALLOWANCE` of the time is kept."""
+    controller = Controller(times_of(FLAT))
+    lost, num_passes, num_begun = 0.0, 0, 0
+    for _ in range(2000):
+        tracked = controller.begin(1)
+        num_begun += tracked is not None
+        for _ in range(10):
+            num_passes += 1
+            controller.pass_begins(1)
+            if tracked is None:
+                continue
+            seconds = 0.4
+            if cost == "verifying":
+                draft = Draft.chain((1, 2), path_scores=(0.9, 0.9))
+                tracked.acceptance = type(tracked.acceptance)()  # it believes in itself for ever
+                tracked.wait = 0
+                if controller.is_asked(tracked):
+                    (kept,) = controller.choose([draft], [tracked], 512)
+                    lost += 0.15 if kept.num_tokens else 0.0
+                    controller.learn(tracked, kept, (9,))
+                continue
+            controller.spent(seconds, **{"num_asked" if cost == "asking" else "num_observed": 1})
+            lost += seconds
+        if tracked is not None:
+            controller.end()
+    assert num_begun > 5, "it is tried again and again"
+    assert lost < 0.02 * num_passes + CREDIT - LEAST
+
+
+def test_an_engine_in_debt_lets_one_answer_try_and_many_when_that_pays():
+    controller = Controller(times_of(FLAT))
+    controller.pass_begins(1)
+    controller.spent(1000.0)
+    assert controller.begin(1) is None
+    for _ in range(int(-LEAST / ALLOWANCE) + 10):
+        controller.pass_begins(1)
+    assert controller.begin(1) is not None
+    assert controller.begin(1) is None, "one tries for all"
+    controller.learn(Tracked(draft=DRAFT, scores=np.full(8, 0.9)), DRAFT, (*DRAFT.token_ids, 9))
+    assert controller.begin(1) is not None
 
 
 def test_what_is_kept_of_a_tree_is_a_tree():
     draft = Draft(token_ids=(1, 2, 3, 4, 5), parents=(0, 0, 1, 1, 2), path_scores=(0.6, 0.3, 0.5, 0.05, 0.2))
     controller = Controller(times_of({1: 1.0, 2: 1.1, 3: 1.15, 4: 1.2, 8: 3.0}))
-    tracked = controller.track()
+    (tracked,) = begun(controller)
     controller.is_asked(tracked)
-    (kept,) = controller.choose([draft], [tracked], 1, 512)
+    (kept,) = controller.choose([draft], [tracked], 512)
     assert kept.token_ids == (1, 2, 3)
     assert kept.parents == (0, 0, 1)
     controller.is_asked(tracked)
-    (less,) = controller.choose([draft], [tracked], 1, 2)
+    (less,) = controller.choose([draft], [tracked], 2)
     assert less.token_ids == (1, 3), "the pass had room for two"
 
 
 def test_times_between_what_was_measured():
-    times = times_of({1: 1.0, 4: 4.0, 8: 3.0})
-    assert times.seconds(np.array([1, 2, 4, 8, 12])).tolist() == pytest.approx([1.0, 2.0, 4.0, 4.0, 4.0])
+    times = times_of({1: 1.0, 5: 4.0, 9: 3.0})
+    assert times.seconds(1, np.array([0, 2, 4, 8])).tolist() == pytest.approx([1.0, 2.5, 4.0, 4.0])
+    assert times.seconds(1, np.array([16]))[0] == pytest.approx(5.0), "beyond, it goes on in proportion"
     for _ in range(9):
-        times.observe(4, 2.0)
-    times.observe(7, 100.0)
-    assert times.seconds(np.array([4])).tolist() == pytest.approx([2.0])
+        times.observe(1, 4, 2.0)
+    assert times.seconds(1, np.array([4])).tolist() == pytest.approx([2.0])
+
+
+def test_rows_that_nobody_verified_cost_what_rows_of_a_chunk_cost_times_what_is_known():
+    times = PassTimes()
+    times.calibrate(lambda rows: 1.0 + rows, 64)
+    assert times.plain(4) == pytest.approx(5.0)
+    assert times.seconds(4, np.array([0, 8])).tolist() == pytest.approx([5.0, 13.0])
+    times.observe(4, 0, 10.0)
+    times.observe(4, 8, 10.0 + 16.0)
+    assert times.seconds(4, np.array([0, 8, 24])).tolist() == pytest.approx([10.0, 26.0, 58.0])
+    assert times.plain(8) == pytest.approx(18.0), "twice what the chunk of four took, and so with eight"
+
+
+def test_a_drafted_row_costs_what_it_costs_at_that_batch_size():
+    times = times_of({1: 1.0, 2: 1.1})
+    times.observe(16, 0, 4.0)
+    times.observe(16, 1, 6.0)
+    assert times.seconds(1, np.array([1]))[0] == pytest.approx(1.1)
+    assert times.seconds(16, np.array([1]))[0] == pytest.approx(6.0)
 
 
 def test_the_names_of_the_figures():
