@@ -61,7 +61,7 @@ class Packer:
         shape = 1.0 if plain else rng.random()
         row = Row()
         turns = shape < TURNS_SHARE
-        question_first = not turns and shape < TURNS_SHARE + QUESTION_FIRST_SHARE
+        question_first = bool(questions) and not turns and shape < TURNS_SHARE + QUESTION_FIRST_SHARE
         start = [self.bos]
         if not plain and rng.random() < SYSTEM_SHARE:
             start += [self.system, *self.encode(SYSTEM_MESSAGES[rng.integers(len(SYSTEM_MESSAGES))])]

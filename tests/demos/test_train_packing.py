@@ -48,3 +48,13 @@ def test_packed_row_equals_single_prompts(processor, plain):
         whole = model(**inputs).logits[0, -count - 1 : -1]
         if plain:
             torch.testing.assert_close(logits[mine], whole, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_about_which_nothing_can_be_asked_is_the_picture_alone(processor):
+    packer, shapes = Packer(processor.tokenizer), set()
+    for seed in range(40):
+        row = packer.pack([], 4, np.arange(4), np.random.default_rng(seed), plain=False)
+        shapes.add(len(row.ids) > 6)  # with a system message, and without
+        assert not row.targets
+        assert row.positions == list(range(len(row.ids)))
+    assert shapes == {True, False}
