@@ -5,7 +5,6 @@ Prompts, reducers, shapes of drafts and schedules are drawn at random; drafters 
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import random
 
@@ -19,11 +18,9 @@ from mm.core import plugins
 from mm.core.config import SpeculationLimits
 from mm.core.data import Delta, Request, SpeculationOptions, Summary
 from mm.core.errors import InvalidRequest, MmError
-from mm.engine.generate import encode
 from mm.engine.speculation import BEGUN
-from mm.models.checkpoint import find
 from tests.checkpoints import random_llava, random_qwen2_5_vl
-from tests.drafters import TRUTH
+from tests.speculating import learn_truths
 
 STAGES = ("pre_llm", "in_prefill", "in_decode")
 REDUCERS = [
@@ -39,15 +36,7 @@ QUESTIONS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def wild(monkeypatch):
-    """The name "wild" among the drafters, for a while."""
-    points = dict(plugins._entry_points("drafter"))
-    points["wild"] = importlib.metadata.EntryPoint("wild", "tests.drafters:Wild", "mm.drafters")
-    found = plugins._entry_points
-    monkeypatch.setattr(plugins, "_entry_points", lambda kind: points if kind == "drafter" else found(kind))
-    yield
-    TRUTH.clear()
+pytestmark = pytest.mark.usefixtures("wild")
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +99,6 @@ def load(folder, spec: str = "none", **options) -> mm.Model:
     return mm.load(folder, dtype="float32", speculation=SpeculationLimits(drafter=spec, **limits), **options)
 
 
-def learn_truth(model: mm.Model, asked: list[Request], outcomes: list[tuple]) -> None:
-    for request, outcome in zip(asked, outcomes, strict=True):
-        encoded = encode(request, model.encode_parts)
-        prompt = model.engine.family.splice(request.messages, [item.tokens for item in encoded])
-        TRUTH[tuple(prompt.token_ids.tolist())] = [list(tokens) for tokens in outcome[0]]
-
-
 WILD = (
     "wild:truth=0.0,shape=tree",
     "wild:truth=0.0,shape=chain",
@@ -130,7 +112,7 @@ def test_no_drafter_changes_an_answer(folder):
     asked = requests(60, seed=0)
     plain = load(folder)
     expected = answers(plain, asked)
-    learn_truth(plain, asked, expected)
+    learn_truths(plain, asked, [tokens for tokens, *_ in expected])
     for spec in (*WILD, "copy", "recycle", "copy + recycle"):
         drafted = load(folder, spec, control=spec == "copy + recycle", max_draft_tokens=12)
         assert answers(drafted, asked) == expected, spec
@@ -159,7 +141,7 @@ def test_no_schedule_changes_an_answer(folder, tight):
     asked = requests(24, seed=2, length=40, reducers=["none", "uniform"])
     plain = load(folder)
     expected = answers(plain, asked)
-    learn_truth(plain, asked, expected)
+    learn_truths(plain, asked, [tokens for tokens, *_ in expected])
     drafted = load(folder, "wild:truth=0.6,shape=any", control=False, **tight)
     assert answers(drafted, asked) == expected
     if "kv_cache_gb" in tight:
@@ -214,7 +196,7 @@ def test_drafters_see_the_states_they_ask_for(folder):
     model = load(
         folder, f"wild:states={names},truth=0.8,shape=tree", control=False, max_batch_tokens=20, prefix_caching=False
     )
-    learn_truth(model, asked, answers(load(folder), asked))
+    learn_truths(model, asked, [tokens for tokens, *_ in answers(load(folder), asked)])
     answers(model, asked)
     loaded = next(s.loaded for s in model.engine.speculation._sources.values() if s.spec.startswith("wild"))
     head = model.engine.family.language.head_weight
@@ -265,22 +247,6 @@ def test_a_request_chooses_within_what_is_allowed(folder):
             drafted(**wrong)
     with pytest.raises(InvalidRequest, match="whole number"):
         SpeculationOptions(max_draft_tokens=-1)
-
-
-@pytest.mark.slow
-def test_five_hundred_questions_to_the_shipped_model():
-    """Greedy and sampled, all reducers, every kind of drafter, with and without control."""
-    folder = find("tiny")
-    asked = requests(500, seed=7, forms=({}, {}, {"temperature": 1.0}), length=24)
-    plain = load(folder)
-    expected = answers(plain, asked)
-    learn_truth(plain, asked, expected)
-    for spec, control in itertools.product((*WILD[1:4], "copy", "recycle", "copy + recycle"), (False, True)):
-        if "wild" in spec and control:
-            continue
-        drafted = load(folder, spec, control=control)
-        different = [i for i, (a, b) in enumerate(zip(answers(drafted, asked), expected, strict=True)) if a != b]
-        assert not different, f"{spec}, control={control}: {len(different)} answers differ, the first is {different[0]}"
 
 
 def test_control_leaves_short_answers_alone_where_the_first_draft_costs_a_prompt(folder):
