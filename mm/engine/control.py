@@ -37,17 +37,23 @@ NEAREST = [0] + [min(ROWS, key=lambda rows: abs(rows - num)) for num in range(1,
 ROW_SHARE = 0.001
 """Of a pass, that another row takes at the least: no row is free, however times err."""
 NUM_SAMPLES = 9
+REFRESH = 8
+"""Passes after which what they take is summed up anew."""
 WEIGHT = 0.1
 """Of the newest round in what is remembered of acceptance."""
+WORTH_WEIGHT = 0.2
+"""Of the newest draft in what an answer's drafts are worth: one that was not is no reason to ask less."""
 ALLOWANCE = 0.01
 """Share of the time that may be lost in trying whether drafting pays."""
 IDLE_SHARE = 0.005
 """Share of its time for which an answer whose drafts do not pay is asked."""
 MAX_WAIT = 64
 """Passes after which an answer is asked again at the latest."""
-CREDIT = 32.0
+SURCHARGE = 1.15
+"""On every cost: what a drafter pushes out of the processor's caches slows passes that nobody charges it with."""
+CREDIT = 8.0
 """Passes that an account begins with."""
-MOST, LEAST = 64.0, -16.0
+MOST, LEAST = 32.0, -16.0
 """Passes between which an account moves, so that neither a good past nor a bad one decides for long."""
 STAKE = 2.0
 """Passes that an account has to hold before an answer begins beside another one: out of debt, one tries for all."""
@@ -55,8 +61,9 @@ NEAR = 8
 """Passes ahead of a question from which on what an answer's passes show is kept for it."""
 LEAST_GAIN = 1.03
 """Expected speed-up from which drafts are verified: estimates err, and not drafting is never wrong."""
-PROBE_EVERY = 256
+PROBE_EVERY = 64
 """Decisions of which one is taken the other way, so that no measured time grows old."""
+NOTHING = np.zeros(1)
 
 
 class Median:
@@ -81,9 +88,12 @@ class PassTimes:
         self._chunk = np.array([0.0, 1.0]), np.array([0.0, 1.0])
         self._plain: dict[int, Median] = {}
         self._added: dict[int, dict[int, Median]] = {}
+        self._tables: dict[int, np.ndarray] = {}
+        self._age = 0
 
     def observe(self, num_answers: int, num_drafted: int, seconds: float) -> None:
         """Note a pass in which nothing but decoding was done."""
+        self._age += 1
         if num_answers >= len(NEAREST) or num_drafted >= len(NEAREST):
             return
         if not num_drafted:
@@ -98,21 +108,34 @@ class PassTimes:
             return known.value
         if not self._plain:
             return float(self._chunk_seconds(np.array([num_answers]))[0])
-        near = min(self._plain, key=lambda known: abs(known - num_answers))
+        counts = sorted(self._plain)
+        near = min(max(num_answers, counts[0]), counts[-1])
+        found = float(np.interp(near, counts, [self._plain[count].value for count in counts]))
         here, there = self._chunk_seconds(np.array([num_answers, near]))
-        return self._plain[near].value * float(here / there)
+        return found * float(here / there)
+
+    def is_known(self, num_answers: int) -> bool:
+        """Whether passes of so many answers have been seen without drafts."""
+        return num_answers in self._plain or num_answers >= len(NEAREST)
 
     def seconds(self, num_answers: int, num_drafted: np.ndarray) -> np.ndarray:
         """Of passes in which so many answers decode and so many drafted rows are verified."""
-        rows, plain = np.array(ROWS, dtype=float), self.plain(num_answers)
+        rows, plain = np.array([0, *ROWS], dtype=float), self.plain(num_answers)
         added = self._chunk_seconds(num_answers + rows) - self._chunk_seconds(np.array([float(num_answers)]))
-        added = np.maximum(added, ROW_SHARE * plain * rows)
         known = sorted(self._added.get(NEAREST[min(num_answers, len(NEAREST) - 1)], {}).items())
-        if known:  # what rows of a chunk take, times how wrong that was for as many rows
-            wrong = [median.value / added[ROWS.index(count)] for count, median in known]
-            added = added * np.interp(rows, [count for count, _ in known], np.maximum(wrong, 0.0))
-        added = np.maximum.accumulate(np.concatenate([[0.0], added]))
-        return plain + _interpolated(num_drafted, np.concatenate([[0.0], rows]), added)
+        if known:  # what rows of a chunk take, and by how much that was wrong for about as many rows
+            wrong = [median.value - added[1 + ROWS.index(count)] for count, median in known]
+            added = added + np.interp(rows, [0, *(count for count, _ in known)], [0.0, *wrong])
+        added = np.maximum.accumulate(np.maximum(added, ROW_SHARE * plain * rows))
+        return plain + _interpolated(num_drafted, rows, added)
+
+    def table(self, num_answers: int) -> np.ndarray:
+        """(256,) seconds of passes with 0, 1, ... drafted rows; may be some passes old."""
+        if self._age >= REFRESH or num_answers not in self._tables:
+            if self._age >= REFRESH:
+                self._tables, self._age = {}, 0
+            self._tables[num_answers] = self.seconds(num_answers, np.arange(ROWS[-1]))
+        return self._tables[num_answers]
 
     def _chunk_seconds(self, rows: np.ndarray) -> np.ndarray:
         return _interpolated(rows, *self._chunk)
@@ -140,11 +163,13 @@ class Account:
     """What drafting brought at about one batch size, in passes: what was gained or may be lost.
 
     Attributes:
+        worth: Speed-up that the last drafts of all answers promised; a new answer begins with it.
         ask_s: Seconds per answer that proposing and deciding take.
         observe_s: Seconds per answer that observing takes.
     """
 
     balance: float = CREDIT
+    worth: float = 1.1
     ask_s: Median = field(default_factory=Median)
     observe_s: Median = field(default_factory=Median)
 
@@ -197,7 +222,8 @@ class Tracked:
     Attributes:
         wait: Passes until it is asked for a draft again.
         patience: How many it would be the next time.
-        is_worth: Whether its last draft was worth its price.
+        account: Of the batch size at which it was asked or waited last.
+        worth: Speed-up that its last drafts promised there, their costs included.
         draft: What was proposed last, for comparison with what is said; verified or not.
         scores: (n,) probabilities that its nodes are right.
     """
@@ -205,9 +231,15 @@ class Tracked:
     acceptance: Acceptance = field(default_factory=Acceptance)
     wait: int = 0
     patience: int = 1
-    is_worth: bool = False
+    account: Account | None = None
+    worth: float = 1.1
     draft: Draft = NO_DRAFT
     scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def is_worth(self) -> bool:
+        """Whether it is better drafted for than not."""
+        return self.worth >= 1
 
     @property
     def is_due(self) -> bool:
@@ -262,10 +294,14 @@ class Controller:
     def is_asked(self, tracked: Tracked) -> bool:
         """Whether an answer drafts for this pass. Asked once per pass."""
         tracked.draft = NO_DRAFT
+        account = self.account(self._num_answers)
+        if tracked.account is not account:  # what drafts were worth at another batch size says little
+            tracked.account, tracked.worth, tracked.patience = account, account.worth, 1
+            tracked.wait = min(tracked.wait, NEAR)
         tracked.wait -= 1
         if tracked.wait >= 0:
             return False
-        if not tracked.is_worth and self.account(self._num_answers).balance < 0:
+        if not tracked.is_worth and account.balance < 0:
             tracked.wait = tracked.patience = min(2 * tracked.patience, MAX_WAIT)
             return False
         return True
@@ -273,7 +309,7 @@ class Controller:
     def spent(self, seconds: float, *, num_asked: int = 0, num_observed: int = 0) -> None:
         """How long drafting took, and for how many answers it did what."""
         account = self.account(self._num_answers)
-        account.book(-seconds / self._times.plain(self._num_answers))
+        account.book(-SURCHARGE * seconds / self._times.plain(self._num_answers))
         if num_asked:
             account.ask_s.observe(seconds / num_asked)
         if num_observed:
@@ -287,23 +323,24 @@ class Controller:
         """
         for draft, one in zip(drafts, tracked, strict=True):
             one.draft, one.scores = draft, self._scores(draft, one)
-        if not any(draft.num_tokens for draft in drafts):
-            self._be_patient(drafts, tracked, 0.0)
-            return list(drafts)
         num_answers, account = self._num_answers, self.account(self._num_answers)
-        ordered = -np.sort(-np.concatenate([one.scores for one in tracked]))[:room]
-        tokens = num_answers + np.concatenate([[0.0], np.cumsum(ordered)])
-        seconds = self._times.seconds(num_answers, np.arange(len(tokens)))
-        spent = account.price_s * len(drafts)
-        rates = tokens / (seconds + spent)
-        best = int(rates.argmax())
-        worth = rates[best] * seconds[0] / num_answers
-        best = self._probed(rates, best if rates[best] >= LEAST_GAIN * rates[0] else 0)
-        account.book(1 - seconds[best] / seconds[0])
+        ordered = np.sort(np.concatenate([one.scores for one in tracked]))[::-1][: min(room, ROWS[-1] - 1)]
+        best, added, token_s = 0, 0.0, self._times.plain(num_answers) / num_answers
+        if len(ordered) and self._times.is_known(num_answers):
+            tokens = num_answers + np.concatenate([NOTHING, np.cumsum(ordered)])
+            seconds = self._times.table(num_answers)[: len(tokens)]
+            rates = tokens / (seconds + account.price_s * len(drafts))
+            best = int(rates.argmax())
+            best = self._probed(rates, best if rates[best] >= LEAST_GAIN * rates[0] else 0)
+            added = float(seconds[best] - seconds[0])
+            account.book(-SURCHARGE * added / float(seconds[0]))
         least = ordered[best - 1] if best else np.inf
-        kept = [_kept(draft, one.scores >= least) for draft, one in zip(drafts, tracked, strict=True)]
-        self._be_patient(kept, tracked, worth)
-        return kept
+        keep = [one.scores >= least for one in tracked]
+        for one, mine in zip(tracked, keep, strict=True):
+            gained, num_rows = float(one.scores[mine].sum()), int(mine.sum())
+            price = account.price_s / token_s + added / token_s * num_rows / max(1, best)
+            self._be_patient(one, (1 + gained) / (1 + SURCHARGE * price), len(tracked))
+        return [_kept(draft, mine) for draft, mine in zip(drafts, keep, strict=True)]
 
     def _probed(self, rates: np.ndarray, best: int) -> int:
         self._num_choices += 1
@@ -314,7 +351,7 @@ class Controller:
     def _scores(self, draft: Draft, tracked: Tracked) -> np.ndarray:
         """(n,) probability that each node is reached and right; falls from parent to child."""
         if not draft.num_tokens:
-            return np.zeros(0)
+            return NOTHING[:0]
         acceptance = tracked.acceptance
         # Of a draft that was drawn from a law no decision may depend on what was drawn.
         if draft.path_scores is not None and draft.kind is ProposalKind.POINT:
@@ -322,12 +359,13 @@ class Controller:
         by_depth = np.cumprod([acceptance.rate(depth) for depth in range(max(draft.depths))])
         return by_depth[np.array(draft.depths[1:]) - 1]
 
-    def _be_patient(self, kept: Sequence[Draft], tracked: Sequence[Tracked], worth: float) -> None:
-        longest = self._longest_wait()
-        for draft, one in zip(kept, tracked, strict=True):
-            one.is_worth = draft.num_tokens > 0 and worth >= LEAST_GAIN
-            one.patience = 1 if one.is_worth else min(2 * one.patience, longest)
-            one.wait = one.patience - 1
+    def _be_patient(self, one: Tracked, worth: float, num_asked: int) -> None:
+        """Ask the sooner, the more an answer's drafts promise for what they cost."""
+        account = self.account(self._num_answers)
+        one.worth += WORTH_WEIGHT * (worth - one.worth)
+        account.worth += WORTH_WEIGHT / 4 / num_asked * (worth - account.worth)
+        one.patience = 1 if one.is_worth else min(2 * one.patience, self._longest_wait())
+        one.wait = one.patience - 1
 
     def _longest_wait(self) -> int:
         """Passes between two questions to an answer that has nothing to say."""

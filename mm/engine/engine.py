@@ -280,7 +280,7 @@ class Engine:
                 self._fail(job, DeadlineExceeded("the request took longer than it may"))
 
     def _run(self, plan: Plan) -> None:
-        began = self.speculation.clock()
+        began, has_prompts = self.speculation.clock(), plan.has_prompts
         last = [answer.output.token_ids[-1] for answer in plan.decoding]
         texts = [item.answer.generated(item.count) for item in plan.chunks]
         ids = torch.tensor(last + [token for text in texts for token in text], dtype=torch.int64)
@@ -306,7 +306,7 @@ class Engine:
         self._emit(rounds, logits)
         if any(one.walk.draft.num_tokens for one in rounds):
             self.speculation.stats.verify_s += time.perf_counter() - start
-        if not plan.has_prompts:
+        if not has_prompts:
             num_drafted = plan.num_rows - len(plan.answers)
             self.speculation.times.observe(len(plan.answers), num_drafted, self.speculation.clock() - began)
         self.speculation.finish(rounds, logits)

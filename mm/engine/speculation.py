@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 MAX_CALIBRATED = 64
 """Rows of the largest pass that is measured when an engine is made."""
 
-BEGUN = 6
+BEGUN = 2
 """Passes behind which control lets drafters begin that read states: their first draft is a pass over the whole prompt,
 which an answer that ends sooner would not pay for."""
 

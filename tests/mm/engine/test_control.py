@@ -83,7 +83,7 @@ def test_where_the_batch_grows_drafts_stop_and_where_it_shrinks_they_come_back()
 
 
 def test_a_text_that_becomes_easy_is_noticed_without_verifying():
-    controller = Controller(times_of({1: 1.0, 2: 2.5, 4: 2.6, 8: 2.8}))
+    controller = Controller(times_of({1: 1.0, 2: 2.5, 4: 2.6, 9: 2.8}))
     (tracked,) = begun(controller)
     for said, expected in (((9,), 0), ((1, 2, 3, 4, 5, 6, 7, 8, 9), 8)):
         for _ in range(80):
@@ -179,21 +179,25 @@ def test_what_is_kept_of_a_tree_is_a_tree():
 def test_times_between_what_was_measured():
     times = times_of({1: 1.0, 5: 4.0, 9: 3.0})
     assert times.seconds(1, np.array([0, 2, 4, 8])).tolist() == pytest.approx([1.0, 2.5, 4.0, 4.0])
-    assert times.seconds(1, np.array([16]))[0] == pytest.approx(5.0), "beyond, it goes on in proportion"
+    assert times.seconds(1, np.array([16]))[0] == pytest.approx(4.0 + 16 - 9), (
+        "beyond, a row adds what it adds to a chunk"
+    )
     for _ in range(9):
         times.observe(1, 4, 2.0)
     assert times.seconds(1, np.array([4])).tolist() == pytest.approx([2.0])
 
 
-def test_rows_that_nobody_verified_cost_what_rows_of_a_chunk_cost_times_what_is_known():
+def test_rows_that_nobody_verified_cost_what_rows_of_a_chunk_cost_and_what_is_known_to_be_wrong_with_that():
     times = PassTimes()
     times.calibrate(lambda rows: 1.0 + rows, 64)
     assert times.plain(4) == pytest.approx(5.0)
     assert times.seconds(4, np.array([0, 8])).tolist() == pytest.approx([5.0, 13.0])
     times.observe(4, 0, 10.0)
     times.observe(4, 8, 10.0 + 16.0)
-    assert times.seconds(4, np.array([0, 8, 24])).tolist() == pytest.approx([10.0, 26.0, 58.0])
+    assert times.seconds(4, np.array([0, 8, 24])).tolist() == pytest.approx([10.0, 26.0, 42.0])
     assert times.plain(8) == pytest.approx(18.0), "twice what the chunk of four took, and so with eight"
+    times.observe(8, 0, 14.0)
+    assert times.plain(6) == pytest.approx(12.0)
 
 
 def test_a_drafted_row_costs_what_it_costs_at_that_batch_size():
