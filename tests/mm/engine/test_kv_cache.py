@@ -63,6 +63,11 @@ class Twin:
         self.cache.keep_rows(slot, layer, torch.tensor(rows, dtype=torch.int64))
         self.rows[slot][layer] = [self.rows[slot][layer][i] for i in rows]
 
+    def keep_path(self, slot: int, count: int, path: list[int]) -> None:
+        self.cache.keep_path(slot, count, path)
+        for rows in self.rows[slot]:
+            rows[len(rows) - count :] = [rows[len(rows) - count + i] for i in path]
+
     def fork(self, slot: int) -> int:
         copy = self.cache.fork(slot)
         self.rows[copy] = [list(layer) for layer in self.rows[slot]]
@@ -275,3 +280,46 @@ def test_the_check_notices_a_leak_and_a_double_hold():
     twin.cache._num_free -= 1
     with pytest.raises(AssertionError, match="free list"):
         twin.cache.check()
+
+
+@pytest.mark.parametrize(
+    ("held", "count", "paths"),
+    [
+        ((11,), 8, ([0, 2, 5],)),
+        ((11,), 8, ([0, 1, 3, 6],)),
+        ((11,), 8, ([0],)),
+        ((10, 7, 12), 4, ([0, 1, 3], [0], [0, 2])),
+        ((8, 8), 9, (list(range(9)), [0, 8])),
+    ],
+)
+def test_of_drafted_rows_those_on_the_accepted_path_stay(held, count, paths):
+    """Each answer has its own length and path; one layer holds fewer rows, as where a reducer dropped some."""
+    twin = Twin(num_blocks=80, num_slots=4)
+    slots = [twin.open() for _ in held]
+    for slot, length in zip(slots, held, strict=True):
+        twin.grow(slot, length)
+        twin.keep_rows(slot, 2, list(range(0, length, 2)))
+    for slot in slots:
+        twin.grow(slot, count)
+    for slot, path in zip(slots, paths, strict=True):
+        twin.keep_path(slot, count, path)
+    for slot, length, path in zip(slots, held, paths, strict=True):
+        kept = [length, length, -(-length // 2), length]
+        assert twin.cache.lengths[:, slot].tolist() == [rows + len(path) for rows in kept]
+    twin.compare()
+
+
+def test_accepted_paths_between_all_else():
+    """Rounds of random trees on growing slots, one of which begins with shared blocks."""
+    rng = random.Random(3)
+    twin = Twin(num_blocks=400, num_slots=4)
+    first = twin.open()
+    twin.grow(first, SIZE)
+    twin.put(first, b"shared")
+    second = twin.open()
+    twin.adopt(second, b"shared")
+    for _ in range(60):
+        slot, count = rng.choice([first, second]), rng.randint(1, 9)
+        twin.grow(slot, count)
+        twin.keep_path(slot, count, [0, *sorted(rng.sample(range(1, count), rng.randint(0, count - 1)))])
+        twin.compare()

@@ -315,6 +315,15 @@ def test_a_small_vocabulary_proposes_only_its_own(tmp_path):
         assert set(found) <= set(ids.tolist())
 
 
+def test_a_draft_vocabulary_counts_its_own_tokens():
+    """EAGLE-3's table d2t holds, for each of them, how far the target's id lies ahead."""
+    made = network(draft_vocab_size=4)
+    made.take_vocabulary(torch.tensor([7, 1, 5, 2]))
+    at = torch.arange(4)
+    assert made.token_ids(at).tolist() == [1, 2, 5, 7]
+    assert (made.token_ids(at) - at).tolist() == [1, 1, 3, 4]
+
+
 def test_a_folder_of_another_target_is_refused(tmp_path):
     network().save(tmp_path)
     with pytest.raises(BadCheckpoint, match="another target"):

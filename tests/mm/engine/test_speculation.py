@@ -1,0 +1,27 @@
+"""What speculation notes of each round."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from mm.core.drafting import Draft
+from mm.engine.report import SpeculationStats
+from mm.engine.speculation import Round, Speculation
+from mm.engine.verify import Walk
+
+
+def test_figures_of_a_few_rounds():
+    stats = SpeculationStats(num_accepted_per_position=[0, 0, 0])
+    job = SimpleNamespace(num_drafts=0, num_drafted_tokens=0, num_accepted_tokens=0)
+    for drafted, accepted in ((3, 3), (3, 1), (3, 0), (3, 2), (0, 0)):
+        walk = Walk(Draft.chain(tuple(range(drafted))), path=list(range(accepted + 1)))
+        said = list(range(accepted + 1))
+        one = Round(answer=SimpleNamespace(job=job), root=9, first=0, walk=walk, said=said)  # type: ignore[arg-type]
+        Speculation.count(SimpleNamespace(stats=stats), one)  # type: ignore[arg-type]
+    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (4, 12, 6)
+    assert stats.num_accepted_per_position == [3, 2, 1]
+    assert (stats.num_target_steps, stats.num_emitted_tokens) == (5, 11)
+    assert stats.mean_acceptance_length == 2.5
+    assert stats.tokens_per_target_step == 2.2
+    assert stats.acceptance_rate == 0.5
+    assert (job.num_drafts, job.num_drafted_tokens, job.num_accepted_tokens) == (4, 12, 6)
