@@ -17,8 +17,9 @@ and prompts are in the caches then, so what is timed is decoding.
     v(n)        a pass with the mean number of drafted rows over a pass without, as the engine has measured it
     break-even  speed-up that arithmetic predicts: per step / (v of the mean number of rows + draft share of a pass)
 
-Asked again: in a chat the model has described a picture, and is asked the same once more. `repeats` is the share of the
-answers' tokens that end four tokens of the earlier answer; the model describes part of the things, in the same words.
+Asked again: in a chat the model has described a picture at some length, and is asked the same once more. `repeats` is
+the share of the answers' tokens that end four tokens of the earlier answer: the model leaves things out and goes on in
+the same words.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "asked again": {"questions": ("Describe the picture.", "Describe the picture in detail."), "length": 64},
 }
 AGAIN, PLAIN = "asked again", "plain"
+NUM_CHATS, LONG = 16, 24
+"""Pictures of a task; tokens of an answer that is asked for again."""
 AT_LEAST = 4
 """Questions of a round."""
 COUNTS = [f.name for f in fields(SpeculationStats) if f.name != "num_accepted_per_position"]
@@ -91,19 +94,22 @@ def _stats(counts: dict[str, Any]) -> SpeculationStats:
 @functools.cache
 def conversations(task: str, plain: mm.Model) -> list[list[dict[str, Any]]]:
     """Chats that end in a question, one for each picture."""
-    found = []
-    for i, image in enumerate(held_out_images()):
-        question = TASKS[task]["questions"][i % 2]
+    found: list[list[dict[str, Any]]] = []
+    for image in held_out_images(64 if task == AGAIN else NUM_CHATS):
+        question = TASKS[task]["questions"][len(found) % 2]
         url = "data:image/png;base64," + base64.b64encode(image).decode()
         first = {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}
         chat: list[dict[str, Any]] = [{"role": "user", "content": list(first)}]
         if task == AGAIN:
             (outcome,) = (outcome for _, outcome in plain.run_batch([request_of(chat, task, 0.0, 0)]))
             assert isinstance(outcome, list), outcome
-            chat.append({"role": "assistant", "content": collect(iter(outcome)).texts[0]})
+            answer = collect(iter(outcome))
+            if len(answer.token_ids[0]) < LONG:
+                continue
+            chat.append({"role": "assistant", "content": answer.texts[0]})
             chat.append({"role": "user", "content": question})
         found.append(chat)
-    return found
+    return found[:NUM_CHATS]
 
 
 def request_of(chat: list[dict[str, Any]], task: str, temperature: float, seed: int) -> Request:
@@ -122,7 +128,7 @@ def load(name: str, speculation: SpeculationLimits) -> mm.Model:
 
 
 @functools.cache
-def held_out_images(count: int = 16) -> list[bytes]:
+def held_out_images(count: int) -> list[bytes]:
     """The first pictures of the held-out set."""
     table = pq.read_table(held_out_path(), columns=["media", "media_type"]).to_pylist()
     found = dict.fromkeys(row["media"] for row in table if row["media_type"].startswith("image/"))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -160,60 +160,65 @@ class LoadedEagle:
 
     def _refresh(self, sessions: Sequence[EagleSession]) -> None:
         """Take in what is pending: prompts, and true states in the place of guesses. Who finds no room falls silent."""
-        inputs, positions, slots, counts, refreshed = [], [], [], [], []
+        news = []
         for session in sessions:
             if not session.pending:
                 continue
-            rows, places = self._rows(session)
-            assert session.slot is not None
+            one = self._read(session)
             try:
-                self._layer.grow(session.slot, len(rows))
+                self._layer.grow(one.slot, one.num_rows)
             except OutOfBlocks:
                 log.warning("the drafter's cache is full: cache_mb=%g", self._options.cache_mb)
                 self._silence(session)
                 continue
-            inputs.append(rows)
-            positions.append(places)
-            slots.append(session.slot)
-            counts.append(len(rows))
-            refreshed.append(session)
-        if refreshed:
+            news.append(one)
+        if news:
+            counts = [one.num_rows for one in news]
             wanted = last_of(counts, self._target.device)
-            outputs = self._layer.run(_cat(inputs), _cat(positions), slots, counts, wanted)
-            for session, output in zip(refreshed, outputs.unbind(), strict=True):
-                session.output = output
+            positions = _cat([part for one in news for part in one.positions])
+            outputs = self._layer.run(self._inputs(news), positions, [one.slot for one in news], counts, wanted)
+            for one, output in zip(news, outputs.unbind(), strict=True):
+                one.session.output = output
 
-    def _rows(self, session: EagleSession) -> tuple[Tensor, Tensor]:
-        """Inputs (n, D) and positions (n,) of all that is pending."""
-        network, parts, places = self.network, [], []
-        told_by_item: Tensor | None = None
+    def _read(self, session: EagleSession) -> _News:
+        """What is pending, as rows; a prompt's visual ones are looked at here."""
+        assert session.slot is not None
+        news = _News(session, session.slot)
         for observation in session.pending:
             states, prompt = self._states(observation), session.prompt
             # Tokens that came while nothing was kept have no states: their rows are left out.
             ids = torch.tensor(observation.token_ids[-max(1, len(observation.rows)) :], device=states.device)
             if observation.is_prompt:
                 sight = sight_of(prompt, observation.rows, observation.hidden["last_hidden"])
-                seen = network.seeing.look(sight)
-                parts.append(seen.inputs)
-                places.append(seen.positions)
-                session.item, told_by_item = sight.num_items - 1, seen.told
+                seen = self.network.seeing.look(sight)
+                news.seen = seen.inputs
+                news.positions.append(seen.positions)
+                session.item = sight.num_items - 1
                 session.told = None if seen.told is None else seen.told[-1]
                 rows = prompt_rows(prompt, ids, observation.rows, states)
+                news.add(rows, None if seen.told is None else _before(seen.told, rows.items))
             else:
                 rows = answer_rows(prompt, ids, observation.rows, states, session.item)
-            parts.append(self._text(rows, told_by_item, session.told))
-            places.append(rows.positions)
+                news.add(rows, None if session.told is None else session.told.expand(len(ids), -1))
         session.pending = []
-        session.next_position = int(places[-1][-1]) + 1
-        return _cat(parts), _cat(places)
+        session.next_position = int(news.positions[-1][-1]) + 1
+        return news
 
-    def _text(self, rows: FeatureRows, told_by_item: Tensor | None, told: Tensor | None) -> Tensor:
-        features = self.network.features(rows.states)
-        if told_by_item is not None:
-            before = torch.cat([torch.zeros_like(told_by_item[:1]), told_by_item])[rows.items + 1]
-        else:
-            before = None if told is None else told.expand_as(features)
-        return self.network.inputs(self.network.seeing.tell(features, before), rows.token_ids)
+    def _inputs(self, news: Sequence[_News]) -> Tensor:
+        """Of the layer, for all rows (R, D); the text of all answers is embedded at once."""
+        network = self.network
+        features = network.features(_cat([states for one in news for states in one.states]))
+        told = None
+        if any(part is not None for one in news for part in one.told):
+            nothing = features.new_zeros(1, features.shape[1])
+            pairs = [pair for one in news for pair in zip(one.told, one.token_ids, strict=True)]
+            told = _cat([nothing.expand(len(ids), -1) if part is None else part for part, ids in pairs])
+        token_ids = _cat([ids for one in news for ids in one.token_ids])
+        text = network.inputs(network.seeing.tell(features, told), token_ids)
+        if all(one.seen is None for one in news):
+            return text
+        parts = zip(news, text.split([one.num_text for one in news]), strict=True)
+        return torch.cat([rows for one, own in parts for rows in (one.seen, own) if rows is not None])
 
     def _states(self, observation: Observation) -> Tensor:
         taps = self.network.config.taps
@@ -237,6 +242,45 @@ class LoadedEagle:
         for i, draft in zip(ready, found, strict=True):
             drafts[i] = draft
         return drafts
+
+
+@dataclass(eq=False)
+class _News:
+    """What an answer's passes gave since its last draft.
+
+    Attributes:
+        seen: (n, D), inputs of the layer for a prompt's visual tokens, which stand before the text.
+        states, token_ids, told: Of text, part by part: (k, F), (k,) and (k, D), what the items before tell; None is
+            nothing.
+        positions: Of all rows, part by part.
+    """
+
+    session: EagleSession
+    slot: int
+    seen: Tensor | None = None
+    states: list[Tensor] = field(default_factory=list)
+    token_ids: list[Tensor] = field(default_factory=list)
+    told: list[Tensor | None] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+
+    def add(self, rows: FeatureRows, told: Tensor | None) -> None:
+        self.states.append(rows.states)
+        self.token_ids.append(rows.token_ids)
+        self.told.append(told)
+        self.positions.append(rows.positions)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.positions))
+
+    @property
+    def num_text(self) -> int:
+        return sum(map(len, self.token_ids))
+
+
+def _before(told: Tensor, items: Tensor) -> Tensor:
+    """(k, D): what each row is told, of what items tell (I, D) and the item before each row (k,)."""
+    return torch.cat([torch.zeros_like(told[:1]), told])[items + 1]
 
 
 def drafter_folder(weights: str, target: str) -> Path:
