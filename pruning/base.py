@@ -76,7 +76,7 @@ def unit_rows(rows: Tensor) -> Tensor:
     """`rows` (..., D) at length 1 in float32; zero where they are zero or not finite."""
     rows = rows.float()
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return (rows / norms.clamp_min(1e-12)).masked_fill(~torch.isfinite(norms), 0.0)
+    return (rows / norms.clamp_min(1e-12)).masked_fill_(~torch.isfinite(norms), 0.0)
 
 
 def merge_means(keep: Tensor, rows: Tensor, columns: Tensor, sizes: Tensor) -> Reduction:

@@ -41,7 +41,7 @@ def test_plugins_lists_all_that_is_registered(monkeypatch, capsys):
     assert {(row["kind"], row["name"]) for row in rows} == {(kind, name) for kind in KINDS for name in names(kind)}
     divprune = next(row for row in rows if row["name"] == "divprune")
     assert divprune["stage"] == "pre_llm"
-    assert divprune["options"] == {"keep_ratio": 0.25}
+    assert divprune["options"] == {"keep_ratio": 0.25, "joint": False}
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,15 @@
 """DivPrune: keep the tokens that differ most from one another.
 
 Paper     "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025 (training-free).
-Stage     pre_llm, after the projector.
+Stage     pre_llm, after the projector; within each crop or frame, or over all of them (`joint`).
 Needs     nothing but the embeddings.
 Cost      O(N^2 D) for the similarities, O(k N) for the selection with a running minimum.
 Equation  d(i, j) = 1 - cos(x_i, x_j). First argmax_i min_{j != i} d(i, j), the token whose nearest neighbour is
           farthest; then, k - 1 times, argmax over the tokens not yet chosen of min_{c chosen} d(i, c).
           Kept in reading order; the lowest index wins a tie.
 Differs   from the authors' code: no token is chosen twice (theirs repeats index 0 once only duplicates are left);
-          everything is computed in float32 whatever the model's dtype; each item is reduced on its own.
+          everything is computed in float32 whatever the model's dtype; each crop has its share of the budget, where
+          theirs selects over all crops of a picture at once, as `joint` does.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.data import VisualTokens
-from mm.core.plugins import ReduceContext
-from pruning.base import BudgetReducer, Rounding
+from pruning.base import Rounding
+from pruning.steps import Step, StepReducer
 
 MAX_MATRIX_TOKENS = 8192
 """Up to here all N * N similarities are held (256 MiB at the limit); beyond, rows are computed one by one."""
@@ -32,13 +32,18 @@ BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(BudgetReducer):
-    """Keep the tokens that differ most from one another (greedy max-min cosine distance)."""
+class DivPrune(StepReducer):
+    """Keep the tokens that differ most from one another (greedy max-min cosine distance).
+
+    Attributes:
+        keep_ratio: Tokens kept / tokens in, in (0, 1].
+        joint: Choose over all crops or frames of an item at once, instead of giving each its share.
+    """
 
     rounding: ClassVar[Rounding] = "half_even"
 
-    def select(self, tokens: VisualTokens, context: ReduceContext, k: int) -> Tensor:
-        return pick_order(tokens.embeddings, k).sort().values
+    def pick(self, step: Step, k: int) -> Tensor:
+        return pick_order(step.embeddings, k)
 
 
 @torch.no_grad()

@@ -60,17 +60,24 @@ def pick_order(features: Tensor, saliency: Tensor, k: int) -> tuple[Tensor, Tens
     saliency = torch.where(torch.isfinite(saliency), saliency, 0.0)
     covered = similarity.new_zeros(similarity.shape[0])
     chosen = torch.empty(k, dtype=torch.int64, device=unit.device)
-    gains, uncovered = similarity.new_empty(k), torch.empty_like(similarity)
+    gains, coverage = similarity.new_empty(k), torch.empty_like(covered)
+    buffer = similarity.new_empty(min(BLOCK_ROWS, similarity.shape[0]), similarity.shape[1])
     for step in range(k):
         # Rows are what is covered, and the matrix is symmetric: column j is row j.
-        torch.sub(similarity, covered.unsqueeze(0), out=uncovered)
-        gain = uncovered.clamp_min_(0).sum(dim=1) * saliency + gain_ceiling
+        for start in range(0, similarity.shape[0], BLOCK_ROWS):
+            rows = similarity[start : start + BLOCK_ROWS]
+            uncovered = torch.sub(rows, covered, out=buffer[: rows.shape[0]]).clamp_min_(0)
+            torch.sum(uncovered, dim=1, out=coverage[start : start + BLOCK_ROWS])
+        gain = coverage * saliency + gain_ceiling
         torch.max(gain, dim=0, out=(gains[step], chosen[step]))
         latest = chosen[step : step + 1]
         torch.maximum(covered, similarity.index_select(0, latest).squeeze(0), out=covered)
         gain_ceiling.index_fill_(0, latest, -math.inf)
     return chosen, gains
 
+
+BLOCK_ROWS = 256
+"""What is not covered yet is computed for so many tokens at a time: a second N x N matrix would only be memory."""
 
 BROKEN = -1e30
 """Puts a token behind all others, and before those that are chosen."""

@@ -53,6 +53,17 @@ def test_conformance_kept(rows, keep_ratio, kept):
     assert reduce_tokens(create("reducer", "divprune", keep_ratio=keep_ratio), tokens).indices.tolist() == kept
 
 
+def test_each_crop_has_its_share_unless_all_are_chosen_from_at_once():
+    """The second crop repeats one token: its share shows that, a joint choice takes at most one of the copies."""
+    rows = torch.cat([torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.ones(12, 6)])
+    tokens = VisualTokens.full(rows, (2, 3, 4), "image")
+    apart = reduce_tokens(create("reducer", "divprune", keep_ratio=0.25), tokens).indices.tolist()
+    assert apart == [*sorted(pick_order(rows[:12], 3).tolist()), 12, 13, 14]
+    joint = reduce_tokens(create("reducer", "divprune", keep_ratio=0.25, joint=True), tokens).indices.tolist()
+    assert joint == sorted(pick_order(rows, 6).tolist())
+    assert sum(index >= 12 for index in joint) <= 1
+
+
 def test_d1_nearest_neighbour_distances():
     unit, _ = divprune._unit_rows(torch.tensor(D1).float())
     expected = torch.tensor([0.0487, 0.0583, 0.0513, 0.1358, 0.0299, 0.0755, 0.0487, 0.0299])
