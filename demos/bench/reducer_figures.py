@@ -161,15 +161,16 @@ def paired_table(results: Results, ratio: float = TASKS_AT) -> str:
     for line in results.at(ratio):
         low, high = interval(results.scores(line) / full_scores)
         gaps = {task: results.over(line, base, task) for task in results.tasks}
-        better = [f"{task} {_points(*gap)}" for task, gap in gaps.items() if gap[1] > 0]
-        worse = [f"{task} {_points(*gap)}" for task, gap in gaps.items() if gap[2] < 0]
-        over = "-" if line is base else _points(*results.over(line, base))
+        better = [f"{task} {points(*gap)}" for task, gap in gaps.items() if gap[1] > 0]
+        worse = [f"{task} {points(*gap)}" for task, gap in gaps.items() if gap[2] < 0]
+        over = "-" if line is base else points(*results.over(line, base))
         share = f"{results.score(line) / full:.0%} ({low:.0%}-{high:.0%})"
         rows.append([line["method"], share, over, "; ".join(better) or "-", "; ".join(worse) or "-"])
     return markdown(["method", "of full", "over DivPrune", "better on", "worse on"], rows)
 
 
-def _points(value: float, low: float, high: float) -> str:
+def points(value: float, low: float, high: float) -> str:
+    """A difference of shares with its interval, in points."""
     return f"{100 * value:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
 
 
@@ -213,7 +214,7 @@ def _against_base(results: Results) -> list[str]:
         for line in others
         if results.task_share(line, task)[1] > results.task_share(base, task)[2]
     ]
-    better = [f"`{line['method']}` by {_points(*gap)}" for line in others if (gap := results.over(line, base))[1] > 0]
+    better = [f"`{line['method']}` by {points(*gap)}" for line in others if (gap := results.over(line, base))[1] > 0]
     num_gaps = len(others) * len(results.tasks)
     return [
         f"At {TASKS_AT:.0%}, above DivPrune with disjoint intervals: {', '.join(apart) or 'no method on any task'}.",
@@ -236,7 +237,7 @@ def _flashvid_or_holitom(results: Results) -> list[str]:
     for ratio in _ratios(results):
         one, other = results.find("flashvid", ratio), results.find("holitom", ratio)
         if one and other:
-            gap = _points(*results.over(one, other))
+            gap = points(*results.over(one, other))
             parts.append(f"at {ratio:.0%} {gap}, with {one['kept']:.1%} of the tokens in place of {other['kept']:.1%}")
     return [f"FlashVID over HoliTom, in points: {'; '.join(parts)}."] if parts else []
 

@@ -8,8 +8,11 @@ measured before with the same settings is not measured again, so a run that was 
 anew, as is needed after the model has changed. Rows come in the order in which they tell most, a tenth of the tokens
 first: when the minutes are over, what there is makes the page.
 
+Sixty questions of each task and wording on pictures and forty on clips (the defaults) make intervals of about two points
+for a method's mean over tasks, and take some 30 minutes of one core; differences between methods are told finer.
+
 Tables and sentences with figures stand between markers of the page and come from files in demos/bench/results alone, of
-which those of `reducer_load` and `reducer_speed` are only read here. Plots lie beside the page.
+which those of `reducer_load`, `reducer_speed` and `tuning` are only read here. Plots lie beside the page.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 from demos.bench.reducer_figures import Results, plot, put_into, report
 from demos.bench.reducer_load import report_load
 from demos.bench.reducer_speed import report_select
+from demos.bench.tuning import report_tuning
 from serve.evaluation.items import read_test_set
 
 RESULTS, PAGE = Path("demos/bench/results"), Path("docs/reducers.md")
@@ -69,6 +73,7 @@ def write_page(page: Path) -> None:
         results = Results(path_of(kind), items)
         plot(results, page.parent / f"{results.name}.png")
         put_into(page, results.name, report(results))
+    put_into(page, "tuning-tiny", report_tuning(last_record("tuning-tiny.json")))
     put_into(page, "reducer-load-tiny", report_load(last_record("reducer-load-tiny-epyc-2core.txt")))
     put_into(page, "reducer-select-256m", report_select(last_record("reducer-select-256m-epyc-2core.txt")))
 

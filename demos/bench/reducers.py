@@ -51,7 +51,7 @@ from mm.core.reduce import reduce_tokens
 from mm.engine.generate import question
 from mm.engine.report import Feed
 from mm.media import MediaBudget, decode_image, decode_video
-from mm.models.checkpoint import find
+from mm.models.checkpoint import find, weights_hash
 from pruning.base import NoReduction
 from serve.evaluation.items import Item, choose, read_test_set
 from serve.evaluation.scoring import is_right
@@ -298,14 +298,6 @@ def first_of_each(items: Sequence[Item], count: int) -> list[Item]:
 # ── the file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def weights_hash(model: str) -> str:
-    """Of all weights of a checkpoint."""
-    digest = hashlib.sha256()
-    for path in sorted(find(model).glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def settings_of(args: argparse.Namespace, items: Sequence[Item], sha256: str) -> dict[str, Any]:
     """What lines of one file have in common."""
     ids = hashlib.sha256("\n".join(item.id for item in items).encode()).hexdigest()[:16]
@@ -313,7 +305,7 @@ def settings_of(args: argparse.Namespace, items: Sequence[Item], sha256: str) ->
         "question": "reducers",
         "kind": args.kind,
         "model": args.model,
-        "weights": weights_hash(args.model),
+        "weights": weights_hash(find(args.model))[:16],
         "data": sha256[:16],
         "limit": args.limit,
         "num_items": len(items),

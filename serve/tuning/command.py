@@ -12,6 +12,7 @@ from typing import Any, Literal
 import mm
 from mm.core.config import ModelConfig
 from mm.core.errors import InvalidOption
+from mm.models.checkpoint import find, weights_hash
 from serve.evaluation.items import choose, read_test_set
 from serve.evaluation.report import progress
 from serve.tuning.greedy import greedy, most_trials
@@ -67,6 +68,7 @@ def run_tuning(job: Tuning) -> None:
     items = choose(test_set, job.tasks, None, job.limit)
     about = {
         "model": job.model.model,
+        "weights": weights_hash(find(job.model.model)),
         "dtype": job.model.dtype,
         "data": test_set.sha256,
         "items": len(items),

@@ -12,6 +12,7 @@ from mm.core.plugins import build_reducer
 from serve.app import app
 from serve.evaluation.items import EvaluationError
 from serve.options import read_reducer
+from serve.tuning import command
 from serve.tuning.greedy import RATIOS, greedy, most_trials
 from serve.tuning.schedule import Shape, spec_of
 from serve.tuning.sigmoid import curve, fitted, largest_last, search
@@ -123,6 +124,14 @@ def test_mm_tune_writes_a_reducer_and_resumes(tmp_path):
     assert again.output == first.output
     assert json.loads(out.read_text()) == found
     assert journal.read_text().splitlines() == lines
+
+
+def test_trials_of_other_weights_are_not_taken_for_these(tmp_path, monkeypatch):
+    """A model that was trained on in place keeps its name."""
+    options = ("--budget", 0.7, "--trials", 1, "--out", tmp_path / "found.json", "--max-tokens", 2)
+    assert run(*options).exit_code == 0
+    monkeypatch.setattr(command, "weights_hash", lambda folder: "others")
+    assert "another search" in str(run(*options).exception)
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path):
