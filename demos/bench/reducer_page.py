@@ -8,8 +8,9 @@ measured before with the same settings is not measured again, so a run that was 
 anew, as is needed after the model has changed. Rows come in the order in which they tell most, a tenth of the tokens
 first: when the minutes are over, what there is makes the page.
 
-Sixty questions of each task and wording on pictures and forty on clips (the defaults) make intervals of about two points
-for a method's mean over tasks, and take some 30 minutes of one core; differences between methods are told finer.
+The defaults take some 30 minutes of one core. 280 questions make an interval of a method's mean over tasks of about
+five points either way; these are several times as many. Differences between methods are told finer, question by
+question.
 
 Tables and sentences with figures stand between markers of the page and come from files in demos/bench/results alone, of
 which those of `reducer_load`, `reducer_speed` and `tuning` are only read here. Plots lie beside the page.

@@ -11,10 +11,11 @@ Equation  S = cos(X, X); r_j = sign * mean_m cos(x_j, text_m), brought to (r - m
           added to l_j; h_j -= e_j^2.
 Differs   from the authors' code, which scores relevance by a CLIP text tower that models of this kind do not ship:
           here it is the cosine with the decoder's own text embeddings, a form that ports to models without one use.
-          Theirs negates CLIP's cosines; `relevance_sign` says what is done here: 1, as -1 answered 9 points less of 280
-          held-out questions of the shipped model at a tenth of the tokens, 11 at a quarter. Relevance is brought to its range over
-          one item and not over a batch. The factor r is kept out of the factorisation, which changes no result. Where
-          rounding leaves nothing of h, the rest is filled up by relevance, so no NaN can spread.
+          Theirs negates CLIP's cosines; `relevance_sign` says what is done here: 1, as with -1 the shipped model had 9
+          points less of 280 held-out questions right at a tenth of the tokens, and 11 at a quarter. Relevance is
+          brought to its range over one item and not over a batch. The factor r is kept out of the factorisation, which
+          changes no result. Where rounding leaves nothing of h, the rest is filled up by relevance, so no NaN can
+          spread.
 """
 
 from __future__ import annotations
