@@ -6,8 +6,9 @@ trained in one run: they share the target's work, and their curves can be compar
 
     python -m demos.train.train_drafter --target tiny --seeing none,msd --out RUN/drafters --steps 1500 [--resume]
 
-Each drafter is a folder (config.json, model.safetensors, training.jsonl) that `mm.load(..., drafter=FOLDER)` takes;
-RUN/drafters/state.pt lets --resume go on. In the target's own folder, under drafters/, it is found by its name.
+Each drafter is a folder (config.json, model.safetensors, training.jsonl) that `eagle:weights=FOLDER` names; in the
+target's own folder, under drafters/, it is found by its name. RUN/drafters/state.pt (state-eagle3.pt) lets --resume go
+on.
 """
 
 import argparse
@@ -265,12 +266,17 @@ def save(args: argparse.Namespace, learners: list[Learner], step: int) -> None:
         learner.name: {"network": learner.network.state_dict(), "optimisers": learner.optimisers.state_dict()}
         for learner in learners
     }
-    save_checkpoint(args.out / f"state{args.suffix}.pt", step=step, learners=state)
+    save_checkpoint(state_file(args), step=step, learners=state)
+
+
+def state_file(args: argparse.Namespace) -> Path:
+    """What --resume reads: one per kind of input, so that both kinds may be trained into one folder."""
+    return args.out / f"state{'-eagle3' if args.eagle3 else ''}{args.suffix}.pt"
 
 
 def resume(args: argparse.Namespace, learners: list[Learner]) -> int:
     """Take up the state of an earlier run of the same drafters; the step at which it goes on."""
-    state = torch.load(args.out / f"state{args.suffix}.pt", map_location=args.device)
+    state = torch.load(state_file(args), map_location=args.device)
     if missing := [learner.name for learner in learners if learner.name not in state["learners"]]:
         raise SystemExit(f"{args.out} holds {', '.join(state['learners'])} and not {missing[0]}; give its --seeing")
     for learner in learners:
