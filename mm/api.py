@@ -121,6 +121,8 @@ def build_engine(config: ModelConfig) -> Engine:
     kv_bytes = kv_cache_bytes(family.language.cache_shape, most, config.kv_cache_gb)
     if config.compile:
         family.language.compile()
+    else:
+        family.language.pack()
     return Engine(
         family,
         limits=limits,

@@ -93,7 +93,7 @@ def their_steps(
 def floor_ms(model: mm.Model, batch: int, rows: int, rates: dict[str, float]) -> float:
     """Least time of a step: weights and cache read once, or the products, whichever is more."""
     language, dtype = model.engine.family.language, model.engine.cache.shape.dtype
-    weights = sum(p.numel() for p in language.model.layers.parameters()) + language.head_weight.numel()
+    weights = language.num_layer_weights + language.head_weight.numel()
     shape = model.engine.cache.shape
     read = weights * dtype.itemsize + batch * rows * shape.row_bytes * shape.num_layers
     return max(1e-6 * read / rates["read_gb_per_s"], 2e-6 * weights * batch / rates["product_gflop_per_s"])

@@ -69,7 +69,7 @@ def prefill(model: mm.Model, num_rows: int, rates: dict[str, float], device: str
         cache.close(slot)
 
     seconds = best_s(run, device=device)
-    weights = sum(p.numel() for p in language.model.layers.parameters())
+    weights = language.num_layer_weights
     products = 2 * weights * num_rows
     scores = 4 * shape.num_layers * num_rows**2 // 2 * language.config.num_attention_heads * shape.head_dim
     reached = 1e-9 * (products + scores) / seconds / rates["product_gflop_per_s"]

@@ -117,7 +117,7 @@ def medians(runs: list[dict]) -> dict[str, float]:
 def limits(model: mm.Model, prompt_tokens: int) -> dict[str, float]:
     """Milliseconds that prefill and one decoded token take at least, at this run's own measured rates."""
     language = model.engine.family.language
-    layers = sum(p.numel() for p in language.model.layers.parameters())
+    layers = language.num_layer_weights
     weights = layers + language.head_weight.numel()
     config = language.config
     rate = product_gflop_per_s(prompt_tokens, config.hidden_size, config.intermediate_size)

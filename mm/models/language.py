@@ -16,7 +16,8 @@ from transformers import AutoModel, PretrainedConfig
 from mm.engine.attention import ATTENTION, Attention, Rotary, RowBatch
 from mm.engine.kv_cache import CacheShape
 from mm.models.checkpoint import BadCheckpoint, load_module, read_tensors
-from mm.models.layers import build_layer
+from mm.models.layers import FusedLayer, build_layer
+from mm.models.product import Product
 
 HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight")
 TEXT_KEY = re.compile(
@@ -41,6 +42,9 @@ class LanguageModel:
         config: The whole model's configuration.
         device, dtype: Where and in what the weights live.
 
+    Attributes:
+        num_layer_weights: Of all decoder layers.
+
     Raises:
         BadCheckpoint: Weights are missing or the architecture has layers that we do not drive.
     """
@@ -64,6 +68,8 @@ class LanguageModel:
         self.head_weight = self._head(head, config, folder)
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.layers = [build_layer(layer, i, self.head_dim) for i, layer in enumerate(self.model.layers)]
+        self._product = Product(self.head_weight)
+        self.num_layer_weights = sum(p.numel() for p in self.model.layers.parameters())
         self._table: Rotary | None = None
 
     def _head(self, head: Tensor | None, config: PretrainedConfig, folder: Path) -> Tensor:
@@ -130,6 +136,14 @@ class LanguageModel:
         for layer in self.layers:
             layer.compile()
 
+    def pack(self) -> None:
+        """Lay weights out as this machine multiplies them fastest. Behind it transformers' layers have none."""
+        for layer in self.layers:
+            layer.pack()
+        self._product.pack()
+        if all(isinstance(layer, FusedLayer) for layer in self.layers):
+            self.model.layers = nn.ModuleList()  # else every weight would be held twice
+
     def queries(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor:
         """Rotated queries (R, H, d) of a layer's input."""
         return self.layers[index].queries(hidden, rotary)
@@ -144,4 +158,4 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, vocab) of the last layer's output (R, D)."""
-        return nn.functional.linear(self.model.norm(hidden), self.head_weight)
+        return self._product(self.model.norm(hidden))

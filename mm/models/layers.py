@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.engine.attention import Attention, Rotary, RowBatch, rotate
+from mm.models.product import Product, pack_linears
 
 FUSED = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer"}
@@ -37,6 +38,10 @@ class Layer(Protocol):
 
     def compile(self) -> None:
         """Put the work beside attention through torch.compile."""
+        ...
+
+    def pack(self) -> None:
+        """Lay weights out as they are multiplied fastest; the module's own are used no more."""
         ...
 
 
@@ -67,6 +72,9 @@ class ModuleLayer:
     def compile(self) -> None:
         """Does nothing: our attention stands in the middle of the module."""
 
+    def pack(self) -> None:
+        pack_linears(self._module)
+
     def queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
         return self._rotated("q", hidden, rotary)
 
@@ -87,9 +95,9 @@ class FusedLayer:
         self._index, self._head_dim = index, head_dim
         inner, mlp = module.self_attn, module.mlp
         self._num_queries = inner.q_proj.out_features
-        self._qkv, self._qkv_bias = _join(inner.q_proj, inner.k_proj, inner.v_proj)
-        self._gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
-        self._out, self._down = inner.o_proj.weight.t(), mlp.down_proj.weight.t()
+        self._qkv = _join(inner.q_proj, inner.k_proj, inner.v_proj)
+        self._gate_up = _join(mlp.gate_proj, mlp.up_proj)
+        self._out, self._down = Product(inner.o_proj.weight), Product(mlp.down_proj.weight)
         self._activation = mlp.act_fn
         self._norms = [
             (norm.weight, norm.variance_epsilon) for norm in (module.input_layernorm, module.post_attention_layernorm)
@@ -101,13 +109,16 @@ class FusedLayer:
 
     def _before(self, hidden: Tensor) -> Tensor:
         """(R, D) to queries, keys and values (R, H + 2 * H_kv, d)."""
-        rows = nn.functional.linear(self._norm(hidden, 0), self._qkv, self._qkv_bias)
-        return rows.unflatten(-1, (-1, self._head_dim))
+        return self._qkv(self._norm(hidden, 0)).unflatten(-1, (-1, self._head_dim))
 
     def _after(self, hidden: Tensor, seen: Tensor) -> Tensor:
-        hidden = torch.addmm(hidden, seen.flatten(1), self._out)
-        gate, up = nn.functional.linear(self._norm(hidden, 1), self._gate_up).chunk(2, dim=-1)
-        return torch.addmm(hidden, self._activation(gate).mul_(up), self._down)
+        hidden = self._out.added_to(hidden, seen.flatten(1))
+        gate, up = self._gate_up(self._norm(hidden, 1)).chunk(2, dim=-1)
+        return self._down.added_to(hidden, self._activation(gate).mul_(up))
+
+    def pack(self) -> None:
+        for product in (self._qkv, self._gate_up, self._out, self._down):
+            product.pack()
 
     def compile(self) -> None:
         self._before = torch.compile(self._before, dynamic=True)
@@ -117,12 +128,11 @@ class FusedLayer:
         return self._rotated(slice(0, self._num_queries), hidden, rotary)
 
     def keys(self, hidden: Tensor, rotary: Rotary) -> Tensor:
-        middle = (self._num_queries + self._qkv.shape[0]) // 2
+        middle = (self._num_queries + self._qkv.num_outputs) // 2
         return self._rotated(slice(self._num_queries, middle), hidden, rotary)
 
     def _rotated(self, part: slice, hidden: Tensor, rotary: Rotary) -> Tensor:
-        bias = None if self._qkv_bias is None else self._qkv_bias[part]
-        heads = nn.functional.linear(self._norm(hidden, 0), self._qkv[part], bias)
+        heads = self._qkv.part(self._norm(hidden, 0), part)
         return rotate(heads.unflatten(-1, (-1, self._head_dim)), *rotary)
 
     def _norm(self, hidden: Tensor, which: int) -> Tensor:
@@ -130,8 +140,8 @@ class FusedLayer:
         return nn.functional.rms_norm(hidden, (hidden.shape[-1],), weight, epsilon)
 
 
-def _join(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Their weights and biases one below the other; the parts keep views."""
+def _join(*parts: nn.Linear) -> Product:
+    """With their weights and biases one below the other; the parts keep views."""
     weight = torch.cat([part.weight.data for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias.data for part in parts])
     at = 0
@@ -141,4 +151,4 @@ def _join(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
         if bias is not None:
             part.bias = nn.Parameter(bias[at:stop], requires_grad=False)
         at = stop
-    return weight, bias
+    return Product(weight, bias)

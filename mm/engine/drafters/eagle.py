@@ -31,6 +31,7 @@ from mm.engine.trained.draft_layer import DraftLayer, last_of
 from mm.engine.trained.feature_rows import FeatureRows, answer_rows, prompt_rows, sight_of
 from mm.engine.trained.guessing import EagleSession, Guesser
 from mm.models.draft_head import load_draft_head
+from mm.models.product import pack_linears
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class LoadedEagle:
         folder = drafter_folder(options.weights, target.name)
         embedding = target.embed(torch.arange(target.vocab_size, device=target.device)).clone()
         self.network = load_draft_head(folder, embedding, target.head_weight).requires_grad_(False)
+        pack_linears(self.network)
         taps = self.network.config.taps
         self.needs = frozenset({"last_hidden", *(f"hidden:{layer}" for layer in taps)})
         self._layer = DraftLayer(
