@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from demos.bench.machine import best_s, facts, read_gb_per_s
+from demos.bench.machine import facts, product_gflop_per_s, read_gb_per_s
 from pruning.pre_llm.divprune import BLOCK_ROWS, pick_order
 
 CASES = [(576, 144, 256), (576, 64, 4096), (2880, 288, 256), (2880, 720, 256), (2880, 288, 4096), (2880, 720, 4096)]
@@ -84,20 +84,12 @@ def measure(embeddings: Tensor, k: int, repeats: int) -> dict[str, list[float]]:
     return times
 
 
-def product_rate(num_tokens: int, width: int, repeats: int) -> float:
-    """GFLOP/s of the float32 product in question, at the blocks' own shape."""
-    rows = torch.randn(num_tokens, width)
-    block = rows[:BLOCK_ROWS].clone()
-    out = torch.empty(len(block), num_tokens)
-    return 2e-9 * len(block) * num_tokens * width / best_s(lambda: torch.mm(block, rows.T, out=out), repeats)
-
-
 def bench(case: tuple[int, int, int], repeats: int) -> dict:
     num_tokens, k, width = case
     embeddings = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(SEED))
     times = measure(embeddings, k, repeats)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    rate = product_rate(num_tokens, width, repeats)
+    rate = product_gflop_per_s(num_tokens, width, BLOCK_ROWS)
     return {
         "num_tokens": num_tokens,
         "num_kept": k,

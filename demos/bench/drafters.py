@@ -205,11 +205,10 @@ def hugging_face(task: str, plain: mm.Model, args: Any) -> dict[str, Any]:
     processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
     ratios, start = [], time.process_time()
     while len(ratios) < args.rounds or time.process_time() - start < args.seconds / 2:
-        i = len(ratios) % len(held_out_images())
-        text = processor.apply_chat_template(
-            _with_placeholder(conversations(task, plain)[i]), add_generation_prompt=True
-        )
-        image = PIL.Image.open(io.BytesIO(held_out_images()[i]))
+        chats = conversations(task, plain)
+        chat = chats[len(ratios) % len(chats)]
+        text = processor.apply_chat_template(_with_placeholder(chat), add_generation_prompt=True)
+        image = PIL.Image.open(io.BytesIO(_picture(chat)))
         inputs = processor(images=[image], text=text, return_tensors="pt", add_special_tokens=False)
         spent = []
         for extra in ({}, {"prompt_lookup_num_tokens": 10}):
@@ -222,6 +221,10 @@ def hugging_face(task: str, plain: mm.Model, args: Any) -> dict[str, Any]:
         "speedup_cpu": round(statistics.median(ratios[1:]), 3),
         "rounds": len(ratios) - 1,
     }
+
+
+def _picture(chat: list[dict[str, Any]]) -> bytes:
+    return base64.b64decode(chat[0]["content"][0]["image_url"]["url"].partition(",")[2])
 
 
 def _with_placeholder(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
