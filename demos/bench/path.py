@@ -132,7 +132,7 @@ def limits(model: mm.Model, prompt_tokens: int) -> dict[str, float]:
 
 
 def bench(folder: str | Path, reducers: list[str], repeats: int, num_tokens: int) -> dict:
-    model = mm.load(folder, dtype="float32", cache_bytes=0)
+    model = mm.load(folder, dtype="float32", cache_bytes=0, prefix_caching=False)
     theirs = AutoModelForImageTextToText.from_pretrained(
         mm.api.find(folder), dtype=torch.float32, local_files_only=True
     ).eval()
