@@ -20,25 +20,15 @@ charges are its account, one for each range of batch sizes, in passes.
 
 from __future__ import annotations
 
+import itertools
 import math
-import statistics
-from collections import deque
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from mm.core.drafting import NO_DRAFT, Draft, ProposalKind
+from mm.engine.pass_times import ROWS, Median, PassTimes
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Rows of a pass whose times are told apart."""
-NEAREST = [0] + [min(ROWS, key=lambda rows: abs(rows - num)) for num in range(1, 2 * ROWS[-1])]
-"""Number of rows to that of `ROWS` under which its time is kept."""
-ROW_SHARE = 0.001
-"""Of a pass, that another row takes at the least: no row is free, however times err."""
-NUM_SAMPLES = 9
-REFRESH = 8
-"""Passes after which what they take is summed up anew."""
 WEIGHT = 0.1
 """Of the newest round in what is remembered of acceptance."""
 WORTH_WEIGHT = 0.2
@@ -55,6 +45,9 @@ CREDIT = 8.0
 """Passes that an account begins with."""
 MOST, LEAST = 32.0, -16.0
 """Passes between which an account moves, so that neither a good past nor a bad one decides for long."""
+EAGER = 12.0
+"""Passes that an account has to hold before drafters that read states begin with an answer's first pass: their first
+draft is a pass over the whole prompt, for which an answer that ends sooner does not pay."""
 STAKE = 2.0
 """Passes that an account has to hold before an answer begins beside another one: out of debt, one tries for all."""
 NEAR = 8
@@ -63,99 +56,6 @@ LEAST_GAIN = 1.03
 """Expected speed-up from which drafts are verified: estimates err, and not drafting is never wrong."""
 PROBE_EVERY = 64
 """Decisions of which one is taken the other way, so that no measured time grows old."""
-NOTHING = np.zeros(1)
-
-
-class Median:
-    """Of the last few values."""
-
-    def __init__(self, value: float | None = None) -> None:
-        self._values: deque[float] = deque([] if value is None else [value], maxlen=NUM_SAMPLES)
-        self.value = value or 0.0
-
-    def observe(self, value: float) -> None:
-        self._values.append(value)
-        self.value = statistics.median(self._values)
-
-
-class PassTimes:
-    """Seconds that a pass takes, by how many answers it serves and how many drafted rows it verifies.
-
-    What a drafted row adds is learned at each batch size; before that it is what a row adds to one long chunk.
-    """
-
-    def __init__(self) -> None:
-        self._chunk = np.array([0.0, 1.0]), np.array([0.0, 1.0])
-        self._plain: dict[int, Median] = {}
-        self._added: dict[int, dict[int, Median]] = {}
-        self._tables: dict[int, np.ndarray] = {}
-        self._age = 0
-
-    def observe(self, num_answers: int, num_drafted: int, seconds: float) -> None:
-        """Note a pass in which nothing but decoding was done."""
-        self._age += 1
-        if num_answers >= len(NEAREST) or num_drafted >= len(NEAREST):
-            return
-        if not num_drafted:
-            self._plain.setdefault(num_answers, Median()).observe(seconds)
-        elif num_answers in self._plain:
-            added = self._added.setdefault(NEAREST[num_answers], {}).setdefault(NEAREST[num_drafted], Median())
-            added.observe(seconds - self._plain[num_answers].value)
-
-    def plain(self, num_answers: int) -> float:
-        """Seconds of a pass in which so many answers decode without drafts."""
-        if known := self._plain.get(num_answers):
-            return known.value
-        if not self._plain:
-            return float(self._chunk_seconds(np.array([num_answers]))[0])
-        counts = sorted(self._plain)
-        near = min(max(num_answers, counts[0]), counts[-1])
-        found = float(np.interp(near, counts, [self._plain[count].value for count in counts]))
-        here, there = self._chunk_seconds(np.array([num_answers, near]))
-        return found * float(here / there)
-
-    def is_known(self, num_answers: int) -> bool:
-        """Whether passes of so many answers have been seen without drafts."""
-        return num_answers in self._plain or num_answers >= len(NEAREST)
-
-    def seconds(self, num_answers: int, num_drafted: np.ndarray) -> np.ndarray:
-        """Of passes in which so many answers decode and so many drafted rows are verified."""
-        rows, plain = np.array([0, *ROWS], dtype=float), self.plain(num_answers)
-        added = self._chunk_seconds(num_answers + rows) - self._chunk_seconds(np.array([float(num_answers)]))
-        known = sorted(self._added.get(NEAREST[min(num_answers, len(NEAREST) - 1)], {}).items())
-        if known:  # what rows of a chunk take, and by how much that was wrong for about as many rows
-            wrong = [median.value - added[1 + ROWS.index(count)] for count, median in known]
-            added = added + np.interp(rows, [0, *(count for count, _ in known)], [0.0, *wrong])
-        added = np.maximum.accumulate(np.maximum(added, ROW_SHARE * plain * rows))
-        return plain + _interpolated(num_drafted, rows, added)
-
-    def table(self, num_answers: int) -> np.ndarray:
-        """(256,) seconds of passes with 0, 1, ... drafted rows; may be some passes old."""
-        if self._age >= REFRESH or num_answers not in self._tables:
-            if self._age >= REFRESH:
-                self._tables, self._age = {}, 0
-            self._tables[num_answers] = self.seconds(num_answers, np.arange(ROWS[-1]))
-        return self._tables[num_answers]
-
-    def _chunk_seconds(self, rows: np.ndarray) -> np.ndarray:
-        return _interpolated(rows, *self._chunk)
-
-    def calibrate(self, run: Callable[[int], float], most: int) -> None:
-        """Measure passes of one chunk of up to `most` rows; `run` gives the seconds of one."""
-        rows = [count for count in ROWS if count <= most]
-        found = []
-        for count in rows:
-            run(count)
-            found.append(statistics.median(run(count) for _ in range(3)))
-        self._chunk = np.array(rows, dtype=float), np.maximum.accumulate(found)  # more rows never take less
-
-
-def _interpolated(at: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Straight lines between what is known; beyond it goes on as between the last two."""
-    found = np.interp(at, known, values)
-    if len(known) > 1:
-        found = found + (values[-1] - values[-2]) / (known[-1] - known[-2]) * np.maximum(at - known[-1], 0)
-    return found
 
 
 @dataclass
@@ -225,7 +125,7 @@ class Tracked:
         account: Of the batch size at which it was asked or waited last.
         worth: Speed-up that its last drafts promised there, their costs included.
         draft: What was proposed last, for comparison with what is said; verified or not.
-        scores: (n,) probabilities that its nodes are right.
+        scores: Of its nodes, the probabilities that they are right.
     """
 
     acceptance: Acceptance = field(default_factory=Acceptance)
@@ -234,7 +134,7 @@ class Tracked:
     account: Account | None = None
     worth: float = 1.1
     draft: Draft = NO_DRAFT
-    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    scores: Sequence[float] = ()
 
     @property
     def is_worth(self) -> bool:
@@ -271,16 +171,18 @@ class Controller:
         """Of the batch sizes from one power of two to the next."""
         return self._accounts.setdefault(num_answers.bit_length(), Account())
 
-    def begin(self, num_answers: int, wait: int = 0) -> Tracked | None:
-        """Let an answer draft, from `wait` passes on; None where there is nothing to pay for that.
+    def begin(self, num_answers: int, *, reads_states: bool = False) -> Tracked | None:
+        """Let an answer draft; None where there is nothing to pay for that.
 
         Args:
             num_answers: Answers that are being served, this one too.
+            reads_states: Whether its first draft is a pass over the prompt.
         """
-        if self.account(num_answers).balance < STAKE * min(self.num_begun, 1):
+        balance = self.account(num_answers).balance
+        if balance < STAKE * min(self.num_begun, 1):
             return None
         self.num_begun += 1
-        return Tracked(self._acceptance.inherit(), wait=wait)
+        return Tracked(self._acceptance.inherit(), wait=int(reads_states and balance < EAGER))
 
     def end(self) -> None:
         """An answer that drafted is over."""
@@ -324,40 +226,52 @@ class Controller:
         for draft, one in zip(drafts, tracked, strict=True):
             one.draft, one.scores = draft, self._scores(draft, one)
         num_answers, account = self._num_answers, self.account(self._num_answers)
-        ordered = np.sort(np.concatenate([one.scores for one in tracked]))[::-1][: min(room, ROWS[-1] - 1)]
+        ordered = sorted((score for one in tracked for score in one.scores), reverse=True)[: min(room, ROWS[-1] - 1)]
         best, added, token_s = 0, 0.0, self._times.plain(num_answers) / num_answers
-        if len(ordered) and self._times.is_known(num_answers):
-            tokens = num_answers + np.concatenate([NOTHING, np.cumsum(ordered)])
-            seconds = self._times.table(num_answers)[: len(tokens)]
-            rates = tokens / (seconds + account.price_s * len(drafts))
-            best = int(rates.argmax())
-            best = self._probed(rates, best if rates[best] >= LEAST_GAIN * rates[0] else 0)
-            added = float(seconds[best] - seconds[0])
-            account.book(-SURCHARGE * added / float(seconds[0]))
-        least = ordered[best - 1] if best else np.inf
-        keep = [one.scores >= least for one in tracked]
-        for one, mine in zip(tracked, keep, strict=True):
-            gained, num_rows = float(one.scores[mine].sum()), int(mine.sum())
-            price = account.price_s / token_s + added / token_s * num_rows / max(1, best)
+        if ordered and self._times.is_known(num_answers):
+            seconds = self._times.table(num_answers)
+            best = self._best(ordered, seconds, account.price_s * len(drafts))
+            added = seconds[best] - seconds[0]
+            account.book(-SURCHARGE * added / seconds[0])
+        least = ordered[best - 1] if best else math.inf
+        chosen = []
+        for draft, one in zip(drafts, tracked, strict=True):
+            mine = [i for i, score in enumerate(one.scores) if score >= least]
+            price = account.price_s / token_s + added / token_s * len(mine) / max(1, best)
+            gained = sum(one.scores[i] for i in mine)
             self._be_patient(one, (1 + gained) / (1 + SURCHARGE * price), len(tracked))
-        return [_kept(draft, mine) for draft, mine in zip(drafts, keep, strict=True)]
+            chosen.append(_kept(draft, mine))
+        return chosen
 
-    def _probed(self, rates: np.ndarray, best: int) -> int:
+    def _best(self, ordered: Sequence[float], seconds: Sequence[float], asked_s: float) -> int:
+        """How many of the likeliest nodes make the most tokens per second.
+
+        Args:
+            ordered: Their probabilities, falling.
+            seconds: Of passes with 0, 1, ... drafted rows.
+            asked_s: That drafting took.
+        """
+        tokens, plain = float(self._num_answers), self._num_answers / (seconds[0] + asked_s)
+        best, rate = 0, 0.0
+        for count, score in enumerate(ordered, start=1):
+            tokens += score
+            if tokens / (seconds[count] + asked_s) > rate:
+                best, rate = count, tokens / (seconds[count] + asked_s)
+        pays = rate >= LEAST_GAIN * plain
         self._num_choices += 1
-        if self._num_choices % PROBE_EVERY or len(rates) < 2:
-            return best
-        return 0 if best else int(rates[1:].argmax()) + 1
+        return best if pays != (self._num_choices % PROBE_EVERY == 0) else 0
 
-    def _scores(self, draft: Draft, tracked: Tracked) -> np.ndarray:
-        """(n,) probability that each node is reached and right; falls from parent to child."""
+    def _scores(self, draft: Draft, tracked: Tracked) -> Sequence[float]:
+        """The probability that each node is reached and right; falls from parent to child."""
         if not draft.num_tokens:
-            return NOTHING[:0]
+            return ()
         acceptance = tracked.acceptance
         # Of a draft that was drawn from a law no decision may depend on what was drawn.
         if draft.path_scores is not None and draft.kind is ProposalKind.POINT:
-            return np.minimum(np.asarray(draft.path_scores) * acceptance.correction, 0.99)
-        by_depth = np.cumprod([acceptance.rate(depth) for depth in range(max(draft.depths))])
-        return by_depth[np.array(draft.depths[1:]) - 1]
+            correction = acceptance.correction
+            return [min(score * correction, 0.99) for score in draft.path_scores]
+        by_depth = list(itertools.accumulate(map(acceptance.rate, range(max(draft.depths))), operator.mul))
+        return [by_depth[depth - 1] for depth in draft.depths[1:]]
 
     def _be_patient(self, one: Tracked, worth: float, num_asked: int) -> None:
         """Ask the sooner, the more an answer's drafts promise for what they cost."""
@@ -393,25 +307,25 @@ class Controller:
             hits.append(row > 0)
             if not row:
                 break
-        expected = float(tracked.scores[np.array(draft.depths[1:]) <= deepest].sum())
+        expected = sum(score for score, depth in zip(tracked.scores, draft.depths[1:], strict=True) if depth <= deepest)
         for acceptance in (tracked.acceptance, self._acceptance):
             acceptance.learn(hits, expected, sum(hits))
 
 
-def _kept(draft: Draft, keep: np.ndarray) -> Draft:
-    """The nodes that `keep` names; whoever is kept has a parent that is."""
-    if keep.all():
+def _kept(draft: Draft, nodes: Sequence[int]) -> Draft:
+    """The nodes of these indices, ascending; whoever is kept has a parent that is."""
+    if len(nodes) == draft.num_tokens:
         return draft
-    if not keep.any():
+    if not nodes:
         return NO_DRAFT
-    nodes = np.flatnonzero(keep)
-    row_of = np.zeros(draft.num_tokens + 1, dtype=np.int64)
-    row_of[nodes + 1] = np.arange(1, len(nodes) + 1)
+    if nodes[-1] == len(nodes) - 1:
+        return draft.cut(len(nodes))
+    row_of = {0: 0} | {node + 1: row for row, node in enumerate(nodes, start=1)}
     return Draft(
         token_ids=tuple(draft.token_ids[i] for i in nodes),
-        parents=tuple(int(row_of[draft.parents[i]]) for i in nodes),
+        parents=tuple(row_of[draft.parents[i]] for i in nodes),
         kind=draft.kind,
-        draft_probs=None if draft.draft_probs is None else draft.draft_probs[[0, *(nodes + 1)]],
+        draft_probs=None if draft.draft_probs is None else draft.draft_probs[[0, *(node + 1 for node in nodes)]],
         path_scores=None if draft.path_scores is None else tuple(draft.path_scores[i] for i in nodes),
         source=draft.source,
     )

@@ -35,7 +35,7 @@ from mm.engine.scheduler import Limits, Plan, Planned, Scheduler
 from mm.engine.sequence import Answer, Job, Sink
 from mm.engine.speculation import Round, Speculation
 from mm.engine.step import Chunk, Decoding, Pass
-from mm.engine.verify import Walk, draw, verify
+from mm.engine.verify import Rows, Walk, verify
 
 if TYPE_CHECKING:
     from mm.engine.cuda_graphs import DecodeGraphs
@@ -375,13 +375,12 @@ class Engine:
 
     def _emit(self, rounds: Sequence[Round], logits: torch.Tensor) -> None:
         """Give each answer its tokens: one, and those that follow as long as its draft had them."""
-        walks = [one.walk for one in rounds]
+        walks, rows = [one.walk for one in rounds], Rows(logits)
 
         def say(alive: list[int]) -> list[int | None]:
             going = [rounds[i] for i in alive]
-            rows = [one.first + one.walk.row for one in going]
-            chosen = draw(
-                logits if rows == list(range(logits.shape[0])) else logits[rows],
+            chosen = rows.draw(
+                [one.first + one.walk.row for one in going],
                 [one.walk for one in going],
                 [one.answer.sampler for one in going],
                 [one.answer.output.position for one in going],

@@ -226,11 +226,11 @@ def choose(logits: Tensor, samplers: Sequence[Sampler], positions: Sequence[int]
     """
     careful = [i for i, sampler in enumerate(samplers) if not sampler.is_plain(positions[i])]
     if not careful:
-        return _greedy(logits)
+        return greedy(logits)
     plain = sorted(set(range(len(samplers))) - set(careful))
     found: dict[int, Chosen | EngineError] = {}
     if plain:
-        found |= zip(plain, _greedy(logits[plain]), strict=True)
+        found |= zip(plain, greedy(logits[plain]), strict=True)
     # Some rows at a time on a CPU, so that they stay in its caches.
     step = len(careful) if logits.is_cuda else max(1, NUM_CACHED_LOGITS // logits.shape[1])
     for start in range(0, len(careful), step):
@@ -240,7 +240,8 @@ def choose(logits: Tensor, samplers: Sequence[Sampler], positions: Sequence[int]
     return [found[i] for i in range(len(samplers))]
 
 
-def _greedy(logits: Tensor) -> list[Chosen | EngineError]:
+@torch.inference_mode()
+def greedy(logits: Tensor) -> list[Chosen | EngineError]:
     """The largest of each row, the first of equals; one pass, one copy to the host."""
     if logits.is_cuda:
         values, token_ids = logits.max(-1)

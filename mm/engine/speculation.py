@@ -20,7 +20,8 @@ from mm.core.data import Request
 from mm.core.drafting import NO_DRAFT, DraftBudget, Drafter, DraftTarget, LoadedDrafter, Observation
 from mm.core.errors import IncompatiblePlugin, InvalidRequest, MmError
 from mm.core.plugins import build_drafter, canonical_spec
-from mm.engine.control import Controller, PassTimes, Tracked
+from mm.engine.control import Controller, Tracked
+from mm.engine.pass_times import PassTimes
 from mm.engine.report import SpeculationStats
 from mm.engine.sequence import Answer
 from mm.engine.step import LAST_HIDDEN, Chunk, Pass
@@ -33,10 +34,6 @@ log = logging.getLogger(__name__)
 
 MAX_CALIBRATED = 64
 """Rows of the largest pass that is measured when an engine is made."""
-
-BEGUN = 2
-"""Passes behind which control lets drafters begin that read states: their first draft is a pass over the whole prompt,
-which an answer that ends sooner would not pay for."""
 
 Kept = tuple[Tensor, dict[str, Tensor]]
 """Rows (k,) of an answer, and their states (k, D) by name."""
@@ -295,7 +292,7 @@ class Speculation:
         if not self.limits.control and not is_late:
             one.tracked = Tracked()
         elif not is_late:
-            one.tracked = one.source.controller.begin(self._num_served, wait=BEGUN - 1 if one.source.states else 0)
+            one.tracked = one.source.controller.begin(self._num_served, reads_states=bool(one.source.states))
         if one.tracked is None:
             answer.drafting = None
 

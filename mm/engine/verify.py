@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mm.core.drafting import NO_DRAFT, Draft, ProposalKind
 from mm.core.errors import EngineError
-from mm.engine.sampling import Chosen, Sampler, choose, told
+from mm.engine.sampling import Chosen, Sampler, choose, greedy, told
 
 NO_MASS = 1e-9
 """A rest of less probability than this is rounding: the draft had the target's own law."""
@@ -64,6 +64,30 @@ class Walk:
             self.row = child
             self.path.append(child)
         return child is not None
+
+
+class Rows:
+    """Logits of a pass, from which answers draw one row after the other.
+
+    Args:
+        logits: (R, vocab).
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+        self._likeliest: list[Chosen | EngineError] | None = None
+
+    def draw(
+        self, rows: Sequence[int], walks: Sequence[Walk], samplers: Sequence[Sampler], positions: Sequence[int]
+    ) -> list[Chosen | EngineError]:
+        """As the function, of these rows; where all are greedy, every row of the pass is looked at once."""
+        pairs = zip(samplers, positions, strict=True)
+        if all(sampler.is_plain(position) for sampler, position in pairs) and not any(w.tries_children for w in walks):
+            if self._likeliest is None:
+                self._likeliest = greedy(self._logits)
+            return [self._likeliest[row] for row in rows]
+        logits = self._logits
+        return draw(logits if rows == list(range(len(logits))) else logits[rows], walks, samplers, positions)
 
 
 def draw(

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from mm.core.drafting import Draft
-from mm.engine.control import ALLOWANCE, CREDIT, LEAST, Controller, PassTimes, Tracked
+from mm.engine.control import ALLOWANCE, CREDIT, EAGER, LEAST, Controller, Tracked
+from mm.engine.pass_times import PassTimes
 from mm.engine.report import SpeculationStats
-
-
-def times_of(costs: dict[int, float], num_answers: int = 1) -> PassTimes:
-    """Seconds of a pass by its rows, of which one is each answer's own."""
-    times = PassTimes()
-    times.observe(num_answers, 0, costs[num_answers])
-    for rows, seconds in costs.items():
-        if rows > num_answers:
-            times.observe(num_answers, rows - num_answers, seconds)
-    return times
-
+from tests.speculating import times_of
 
 FLAT = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.4, 16: 2.0, 32: 3.6, 64: 7.0}
 
@@ -159,8 +149,34 @@ def test_an_engine_in_debt_lets_one_answer_try_and_many_when_that_pays():
         controller.pass_begins(1)
     assert controller.begin(1) is not None
     assert controller.begin(1) is None, "one tries for all"
-    controller.learn(Tracked(draft=DRAFT, scores=np.full(8, 0.9)), DRAFT, (*DRAFT.token_ids, 9))
+    controller.learn(Tracked(draft=DRAFT, scores=[0.9] * 8), DRAFT, (*DRAFT.token_ids, 9))
     assert controller.begin(1) is not None
+
+
+def test_debt_at_one_batch_size_keeps_nobody_from_drafting_at_another():
+    controller = Controller(times_of(FLAT))
+    controller.pass_begins(16)
+    controller.spent(1000.0)
+    assert controller.begin(16) is None
+    assert controller.begin(1) is not None
+
+
+def test_a_pass_over_the_prompt_is_for_drafters_that_have_gained():
+    """A draft before the first token of its own is a risk: it is taken where a drafter has shown that it pays."""
+    controller = Controller(times_of(FLAT))
+    controller.pass_begins(1)
+
+    def first_asked(reads_states: bool) -> int:
+        tracked = controller.begin(1, reads_states=reads_states)
+        assert tracked is not None
+        controller.end()
+        return next(number for number in range(9) if controller.is_asked(tracked))
+
+    assert first_asked(reads_states=False) == 0, "what reads no prompt risks nothing"
+    assert first_asked(reads_states=True) == 1
+    controller.learn(Tracked(draft=DRAFT, scores=[0.9] * 8), DRAFT, (*DRAFT.token_ids, 9))
+    assert controller.account(1).balance > EAGER
+    assert first_asked(reads_states=True) == 0
 
 
 def test_what_is_kept_of_a_tree_is_a_tree():
@@ -174,38 +190,6 @@ def test_what_is_kept_of_a_tree_is_a_tree():
     controller.is_asked(tracked)
     (less,) = controller.choose([draft], [tracked], 2)
     assert less.token_ids == (1, 3), "the pass had room for two"
-
-
-def test_times_between_what_was_measured():
-    times = times_of({1: 1.0, 5: 4.0, 9: 3.0})
-    assert times.seconds(1, np.array([0, 2, 4, 8])).tolist() == pytest.approx([1.0, 2.5, 4.0, 4.0])
-    assert times.seconds(1, np.array([16]))[0] == pytest.approx(4.0 + 16 - 9), (
-        "beyond, a row adds what it adds to a chunk"
-    )
-    for _ in range(9):
-        times.observe(1, 4, 2.0)
-    assert times.seconds(1, np.array([4])).tolist() == pytest.approx([2.0])
-
-
-def test_rows_that_nobody_verified_cost_what_rows_of_a_chunk_cost_and_what_is_known_to_be_wrong_with_that():
-    times = PassTimes()
-    times.calibrate(lambda rows: 1.0 + rows, 64)
-    assert times.plain(4) == pytest.approx(5.0)
-    assert times.seconds(4, np.array([0, 8])).tolist() == pytest.approx([5.0, 13.0])
-    times.observe(4, 0, 10.0)
-    times.observe(4, 8, 10.0 + 16.0)
-    assert times.seconds(4, np.array([0, 8, 24])).tolist() == pytest.approx([10.0, 26.0, 42.0])
-    assert times.plain(8) == pytest.approx(18.0), "twice what the chunk of four took, and so with eight"
-    times.observe(8, 0, 14.0)
-    assert times.plain(6) == pytest.approx(12.0)
-
-
-def test_a_drafted_row_costs_what_it_costs_at_that_batch_size():
-    times = times_of({1: 1.0, 2: 1.1})
-    times.observe(16, 0, 4.0)
-    times.observe(16, 1, 6.0)
-    assert times.seconds(1, np.array([1]))[0] == pytest.approx(1.1)
-    assert times.seconds(16, np.array([1]))[0] == pytest.approx(6.0)
 
 
 def test_the_names_of_the_figures():
