@@ -15,7 +15,7 @@ from mm.core.errors import InvalidOption
 from mm.core.plugins import ATTENTION_RECEIVED, build_reducer, create
 from mm.core.reduce import reduce_tokens
 from pruning.base import unit_rows
-from pruning.clusters import dpc_knn
+from pruning.clusters import distances_between, dpc_knn
 from pruning.temporal import flashvid
 from pruning.temporal.evs import changes
 from pruning.temporal.holitom import segments
@@ -139,6 +139,16 @@ def test_k1_clusters():
     centres, labels = dpc_knn(points, 3, 2)
     assert centres.tolist() == [0, 3, 1]
     assert [[i for i in range(6) if labels[i] == c] for c in range(3)] == [[0], [3, 4, 5], [1, 2]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_clusters_of_real_differences(seed):
+    """As with distances from differences of rows; some of which are equal, and one no number."""
+    rows = 5 + torch.randn(40, 96, generator=torch.Generator().manual_seed(seed))
+    rows[7], rows[21], rows[30] = rows[3], rows[3], torch.nan
+    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist") / 96**0.5
+    torch.testing.assert_close(distances_between(rows), distances, equal_nan=True)
+    assert (distances_between(rows)[[3, 7, 21]][:, [3, 7, 21]] == 0).all()
 
 
 def test_clusters_of_copies_are_all_there():
