@@ -14,6 +14,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 
+from mm.core.errors import MmError
 from serve.config import ServeConfig
 from serve.deployments.decoder import Decoder
 from serve.deployments.encoder import Encoder
@@ -41,6 +42,10 @@ RAY_SETTINGS = {
     "RAY_raylet_start_wait_time_s": "120",
 }
 """Environment of a Ray that is started here, where the operator has not set it otherwise. Read by its processes."""
+
+
+class RayDidNotStart(MmError):
+    """No node came up on this machine."""
 
 
 def build_application(config: ServeConfig) -> Any:
@@ -85,9 +90,26 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def serving(config: ServeConfig) -> Iterator[None]:
-    """A Ray of our own with the application running on it; taken down on leaving, whatever happened."""
+    """A Ray of our own with the application running on it; taken down on leaving, whatever happened.
+
+    Raises:
+        RayDidNotStart: The machine is too busy, or Ray cannot run on it.
+    """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
+    try:
+        _start_node(config)
+        ray_serve.start(http_options=HTTPOptions(host=config.host, port=config.port), proxy_location="HeadOnly")  # type: ignore[arg-type]
+        ray_serve.run(build_application(config), name=APPLICATION, route_prefix="/")
+        yield
+    finally:
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):
+                ray_serve.shutdown()
+            ray.shutdown()
+
+
+def _start_node(config: ServeConfig) -> None:
     try:
         ray.init(
             address="local",
@@ -97,14 +119,11 @@ def serving(config: ServeConfig) -> Iterator[None]:
             configure_logging=False,
             log_to_driver=False,
         )
-        ray_serve.start(http_options=HTTPOptions(host=config.host, port=config.port), proxy_location="HeadOnly")  # type: ignore[arg-type]
-        ray_serve.run(build_application(config), name=APPLICATION, route_prefix="/")
-        yield
-    finally:
-        if ray.is_initialized():
-            with contextlib.suppress(Exception):
-                ray_serve.shutdown()
-            ray.shutdown()
+    except Exception as error:  # Ray raises plain exceptions, of many kinds
+        raise RayDidNotStart(
+            f"Ray did not start on this machine: {error}. Try again when the machine is less busy, see Ray's logs "
+            "(/tmp/ray/session_latest/logs), or serve without Ray: mm serve --in-process"
+        ) from error
 
 
 def run_on_ray(config: ServeConfig, on_ready: Callable[[], None] | None = None) -> None:
