@@ -343,6 +343,8 @@ class Engine:
         """The answers that the prompt's last row now gives a token to."""
         assert answer.slot is not None
         self.prefixes.put(answer.slot, answer.prefix)
+        if self.prefixes.enabled:
+            self.speculation.remember(answer)
         ready = [answer]
         for sibling in answer.siblings:
             if sibling.drafting is not None and answer.drafting is not None:

@@ -24,6 +24,7 @@ from mm.engine.control import Controller, Tracked
 from mm.engine.pass_times import PassTimes
 from mm.engine.report import SpeculationStats
 from mm.engine.sequence import Answer
+from mm.engine.state_cache import Kept, StateCache
 from mm.engine.step import LAST_HIDDEN, Chunk, Pass
 from mm.engine.verify import Walk
 
@@ -35,8 +36,8 @@ log = logging.getLogger(__name__)
 MAX_CALIBRATED = 64
 """Rows of the largest pass that is measured when an engine is made."""
 
-Kept = tuple[Tensor, dict[str, Tensor]]
-"""Rows (k,) of an answer, and their states (k, D) by name."""
+STATE_BYTES = 64 << 20
+"""Of prompts' states that are remembered."""
 
 
 @dataclass(eq=False)
@@ -124,6 +125,8 @@ class Speculation:
         self.clock = clock or (time.perf_counter if family.language.device.type == "cuda" else time.thread_time)
         self.times = PassTimes()
         self._language: LanguageModel = family.language
+        self._block_size = family.language.cache_shape.block_size
+        self._states = StateCache(STATE_BYTES, self._block_size)
         self.stats = SpeculationStats(num_accepted_per_position=[0] * limits.max_draft_tokens)
         self._sources = {source.spec: source for source in (self._load(spec, family) for spec in limits.offered)}
         self._default = canonical_spec(build_drafter(limits.drafter), "drafter")
@@ -307,7 +310,15 @@ class Speculation:
             return
         if one.kept and int(one.kept[-1][0][-1]) >= start:
             one.kept = []  # the answer lost its rows and begins again
+        if start and not one.kept:
+            found = self._states.get(answer.prefix[: start // self._block_size], one.source.states)
+            one.kept = [] if found is None else [found]
         one.keep(chunk.left + start, chunk.states)
+
+    def remember(self, answer: Answer) -> None:
+        """A prompt is in, and others will find it in the prefix cache: note its states for their drafters."""
+        if answer.drafting is not None and answer.drafting.kept:
+            self._states.put(answer.prefix, answer.drafting.kept)
 
     # ── behind a pass ─────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -36,7 +36,7 @@ def prompt_rows(prompt: Prompt, answer_ids: Tensor, rows: Tensor, states: Tensor
     """Rows of a prompt and the tokens behind it.
 
     Where a reducer dropped the row before a text token, the nearest row before it that is left stands in: its state
-    carries what the target saw. Tokens before the first known row have none and are left out.
+    carries what the target saw. Tokens whose row before is text without a state are left out.
 
     Args:
         answer_ids: (k,) int64; the state of the row before each is in `states`.
@@ -50,8 +50,12 @@ def prompt_rows(prompt: Prompt, answer_ids: Tensor, rows: Tensor, states: Tensor
     behind = torch.arange(prompt.next_position, prompt.next_position + num_answer, device=device)
     positions = torch.cat([prompt.positions.amax(0).to(device), behind])
     text = (~is_visual).nonzero().squeeze(1)
-    source = torch.searchsorted(rows.to(device), text - 1, right=True) - 1
+    rows = rows.to(device)
+    source = torch.searchsorted(rows, text - 1, right=True) - 1
     text, source = text[source >= 0], source[source >= 0]
+    num_visual = is_visual.long().cumsum(0)
+    is_near = num_visual[text - 1] - num_visual[rows[source]] == text - 1 - rows[source]
+    text, source = text[is_near], source[is_near]
     assert not num_answer or int(text[-1]) == length + num_answer - 1
     return FeatureRows(
         states=states[source],

@@ -65,6 +65,14 @@ def test_rows_of_a_cached_prefix_are_left_out():
     assert rows.states[:, 0].tolist() == [0, 1]
 
 
+def test_text_whose_states_are_missing_in_the_middle_is_left_out():
+    """As where a later turn of a chat finds the states of the question, and none of the answer."""
+    known = torch.tensor([0, 1, 2, 3, 4, 7])
+    rows = prompt_rows(example(), torch.tensor([88]), known, states(8)[known])
+    assert rows.states[:, 0].tolist() == [0, 4, 7], "row 4 stands in for visual row 5 and not for text row 6"
+    assert rows.token_ids.tolist() == [11, 16, 88]
+
+
 def test_pruned_tokens_leave_the_positions_of_text_as_they_were():
     full = example()
     kept = torch.tensor([0, 1, 2, 4, 6, 7])
