@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,9 @@ class Tuning:
     def __post_init__(self) -> None:
         if self.search == "sigmoid" and self.budget is None:
             raise InvalidOption("tune", "budget", "is missing; give the share of FLOPs to spend, such as --budget 0.5")
+        if self.search == "sigmoid" and not all(map(find_spec, ("sklearn", "scipy"))):
+            told = "was sigmoid, which needs scikit-learn: pip install 'mm-serving[tune]', or take --search greedy"
+            raise InvalidOption("tune", "search", told)
         if self.search == "greedy" and self.budget is not None:
             raise InvalidOption("tune", "budget", "is not for the greedy search, which spends as little as it can")
         if not 0 <= self.tolerance < 1:

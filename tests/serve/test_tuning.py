@@ -142,6 +142,13 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
         assert told in str(result.exception)
 
 
+def test_what_the_search_needs_is_asked_for_before_anything_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    result = run("--budget", 0.5, "--out", tmp_path / "x.json")
+    assert isinstance(result.exception, InvalidOption)
+    assert "mm-serving[tune]" in str(result.exception)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"reducer": 3}'])
 def test_a_file_that_is_no_reducer_is_refused(tmp_path, text):
     path = tmp_path / "odd.json"
