@@ -105,8 +105,8 @@ class DraftHead(nn.Module):
         self.down = nn.Linear(config.intermediate_size, width, bias=False)
         self.out_norm = Norm(width, config.norm_eps) if config.taps else None
         more = config.num_ahead - 1
-        self.ahead_in = nn.Linear(width, 2 * width) if more else None
-        self.ahead_out = nn.Linear(2 * width, more * width, bias=False) if more else None
+        self.ahead_in = nn.Linear(width, width) if more else None
+        self.ahead_out = nn.Linear(width, more * width, bias=False) if more else None
         self.seeing = build_seeing(config.seeing, width, **config.seeing_options)
         self.own_head: nn.Parameter | None = None
         self.vocab_ids: Tensor | None
@@ -131,7 +131,7 @@ class DraftHead(nn.Module):
         if self.ahead_in is not None and self.ahead_out is not None:
             nn.init.normal_(self.ahead_in.weight, std=width**-0.5)
             nn.init.zeros_(self.ahead_in.bias)
-            nn.init.normal_(self.ahead_out.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(self.ahead_out.weight, std=width**-0.5)
         if self.fuse is not None:
             nn.init.normal_(self.fuse.weight, std=self.config.feature_width**-0.5)
 

@@ -105,6 +105,7 @@ class Flash(Eagle):
     """Drafts several tokens per pass, with visual states gathered by learned queries."""
 
     weights: str = "flash"
+    depth: int = 8
 
 
 class LoadedEagle:
