@@ -2,8 +2,10 @@
 
 arXiv:2412.00556, "P-Sigmoid": shares fall along a sigmoid over the layers, and Bayesian optimisation chooses its
 parameters. Here these are how steeply it falls and what is left at the end; where it falls follows from them, so that
-every curve that is tried uses the budget up. A Gaussian process models the score, and the next curve is the one with
-the largest expected improvement. Nothing is left to chance: equal scores give equal searches.
+every curve that is tried uses the budget up. Schedules that need no search are tried first: all that goes goes at layer
+1 or 2 (FastV), or the share falls by one factor from layer to layer (PyramidDrop). A Gaussian process over the shares
+models the score, and the next curve is the one with the largest expected improvement. What is taken in the end is the
+best by the model's mean, which a few lucky answers do not move. Equal scores give equal searches.
 """
 
 from __future__ import annotations
@@ -68,8 +70,27 @@ def largest_last(shape: Shape, budget: float) -> float:
     return low
 
 
+def unsearched(shape: Shape, budget: float) -> list[Schedule]:
+    """The schedules that FastV at layer 1 or 2 and PyramidDrop would have under the budget, as far as it can be met."""
+    num_layers = shape.num_layers
+    ways: list[Callable[[float], Schedule]] = [
+        lambda ratio: (1.0, *[written(ratio)] * (num_layers - 1)),
+        lambda ratio: (1.0, 1.0, *[written(ratio)] * (num_layers - 2)),
+        lambda ratio: (1.0, *(written(ratio ** (layer / (num_layers - 1))) for layer in range(1, num_layers))),
+    ]
+    found = []
+    for way in ways:
+        low, high = STEP, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if shape.flop_share(way(middle)) <= budget else (low, middle)
+        if shape.flop_share(way(low)) <= budget:
+            found.append(way(low))
+    return found
+
+
 def search(shape: Shape, budget: float, num_trials: int, score: Callable[[Schedule], float]) -> Schedule:
-    """The best of `num_trials` different curves; of equally good ones the first that was tried.
+    """The best of `num_trials` different schedules; of equally good ones the first that was tried.
 
     Args:
         score: Of a schedule, larger is better; asked once for each.
@@ -81,29 +102,32 @@ def search(shape: Shape, budget: float, num_trials: int, score: Callable[[Schedu
         return fitted(shape, budget, steepness, STEP + (most - STEP) * float(point[1]))
 
     points = qmc.Sobol(2, scramble=False).random(NUM_CANDIDATES)[1:]  # the first Sobol point is a corner
-    candidates: dict[Schedule, np.ndarray] = {}
-    for point in points:
-        candidates.setdefault(schedule_at(point), point)
+    first = unsearched(shape, budget)
+    candidates = list(dict.fromkeys([*first, *map(schedule_at, points)]))
     tried: dict[Schedule, float] = {}
-    tried_points: list[np.ndarray] = []
-    while len(tried) < num_trials and len(tried) < len(candidates):
+    while len(tried) < min(num_trials, len(candidates)):
         left = [schedule for schedule in candidates if schedule not in tried]
         place = 0
-        if len(tried) >= NUM_FIRST:
-            place = _most_promising(tried_points, list(tried.values()), [candidates[one] for one in left])
+        if len(tried) >= len(first) + NUM_FIRST:
+            place = _most_promising(tried, left)
         tried[left[place]] = score(left[place])
-        tried_points.append(candidates[left[place]])
-    return max(tried, key=lambda schedule: tried[schedule])
+    means, _ = _predicted(tried, list(tried))
+    return list(tried)[int(np.argmax(means))]
 
 
-def _most_promising(points: list[np.ndarray], scores: list[float], candidates: list[np.ndarray]) -> int:
+def _most_promising(tried: dict[Schedule, float], candidates: list[Schedule]) -> int:
     """Which of the candidates has the largest expected improvement over the best score."""
+    mean, deviation = _predicted(tried, candidates)
+    gain = mean - max(tried.values())
+    spread = np.maximum(deviation, 1e-9)
+    return int(np.argmax(gain * norm.cdf(gain / spread) + spread * norm.pdf(gain / spread)))
+
+
+def _predicted(tried: dict[Schedule, float], schedules: list[Schedule]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the scores of some schedules, by a Gaussian process over their shares."""
     kernel = ConstantKernel(1.0) * Matern(length_scale=0.3, nu=2.5) + WhiteKernel(1e-2)
     process = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a bound of the kernel is reached on flat scores
-        process.fit(np.array(points), np.array(scores))
-    mean, deviation = process.predict(np.array(candidates), return_std=True)
-    gain = mean - max(scores)
-    spread = np.maximum(deviation, 1e-9)
-    return int(np.argmax(gain * norm.cdf(gain / spread) + spread * norm.pdf(gain / spread)))
+        process.fit(np.array(list(tried)), np.array(list(tried.values())))
+    return process.predict(np.array(schedules), return_std=True)

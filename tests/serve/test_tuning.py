@@ -15,7 +15,7 @@ from serve.options import read_reducer
 from serve.tuning import command
 from serve.tuning.greedy import RATIOS, greedy, most_trials
 from serve.tuning.schedule import Shape, spec_of
-from serve.tuning.sigmoid import curve, fitted, largest_last, search
+from serve.tuning.sigmoid import curve, fitted, largest_last, search, unsearched
 from serve.tuning.trials import Journal, Trial
 
 SHAPE = Shape(
@@ -73,6 +73,18 @@ def test_a_budget_that_cannot_be_met_is_refused_with_what_can():
         largest_last(SHAPE, 1.0)
 
 
+@pytest.mark.parametrize("budget", [0.2, 0.5, 0.9])
+def test_schedules_that_need_no_search_use_the_budget_up(budget):
+    *steps, steady = unsearched(SHAPE, budget)
+    for layer, step in enumerate(steps, start=1):
+        assert step[:layer] == (1.0,) * layer
+        assert len(set(step[layer:])) == 1
+    assert len(steps) == (1 if budget == 0.2 else 2), "two whole layers take more than a fifth"
+    assert steady == pytest.approx([steady[1] ** layer for layer in range(SHAPE.num_layers)], abs=1e-3)
+    for schedule in (*steps, steady):
+        assert budget - 0.01 < SHAPE.flop_share(schedule) <= budget
+
+
 def test_the_search_comes_near_to_the_best_curve_and_repeats_itself():
     def taste(schedule):  # best: all is kept for long, and then nearly nothing
         return -abs(sum(schedule[1:4]) - 3) - schedule[-1]
@@ -88,6 +100,7 @@ def test_the_search_comes_near_to_the_best_curve_and_repeats_itself():
     assert taste(found) == max(map(taste, asked))
     assert taste(found) > max(map(taste, asked[:5]))
     assert SHAPE.flop_share(found) <= 0.5
+    assert asked[:3] == unsearched(SHAPE, 0.5), "what needs no search is what a search has to beat"
     first = list(asked)
     asked.clear()
     assert search(SHAPE, 0.5, 16, score) == found
