@@ -48,6 +48,8 @@ MOST, LEAST = 32.0, -16.0
 EAGER = 12.0
 """Passes that an account has to hold before drafters that read states begin with an answer's first pass: their first
 draft is a pass over the whole prompt, for which an answer that ends sooner does not pay."""
+WATCH_SHARE = 0.03
+"""Of a pass, that handing out states takes on a small model on a CPU; on others less."""
 STAKE = 2.0
 """Passes that an account has to hold before an answer begins beside another one: out of debt, one tries for all."""
 NEAR = 8
@@ -164,8 +166,12 @@ class Controller:
         self._acceptance = Acceptance()
         self._accounts: dict[int, Account] = {}
         self._num_choices = 0
-        self._num_answers = 1
+        self._num_answers = self._num_served = 1
         self.num_begun = 0
+
+    @property
+    def _current(self) -> Account:
+        return self.account(self._num_served)
 
     def account(self, num_answers: int) -> Account:
         """Of the batch sizes from one power of two to the next."""
@@ -188,15 +194,20 @@ class Controller:
         """An answer that drafted is over."""
         self.num_begun -= 1
 
-    def pass_begins(self, num_answers: int) -> None:
-        """A pass is near in which so many answers decode."""
-        self._num_answers = num_answers
-        self.account(num_answers).book(ALLOWANCE)
+    def pass_begins(self, num_answers: int, num_served: int | None = None) -> None:
+        """A pass is near in which so many answers decode.
+
+        Args:
+            num_served: Answers under way, those whose prompt goes in and those in line too: by these accounts are kept,
+                since they tell how many will decode together. As many as decode by default.
+        """
+        self._num_answers, self._num_served = max(1, num_answers), num_served or num_answers
+        self._current.book(ALLOWANCE)
 
     def is_asked(self, tracked: Tracked) -> bool:
         """Whether an answer drafts for this pass. Asked once per pass."""
         tracked.draft = NO_DRAFT
-        account = self.account(self._num_answers)
+        account = self._current
         if tracked.account is not account:  # what drafts were worth at another batch size says little
             tracked.account, tracked.worth, tracked.patience = account, account.worth, 1
             tracked.wait = min(tracked.wait, NEAR)
@@ -208,9 +219,13 @@ class Controller:
             return False
         return True
 
+    def watched(self) -> None:
+        """A pass hands out states for this drafter."""
+        self._current.book(-WATCH_SHARE)
+
     def spent(self, seconds: float, *, num_asked: int = 0, num_observed: int = 0) -> None:
         """How long drafting took, and for how many answers it did what."""
-        account = self.account(self._num_answers)
+        account = self._current
         account.book(-SURCHARGE * seconds / self._times.plain(self._num_answers))
         if num_asked:
             account.ask_s.observe(seconds / num_asked)
@@ -225,7 +240,7 @@ class Controller:
         """
         for draft, one in zip(drafts, tracked, strict=True):
             one.draft, one.scores = draft, self._scores(draft, one)
-        num_answers, account = self._num_answers, self.account(self._num_answers)
+        num_answers, account = self._num_answers, self._current
         ordered = sorted((score for one in tracked for score in one.scores), reverse=True)[: min(room, ROWS[-1] - 1)]
         best, added, token_s = 0, 0.0, self._times.plain(num_answers) / num_answers
         if ordered and self._times.is_known(num_answers):
@@ -275,7 +290,7 @@ class Controller:
 
     def _be_patient(self, one: Tracked, worth: float, num_asked: int) -> None:
         """Ask the sooner, the more an answer's drafts promise for what they cost."""
-        account = self.account(self._num_answers)
+        account = self._current
         one.worth += WORTH_WEIGHT * (worth - one.worth)
         account.worth += WORTH_WEIGHT / 4 / num_asked * (worth - account.worth)
         one.patience = 1 if one.is_worth else min(2 * one.patience, self._longest_wait())
@@ -284,7 +299,7 @@ class Controller:
     def _longest_wait(self) -> int:
         """Passes between two questions to an answer that has nothing to say."""
         num_answers = self._num_answers
-        share = self.account(num_answers).price_s * num_answers / self._times.plain(num_answers)
+        share = self._current.price_s * num_answers / self._times.plain(num_answers)
         return max(1, min(MAX_WAIT, math.ceil(share / IDLE_SHARE)))
 
     def learn(self, tracked: Tracked, verified: Draft, said: Sequence[int]) -> None:
@@ -298,7 +313,7 @@ class Controller:
         if not draft.num_tokens:
             return
         if verified.num_tokens:
-            self.account(self._num_answers).book((len(said) - 1) / self._num_answers)
+            self._current.book((len(said) - 1) / self._num_answers)
         deepest = max(1, max(verified.depths))
         for token in said[:deepest]:
             if not draft.children[row]:

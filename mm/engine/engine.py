@@ -81,7 +81,7 @@ class Engine:
         self._scheduler = Scheduler(self.cache, self.prefixes, limits)
         attention = build_attention(self.cache)
         self._pass = Pass(family.language, attention, self._record(attention) if record_steps else None)
-        self.speculation = Speculation(family, speculation or SpeculationLimits())
+        self.speculation = Speculation(family, speculation or SpeculationLimits(), share_prefixes=share_prefixes)
         if self.speculation.is_on:
             self.speculation.calibrate(self._pass, limits.max_batch_tokens)
         self._lock = threading.Lock()
@@ -240,9 +240,9 @@ class Engine:
         start = time.perf_counter()
         self._take_arrivals()
         self._reap()
-        self.speculation.propose(
-            [answer for answer in self._scheduler.running if answer.is_decoding], self.limits.max_batch_tokens
-        )
+        if num_served := min(len(self._answers), self.limits.max_num_seqs):
+            decoding = [answer for answer in self._scheduler.running if answer.is_decoding]
+            self.speculation.propose(decoding, self.limits.max_batch_tokens, num_served)
         plan = self._scheduler.plan()
         num_rows = plan.num_rows
         if not num_rows:
@@ -291,8 +291,7 @@ class Engine:
             at += len(text)
         decoding = self._decoding(plan.decoding, rows[: len(last)])
         start = time.perf_counter()
-        load = min(len(self._answers), self.limits.max_num_seqs)
-        logits = self._pass.run(chunks, decoding, self.speculation.watched(plan.answers, load))
+        logits = self._pass.run(chunks, decoding, self.speculation.watched(plan.answers))
         self._counters.model_s += time.perf_counter() - start
         rounds: list[Round] = []
         for i, answer in enumerate(plan.decoding):
@@ -343,8 +342,6 @@ class Engine:
         """The answers that the prompt's last row now gives a token to."""
         assert answer.slot is not None
         self.prefixes.put(answer.slot, answer.prefix)
-        if self.prefixes.enabled:
-            self.speculation.remember(answer)
         ready = [answer]
         for sibling in answer.siblings:
             if sibling.drafting is not None and answer.drafting is not None:

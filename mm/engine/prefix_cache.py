@@ -58,12 +58,12 @@ class RowNames:
 class PrefixCache:
     """Entries over one `KVCache`, least recently used first.
 
-    Attributes:
+    Args:
         enabled: False finds and stores nothing.
     """
 
     def __init__(self, cache: KVCache, *, enabled: bool = True) -> None:
-        self._cache, self.enabled = cache, enabled
+        self._cache, self._enabled = cache, enabled
         self._entries: OrderedDict[Name, np.ndarray] = OrderedDict()
         self._is_held = np.zeros(cache.num_blocks, dtype=bool)
         self.num_queries = 0
@@ -105,7 +105,7 @@ class PrefixCache:
 
     def put(self, slot: int, names: Sequence[Name]) -> None:
         """Remember a slot's first blocks, as many as there are names, in every layer."""
-        if not self.enabled:
+        if not self._enabled:
             return
         for i in range(len(names) - 1, -1, -1):
             if names[i] in self._entries:

@@ -118,15 +118,23 @@ class Speculation:
         family: The target: language model, placeholders.
         limits: What the operator allows.
         clock: Seconds of this thread's work, for the cost model.
+        share_prefixes: Whether prompts are found in a cache, in which case their states are noted.
     """
 
-    def __init__(self, family: Any, limits: SpeculationLimits, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        family: Any,
+        limits: SpeculationLimits,
+        clock: Callable[[], float] | None = None,
+        *,
+        share_prefixes: bool = True,
+    ) -> None:
         self.limits = limits
         self.clock = clock or (time.perf_counter if family.language.device.type == "cuda" else time.thread_time)
         self.times = PassTimes()
         self._language: LanguageModel = family.language
         self._block_size = family.language.cache_shape.block_size
-        self._states = StateCache(STATE_BYTES, self._block_size)
+        self._states = StateCache(STATE_BYTES, self._block_size) if share_prefixes else None
         self.stats = SpeculationStats(num_accepted_per_position=[0] * limits.max_draft_tokens)
         self._sources = {source.spec: source for source in (self._load(spec, family) for spec in limits.offered)}
         self._default = canonical_spec(build_drafter(limits.drafter), "drafter")
@@ -217,16 +225,16 @@ class Speculation:
 
     # ── before a pass ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def propose(self, answers: Sequence[Answer], room: int) -> None:
+    def propose(self, answers: Sequence[Answer], room: int, num_served: int) -> None:
         """Give each answer that decodes a draft worth verifying, or none.
 
         Args:
             room: Rows that the next pass may have beyond one per answer.
+            num_served: Answers that are being served, those in line too.
         """
-        if not answers:
-            return
+        self._num_served = num_served
         for source in self._speaking:
-            source.controller.pass_begins(len(answers))
+            source.controller.pass_begins(len(answers), num_served)
         groups: dict[Source, list[Answer]] = {}
         for answer in answers:
             answer.draft = NO_DRAFT
@@ -272,14 +280,9 @@ class Speculation:
 
     # ── during a pass ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def watched(self, answers: Iterable[Answer], num_answers: int) -> frozenset[str]:
-        """States that the drafters of some answers need from the next pass. Decides whether new ones draft at all.
-
-        Args:
-            num_answers: Answers that are being served, those in line too.
-        """
-        found: frozenset[str] = frozenset()
-        self._num_served = num_answers
+    def watched(self, answers: Iterable[Answer]) -> frozenset[str]:
+        """States that the drafters of some answers need from the next pass. Decides whether new ones draft at all."""
+        sources: set[Source] = set()
         for answer in answers:
             one = answer.drafting
             if one is None:
@@ -287,10 +290,13 @@ class Speculation:
             if one.tracked is None:
                 self._begin(answer, one)
             if one.source.states and one.tracked is not None and one.tracked.is_near:
-                found |= one.source.states
-        return found
+                sources.add(one.source)
+        for source in sources:
+            source.controller.watched()
+        return frozenset().union(*(source.states for source in sources))
 
     def _begin(self, answer: Answer, one: Drafting) -> None:
+        start = self.clock()
         is_late = bool(one.source.states and answer.output.token_ids and not one.kept)  # nobody watched its prompt
         if not self.limits.control and not is_late:
             one.tracked = Tracked()
@@ -298,6 +304,8 @@ class Speculation:
             one.tracked = one.source.controller.begin(self._num_served, reads_states=bool(one.source.states))
         if one.tracked is None:
             answer.drafting = None
+        else:
+            one.source.controller.spent(self.clock() - start)
 
     def keep_prompt_states(self, answer: Answer, start: int, chunk: Chunk) -> None:
         """Put by what a chunk of the prompt showed, until the prompt is in.
@@ -308,17 +316,11 @@ class Speculation:
         one = answer.drafting
         if one is None or chunk.left is None or not one.source.states or answer.output.token_ids:
             return
+        began = self.clock()
         if one.kept and int(one.kept[-1][0][-1]) >= start:
             one.kept = []  # the answer lost its rows and begins again
-        if start and not one.kept:
-            found = self._states.get(answer.prefix[: start // self._block_size], one.source.states)
-            one.kept = [] if found is None else [found]
         one.keep(chunk.left + start, chunk.states)
-
-    def remember(self, answer: Answer) -> None:
-        """A prompt is in, and others will find it in the prefix cache: note its states for their drafters."""
-        if answer.drafting is not None and answer.drafting.kept:
-            self._states.put(answer.prefix, answer.drafting.kept)
+        one.source.controller.spent(self.clock() - began)
 
     # ── behind a pass ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -365,12 +367,22 @@ class Speculation:
             drafting, job = _parts(one.answer)[0], one.answer.job
             if drafting.session is None:
                 drafting.session = source.loaded.open(job.prompt, private=bool(job.request.cache_salt))
+                self._remember(one.answer, drafting)
                 late += [one.answer] if len(one.answer.output.token_ids) > 1 else []
         if late:  # what the prompt showed is told apart from what came behind
             source.loaded.observe([_parts(answer)[0].session for answer in late], [_prompt_seen(one) for one in late])
         seen = [_observation(one, source, logits) for one in rounds]
         if seen:
             source.loaded.observe([_parts(one.answer)[0].session for one in rounds], seen)
+
+    def _remember(self, answer: Answer, drafting: Drafting) -> None:
+        """Note a prompt's states for those who find it in the prefix cache, and find what was noted of it."""
+        if not drafting.kept or self._states is None:
+            return
+        self._states.put(answer.prefix, drafting.kept)
+        num_found = int(drafting.kept[0][0][0]) // self._block_size
+        if num_found and (found := self._states.get(answer.prefix[:num_found], drafting.source.states)) is not None:
+            drafting.kept.insert(0, found)
 
     def count(self, one: Round) -> None:
         """Note what a round gave; before its request is summed up."""

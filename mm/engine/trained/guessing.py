@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -61,8 +62,8 @@ class Guesser:
         drafts: dict[int, Draft] = {}
         groups: dict[str, list[int]] = {}
         for i, budget in enumerate(budgets):
-            chain = budget.chain_only or self._width == 1
-            way = "ahead" if self._network.config.num_ahead > 1 else "chains" if chain else "trees"
+            ahead = "ahead_" if self._network.config.num_ahead > 1 else ""
+            way = ahead + ("chains" if budget.chain_only or self._width == 1 else "trees")
             groups.setdefault(way, []).append(i)
         for way, members in groups.items():
             made = getattr(self, f"_{way}")([sessions[i] for i in members], [budgets[i] for i in members])
@@ -76,7 +77,8 @@ class Guesser:
         limits = [min(self._depth, budget.max_depth, budget.max_tokens) for budget in budgets]
         alive, outputs = list(range(len(sessions))), _outputs(sessions)
         for level in range(max(limits)):
-            chosen, probs = self._likeliest(self._network.logits(outputs), [budgets[i] for i in alive], level)
+            laws = self._network.logits(outputs)
+            chosen, probs = self._likeliest(laws, [budgets[i] for i in alive], [level] * len(alive))
             going = []
             for at, (i, token, prob) in enumerate(zip(alive, chosen, probs, strict=True)):
                 score = prob * (scores[i][-1] if scores[i] else 1.0)
@@ -116,13 +118,19 @@ class Guesser:
             told = torch.stack([nothing if session.told is None else session.told for session in sessions])
         return self._network.inputs(self._network.seeing.tell(outputs, told), tokens)
 
-    def _likeliest(self, logits: Tensor, budgets: Sequence[DraftBudget], level: int) -> tuple[list[int], list[float]]:
-        """A token for each row, and its probability: the likeliest, or at a temperature the one the noise picks."""
+    def _likeliest(
+        self, logits: Tensor, budgets: Sequence[DraftBudget], levels: Sequence[int]
+    ) -> tuple[list[int], list[float]]:
+        """A token for each row, and its probability: the likeliest, or at a temperature the one the noise picks.
+
+        Args:
+            budgets, levels: Of each row, and how many tokens are drafted before it.
+        """
         laws = logits.float()
         if any(budget.temperature for budget in budgets):
             laws = laws.log_softmax(-1)
             warmth = torch.tensor([[budget.temperature or 1.0] for budget in budgets], device=laws.device)
-            keys = [_key(budget, level) for budget in budgets]
+            keys = [_key(budget, level) for budget, level in zip(budgets, levels, strict=True)]
             ids = self._network.token_ids(torch.arange(laws.shape[1], device=laws.device))
             noise = gumbel(torch.tensor(keys, device=laws.device).unsqueeze(1), ids.unsqueeze(0))
             is_drawn = torch.tensor([[budget.temperature > 0] for budget in budgets], device=laws.device)
@@ -195,24 +203,23 @@ class Guesser:
             one.tree.extend(tokens[at:stop], logprobs[at:stop])
             at = stop
 
-    def _ahead(self, sessions: list[EagleSession], budgets: list[DraftBudget]) -> list[Draft]:
-        """All levels from one pass: the laws of a level do not depend on what was drafted before it."""
-        logits = self._network.logits(self._network.guesses(_outputs(sessions)))
-        drafts = []
-        for one, budget in zip(logits, budgets, strict=True):
-            levels = one[: min(self._depth, budget.max_depth)]
-            drafts.append(
-                self._ahead_chain(levels, budget)
-                if budget.chain_only or self._width == 1
-                else self._ahead_tree(levels, budget)
-            )
-        return drafts
+    def _ahead_laws(self, sessions: list[EagleSession]) -> Tensor:
+        """(B, num_ahead, vocab) logits of all levels from one pass: none depends on what was drafted before it."""
+        return self._network.logits(self._network.guesses(_outputs(sessions)))
 
-    def _ahead_chain(self, levels: Tensor, budget: DraftBudget) -> Draft:
-        rows = levels[: budget.max_tokens].split(1) if budget.temperature else [levels[: budget.max_tokens]]
+    def _ahead_chains(self, sessions: list[EagleSession], budgets: list[DraftBudget]) -> list[Draft]:
+        laws = self._ahead_laws(sessions)
+        limits = [min(self._depth, budget.max_depth, budget.max_tokens, laws.shape[1]) for budget in budgets]
+        rows = torch.cat([one[:limit] for one, limit in zip(laws, limits, strict=True)])
+        asked = [budget for budget, limit in zip(budgets, limits, strict=True) for _ in range(limit)]
+        tokens, probs = self._likeliest(rows, asked, [level for limit in limits for level in range(limit)])
+        parts = zip(itertools.accumulate(limits), limits, strict=True)
+        return [self._cut_chain(tokens[stop - limit : stop], probs[stop - limit : stop]) for stop, limit in parts]
+
+    def _cut_chain(self, chosen: Sequence[int], probs: Sequence[float]) -> Draft:
+        """As far as a path is probable enough and holds nothing that stands for media."""
         tokens, scores, score = [], [], 1.0
-        found = (self._likeliest(row, [budget] * len(row), level) for level, row in enumerate(rows))
-        for token, prob in (pair for chosen in found for pair in zip(*chosen, strict=True)):
+        for token, prob in zip(chosen, probs, strict=True):
             score *= prob
             if score < self._stop_below or token in self._barred:
                 break
@@ -220,14 +227,17 @@ class Guesser:
             scores.append(score)
         return Draft.chain(tokens, path_scores=tuple(scores), source=self._source)
 
-    def _ahead_tree(self, levels: Tensor, budget: DraftBudget) -> Draft:
-        tree = DynamicTree(self._width)
-        tokens, logprobs = self._best(levels)
-        tree.begin(tokens[0], logprobs[0])
-        for level in range(1, len(tokens)):
-            count = len(tree.frontier)
-            tree.extend([tokens[level]] * count, [logprobs[level]] * count)
-        return self._cut(tree, budget.max_tokens)
+    def _ahead_trees(self, sessions: list[EagleSession], budgets: list[DraftBudget]) -> list[Draft]:
+        drafts = []
+        for laws, budget in zip(self._ahead_laws(sessions), budgets, strict=True):
+            tree = DynamicTree(self._width)
+            tokens, logprobs = self._best(laws[: min(self._depth, budget.max_depth)])
+            tree.begin(tokens[0], logprobs[0])
+            for level in range(1, len(tokens)):
+                count = len(tree.frontier)
+                tree.extend([tokens[level]] * count, [logprobs[level]] * count)
+            drafts.append(self._cut(tree, budget.max_tokens))
+        return drafts
 
     def _cut(self, tree: DynamicTree, max_tokens: int) -> Draft:
         """The best nodes of a tree, without those that stand for media or are too improbable."""

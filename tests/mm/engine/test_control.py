@@ -161,6 +161,20 @@ def test_debt_at_one_batch_size_keeps_nobody_from_drafting_at_another():
     assert controller.begin(1) is not None
 
 
+def test_costs_are_booked_where_it_is_decided_who_begins():
+    """Answers come in one by one: while the first ones decode, what the prompts of the others cost counts for all."""
+    controller = Controller(times_of(FLAT))
+    controller.pass_begins(1, 16)
+    controller.spent(1000.0)
+    assert controller.begin(16) is None
+    assert controller.begin(1) is not None
+    watched = Controller(times_of(FLAT))
+    for _ in range(1000):
+        watched.pass_begins(0, 4)
+        watched.watched()
+    assert watched.begin(4) is None, "handing out states that nobody reads is a cost too"
+
+
 def test_a_pass_over_the_prompt_is_for_drafters_that_have_gained():
     """A draft before the first token of its own is a risk: it is taken where a drafter has shown that it pays."""
     controller = Controller(times_of(FLAT))
