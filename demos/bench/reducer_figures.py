@@ -169,6 +169,33 @@ def paired_table(results: Results, ratio: float = TASKS_AT) -> str:
     return markdown(["method", "of full", "over DivPrune", "better on", "worse on"], rows)
 
 
+def beside_table(one: Results, other: Results) -> str:
+    """Methods measured on two models: the share of each one's full score, and the points over DivPrune there."""
+    names = [results.settings["model"] for results in (one, other)]
+    header = ["method", "keep"] + [f"{name}: {what}" for name in names for what in ("of full", "over DivPrune")]
+    full = {id(results): results.scores(results.full) for results in (one, other)}
+    rows = []
+    for ratio in _ratios(other):
+        for line in other.at(ratio):
+            cells = []
+            for results in (one, other):
+                mine, base = results.find(line["method"], ratio), results.find(BASE, ratio)
+                if mine is None or base is None:
+                    cells += ["-", "-"]
+                    continue
+                low, high = interval(results.scores(mine) / full[id(results)])
+                cells.append(f"{results.score(mine) / results.score(results.full):.0%} ({low:.0%}-{high:.0%})")
+                cells.append("-" if mine is base else points(*results.over(mine, base)))
+            rows.append([line["method"], f"{ratio:.0%}", *cells])
+    return markdown(header, rows)
+
+
+def report_beside(one: Results, other: Results) -> str:
+    kind = "pictures" if other.settings["kind"] == "image" else "clips"
+    told = [f"{r.settings['model']} {r.score(r.full):.1%} of {r.settings['num_items']} questions" for r in (one, other)]
+    return f"{kind.capitalize()}; with all tokens right: {', '.join(told)}.\n\n{beside_table(one, other)}"
+
+
 def points(value: float, low: float, high: float) -> str:
     """A difference of shares with its interval, in points."""
     return f"{100 * value:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"

@@ -2,13 +2,14 @@
 
     python -m demos.bench.reducer_page [--restart] [--minutes 40] [--jobs 2]      measure, then write the page
     python -m demos.bench.reducer_page --no-measure                               only write the page
+    python -m demos.bench.reducer_page --only-plain [--restart] [--minutes 16]    measure tiny_plain alone
 
 Pictures and clips are asked by `demos.bench.reducers`, one after the other or, with `--jobs 2`, side by side. What was
 measured before with the same settings is not measured again, so a run that was stopped goes on; `--restart` begins
 anew, as is needed after the model has changed. Rows come in the order in which they tell most, a tenth of the tokens
 first: when the minutes are over, what there is makes the page.
 
-The defaults take some 30 minutes of one core. 280 questions make an interval of a method's mean over tasks of about
+The defaults take some 40 minutes of one core. 280 questions make an interval of a method's mean over tasks of about
 five points either way; these are several times as many. Differences between methods are told finer, question by
 question.
 
@@ -26,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from demos.bench.reducer_figures import Results, plot, put_into, report
+from demos.bench.reducer_figures import Results, plot, put_into, report, report_beside
 from demos.bench.reducer_load import report_load
 from demos.bench.reducer_speed import report_select
 from demos.bench.tuning import report_tuning
@@ -34,33 +35,44 @@ from serve.evaluation.items import read_test_set
 
 RESULTS, PAGE = Path("demos/bench/results"), Path("docs/reducers.md")
 KINDS = ("image", "video")
+MODEL, PLAIN = "tiny", "tiny_plain"
+"""What is measured, and its twin that was trained without the loss on attention."""
+
+PLAIN_METHODS = ("none", "divprune", "pyramiddrop", "fastv", "mustdrop", "uniform")
+"""Those that rank by the decoder's attention, and what they are compared with."""
+
+PLAIN_RATIOS, PLAIN_SHARE = (0.25, 0.1, 0.05), 0.3
+"""At which the twin is asked, and its share of the minutes."""
 
 
-def path_of(kind: str) -> Path:
-    return RESULTS / f"reducers-tiny-{kind}.jsonl"
+def path_of(kind: str, model: str = MODEL) -> Path:
+    return RESULTS / f"reducers-{model}-{kind}.jsonl"
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace, model: str) -> None:
     """Runs of both kinds.
 
     Raises:
         SystemExit: One of them failed.
     """
-    end = time.monotonic() + 60 * args.minutes
+    share = 1.0 if args.only_plain else PLAIN_SHARE if model == PLAIN else 1 - PLAIN_SHARE
+    end = time.monotonic() + 60 * args.minutes * share
     left, running = list(KINDS), list[subprocess.Popen]()
     while left or running:
         while left and len(running) < args.jobs:
             # With one job, each kind has its part of the time that is left.
             minutes = (end - time.monotonic()) / 60 / (len(left) if args.jobs == 1 else 1)
             kind = left.pop(0)
-            running.append(subprocess.Popen(command(kind, args.limit[KINDS.index(kind)], minutes)))
+            running.append(subprocess.Popen(command(model, kind, args.limit[KINDS.index(kind)], minutes)))
         if running.pop(0).wait():
             raise SystemExit("a run failed; see above")
 
 
-def command(kind: str, limit: int, minutes: float) -> list[str]:
-    run = [sys.executable, "-m", "demos.bench.reducers", "--kind", kind, "--out", str(path_of(kind))]
-    return [*run, "--limit", str(limit), "--minutes", f"{minutes:.2f}"]
+def command(model: str, kind: str, limit: int, minutes: float) -> list[str]:
+    run = [sys.executable, "-m", "demos.bench.reducers", "--model", model, "--kind", kind]
+    run += ["--out", str(path_of(kind, model)), "--limit", str(limit), "--minutes", f"{minutes:.2f}"]
+    some = ["--methods", *PLAIN_METHODS, "--ratios", *map(str, PLAIN_RATIOS)]
+    return run + some if model == PLAIN else run
 
 
 def last_record(name: str) -> dict[str, Any]:
@@ -74,6 +86,8 @@ def write_page(page: Path) -> None:
         results = Results(path_of(kind), items)
         plot(results, page.parent / f"{results.name}.png")
         put_into(page, results.name, report(results))
+        plain = Results(path_of(kind, PLAIN), items)
+        put_into(page, plain.name, report_beside(results, plain))
     put_into(page, "tuning-tiny", report_tuning(last_record("tuning-tiny.json")))
     put_into(page, "reducer-load-tiny", report_load(last_record("reducer-load-tiny-epyc-2core.txt")))
     put_into(page, "reducer-select-256m", report_select(last_record("reducer-select-256m-epyc-2core.txt")))
@@ -87,13 +101,15 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=int, nargs=2, default=(60, 40), help="pictures' and clips' questions of each task and wording"
     )
+    parser.add_argument("--only-plain", action="store_true", help=f"measure {PLAIN} and not {MODEL}")
     parser.add_argument("--no-measure", action="store_true", help="only write the page from the files there are")
     args = parser.parse_args()
     if not args.no_measure:
-        if args.restart:
-            for kind in KINDS:
-                path_of(kind).unlink(missing_ok=True)
-        measure(args)
+        for model in (PLAIN,) if args.only_plain else (MODEL, PLAIN):
+            if args.restart:
+                for kind in KINDS:
+                    path_of(kind, model).unlink(missing_ok=True)
+            measure(args, model)
     write_page(PAGE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import time
@@ -180,7 +181,8 @@ def test_the_page_has_figures_only_where_a_script_writes_them() -> None:
     page = Path(__file__).parents[2] / "docs" / "reducers.md"
     by_hand = re.sub(r"<!-- [\w-]+ -->.*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
     assert not re.findall(r"\d+(?:\.\d+)? ?%|\d\.\d+x|\d+ ms", by_hand)
-    assert {"reducers-tiny-image", "reducers-tiny-video"} <= set(re.findall(r"<!-- ([\w-]+) -->", page.read_text()))
+    names = {f"reducers-{model}-{kind}" for model in ("tiny", "tiny_plain") for kind in ("image", "video")}
+    assert names <= set(re.findall(r"<!-- ([\w-]+) -->", page.read_text()))
 
 
 def test_a_page_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,9 +208,17 @@ def test_both_kinds_share_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
             return 0
 
     monkeypatch.setattr(reducer_page.subprocess, "Popen", Run)
-    for jobs, parts in ((1, (10, 20)), (2, (20, 20))):
+    cases = [("tiny", False, 0.7), ("tiny_plain", False, 0.3), ("tiny_plain", True, 1.0)]
+    for (model, only_plain, share), (jobs, parts) in itertools.product(cases, ((1, (10, 20)), (2, (20, 20)))):
         ran.clear()
-        reducer_page.measure(argparse.Namespace(minutes=20, jobs=jobs, limit=(7, 5)))
+        args = argparse.Namespace(minutes=20 / share, jobs=jobs, limit=(7, 5), only_plain=only_plain)
+        reducer_page.measure(args, model)
         assert [run[run.index("--kind") + 1] for run in ran] == ["image", "video"]
+        assert [run[run.index("--model") + 1] for run in ran] == [model, model]
+        assert [Path(run[run.index("--out") + 1]).stem for run in ran] == [
+            f"reducers-{model}-image",
+            f"reducers-{model}-video",
+        ]
+        assert ["--methods" in run for run in ran] == [model == "tiny_plain"] * 2
         assert [run[run.index("--limit") + 1] for run in ran] == ["7", "5"]
         assert [float(run[run.index("--minutes") + 1]) for run in ran] == pytest.approx(parts, abs=0.1)
