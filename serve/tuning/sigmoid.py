@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm, qmc
@@ -130,4 +131,5 @@ def _predicted(tried: dict[Schedule, float], schedules: list[Schedule]) -> tuple
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a bound of the kernel is reached on flat scores
         process.fit(np.array(list(tried)), np.array(list(tried.values())))
-    return process.predict(np.array(schedules), return_std=True)
+    predicted: Any = process.predict(np.array(schedules), return_std=True)
+    return predicted
