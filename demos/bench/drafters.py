@@ -2,10 +2,10 @@
 
 Run python -m demos.bench.drafters [--drafter copy --drafter recycle ...] [--batch 1 --batch 4] [--seconds 20] [--out F]
 
-All engines answer the same few questions one after the other, in turn, in one process and one thread, again and again;
-a row tells the median over these rounds of the ratio to the engine without a drafter, so a machine that slows down
-slows all of them. Seconds are processor time of the process, with wall time beside them: on a shared machine wall time
-tells the others' load. The row `none` is a second engine without a drafter: what it differs from 1 is the noise.
+All engines answer the same few questions one after the other, in an order drawn anew for each round, in one process
+and one thread; a row tells the median over the rounds of the ratio to the engine without a drafter, so a machine that
+slows down slows all of them. Seconds are processor time of the process, with wall time beside them: on a shared machine
+wall time tells the others' load. The row `none` is a second engine without a drafter: that it is not 1 is the noise.
 `hf` is transformers' `generate` with prompt lookup (batch 1, greedy) against its own `generate`.
 
 Before a row's rounds every engine serves the same task for `--warm-up` seconds: control has to see what pays. Pictures
@@ -30,6 +30,7 @@ import copy
 import functools
 import io
 import json
+import random
 import statistics
 import time
 from dataclasses import dataclass, fields
@@ -200,8 +201,7 @@ def compare(models: dict[str, mm.Model], task: str, batch: int, temperature: flo
     specs, start = list(models), time.process_time()
     while len(rounds) < args.rounds or time.process_time() - start < args.seconds:
         requests = requests_of(task, chats, temperature, count, len(rounds))
-        first = len(rounds) % len(specs)
-        turn = specs[first:] + specs[:first]  # who comes behind whom is nobody's privilege
+        turn = random.Random(len(rounds)).sample(specs, len(specs))  # who comes behind whom is nobody's privilege
         rounds.append({spec: answer_all(models[spec], requests, batch) for spec in turn})
     return [row_of(spec, [(r[PLAIN], r[spec]) for r in rounds], models[spec], batch) for spec in specs if spec != PLAIN]
 

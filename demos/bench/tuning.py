@@ -36,6 +36,7 @@ from serve.evaluation.scoring import is_right
 from serve.options import read_reducer
 from serve.tuning.command import Tuning, run_tuning
 from serve.tuning.schedule import STEP, Schedule, Shape
+from serve.tuning.sigmoid import largest
 
 RESULTS = Path("demos/bench/results")
 FOUND = RESULTS / "tuned"
@@ -60,11 +61,7 @@ def ratio_for(shape: Shape, schedule: Callable[[float], Schedule], flop_share: f
     """The largest ratio whose schedule takes no more FLOPs; None where even the smallest takes more."""
     if shape.flop_share(schedule(STEP)) > flop_share:
         return None
-    low, high = STEP, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if shape.flop_share(schedule(middle)) <= flop_share else (low, middle)
-    return round(low, 4)
+    return round(largest(lambda ratio: shape.flop_share(schedule(ratio)) <= flop_share, STEP, 1.0), 4)
 
 
 def split(items: Sequence[Item], first: int, then: int) -> tuple[list[Item], list[Item]]:

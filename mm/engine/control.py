@@ -5,9 +5,10 @@ credited with that for every token that a pass gave beyond one per answer, and c
 opening a session, observing, proposing, deciding, and the time by which drafted rows made a pass longer. Credits less
 charges are its account, one for each range of batch sizes, in passes.
 
-- An answer begins to draft while the account is not in debt. In debt, nothing is kept, observed or asked: each pass
-  pays back `ALLOWANCE`, and out of the red an answer tries again. So a drafter that does not pay costs about that share
-  of the time and no more, whatever its costs are made of, and one that begins to pay is noticed.
+- An answer begins to draft while the account is not in debt. In debt, nothing is kept, observed or asked, nor for an
+  answer that began at another batch size: each pass pays back `ALLOWANCE`, and out of the red an answer tries again.
+  So a drafter that does not pay costs about that share of the time and no more, whatever its costs are made of, and
+  one that begins to pay is noticed.
 - An answer whose drafts are not worth their costs is asked less and less often, down to `IDLE_SHARE` of its time.
 - Of what was drafted those nodes are verified that make
 
@@ -184,11 +185,12 @@ class Controller:
             num_answers: Answers that are being served, this one too.
             reads_states: Whether its first draft is a pass over the prompt.
         """
-        balance = self.account(num_answers).balance
-        if balance < STAKE * min(self.num_begun, 1):
+        account = self.account(num_answers)
+        if account.balance < STAKE * min(self.num_begun, 1):
             return None
         self.num_begun += 1
-        return Tracked(self._acceptance.inherit(), wait=int(reads_states and balance < EAGER))
+        wait = int(reads_states and account.balance < EAGER)
+        return Tracked(self._acceptance.inherit(), wait=wait, account=account, worth=account.worth)
 
     def end(self) -> None:
         """An answer that drafted is over."""
@@ -210,7 +212,7 @@ class Controller:
         account = self._current
         if tracked.account is not account:  # what drafts were worth at another batch size says little
             tracked.account, tracked.worth, tracked.patience = account, account.worth, 1
-            tracked.wait = min(tracked.wait, NEAR)
+            tracked.wait = MAX_WAIT if account.balance < 0 else min(tracked.wait, NEAR)  # in debt, none comes in either
         tracked.wait -= 1
         if tracked.wait >= 0:
             return False

@@ -26,6 +26,7 @@ from mm.engine.admission import add_hooks, answer_length, with_positions
 from mm.engine.attention import Attention, build_attention
 from mm.engine.eviction import evict
 from mm.engine.kv_cache import KVCache
+from mm.engine.observing import Round
 from mm.engine.output import Output
 from mm.engine.prefix_cache import PrefixCache
 from mm.engine.report import Counters, EngineStats, Feed, summary
@@ -33,7 +34,7 @@ from mm.engine.samplers import SamplerFactory
 from mm.engine.sampling import Chosen
 from mm.engine.scheduler import Limits, Plan, Planned, Scheduler
 from mm.engine.sequence import Answer, Job, Sink
-from mm.engine.speculation import Round, Speculation
+from mm.engine.speculation import Speculation
 from mm.engine.step import Chunk, Decoding, Pass
 from mm.engine.verify import Rows, Walk, verify
 
@@ -296,7 +297,8 @@ class Engine:
         rounds: list[Round] = []
         for i, answer in enumerate(plan.decoding):
             answer.num_computed += 1
-            states = {} if decoding is None else {name: state[i : i + 1] for name, state in decoding.states.items()}
+            seen = decoding.states if decoding is not None and answer.drafting is not None else {}
+            states = {name: state[i : i + 1] for name, state in seen.items()}
             rounds.append(Round(answer, last[i], i, Walk(), states))
         row = len(rounds)
         for item, chunk in zip(plan.chunks, chunks, strict=True):

@@ -21,7 +21,7 @@ from mm.engine.sampling import Sampler
 from mm.engine.step import Chunk, Drops
 
 if TYPE_CHECKING:
-    from mm.engine.speculation import Drafting
+    from mm.engine.observing import Drafting
 
 
 class Sink(Protocol):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,16 +16,17 @@ from torch import Tensor
 
 from mm.core.config import SpeculationLimits
 from mm.core.data import Request
-from mm.core.drafting import NO_DRAFT, DraftBudget, Drafter, DraftTarget, LoadedDrafter, Observation
-from mm.core.errors import IncompatiblePlugin, InvalidRequest, MmError
+from mm.core.drafting import NO_DRAFT, DraftBudget
+from mm.core.errors import InvalidRequest, MmError
 from mm.core.plugins import build_drafter, canonical_spec
 from mm.engine.control import Controller, Tracked
+from mm.engine.observing import Drafting, Round, observation, parts_of, prompt_seen
 from mm.engine.pass_times import PassTimes
 from mm.engine.report import SpeculationStats
 from mm.engine.sequence import Answer
-from mm.engine.state_cache import Kept, StateCache
-from mm.engine.step import LAST_HIDDEN, Chunk, Pass
-from mm.engine.verify import Walk
+from mm.engine.source import Source, load_source
+from mm.engine.state_cache import StateCache
+from mm.engine.step import Chunk, Pass
 
 if TYPE_CHECKING:
     from mm.models.language import LanguageModel
@@ -38,77 +38,6 @@ MAX_CALIBRATED = 64
 
 STATE_BYTES = 64 << 20
 """Of prompts' states that are remembered."""
-
-
-@dataclass(eq=False)
-class Source:
-    """A drafter of this engine.
-
-    Attributes:
-        states: Names of the states that it needs.
-        num_top: How many of a row's largest logits it needs the ids of.
-    """
-
-    spec: str
-    drafter: Drafter
-    loaded: LoadedDrafter
-    controller: Controller
-    states: frozenset[str]
-    num_top: int
-
-
-@dataclass(eq=False)
-class Drafting:
-    """One answer's part in speculation.
-
-    Attributes:
-        tracked: Since its first pass.
-        session: Since something was observed.
-        num_seen: Tokens of the answer that the session was told.
-        kept: What passes showed since something was observed; of the prompt, chunk by chunk.
-    """
-
-    source: Source
-    max_tokens: int
-    tracked: Tracked | None = None
-    session: Any = None
-    num_seen: int = 0
-    kept: list[Kept] = field(default_factory=list)
-
-    def keep(self, rows: Tensor, states: Mapping[str, Tensor]) -> None:
-        """Put by the states of some rows that the drafter needs, those behind what is there already."""
-        if self.kept and int(self.kept[-1][0][-1]) >= int(rows[0]):
-            return
-        if self.source.states <= states.keys():
-            self.kept.append((rows, {name: states[name] for name in self.source.states}))
-
-    def take(self, stop: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rows below `stop` that were put by, and their states; they are put by no more."""
-        taken = [one for one in self.kept if stop is None or int(one[0][0]) < stop]
-        self.kept = self.kept[len(taken) :]
-        if not taken:
-            return torch.zeros(0, dtype=torch.int64), {}
-        names = self.source.states
-        return torch.cat([rows for rows, _ in taken]), {name: torch.cat([s[name] for _, s in taken]) for name in names}
-
-
-@dataclass(eq=False)
-class Round:
-    """What a pass gives one answer.
-
-    Attributes:
-        root: The token that stands in its first row.
-        first: That row in the pass's logits, which gives the next token; those of its draft follow.
-        states: State name to (1 + drafted tokens, D) of these rows.
-        said: Tokens that became part of the answer.
-    """
-
-    answer: Answer
-    root: int
-    first: int
-    walk: Walk
-    states: Mapping[str, Tensor] = field(default_factory=dict)
-    said: list[int] = field(default_factory=list)
 
 
 class Speculation:
@@ -136,30 +65,11 @@ class Speculation:
         self._block_size = family.language.cache_shape.block_size
         self._states = StateCache(STATE_BYTES, self._block_size) if share_prefixes else None
         self.stats = SpeculationStats(num_accepted_per_position=[0] * limits.max_draft_tokens)
-        self._sources = {source.spec: source for source in (self._load(spec, family) for spec in limits.offered)}
+        sources = [load_source(spec, family, Controller(self.times)) for spec in limits.offered]
+        self._sources = {source.spec: source for source in sources}
         self._default = canonical_spec(build_drafter(limits.drafter), "drafter")
         self._num_served = 1
         self._speaking = [source for source in self._sources.values() if source.spec != "none"]
-
-    def _load(self, spec: str, family: Any) -> Source:
-        drafter = build_drafter(spec)
-        loaded = drafter.load(target_of(family))
-        needs: frozenset[str] = getattr(loaded, "needs", drafter.needs)
-        states = frozenset(need for need in needs if need == LAST_HIDDEN or need.startswith("hidden:"))
-        tops = [int(need.removeprefix("top_ids:")) for need in needs if need.startswith("top_ids:")]
-        layers = [int(state.removeprefix("hidden:")) for state in states - {LAST_HIDDEN}]
-        unknown = [need for need in needs - states if not need.startswith("top_ids:")]
-        unknown += [f"hidden:{layer}" for layer in layers if not 0 <= layer < family.language.num_layers]
-        if unknown:
-            raise IncompatiblePlugin(spec, "this engine", sorted(unknown))
-        return Source(
-            spec=canonical_spec(drafter, "drafter"),
-            drafter=drafter,
-            loaded=loaded,
-            controller=Controller(self.times),
-            states=states,
-            num_top=max(tops, default=0),
-        )
 
     def calibrate(self, decoder: Pass, most: int) -> None:
         """Measure what passes cost, with rows that mean nothing."""
@@ -254,7 +164,7 @@ class Speculation:
     def _propose(self, source: Source, answers: list[Answer], room: int) -> int:
         start = self.clock()
         budgets = [_budget(answer) for answer in answers]
-        sessions = [_parts(answer)[0].session for answer in answers]
+        sessions = [parts_of(answer)[0].session for answer in answers]
         try:
             drafts = source.loaded.propose(sessions, budgets)
             for draft, budget in zip(drafts, budgets, strict=True):
@@ -263,7 +173,7 @@ class Speculation:
             self._fail(source, answers, error)
             return 0
         if self.limits.control:
-            tracked = [_parts(answer)[1] for answer in answers]
+            tracked = [parts_of(answer)[1] for answer in answers]
             drafts = source.controller.choose(drafts, tracked, room)
         for answer, draft in zip(answers, drafts, strict=True):
             answer.draft = draft
@@ -349,7 +259,7 @@ class Speculation:
 
     def _is_due(self, one: Round) -> bool:
         """Whether a drafter is asked about an answer next; notes what the pass showed."""
-        drafting, tracked = _parts(one.answer)
+        drafting, tracked = parts_of(one.answer)
         if tracked.draft.num_tokens:
             drafting.source.controller.learn(tracked, one.walk.draft, one.said)
         if not tracked.is_near:
@@ -364,16 +274,16 @@ class Speculation:
     def _observe(self, source: Source, rounds: Sequence[Round], logits: Tensor) -> None:
         late = []
         for one in rounds:
-            drafting, job = _parts(one.answer)[0], one.answer.job
+            drafting, job = parts_of(one.answer)[0], one.answer.job
             if drafting.session is None:
                 drafting.session = source.loaded.open(job.prompt, private=bool(job.request.cache_salt))
                 self._remember(one.answer, drafting)
                 late += [one.answer] if len(one.answer.output.token_ids) > 1 else []
         if late:  # what the prompt showed is told apart from what came behind
-            source.loaded.observe([_parts(answer)[0].session for answer in late], [_prompt_seen(one) for one in late])
-        seen = [_observation(one, source, logits) for one in rounds]
+            source.loaded.observe([parts_of(answer)[0].session for answer in late], [prompt_seen(one) for one in late])
+        seen = [observation(one, source, logits) for one in rounds]
         if seen:
-            source.loaded.observe([_parts(one.answer)[0].session for one in rounds], seen)
+            source.loaded.observe([parts_of(one.answer)[0].session for one in rounds], seen)
 
     def _remember(self, answer: Answer, drafting: Drafting) -> None:
         """Note a prompt's states for those who find it in the prefix cache, and find what was noted of it."""
@@ -426,63 +336,4 @@ def _budget(answer: Answer) -> DraftBudget:
         max_depth=min(most, answer.output.num_left - 1),
         temperature=rule.temperature,
         key=(rule.seed, answer.sampler.choice, position),
-    )
-
-
-def _parts(answer: Answer) -> tuple[Drafting, Tracked]:
-    assert answer.drafting is not None
-    assert answer.drafting.tracked is not None
-    return answer.drafting, answer.drafting.tracked
-
-
-def _prompt_seen(answer: Answer) -> Observation:
-    """Of an answer that has gone on without being observed: its prompt and first token."""
-    drafting, _ = _parts(answer)
-    rows, hidden = drafting.take(stop=answer.job.prompt.length)
-    drafting.num_seen = 1
-    return Observation(token_ids=tuple(answer.output.token_ids[:1]), rows=rows, hidden=hidden, is_prompt=True)
-
-
-def _observation(one: Round, source: Source, logits: Tensor) -> Observation:
-    drafting, _ = _parts(one.answer)
-    token_ids = one.answer.output.token_ids
-    rows, hidden = drafting.take()
-    observation = Observation(
-        token_ids=tuple(token_ids[drafting.num_seen :]),
-        rows=rows,
-        hidden=hidden,
-        num_drafted=one.walk.draft.num_tokens,
-        num_accepted=one.walk.num_accepted,
-        is_prompt=not drafting.num_seen,
-    )
-    drafting.num_seen = len(token_ids)
-    return _with_tops(observation, one, logits, source.num_top) if source.num_top else observation
-
-
-def _with_tops(observation: Observation, one: Round, logits: Tensor, num_top: int) -> Observation:
-    """The largest logits of every verified row, those on the accepted path last."""
-    draft, path = one.walk.draft, one.walk.path
-    order = [row for row in range(draft.num_tokens + 1) if row not in path] + path
-    tokens = (one.root, *draft.token_ids)
-    rows = logits[[one.first + row for row in order]]
-    return replace(
-        observation,
-        row_token_ids=tuple(tokens[row] for row in order),
-        row_top_ids=rows.topk(min(num_top, rows.shape[1])).indices,
-    )
-
-
-def target_of(family: Any) -> DraftTarget:
-    """What drafters may know of a model."""
-    language = family.language
-    return DraftTarget(
-        name=str(family.folder),
-        vocab_size=language.vocab_size,
-        hidden_size=language.head_weight.shape[1],
-        num_layers=language.num_layers,
-        device=language.device,
-        dtype=language.dtype,
-        embed=language.embed,
-        head_weight=language.head_weight,
-        placeholder_ids=family.placeholder_ids,
     )

@@ -34,6 +34,14 @@ NUM_CANDIDATES = 512
 """Curves among which the next one is chosen, a power of two."""
 
 
+def largest(fits: Callable[[float], bool], low: float, high: float) -> float:
+    """The largest number between these two that fits, where with each all smaller ones do; `low` if none does."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 def curve(shape: Shape, steepness: float, last: float, middle: float) -> Schedule:
     """The shares along the sigmoid that falls to `last` around the relative depth `middle`."""
     depths = [layer / shape.num_layers for layer in range(1, shape.num_layers)]
@@ -44,12 +52,11 @@ def curve(shape: Shape, steepness: float, last: float, middle: float) -> Schedul
 def fitted(shape: Shape, budget: float, steepness: float, last: float) -> Schedule:
     """The curve of this slope and end that costs as much as `budget`, a share of all FLOPs, and no more."""
     reach = 1 + 20 / steepness
-    low, high = -reach, 1 + reach
-    for _ in range(60):
-        middle = (low + high) / 2
-        fits = shape.flop_share(curve(shape, steepness, last, middle)) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    return curve(shape, steepness, last, low)
+
+    def fits(middle: float) -> bool:
+        return shape.flop_share(curve(shape, steepness, last, middle)) <= budget
+
+    return curve(shape, steepness, last, largest(fits, -reach, 1 + reach))
 
 
 def largest_last(shape: Shape, budget: float) -> float:
@@ -63,12 +70,7 @@ def largest_last(shape: Shape, budget: float) -> float:
         raise InvalidOption(
             "tune", "budget", f"was {budget:g}; with these prompts it can be from {math.ceil(least * 1e3) / 1e3:g} to 1"
         )
-    low, high = STEP, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        fits = shape.flop_share((1.0, *[middle] * (shape.num_layers - 1))) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    return low
+    return largest(lambda last: shape.flop_share((1.0, *[last] * (shape.num_layers - 1))) <= budget, STEP, 1.0)
 
 
 def unsearched(shape: Shape, budget: float) -> list[Schedule]:
@@ -79,15 +81,8 @@ def unsearched(shape: Shape, budget: float) -> list[Schedule]:
         lambda ratio: (1.0, 1.0, *[written(ratio)] * (num_layers - 2)),
         lambda ratio: (1.0, *(written(ratio ** (layer / (num_layers - 1))) for layer in range(1, num_layers))),
     ]
-    found = []
-    for way in ways:
-        low, high = STEP, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if shape.flop_share(way(middle)) <= budget else (low, middle)
-        if shape.flop_share(way(low)) <= budget:
-            found.append(way(low))
-    return found
+    found = [way(largest(lambda ratio, way=way: shape.flop_share(way(ratio)) <= budget, STEP, 1.0)) for way in ways]
+    return [schedule for schedule in found if shape.flop_share(schedule) <= budget]
 
 
 def search(shape: Shape, budget: float, num_trials: int, score: Callable[[Schedule], float]) -> Schedule:

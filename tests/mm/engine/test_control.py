@@ -175,6 +175,21 @@ def test_costs_are_booked_where_it_is_decided_who_begins():
     assert watched.begin(4) is None, "handing out states that nobody reads is a cost too"
 
 
+def test_an_answer_that_comes_to_a_batch_size_in_debt_is_left_alone():
+    """The first of many begins while it is alone: what it does among the others is paid from their account."""
+    controller = Controller(times_of(FLAT))
+    controller.pass_begins(1, 16)
+    controller.spent(1000.0)
+    controller.pass_begins(1)
+    (alone,) = begun(controller)
+    controller.pass_begins(16)
+    assert not controller.is_asked(alone)
+    assert not alone.is_near, "nor is anything kept for it"
+    controller.pass_begins(1)
+    assert not controller.is_asked(alone)
+    assert alone.is_near, "alone again, it is asked soon"
+
+
 def test_a_pass_over_the_prompt_is_for_drafters_that_have_gained():
     """A draft before the first token of its own is a risk: it is taken where a drafter has shown that it pays."""
     controller = Controller(times_of(FLAT))

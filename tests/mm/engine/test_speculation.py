@@ -5,8 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from mm.core.drafting import Draft
+from mm.engine.observing import Round
 from mm.engine.report import SpeculationStats
-from mm.engine.speculation import Round, Speculation
+from mm.engine.speculation import Speculation
 from mm.engine.verify import Walk
 
 
