@@ -286,18 +286,22 @@ class Engine:
         texts = [item.answer.generated(item.count) for item in plan.chunks]
         ids = torch.tensor(last + [token for text in texts for token in text], dtype=torch.int64)
         rows = self.family.language.embed(ids)
-        chunks, at = [], len(last)
+        chunks, at, watched = [], len(last), self.speculation.watched(plan.answers)
         for item, text in zip(plan.chunks, texts, strict=True):
-            chunks.append(item.answer.chunk(item.count, rows[at : at + len(text)] if text else None))
+            chunk = item.answer.chunk(item.count, rows[at : at + len(text)] if text else None)
+            chunk.watch = watched.get(item.answer, frozenset())
+            chunks.append(chunk)
             at += len(text)
         decoding = self._decoding(plan.decoding, rows[: len(last)])
+        if decoding is not None and watched:
+            decoding.watch = frozenset().union(*(watched.get(answer, ()) for answer in plan.decoding))
         start = time.perf_counter()
-        logits = self._pass.run(chunks, decoding, self.speculation.watched(plan.answers))
+        logits = self._pass.run(chunks, decoding)
         self._counters.model_s += time.perf_counter() - start
         rounds: list[Round] = []
         for i, answer in enumerate(plan.decoding):
             answer.num_computed += 1
-            seen = decoding.states if decoding is not None and answer.drafting is not None else {}
+            seen = decoding.states if decoding is not None and answer in watched else {}
             states = {name: state[i : i + 1] for name, state in seen.items()}
             rounds.append(Round(answer, last[i], i, Walk(), states))
         row = len(rounds)

@@ -15,7 +15,7 @@ ROW_SHARE = 0.001
 """Of a pass, that another row takes at the least: no row is free, however times err."""
 NUM_SAMPLES = 9
 REFRESH = 8
-"""Passes after which what they take is summed up anew."""
+"""Passes after which what was summed up of their times is summed up anew."""
 
 
 class Median:
@@ -42,11 +42,14 @@ class PassTimes:
         self._plain: dict[int, Median] = {}
         self._added: dict[int, dict[int, Median]] = {}
         self._tables: dict[int, list[float]] = {}
+        self._unseen: dict[int, float] = {}
         self._age = 0
 
     def observe(self, num_answers: int, num_drafted: int, seconds: float) -> None:
         """Note a pass in which nothing but decoding was done."""
         self._age += 1
+        if self._age >= REFRESH:
+            self._tables, self._unseen, self._age = {}, {}, 0
         if num_answers >= len(NEAREST) or num_drafted >= len(NEAREST):
             return
         if not num_drafted:
@@ -59,6 +62,12 @@ class PassTimes:
         """Seconds of a pass in which so many answers decode without drafts."""
         if known := self._plain.get(num_answers):
             return known.value
+        if num_answers not in self._unseen:
+            self._unseen[num_answers] = self._guessed(num_answers)
+        return self._unseen[num_answers]
+
+    def _guessed(self, num_answers: int) -> float:
+        """By what passes of other batch sizes take, and by a chunk of as many rows before there were any."""
         if not self._plain:
             return float(self._chunk_seconds(np.array([num_answers]))[0])
         counts = sorted(self._plain)
@@ -84,9 +93,7 @@ class PassTimes:
 
     def table(self, num_answers: int) -> list[float]:
         """(256,) seconds of passes with 0, 1, ... drafted rows; may be some passes old."""
-        if self._age >= REFRESH or num_answers not in self._tables:
-            if self._age >= REFRESH:
-                self._tables, self._age = {}, 0
+        if num_answers not in self._tables:
             self._tables[num_answers] = self.seconds(num_answers, np.arange(ROWS[-1])).tolist()
         return self._tables[num_answers]
 
@@ -100,6 +107,7 @@ class PassTimes:
         for count in rows:
             run(count)
             found.append(min(run(count) for _ in range(3)))  # nothing makes a pass faster, and much makes one slower
+        self._tables, self._unseen = {}, {}
         self._chunk = np.array(rows, dtype=float), np.maximum.accumulate(found)  # more rows never take less
 
 

@@ -148,15 +148,19 @@ class Speculation:
         groups: dict[Source, list[Answer]] = {}
         for answer in answers:
             answer.draft = NO_DRAFT
-            one = answer.drafting
-            if one is not None and self._may_draft(answer, one):
-                groups.setdefault(one.source, []).append(answer)
-        for source, asked in groups.items():
-            room -= self._propose(source, asked, room)
+            if answer.drafting is not None:
+                groups.setdefault(answer.drafting.source, []).append(answer)
+        for source, members in groups.items():
+            start = self.clock()
+            asked = [answer for answer in members if self._may_draft(answer)]
+            source.controller.spent(self.clock() - start)
+            if asked:
+                room -= self._propose(source, asked, room)
 
-    def _may_draft(self, answer: Answer, one: Drafting) -> bool:
+    def _may_draft(self, answer: Answer) -> bool:
         """Whether control asks an answer that can use a draft, and its session knows all that was said."""
-        if one.tracked is None:
+        one = answer.drafting
+        if one is None or one.tracked is None:
             return False
         is_asked = not self.limits.control or one.source.controller.is_asked(one.tracked)
         return is_asked and one.session is not None and answer.output.num_left > 1
@@ -190,9 +194,9 @@ class Speculation:
 
     # ── during a pass ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def watched(self, answers: Iterable[Answer]) -> frozenset[str]:
-        """States that the drafters of some answers need from the next pass. Decides whether new ones draft at all."""
-        sources: set[Source] = set()
+    def watched(self, answers: Iterable[Answer]) -> dict[Answer, frozenset[str]]:
+        """Whose states drafters need from the next pass, and which. Decides whether new answers draft at all."""
+        found: dict[Answer, frozenset[str]] = {}
         for answer in answers:
             one = answer.drafting
             if one is None:
@@ -200,10 +204,9 @@ class Speculation:
             if one.tracked is None:
                 self._begin(answer, one)
             if one.source.states and one.tracked is not None and one.tracked.is_near:
-                sources.add(one.source)
-        for source in sources:
-            source.controller.watched()
-        return frozenset().union(*(source.states for source in sources))
+                found[answer] = one.source.states
+                one.source.controller.watched()
+        return found
 
     def _begin(self, answer: Answer, one: Drafting) -> None:
         start = self.clock()

@@ -7,7 +7,7 @@ segment, so the layers above a drop never hold what was dropped.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -78,9 +78,10 @@ class Chunk:
         num_logits: Logits wanted of the last so many rows.
         mask: (n, n) bool for draft trees; None is causal.
         drops: For a whole prompt whose reducers act inside the decoder.
+        watch: States to hand out: `LAST_HIDDEN`, or "hidden:" and a layer.
         error: What its reducer did wrong; its rows went on undropped.
-        states: After the pass, name to (k, D), for the states that were watched.
-        left: (k,) int64, the rows that these are of: those that no reducer dropped.
+        states: After the pass, name to (k, D).
+        left: (k,) int64, the rows that these are of: those that no reducer dropped; None where nothing is watched.
     """
 
     slot: int
@@ -89,6 +90,7 @@ class Chunk:
     num_logits: int = 1
     mask: Tensor | None = None
     drops: Drops | None = None
+    watch: frozenset[str] = frozenset()
     error: MmError | None = field(default=None, init=False)
     states: dict[str, Tensor] = field(default_factory=dict, init=False)
     left: Tensor | None = field(default=None, init=False)
@@ -106,12 +108,14 @@ class Decoding:
         slots: (B,) int64.
         embeddings: (B, D).
         positions: (1, B).
-        states: After the pass, name to (B, D), for the states that were watched.
+        watch: States to hand out, as of a chunk.
+        states: After the pass, name to (B, D).
     """
 
     slots: np.ndarray
     embeddings: Tensor
     positions: Tensor
+    watch: frozenset[str] = frozenset()
     states: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     @property
@@ -133,16 +137,12 @@ class Pass:
         self.cache: KVCache = attention.cache
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], decoding: Decoding | None = None, watched: Collection[str] = ()) -> Tensor:
-        """Logits (n, vocab): of the decoding rows, then of each chunk. The cache has room for all of them.
-
-        Args:
-            watched: States to hand out with chunks and decoding: `LAST_HIDDEN`, or "hidden:" and a layer.
-        """
-        rows = _Packed(chunks, decoding, watched)
+    def run(self, chunks: Sequence[Chunk], decoding: Decoding | None = None) -> Tensor:
+        """Logits (n, vocab): of the decoding rows, then of each chunk. The cache has room for all of them."""
+        rows = _Packed(chunks, decoding)
         if decoding is not None:
             self.cache.grow_each(decoding.slots)
-            if self._graphs is not None and not chunks and not watched:
+            if self._graphs is not None and not chunks and not decoding.watch:
                 logits = self._graphs.run(decoding.slots, decoding.embeddings, decoding.positions)
                 if logits is not None:
                     return logits
@@ -160,9 +160,7 @@ class Pass:
         return self._finish(rows, hidden)
 
     def _finish(self, rows: _Packed, hidden: Tensor) -> Tensor:
-        if LAST_HIDDEN in rows.watched:
-            rows.watch(LAST_HIDDEN, self._layers.norm(hidden))
-        rows.hand_out_states()
+        rows.hand_out_states(hidden, self._layers)
         return rows.with_logits(hidden)
 
     def _run_dropping(self, rows: _Packed) -> Tensor:
@@ -204,16 +202,15 @@ class _Packed:
 
     Attributes:
         counts: Rows that each chunk still has.
-        watched: Names of the states to hand out.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], decoding: Decoding | None, watched: Collection[str] = ()) -> None:
+    def __init__(self, chunks: Sequence[Chunk], decoding: Decoding | None) -> None:
         self.chunks, self.num_decoding = chunks, decoding.num_rows if decoding else 0
         self.counts = [chunk.num_rows for chunk in chunks]
-        self.watched = watched
-        self._states: dict[str, Tensor] = {}
-        self._left = torch.cat([torch.arange(n) for n in (self.num_decoding, *self.counts)]) if watched else None
         self._decoding = decoding
+        self._watched = frozenset[str]().union(decoding.watch if decoding else (), *(chunk.watch for chunk in chunks))
+        self._states: dict[str, Tensor] = {}
+        self._left: Tensor | None = None  # row of its chunk that each row was, once some were dropped
         parts = [decoding.embeddings] if decoding else []
         self.embeddings = _cat([*parts, *(chunk.embeddings for chunk in chunks)], 0)
         places = [decoding.positions] if decoding else []
@@ -230,24 +227,41 @@ class _Packed:
 
     def watch(self, name: str, hidden: Tensor) -> None:
         """Keep a state of all rows, if somebody wants it."""
-        if name in self.watched:
+        if name in self._watched:
             self._states[name] = hidden
 
     def drop(self, indices: Tensor) -> None:
         """Keep only some rows of what is watched, as of everything else."""
-        if self._left is not None:
+        if self._watched:
+            if self._left is None:
+                self._left = torch.cat(
+                    [torch.arange(n) for n in (self.num_decoding, *(c.num_rows for c in self.chunks))]
+                )
             self._left = self._left[indices.cpu()]
             self._states = {name: state[indices] for name, state in self._states.items()}
 
-    def hand_out_states(self) -> None:
-        if self._left is None:
+    def hand_out_states(self, hidden: Tensor, layers: Layers) -> None:
+        """Give everyone the states that he watches.
+
+        Args:
+            hidden: The last layer's output.
+            layers: Whose norm makes `LAST_HIDDEN` of it.
+        """
+        if not self._watched:
             return
+
+        def states(names: frozenset[str], rows: slice) -> dict[str, Tensor]:
+            found = {name: self._states[name][rows] for name in names - {LAST_HIDDEN}}
+            return found | ({LAST_HIDDEN: layers.norm(hidden[rows])} if LAST_HIDDEN in names else {})
+
         if self._decoding is not None:
-            self._decoding.states = {name: state[: self.num_decoding] for name, state in self._states.items()}
+            self._decoding.states = states(self._decoding.watch, slice(self.num_decoding))
         for i, chunk in enumerate(self.chunks):
-            first, count = self.place(i)
-            chunk.left = self._left[first : first + count]
-            chunk.states = {name: state[first : first + count] for name, state in self._states.items()}
+            if chunk.watch:
+                first, count = self.place(i)
+                rows = slice(first, first + count)
+                chunk.left = torch.arange(count) if self._left is None else self._left[rows]
+                chunk.states = states(chunk.watch, rows)
 
     def place(self, chunk: int) -> tuple[int, int]:
         """First row and number of rows of a chunk."""
