@@ -11,6 +11,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 import mm
 from mm.api import build_request
@@ -179,7 +180,8 @@ def test_drafts_from_a_law_leave_greedy_answers_alone(folder, kind):
 
 
 def test_drafters_see_the_states_they_ask_for(folder):
-    """Rows in order, none twice, with the state that the plain path has there; and the last one gave the last token."""
+    """Rows in order, none twice, with the state that transformers has there; and the last one gave the last token."""
+    num_whole = 0
     names = "hidden:1|last_hidden|top_ids:4"
     asked = [
         build_request(
@@ -199,6 +201,7 @@ def test_drafters_see_the_states_they_ask_for(folder):
     answers(model, asked)
     loaded = next(s.loaded for s in model.engine.speculation._sources.values() if s.spec.startswith("wild"))
     head = model.engine.family.language.head_weight
+    reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.language_model
     for prompt in {id(prompt): prompt for prompt, _ in loaded.seen}.values():
         seen = [observation for other, observation in loaded.seen if other is prompt]
         assert seen[0].is_prompt
@@ -216,6 +219,17 @@ def test_drafters_see_the_states_they_ask_for(folder):
             assert one.row_top_ids is not None
             assert one.row_top_ids[-count:, 0].tolist() == list(one.token_ids)
             assert one.num_accepted == (0 if one.is_prompt else count - 1)
+        said = torch.tensor([token for one in seen for token in one.token_ids])[:-1]
+        whole = torch.cat([prompt.embeddings, reference.get_input_embeddings()(said)]).unsqueeze(0)
+        with torch.no_grad():
+            expected = reference(inputs_embeds=whole, output_hidden_states=True)
+        early = torch.cat([one.hidden["hidden:1"] for one in seen])
+        torch.testing.assert_close(early, expected.hidden_states[1][0, rows], atol=1e-4, rtol=1e-4)
+        if len(rows) == whole.shape[1]:  # FastV drops later, so there only the first layers see all
+            last = torch.cat([one.hidden["last_hidden"] for one in seen])
+            torch.testing.assert_close(last, expected.last_hidden_state[0, rows], atol=1e-4, rtol=1e-4)
+            num_whole += 1
+    assert num_whole == 1
 
 
 def test_a_request_chooses_within_what_is_allowed(folder):

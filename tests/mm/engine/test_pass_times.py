@@ -35,6 +35,18 @@ def test_rows_that_nobody_verified_cost_what_rows_of_a_chunk_cost_and_what_is_kn
     assert times.plain(6) == pytest.approx(12.0)
 
 
+def test_what_was_summed_up_does_not_stay_when_times_change():
+    times = times_of({1: 1.0, 9: 9.0})
+    times.observe(4, 0, 4.0)
+    assert times.plain(6) == pytest.approx(6.0)
+    assert times.table(4)[8] == pytest.approx(12.0)
+    for _ in range(40):
+        times.observe(4, 0, 40.0)
+        times.observe(4, 8, 48.0)
+    assert times.plain(6) == pytest.approx(60.0)
+    assert times.table(4)[8] == pytest.approx(48.0)
+
+
 def test_a_drafted_row_costs_what_it_costs_at_that_batch_size():
     times = times_of({1: 1.0, 2: 1.1})
     times.observe(16, 0, 4.0)
