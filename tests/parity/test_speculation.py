@@ -232,6 +232,30 @@ def test_drafters_see_the_states_they_ask_for(folder):
     assert num_whole == 1
 
 
+def test_drafters_pay_for_being_asked_and_for_the_states_they_watch(folder, monkeypatch):
+    """By the engine's clock a question takes a second, a pass ten, and nothing else takes any time."""
+    model = load(folder, "wild:states=last_hidden,truth=0.0")
+    now, asked, watched, bills = [0.0], [], [], []
+    (source,) = (one for one in model.engine.speculation._sources.values() if one.spec != "none")
+
+    def timed(function, seconds: float, calls: list):
+        def slow(*args, **more):
+            now[0] += seconds
+            calls.append(1)
+            return function(*args, **more)
+
+        return slow
+
+    monkeypatch.setattr(model.engine.speculation, "clock", lambda: now[0])
+    monkeypatch.setattr(model.engine._pass, "run", timed(model.engine._pass.run, 10.0, []))
+    monkeypatch.setattr(source.controller, "is_asked", timed(source.controller.is_asked, 1.0, asked))
+    monkeypatch.setattr(source.controller, "watched", timed(source.controller.watched, 0.0, watched))
+    monkeypatch.setattr(source.controller, "spent", lambda seconds, **of_what: bills.append(seconds))
+    answers(model, requests(6, seed=3, forms=({},)))
+    assert sum(bills) == len(asked) > 0
+    assert len(watched) > 6
+
+
 def test_a_request_chooses_within_what_is_allowed(folder):
     model = load(folder, "wild", drafters=("copy:min_match=1",), control=False, max_draft_tokens=6)
     question = {"prompt": "red blue red blue red", "temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True}

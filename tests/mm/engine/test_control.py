@@ -190,6 +190,15 @@ def test_an_answer_that_comes_to_a_batch_size_in_debt_is_left_alone():
     assert alone.is_near, "alone again, it is asked soon"
 
 
+def test_an_answer_that_began_is_asked_though_its_beginning_took_the_last_of_the_money():
+    controller = Controller(times_of(FLAT))
+    controller.account(1).book(-CREDIT)
+    (tracked,) = begun(controller)
+    controller.spent(0.1)
+    assert controller.account(1).balance < 0
+    assert controller.is_asked(tracked), "else nobody would ever know what it is worth"
+
+
 def test_a_pass_over_the_prompt_is_for_drafters_that_have_gained():
     """A draft before the first token of its own is a risk: it is taken where a drafter has shown that it pays."""
     controller = Controller(times_of(FLAT))
