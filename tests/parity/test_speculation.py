@@ -185,17 +185,17 @@ def test_drafters_see_the_states_they_ask_for(folder):
     names = "hidden:1|last_hidden|top_ids:4"
     asked = [
         build_request(
-            "red blue red blue",
-            images=[picture(0)],
+            f"red blue red blue {i}",
+            images=[picture(i)],
             reducer=reducer,
             temperature=0.0,
             max_new_tokens=12,
             ignore_eos=True,
         )
-        for reducer in ("none", "fastv")
+        for i, reducer in enumerate(("none", "fastv", "none", "uniform:keep_ratio=0.5"))
     ]
     model = load(
-        folder, f"wild:states={names},truth=0.8,shape=tree", control=False, max_batch_tokens=20, prefix_caching=False
+        folder, f"wild:states={names},truth=0.8,shape=tree", control=False, max_batch_tokens=64, prefix_caching=False
     )
     learn_truths(model, asked, [tokens for tokens, *_ in answers(load(folder), asked)])
     answers(model, asked)
@@ -229,7 +229,7 @@ def test_drafters_see_the_states_they_ask_for(folder):
             last = torch.cat([one.hidden["last_hidden"] for one in seen])
             torch.testing.assert_close(last, expected.last_hidden_state[0, rows], atol=1e-4, rtol=1e-4)
             num_whole += 1
-    assert num_whole == 1
+    assert num_whole == 3
 
 
 def test_drafters_pay_for_being_asked_and_for_the_states_they_watch(folder, monkeypatch):
