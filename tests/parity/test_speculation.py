@@ -221,8 +221,10 @@ def test_drafters_see_the_states_they_ask_for(folder):
             assert one.num_accepted == (0 if one.is_prompt else count - 1)
         said = torch.tensor([token for one in seen for token in one.token_ids])[:-1]
         whole = torch.cat([prompt.embeddings, reference.get_input_embeddings()(said)]).unsqueeze(0)
+        behind = torch.arange(prompt.next_position, prompt.next_position + len(said))
+        places = torch.cat([prompt.positions[0], behind]).unsqueeze(0)
         with torch.no_grad():
-            expected = reference(inputs_embeds=whole, output_hidden_states=True)
+            expected = reference(inputs_embeds=whole, position_ids=places, output_hidden_states=True)
         early = torch.cat([one.hidden["hidden:1"] for one in seen])
         torch.testing.assert_close(early, expected.hidden_states[1][0, rows], atol=1e-4, rtol=1e-4)
         if len(rows) == whole.shape[1]:  # FastV drops later, so there only the first layers see all
