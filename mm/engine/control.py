@@ -5,10 +5,10 @@ credited with that for every token that a pass gave beyond one per answer, and c
 opening a session, observing, proposing, deciding, and the time by which drafted rows made a pass longer. Credits less
 charges are its account, one for each range of batch sizes, in passes.
 
-- An answer begins to draft while the account is not in debt. In debt, nothing is kept, observed or asked, nor for an
-  answer that began at another batch size: each pass pays back `ALLOWANCE`, and out of the red an answer tries again.
-  So a drafter that does not pay costs about that share of the time and no more, whatever its costs are made of, and
-  one that begins to pay is noticed.
+- An answer begins to draft while the account is open. `TRIAL` passes in debt it closes: nothing is kept, observed or
+  asked, nor for an answer that began at another batch size, and each pass pays back `ALLOWANCE`. Out of the red it
+  opens, and an answer tries again, long enough to tell. So a drafter that does not pay costs about that share of the
+  time and no more, whatever its costs are made of, and one that begins to pay is noticed.
 - An answer whose drafts are not worth their costs is asked less and less often, down to `IDLE_SHARE` of its time.
 - Of what was drafted those nodes are verified that make
 
@@ -44,6 +44,8 @@ SURCHARGE = 1.15
 """On every cost: what a drafter pushes out of the processor's caches slows passes that nobody charges it with."""
 CREDIT = 8.0
 """Passes that an account begins with."""
+TRIAL = 2.0
+"""Passes of debt at which an account closes: what a trial may cost."""
 MOST, LEAST = 32.0, -16.0
 """Passes between which an account moves, so that neither a good past nor a bad one decides for long."""
 EAGER = 12.0
@@ -52,7 +54,7 @@ draft is a pass over the whole prompt, for which an answer that ends sooner does
 WATCH_SHARE = 0.03
 """Of a pass, that handing out states takes on a small model on a CPU; on others less."""
 STAKE = 2.0
-"""Passes that an account has to hold before an answer begins beside another one: out of debt, one tries for all."""
+"""Passes that an account has to hold before an answer begins beside another one: with less, one tries for all."""
 NEAR = 8
 """Passes ahead of a question from which on what an answer's passes show is kept for it."""
 LEAST_GAIN = 1.03
@@ -66,18 +68,21 @@ class Account:
     """What drafting brought at about one batch size, in passes: what was gained or may be lost.
 
     Attributes:
+        is_open: Whether there is something to spend.
         worth: Speed-up that the last drafts of all answers promised; a new answer begins with it.
         ask_s: Seconds per answer that proposing and deciding take.
         observe_s: Seconds per answer that observing takes.
     """
 
     balance: float = CREDIT
+    is_open: bool = True
     worth: float = 1.1
     ask_s: Median = field(default_factory=Median)
     observe_s: Median = field(default_factory=Median)
 
     def book(self, passes: float) -> None:
         self.balance = max(LEAST, min(MOST, self.balance + passes))
+        self.is_open = self.balance >= (-TRIAL if self.is_open else 0.0)
 
     @property
     def price_s(self) -> float:
@@ -160,6 +165,7 @@ class Controller:
 
     Attributes:
         num_begun: Answers that draft.
+        estimated_s: By which drafted rows are expected to make the next pass longer; it is charged with that.
     """
 
     def __init__(self, times: PassTimes) -> None:
@@ -169,6 +175,7 @@ class Controller:
         self._num_choices = 0
         self._num_answers = self._num_served = 1
         self.num_begun = 0
+        self.estimated_s = 0.0
 
     @property
     def _current(self) -> Account:
@@ -185,12 +192,17 @@ class Controller:
             num_answers: Answers that are being served, this one too.
             reads_states: Whether its first draft is a pass over the prompt.
         """
-        account = self.account(num_answers)
-        if account.balance < STAKE * min(self.num_begun, 1):
+        if not self.may_begin(num_answers):
             return None
+        account = self.account(num_answers)
         self.num_begun += 1
         wait = int(reads_states and account.balance < EAGER)
         return Tracked(self._acceptance.inherit(), wait=wait, account=account, worth=account.worth)
+
+    def may_begin(self, num_answers: int) -> bool:
+        """Whether there is something to pay for an answer that begins to draft."""
+        account = self.account(num_answers)
+        return account.is_open and (not self.num_begun or account.balance >= STAKE)
 
     def end(self) -> None:
         """An answer that drafted is over."""
@@ -204,19 +216,21 @@ class Controller:
                 since they tell how many will decode together. As many as decode by default.
         """
         self._num_answers, self._num_served = max(1, num_answers), num_served or num_answers
+        self.estimated_s = 0.0
         self._current.book(ALLOWANCE)
 
     def is_asked(self, tracked: Tracked) -> bool:
         """Whether an answer drafts for this pass. Asked once per pass."""
         tracked.draft = NO_DRAFT
         account = self._current
-        if tracked.account is not account:  # what drafts were worth at another batch size says little
+        if tracked.account is not account:
+            # What drafts were worth at another batch size says little. Where the account is closed, none comes in.
             tracked.account, tracked.worth, tracked.patience = account, account.worth, 1
-            tracked.wait = MAX_WAIT if account.balance < 0 else min(tracked.wait, NEAR)  # in debt, none comes in either
+            tracked.wait = min(tracked.wait, NEAR) if account.is_open else MAX_WAIT
         tracked.wait -= 1
         if tracked.wait >= 0:
             return False
-        if not tracked.is_worth and account.balance < 0:
+        if not tracked.is_worth and not account.is_open:
             tracked.wait = tracked.patience = min(2 * tracked.patience, MAX_WAIT)
             return False
         return True
@@ -234,6 +248,10 @@ class Controller:
         if num_observed:
             account.observe_s.observe(seconds / num_observed)
 
+    def took(self, seconds: float) -> None:
+        """By how much drafted rows did make a pass longer; the estimate that was charged is put right."""
+        self._current.book(-SURCHARGE * (seconds - self.estimated_s) / self._times.plain(self._num_answers))
+
     def choose(self, drafts: Sequence[Draft], tracked: Sequence[Tracked], room: int) -> list[Draft]:
         """What of the drafts is to be verified.
 
@@ -248,7 +266,7 @@ class Controller:
         if ordered and self._times.is_known(num_answers):
             seconds = self._times.table(num_answers)
             best = self._best(ordered, seconds, account.price_s * len(drafts))
-            added = seconds[best] - seconds[0]
+            added = self.estimated_s = seconds[best] - seconds[0]
             account.book(-SURCHARGE * added / seconds[0])
         least = ordered[best - 1] if best else math.inf
         chosen = []

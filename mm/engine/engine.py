@@ -313,7 +313,7 @@ class Engine:
             self.speculation.stats.verify_s += time.perf_counter() - start
         if not has_prompts:
             num_drafted = plan.num_rows - len(plan.answers)
-            self.speculation.times.observe(len(plan.answers), num_drafted, self.speculation.clock() - began)
+            self.speculation.took(len(plan.answers), num_drafted, self.speculation.clock() - began)
         self.speculation.finish(rounds, logits)
 
     def _begun(self, item: Planned, chunk: Chunk, row: int) -> list[Round]:

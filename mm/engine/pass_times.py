@@ -14,6 +14,9 @@ NEAREST = [0] + [min(ROWS, key=lambda rows: abs(rows - num)) for num in range(1,
 ROW_SHARE = 0.001
 """Of a pass, that another row takes at the least: no row is free, however times err."""
 NUM_SAMPLES = 9
+WARM_S = 1.0
+"""Seconds for which a pass of each number of rows is run before any is measured. The first of its number is slow: on a
+CPU it takes a small model ten times as long, since oneDNN generates code for every shape."""
 REFRESH = 8
 """Passes after which what was summed up of their times is summed up anew."""
 
@@ -21,9 +24,9 @@ REFRESH = 8
 class Median:
     """Of the last few values."""
 
-    def __init__(self, value: float | None = None) -> None:
-        self._values: deque[float] = deque([] if value is None else [value], maxlen=NUM_SAMPLES)
-        self.value = value or 0.0
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=NUM_SAMPLES)
+        self.value = 0.0
 
     def observe(self, value: float) -> None:
         self._values.append(value)
@@ -102,11 +105,13 @@ class PassTimes:
 
     def calibrate(self, run: Callable[[int], float], most: int) -> None:
         """Measure passes of one chunk of up to `most` rows; `run` gives the seconds of one."""
+        spent = 0.0
+        for count in range(1, most + 1):
+            if spent >= WARM_S:
+                break
+            spent += run(count)
         rows = [count for count in ROWS if count <= most]
-        found = []
-        for count in rows:
-            run(count)
-            found.append(min(run(count) for _ in range(3)))  # nothing makes a pass faster, and much makes one slower
+        found = [min(run(count) for _ in range(4)) for count in rows]  # much makes a pass slower, nothing faster
         self._tables, self._unseen = {}, {}
         self._chunk = np.array(rows, dtype=float), np.maximum.accumulate(found)  # more rows never take less
 

@@ -197,11 +197,12 @@ class Speculation:
     def watched(self, answers: Iterable[Answer]) -> dict[Answer, frozenset[str]]:
         """Whose states drafters need from the next pass, and which. Decides whether new answers draft at all."""
         found: dict[Answer, frozenset[str]] = {}
+        waits = {s for s in self._speaking if self.limits.control and not s.controller.may_begin(self._num_served)}
         for answer in answers:
             one = answer.drafting
             if one is None:
                 continue
-            if one.tracked is None:
+            if one.tracked is None and (one.source.states or one.source not in waits):
                 self._begin(answer, one)
             if one.source.states and one.tracked is not None and one.tracked.is_near:
                 found[answer] = one.source.states
@@ -209,16 +210,17 @@ class Speculation:
         return found
 
     def _begin(self, answer: Answer, one: Drafting) -> None:
-        start = self.clock()
-        is_late = bool(one.source.states and answer.output.token_ids and not one.kept)  # nobody watched its prompt
+        """Let an answer draft, if that may pay. Whose drafter reads states has to begin with its prompt."""
+        start, controller, reads_states = self.clock(), one.source.controller, bool(one.source.states)
+        is_late = reads_states and answer.output.token_ids and not one.kept  # nobody watched its prompt
         if not self.limits.control and not is_late:
             one.tracked = Tracked()
         elif not is_late:
-            one.tracked = one.source.controller.begin(self._num_served, reads_states=bool(one.source.states))
-        if one.tracked is None:
+            one.tracked = controller.begin(self._num_served, reads_states=reads_states)
+        if one.tracked is not None:
+            controller.spent(self.clock() - start)
+        elif reads_states:
             answer.drafting = None
-        else:
-            one.source.controller.spent(self.clock() - start)
 
     def keep_prompt_states(self, answer: Answer, start: int, chunk: Chunk) -> None:
         """Put by what a chunk of the prompt showed, until the prompt is in.
@@ -235,6 +237,14 @@ class Speculation:
         one.keep(chunk.left + start, chunk.states)
         one.source.controller.spent(self.clock() - began)
 
+    def took(self, num_answers: int, num_drafted: int, seconds: float) -> None:
+        """How long a pass took in which nothing but decoding was done."""
+        self.times.observe(num_answers, num_drafted, seconds)
+        charged = [source.controller for source in self._speaking if source.controller.estimated_s]
+        estimated, added = sum(one.estimated_s for one in charged), seconds - self.times.plain(num_answers)
+        for one in charged:
+            one.took(added * one.estimated_s / estimated)
+
     # ── behind a pass ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def finish(self, rounds: Sequence[Round], logits: Tensor) -> None:
@@ -244,7 +254,8 @@ class Speculation:
             drafting = one.answer.drafting
             if drafting is None or not one.said:
                 continue
-            if drafting.tracked is None:  # its prompt went in with a sibling's
+            is_first = len(one.said) == len(one.answer.output.token_ids)
+            if drafting.tracked is None and is_first:  # its prompt went in with a sibling's
                 self._begin(one.answer, drafting)
             if drafting.tracked is not None:
                 groups.setdefault(drafting.source, []).append(one)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mm.core.drafting import Draft
-from mm.engine.control import ALLOWANCE, CREDIT, EAGER, LEAST, Controller, Tracked
+from mm.engine.control import ALLOWANCE, CREDIT, EAGER, LEAST, SURCHARGE, TRIAL, Controller, Tracked
 from mm.engine.pass_times import PassTimes
 from mm.engine.report import SpeculationStats
 from tests.speculating import times_of
@@ -194,9 +194,45 @@ def test_an_answer_that_began_is_asked_though_its_beginning_took_the_last_of_the
     controller = Controller(times_of(FLAT))
     controller.account(1).book(-CREDIT)
     (tracked,) = begun(controller)
-    controller.spent(0.1)
-    assert controller.account(1).balance < 0
+    controller.spent(1000.0)
+    assert not controller.account(1).is_open
     assert controller.is_asked(tracked), "else nobody would ever know what it is worth"
+
+
+def test_a_pass_is_paid_for_by_what_it_took():
+    controller = Controller(times_of(FLAT))
+    (tracked,) = begun(controller)
+    controller.pass_begins(1)
+    assert controller.is_asked(tracked)
+    (kept,) = controller.choose([DRAFT], [tracked], 512)
+    assert kept.num_tokens
+    before = controller.account(1).balance
+    controller.took(controller.estimated_s)
+    assert controller.account(1).balance == before
+    controller.took(controller.estimated_s + 2.0)
+    assert controller.account(1).balance == pytest.approx(before - 2.0 * SURCHARGE)
+    controller.pass_begins(1)
+    assert not controller.estimated_s, "the next pass is another one"
+
+
+def test_a_trial_goes_on_until_it_can_tell_and_then_none_begins_before_all_is_paid_back():
+    controller = Controller(times_of(FLAT))
+    account = controller.account(1)
+    account.book(-CREDIT)
+    controller.pass_begins(1)
+    (tracked,) = begun(controller)
+    controller.spent(TRIAL / 2)
+    tracked.worth = 0.9
+    assert controller.is_asked(tracked), "in debt, but not by what a trial may cost"
+    controller.spent(TRIAL / 2)
+    assert not controller.is_asked(tracked)
+    controller.end()
+    num_passes = 0
+    while controller.begin(1) is None:
+        controller.pass_begins(1)
+        num_passes += 1
+    assert num_passes * ALLOWANCE >= TRIAL
+    assert account.balance >= 0
 
 
 def test_a_pass_over_the_prompt_is_for_drafters_that_have_gained():

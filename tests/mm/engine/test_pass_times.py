@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mm.engine.pass_times import PassTimes
+from mm.engine.pass_times import WARM_S, PassTimes
 from tests.speculating import times_of
 
 
@@ -60,3 +60,28 @@ def test_a_pass_that_something_held_up_does_not_make_its_size_dear():
     times, hindrance = PassTimes(), itertools.cycle((0.0, 30.0, 40.0))
     times.calibrate(lambda rows: 1.0 + 0.1 * rows + next(hindrance), 16)
     assert times.seconds(1, np.array([0, 3])).tolist() == pytest.approx([1.1, 1.4])
+
+
+def test_every_number_of_rows_has_had_its_first_pass_before_one_is_measured():
+    asked: list[int] = []
+
+    def run(rows: int) -> float:
+        asked.append(rows)
+        return 0.001 if rows in asked[:-1] else 0.01
+
+    times = PassTimes()
+    times.calibrate(run, 40)
+    assert set(asked) == set(range(1, 41))
+    assert times.plain(1) == pytest.approx(0.001)
+    assert times.plain(40) == pytest.approx(0.001)
+
+
+def test_a_large_model_is_not_warmed_for_long():
+    asked: list[int] = []
+
+    def run(rows: int) -> float:
+        asked.append(rows)
+        return WARM_S / 3
+
+    PassTimes().calibrate(run, 64)
+    assert not {5, 7, 50} & set(asked)
