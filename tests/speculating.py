@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import pytest
+
 import mm
 from mm.core.data import Request
+from mm.engine.control import NEAR, Account, Controller
 from mm.engine.generate import encode
 from mm.engine.pass_times import PassTimes
 from tests.drafters import TRUTH
@@ -27,3 +31,16 @@ def times_of(costs: dict[int, float], num_answers: int = 1) -> PassTimes:
         if rows > num_answers:
             times.observe(num_answers, rows - num_answers, seconds)
     return times
+
+
+def let_control_waver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask answers at random, before and after their first draft, and let some wait so long that nothing is kept."""
+    rng = np.random.default_rng(0)
+
+    def is_asked(self, tracked):
+        tracked.wait = int(rng.choice([0, 1, 2, NEAR + 2])) if rng.random() < 0.5 else tracked.wait - 1
+        return tracked.wait < 0
+
+    monkeypatch.setattr(Controller, "is_asked", is_asked)
+    monkeypatch.setattr(Controller, "choose", lambda self, drafts, tracked, room: list(drafts))
+    monkeypatch.setattr(Account, "book", lambda self, passes: None)

@@ -243,6 +243,9 @@ def _measured(
     while len(rounds) < args.rounds or time.process_time() - start < args.seconds:
         rounds.append(answer_all(models, requests_of(task, chats, temperature, count, len(rounds)), batch, turns))
     specs = [spec for spec in models if spec != PLAIN]
+    for spec in specs:
+        if models[spec].engine.stats.speculation.num_faults:
+            raise RuntimeError(f"drafter {spec} failed on {task}, batch {batch}: the log above says how")
     return [row_of(spec, [(one[PLAIN], one[spec]) for one in rounds], models[spec], batch) for spec in specs]
 
 

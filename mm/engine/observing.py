@@ -42,6 +42,11 @@ class Drafting:
         if self.source.states <= states.keys():
             self.kept.append((rows, {name: states[name] for name in self.source.states}))
 
+    def forget(self, prompt_length: int) -> None:
+        """Let go of what passes showed; of what the prompt's showed not before a session was told."""
+        told = self.session is not None
+        self.kept = [] if told else [one for one in self.kept if int(one[0][0]) < prompt_length]
+
     def take(self, stop: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows below `stop` that were put by, and their states; they are put by no more."""
         taken = [one for one in self.kept if stop is None or int(one[0][0]) < stop]

@@ -277,7 +277,7 @@ class Speculation:
         if tracked.draft.num_tokens:
             drafting.source.controller.learn(tracked, one.walk.draft, one.said)
         if not tracked.is_near:
-            drafting.kept = []
+            drafting.forget(one.answer.job.prompt.length)
         elif drafting.source.states and one.states:
             path, stop = one.walk.path, one.answer.num_rows - 1  # the newest token's row has been through no pass
             whole = len(path) == len(next(iter(one.states.values())))

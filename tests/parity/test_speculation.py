@@ -20,7 +20,8 @@ from mm.core.config import SpeculationLimits
 from mm.core.data import Delta, Request, SpeculationOptions, Summary
 from mm.core.errors import InvalidRequest, MmError
 from tests.checkpoints import random_llava, random_qwen2_5_vl
-from tests.speculating import learn_truths
+from tests.drafters import TRUTH
+from tests.speculating import learn_truths, let_control_waver
 
 STAGES = ("pre_llm", "in_prefill", "in_decode")
 REDUCERS = [
@@ -232,6 +233,38 @@ def test_drafters_see_the_states_they_ask_for(folder):
             torch.testing.assert_close(last, expected.last_hidden_state[0, rows], atol=1e-4, rtol=1e-4)
             num_whole += 1
     assert num_whole == 3
+
+
+def test_states_are_those_of_their_rows_however_late_a_drafter_is_asked(folder, monkeypatch):
+    asked = [
+        build_request(f"red blue {i}", images=[picture(i % 2)], temperature=0.0, max_new_tokens=40, ignore_eos=True)
+        for i in range(12)
+    ]
+    truths = [tokens for tokens, *_ in answers(load(folder), asked)]
+    let_control_waver(monkeypatch)
+    model = load(folder, "wild:states=last_hidden,truth=0.5,shape=chain", prefix_caching=False)
+    learn_truths(model, asked, truths)
+    assert [tokens for tokens, *_ in answers(model, asked)] == truths
+    loaded = next(s.loaded for s in model.engine.speculation._sources.values() if s.spec.startswith("wild"))
+    reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.language_model
+    num_late = 0
+    for prompt in {id(prompt): prompt for prompt, _ in loaded.seen}.values():
+        seen = [observation for other, observation in loaded.seen if other is prompt]
+        said = TRUTH[tuple(prompt.token_ids.tolist())][0]
+        whole = torch.cat([prompt.embeddings, reference.get_input_embeddings()(torch.tensor(said))]).unsqueeze(0)
+        places = torch.arange(whole.shape[1]).unsqueeze(0)
+        with torch.no_grad():
+            expected = reference(inputs_embeds=whole, position_ids=places).last_hidden_state[0]
+        assert seen[0].is_prompt
+        assert seen[0].rows.tolist() == list(range(len(seen[0].rows)))
+        assert len(seen[0].rows) >= prompt.length
+        rows = torch.cat([one.rows for one in seen])
+        assert (rows[1:] > rows[:-1]).all()
+        num_late += len(rows) < prompt.length + sum(len(one.token_ids) for one in seen) - 1
+        torch.testing.assert_close(
+            torch.cat([one.hidden["last_hidden"] for one in seen]), expected[rows], atol=1e-4, rtol=1e-4
+        )
+    assert num_late > 3, "too few were asked when tokens had come that nothing was kept of"
 
 
 def test_drafters_pay_for_being_asked_and_for_the_states_they_watch(folder, monkeypatch):

@@ -9,6 +9,7 @@ from mm.core.config import SpeculationLimits
 from mm.models.draft_head import DraftConfig, DraftHead, fingerprint
 from mm.models.seeing import WAYS
 from tests.checkpoints import random_llava
+from tests.speculating import let_control_waver
 
 QUESTIONS = ("Describe the picture.", "red blue red blue", "What is left of it?", "1 2 3 1 2 3")
 REDUCERS = ("none", "uniform:keep_ratio=0.5", "fastv:keep_ratio=0.5", "pyramiddrop")
@@ -104,3 +105,14 @@ def test_a_full_draft_cache_changes_nothing(folder, drafters, expected):
     model = load(folder, spec)
     assert answers(model, speculation=spec) == expected
     assert model.engine.stats.speculation.num_faults == 0
+
+
+def test_drafters_are_told_of_the_prompt_however_late_they_are_asked(folder, drafters, expected, monkeypatch):
+    let_control_waver(monkeypatch)
+    for prefix_caching in (True, False):
+        limits = SpeculationLimits(drafters=tuple(drafters), max_draft_tokens=10)
+        model = mm.load(folder, dtype="float32", speculation=limits, max_num_seqs=5, prefix_caching=prefix_caching)
+        for name in drafters:
+            assert answers(model, speculation=name) == expected, name
+            assert model.engine.stats.speculation.num_faults == 0, name
+        assert model.engine.stats.speculation.num_drafts > 100
