@@ -122,6 +122,7 @@ class LoadedEagle:
         self._layer = DraftLayer(
             self.network, target.dtype, target.device, int(options.cache_mb * 2**20), options.max_sessions
         )
+        self._layer.warm()
         self._guesser = Guesser(
             self._layer,
             width=options.width,
