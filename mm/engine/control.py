@@ -1,9 +1,10 @@
 """Whether drafting pays, and how much of what was drafted is worth verifying.
 
-One pass of the decoder gives B answers a token each and takes T(B) seconds, so a token is worth T(B) / B. A drafter is
-credited with that for every token that a pass gave beyond one per answer, and charged with everything it caused:
-opening a session, observing, proposing, deciding, and the time by which drafted rows made a pass longer. Credits less
-charges are its account, one for each range of batch sizes, in passes.
+One pass of the decoder gives B answers a token each and takes T(B) seconds, so a token is worth T(B) / B, where B are
+the answers that will decode together: those, too, whose prompts still go in. A drafter is credited with that for every
+token that a pass gave beyond one per answer, and charged with everything it caused: opening a session, observing,
+proposing, deciding, and the time by which drafted rows made a pass longer. Credits less charges are its account, one
+for each range of batch sizes, in passes.
 
 - An answer begins to draft while the account is open. `TRIAL` passes in debt it closes: nothing is kept, observed or
   asked, nor for an answer that began at another batch size, and each pass pays back `ALLOWANCE`. Out of the red it
@@ -12,11 +13,12 @@ charges are its account, one for each range of batch sizes, in passes.
 - An answer whose drafts are not worth their costs is asked less and less often, down to `IDLE_SHARE` of its time.
 - Of what was drafted those nodes are verified that make
 
-      (answers + sum of the kept nodes' probabilities) / (T(answers, kept nodes) + time to draft)
+      (tokens of a pass + sum of the kept nodes' probabilities) / (T(answers, kept nodes) + time to draft)
 
-  largest; a node is never likelier than its parent, so what is kept of a tree is a tree. A node is right with a
-  probability that its drafter estimates, or that its depth has shown so far, both corrected by what this answer's
-  drafts turned out to be worth. What was drafted is compared with what was said even where it was not verified.
+  largest; a pass counts as the tokens that its time is worth. A node is never likelier than its parent, so what is
+  kept of a tree is a tree. A node is right with a probability that its drafter estimates, or that its depth has shown
+  so far, both corrected by what this answer's drafts turned out to be worth. What was drafted is compared with what
+  was said even where it was not verified.
 """
 
 from __future__ import annotations
@@ -174,6 +176,7 @@ class Controller:
         self._accounts: dict[int, Account] = {}
         self._num_choices = 0
         self._num_answers = self._num_served = 1
+        self._tokens_per_pass = 1.0
         self.num_begun = 0
         self.estimated_s = 0.0
 
@@ -215,7 +218,9 @@ class Controller:
             num_served: Answers under way, those whose prompt goes in and those in line too: by these accounts are kept,
                 since they tell how many will decode together. As many as decode by default.
         """
-        self._num_answers, self._num_served = max(1, num_answers), num_served or num_answers
+        self._num_answers, self._num_served = max(1, num_answers), num_served or max(1, num_answers)
+        pass_s, later_s = self._times.plain(self._num_answers), self._times.plain(self._num_served)
+        self._tokens_per_pass = max(float(self._num_answers), self._num_served * pass_s / later_s)
         self.estimated_s = 0.0
         self._current.book(ALLOWANCE)
 
@@ -262,7 +267,7 @@ class Controller:
             one.draft, one.scores = draft, self._scores(draft, one)
         num_answers, account = self._num_answers, self._current
         ordered = sorted((score for one in tracked for score in one.scores), reverse=True)[: min(room, ROWS[-1] - 1)]
-        best, added, token_s = 0, 0.0, self._times.plain(num_answers) / num_answers
+        best, added, token_s = 0, 0.0, self._times.plain(num_answers) / self._tokens_per_pass
         if ordered and self._times.is_known(num_answers):
             seconds = self._times.table(num_answers)
             best = self._best(ordered, seconds, account.price_s * len(drafts))
@@ -286,7 +291,8 @@ class Controller:
             seconds: Of passes with 0, 1, ... drafted rows.
             asked_s: That drafting took.
         """
-        tokens, plain = float(self._num_answers), self._num_answers / (seconds[0] + asked_s)
+        tokens = self._tokens_per_pass
+        plain = tokens / (seconds[0] + asked_s)
         best, rate = 0, 0.0
         for count, score in enumerate(ordered, start=1):
             tokens += score
@@ -333,7 +339,7 @@ class Controller:
         if not draft.num_tokens:
             return
         if verified.num_tokens:
-            self._current.book((len(said) - 1) / self._num_answers)
+            self._current.book((len(said) - 1) / self._tokens_per_pass)
         deepest = max(1, max(verified.depths))
         for token in said[:deepest]:
             if not draft.children[row]:

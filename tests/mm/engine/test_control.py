@@ -273,3 +273,31 @@ def test_the_names_of_the_figures():
     assert stats.mean_acceptance_length == 2.5
     assert stats.tokens_per_target_step == 2.2
     assert stats.acceptance_rate == 0.5
+
+
+def test_a_token_is_worth_what_it_will_take_when_all_that_are_served_decode():
+    """While prompts of others go in, few decode: what they gain now would have been gained in larger passes."""
+    times = times_of({1: 1.0, 9: 1.3})
+    times.observe(16, 0, 4.0)
+    gained = []
+    for num_served in (1, 16):
+        controller = Controller(times)
+        controller.pass_begins(1, num_served)
+        before = controller.account(num_served).balance
+        controller.learn(Tracked(draft=DRAFT, scores=[0.9] * 8), DRAFT, (1, 2, 9))
+        gained.append(controller.account(num_served).balance - before)
+    assert gained == pytest.approx([2.0, 2.0 * 4.0 / 16])
+
+
+def test_what_pays_alone_is_not_verified_where_others_will_decode_beside_it():
+    times = times_of({1: 1.0, 9: 2.0})
+    times.observe(16, 0, 1.6)
+    verified = []
+    for num_served in (1, 16):
+        controller = Controller(times)
+        (tracked,) = begun(controller)
+        controller.pass_begins(1, num_served)
+        (kept,) = controller.choose([DRAFT], [tracked], 512)
+        verified.append(kept.num_tokens)
+    assert verified[0] > 0
+    assert verified[1] == 0
