@@ -17,6 +17,8 @@ NUM_SAMPLES = 9
 WARM_S = 1.0
 """Seconds for which a pass of each number of rows is run before any is measured. The first of its number is slow: on a
 CPU it takes a small model ten times as long, since oneDNN generates code for every shape."""
+MOST_WARM = 64
+"""Rows up to which each number is run, and some are measured."""
 REFRESH = 8
 """Passes after which what was summed up of their times is summed up anew."""
 
@@ -105,15 +107,20 @@ class PassTimes:
 
     def calibrate(self, run: Callable[[int], float], most: int) -> None:
         """Measure passes of one chunk of up to `most` rows; `run` gives the seconds of one."""
-        spent = 0.0
-        for count in range(1, most + 1):
-            if spent >= WARM_S:
-                break
-            spent += run(count)
+        warm_up(run, most)
         rows = [count for count in ROWS if count <= most]
         found = [min(run(count) for _ in range(4)) for count in rows]  # much makes a pass slower, nothing faster
         self._tables, self._unseen = {}, {}
         self._chunk = np.array(rows, dtype=float), np.maximum.accumulate(found)  # more rows never take less
+
+
+def warm_up(run: Callable[[int], float], most: int) -> None:
+    """Run each number of rows once, up to `most`, as long as there is time; `run` gives the seconds of one."""
+    spent = 0.0
+    for count in range(1, most + 1):
+        if spent >= WARM_S:
+            return
+        spent += run(count)
 
 
 def _interpolated(at: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from mm.core.errors import InvalidRequest, MmError
 from mm.core.plugins import build_drafter, canonical_spec
 from mm.engine.control import Controller, Tracked
 from mm.engine.observing import Drafting, Round, observation, parts_of, prompt_seen
-from mm.engine.pass_times import PassTimes
+from mm.engine.pass_times import MOST_WARM, PassTimes
 from mm.engine.report import SpeculationStats
 from mm.engine.sequence import Answer
 from mm.engine.source import Source, load_source
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from mm.models.language import LanguageModel
 
 log = logging.getLogger(__name__)
-
-MAX_CALIBRATED = 64
-"""Rows of the largest pass that is measured when an engine is made."""
 
 STATE_BYTES = 64 << 20
 """Of prompts' states that are remembered."""
@@ -75,7 +72,7 @@ class Speculation:
         """Measure what passes cost, with rows that mean nothing."""
         language, cache = self._language, decoder.cache
         layers = cache.shape.num_layers
-        most = min(most, MAX_CALIBRATED, cache.num_free_blocks // layers * cache.shape.block_size)
+        most = min(most, MOST_WARM, cache.num_free_blocks // layers * cache.shape.block_size)
 
         def run(num_rows: int) -> float:
             slot = cache.open()
@@ -197,6 +194,7 @@ class Speculation:
     def watched(self, answers: Iterable[Answer]) -> dict[Answer, frozenset[str]]:
         """Whose states drafters need from the next pass, and which. Decides whether new answers draft at all."""
         found: dict[Answer, frozenset[str]] = {}
+        # Whose drafter reads no states may begin at any pass: not asked one by one where none of them can.
         waits = {s for s in self._speaking if self.limits.control and not s.controller.may_begin(self._num_served)}
         for answer in answers:
             one = answer.drafting

@@ -11,11 +11,8 @@ from torch import Tensor
 
 from mm.engine.attention import RowBatch, build_attention
 from mm.engine.kv_cache import CacheShape, KVCache
-from mm.engine.pass_times import WARM_S
+from mm.engine.pass_times import MOST_WARM, warm_up
 from mm.models.draft_head import DraftHead, rotary
-
-MOST_WARM = 64
-"""Rows of a run, up to which each number is run once before the first answer."""
 
 
 class DraftLayer:
@@ -63,18 +60,19 @@ class DraftLayer:
     @torch.inference_mode()
     def warm(self) -> None:
         """Run rows that mean nothing, of each number in turn: the first run of a number is slow, as of the target's."""
-        network, shape, start = self.network, self.cache.shape, time.perf_counter()
-        slot = self.cache.open()
-        most = min(MOST_WARM, self.cache.num_free_blocks * shape.block_size)
-        for count in range(1, most + 1):
-            if time.perf_counter() - start > WARM_S:
-                break
+        network, shape, slot = self.network, self.cache.shape, self.cache.open()
+
+        def run(count: int) -> float:
+            start = time.perf_counter()
             self.grow(slot, count)
             every = torch.arange(count, device=shape.device)
             states = torch.zeros(count, network.config.feature_width, dtype=shape.dtype, device=shape.device)
             inputs = network.inputs(network.features(states), torch.zeros_like(every))
             network.guesses(self.run(inputs, every, [slot], [count], every))
             self.shrink(slot, 0)
+            return time.perf_counter() - start
+
+        warm_up(run, min(MOST_WARM, self.cache.num_free_blocks * shape.block_size))
         self.cache.close(slot)
 
     def grow(self, slot: int, num_rows: int) -> None:

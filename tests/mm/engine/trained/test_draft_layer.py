@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mm.engine.trained.draft_layer import MOST_WARM, DraftLayer
+from mm.engine.pass_times import MOST_WARM
+from mm.engine.trained.draft_layer import DraftLayer
 from mm.models.draft_head import DraftConfig, DraftHead
 
 
