@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
+
 from mm.core.drafting import Draft
 from mm.engine.observing import Round
 from mm.engine.report import SpeculationStats
 from mm.engine.speculation import Speculation
 from mm.engine.verify import Walk
+from tests.speculating import times_of
 
 
 def test_figures_of_a_few_rounds():
@@ -26,3 +29,17 @@ def test_figures_of_a_few_rounds():
     assert stats.tokens_per_target_step == 2.2
     assert stats.acceptance_rate == 0.5
     assert (job.num_drafts, job.num_drafted_tokens, job.num_accepted_tokens) == (4, 12, 6)
+
+
+def test_what_a_pass_took_longer_is_charged_to_those_whose_rows_it_had():
+    charged: dict[str, float] = {}
+
+    def drafter(name: str, estimated_s: float) -> SimpleNamespace:
+        took = lambda seconds: charged.__setitem__(name, seconds)  # noqa: E731
+        return SimpleNamespace(controller=SimpleNamespace(estimated_s=estimated_s, took=took))
+
+    speaking = [drafter("a", 1.0), drafter("b", 3.0), drafter("silent", 0.0)]
+    engine_side = SimpleNamespace(times=times_of({1: 2.0}), _speaking=speaking)
+    Speculation.took(engine_side, 1, 4, 10.0)  # type: ignore[arg-type]
+    assert charged == {"a": 2.0, "b": 6.0}
+    assert engine_side.times.seconds(1, np.array([4]))[0] == 10.0
