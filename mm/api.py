@@ -1,4 +1,4 @@
-"""The way in from Python, and the building of the two halves for everyone else.
+"""The way in from Python.
 
 import mm
 
@@ -14,129 +14,24 @@ import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 
-from mm.core.config import MediaLimits, ModelConfig, SourcePolicy
-from mm.core.data import (
-    Delta,
-    Event,
-    FrameSampling,
-    Image,
-    KeptMap,
-    Kind,
-    Media,
-    MediaPart,
-    MediaSource,
-    Message,
-    Request,
-    Sampling,
-    SpeculationOptions,
-    Summary,
-    TextPart,
-    Timings,
-    TokenLogprob,
-    Usage,
-    Video,
-    VisionOptions,
-)
-from mm.core.errors import InvalidOption, InvalidRequest, MmError
-from mm.core.messages import parse_messages
-from mm.core.plugins import build_reducer, check_compatible, create, names
-from mm.engine.engine import Engine
-from mm.engine.feature_cache import FeatureCache
-from mm.engine.generate import EncodeParts, generate, generate_batch
-from mm.engine.memory import has_bfloat16, kv_cache_bytes
-from mm.engine.scheduler import Limits
+from mm.build import build_encode_parts, build_engine
+from mm.config import MediaLimits, ModelConfig, SourcePolicy
+from mm.data.media import FrameSampling, Image, Kind, Media, MediaSource, Video
+from mm.data.messages import parse_messages
+from mm.data.outputs import Event, KeptMap, Summary, Timings, TokenLogprob, Usage
+from mm.data.request import MediaPart, Message, Request, SpeculationOptions, TextPart, VisionOptions
+from mm.data.sampling_params import SamplingParams
+from mm.errors import InvalidRequest, MmError
+from mm.generate import generate, generate_batch
 from mm.media import MediaBudget, image_from_array, image_from_pil
-from mm.models.checkpoint import BadCheckpoint, find, read_config
 
 MediaInput = str | Path | bytes | PIL.Image.Image | np.ndarray | Image | Video
-
-
-def _dtype(config: ModelConfig) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if has_bfloat16(config.device) else torch.float32
-    return getattr(torch, config.dtype)
-
-
-def _check_device(config: ModelConfig) -> None:
-    """Refuse a device that torch does not know or that this machine does not have."""
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        what = f"was {config.device!r}, which torch cannot use here; try cpu, cuda or cuda:1"
-        raise InvalidOption("model", "device", what) from error
-
-
-def _plugin(kind: Literal["encoder", "family"], config: ModelConfig) -> Any:
-    """The encoder or family that handles the checkpoint's model_type."""
-    _check_device(config)
-    folder = find(config.model)
-    model_type = read_config(folder)["model_type"]
-    if model_type not in names(kind):
-        known = ", ".join(names("family"))
-        raise BadCheckpoint(
-            str(folder), f"is of model_type {model_type!r}, for which no {kind} is installed (families: {known})"
-        )
-    return create(kind, model_type, folder=folder, device=config.device, dtype=_dtype(config))
-
-
-def build_encode_parts(config: ModelConfig) -> EncodeParts:
-    """The encoder's half of a model: only tower and projector are read.
-
-    Raises:
-        MmError: The model cannot be found or used, or the default reducer cannot work with it.
-    """
-    _use_threads(config)
-    encoder = _plugin("encoder", config)
-    check_compatible(build_reducer(config.reducer), encoder, config.model)
-    return EncodeParts(
-        encoder=encoder,
-        cache=FeatureCache(config.cache_bytes),
-        host=config.model,
-        reducer=config.reducer,
-        frames=FrameSampling(num_frames=config.num_frames, fps=config.fps),
-        limits=config.limits,
-        sources=config.sources,
-        video_decoder=config.video_decoder,
-        policy=config.reducers,
-    )
-
-
-def build_engine(config: ModelConfig) -> Engine:
-    """The decoder's half of a model: only the language weights are read."""
-    _use_threads(config)
-    family = _plugin("family", config)
-    on_cpu = not config.device.startswith("cuda")
-    limits = Limits(
-        max_num_seqs=config.max_num_seqs,
-        max_batch_tokens=config.max_batch_tokens or (512 if on_cpu else 4096),
-        max_waiting=config.max_waiting,
-    )
-    most = config.max_num_seqs * family.max_context_tokens
-    kv_bytes = kv_cache_bytes(family.language.cache_shape, most, config.kv_cache_gb)
-    if config.compile:
-        family.language.compile()
-    else:
-        family.language.pack()
-    return Engine(
-        family,
-        limits=limits,
-        kv_bytes=kv_bytes,
-        share_prefixes=config.prefix_caching,
-        speculation=config.speculation,
-        record_steps=config.cuda_graphs,
-        lenient=config.reducers.lenient,
-    )
-
-
-def _use_threads(config: ModelConfig) -> None:
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +78,7 @@ class Model:
             prompt: A question, or OpenAI-style messages that may hold `image_url` and `video_url` parts themselves.
             images, videos: Put before the text, images first. Paths, encoded bytes, data URLs; images also as PIL
                 images or uint8 arrays (H, W, 3).
-            **options: Fields of `Sampling` (max_new_tokens, temperature, top_p, top_k, seed, stop, n, logprobs,
+            **options: Fields of `SamplingParams` (max_new_tokens, temperature, top_p, top_k, seed, stop, n, logprobs,
                 response_format and more), of `VisionOptions` (reducer, keep_ratio, positions, num_frames, fps) and
                 of `Request` (priority, timeout_s, cache_salt, and speculation: a drafter's name or
                 `SpeculationOptions`). Without a temperature the model's own default holds.
@@ -230,7 +125,7 @@ class Model:
         return [results[i] for i in sorted(results)]
 
     def run_batch(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Event] | MmError]]:
-        """Ready-made requests; see `mm.engine.generate.generate_batch`."""
+        """Ready-made requests; see `mm.generate.generate_batch`."""
         return generate_batch(requests, self.encode_parts, self.engine, ahead=2 * self.config.max_num_seqs)
 
 
@@ -290,10 +185,18 @@ def collect(events: Iterator[Event]) -> Answer:
     )
 
 
-SAMPLING_FIELDS = {f.name for f in dataclasses.fields(Sampling)}
+SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
+
+
 VISION_FIELDS = {"reducer", "keep_ratio", "positions", "return_map"}
+
+
 FRAME_FIELDS = {f.name for f in dataclasses.fields(FrameSampling)}
+
+
 REQUEST_FIELDS = {"priority", "timeout_s", "cache_salt", "speculation"}
+
+
 FIELDS = SAMPLING_FIELDS | VISION_FIELDS | FRAME_FIELDS | REQUEST_FIELDS
 
 
@@ -326,7 +229,7 @@ def build_request(
         request_id=uuid.uuid4().hex,
         messages=messages,
         media=media,
-        sampling=Sampling(**sampling),
+        sampling=SamplingParams(**sampling),
         vision=VisionOptions(**vision, frames=FrameSampling(**frames) if frames else None),
         **{name: options[name] for name in (REQUEST_FIELDS - {"speculation"}) & options.keys()},
         speculation=_speculation(options.get("speculation")),
@@ -372,6 +275,3 @@ def _media(item: MediaInput, kind: Kind, param: str, budget: MediaBudget) -> Med
         remote = item.startswith(("data:", "http:", "https:"))
         return MediaSource(kind=kind, source=item if remote else Path(item), param=param)
     raise InvalidRequest(f"cannot use a {type(item).__name__} as {kind}; give a path, bytes or a data: URL", param)
-
-
-__all__ = ["Answer", "Delta", "Model", "build_encode_parts", "build_engine", "build_request", "collect", "load"]

@@ -1,6 +1,6 @@
 """What reducers share: token budgets, ordered selection, the base classes, `none` and the pipeline.
 
-Knows tensors and `mm.core`, never a model. Carrying a decision out is `mm.core.reduce.apply`.
+Knows tensors and `mm.core`, never a model. Carrying a decision out is `mm.plugins.apply.apply`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mm.core.data import Grid, Kind, VisualTokens
-from mm.core.errors import InvalidOption
-from mm.core.plugins import Count, ReduceContext, Reducer, Reduction, Stage
-from mm.core.reduce import apply, blaming
+from mm.data.media import Kind
+from mm.data.tokens import Grid, VisualTokens
+from mm.errors import InvalidOption
+from mm.plugins.apply import apply, blaming
+from mm.plugins.reducer import Count, ReduceContext, Reducer, Reduction, Stage
 
 Rounding = Literal["half_up", "half_even", "floor", "floor_complement", "ceil"]
 

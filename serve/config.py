@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mm.core.config import MiB, ModelConfig
-from mm.core.errors import InvalidOption
+from mm.config import MiB, ModelConfig
+from mm.errors import InvalidOption
 
 
 @dataclass(frozen=True, kw_only=True)

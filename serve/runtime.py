@@ -11,10 +11,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from mm.core.data import Encoded, Event, Request
-from mm.core.errors import CapacityError
-from mm.core.plugins import build_reducer, canonical_spec
-from mm.engine.report import EngineStats
+from mm.data.outputs import Event
+from mm.data.request import Request
+from mm.data.tokens import Encoded
+from mm.engine.stats import EngineStats
+from mm.errors import CapacityError
+from mm.plugins.spec import build_reducer, canonical_spec
 from serve.config import ServeConfig
 
 INLINE_BYTES = 1024 * 1024

@@ -17,13 +17,17 @@ from typing import Any, Protocol
 
 import torch
 
-from mm.api import build_encode_parts, build_engine
-from mm.core.data import Encoded, Event, Request
-from mm.core.plugins import canonical_spec
-from mm.engine.generate import encode, reducer_of, resolve_reducer
-from mm.engine.report import EngineStats
-from mm.engine.sequence import Job, Sink
+from mm.build import build_encode_parts, build_engine
+from mm.data.outputs import Event
+from mm.data.request import Request
+from mm.data.tokens import Encoded
+from mm.encode.pipeline import encode
+from mm.encode.policy import resolve_reducer
+from mm.engine.sequence import EngineRequest, OutputSink
+from mm.engine.stats import EngineStats
+from mm.generate import reducer_of
 from mm.media import prepare_decoder
+from mm.plugins.spec import canonical_spec
 from serve.config import ServeConfig
 from serve.runtime import Features, Load, LocalRuntime, default_reducer
 
@@ -138,9 +142,11 @@ class DecoderHalfOf(Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
-    def submit(self, request: Request, encoded: Sequence[Encoded], sink: Sink, reducer: Any, spec: str) -> Job: ...
+    def submit(
+        self, request: Request, encoded: Sequence[Encoded], sink: OutputSink, reducer: Any, spec: str
+    ) -> EngineRequest: ...
 
-    def cancel(self, job: Job) -> None: ...
+    def cancel(self, job: EngineRequest) -> None: ...
 
     def step(self) -> bool: ...
 
@@ -178,7 +184,7 @@ class DecoderStage:
 
     @contextlib.asynccontextmanager
     async def _submitted(
-        self, request: Request, encoded: Sequence[Encoded], reducer: str, sink: Sink
+        self, request: Request, encoded: Sequence[Encoded], reducer: str, sink: OutputSink
     ) -> AsyncIterator[None]:
         submit = functools.partial(self._engine.submit, request, encoded, sink, reducer_of(reducer), reducer)
         work = asyncio.get_running_loop().run_in_executor(self._prepare, submit)
@@ -192,7 +198,7 @@ class DecoderStage:
         finally:
             self._engine.cancel(job)
 
-    def _cancel_submitted(self, work: asyncio.Future[Job]) -> None:
+    def _cancel_submitted(self, work: asyncio.Future[EngineRequest]) -> None:
         if not work.cancelled() and work.exception() is None:
             self._engine.cancel(work.result())
 

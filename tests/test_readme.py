@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from serve.app import app
+from serve.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -6,8 +6,8 @@ of them, and the default of 2 keeps all in half of the decoder. MustDrop has thr
 
 from __future__ import annotations
 
-from mm.core.data import Kind
-from mm.core.plugins import get, names, options_of
+from mm.data.media import Kind
+from mm.plugins.registry import get, names, options_of
 
 RATIOS = (0.1, 0.25, 0.05, 0.5, 1.0)
 """In the order in which they are run: the most telling first."""

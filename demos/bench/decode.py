@@ -31,8 +31,9 @@ from demos.bench.machine import facts, product_gflop_per_s, read_gb_per_s
 from demos.bench.path import picture
 from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
-from mm.engine.generate import encode, reducer_of
-from mm.engine.report import Feed
+from mm.encode.pipeline import encode
+from mm.engine.loop import OutputQueue
+from mm.generate import reducer_of
 from mm.models.checkpoint import find
 
 QUESTION = "What is in the picture, and where is it?"
@@ -47,7 +48,7 @@ def our_steps(
         build_request(QUESTION, images=[image], max_new_tokens=num_tokens, temperature=0, ignore_eos=True)
         for _ in range(batch)
     ]
-    feeds = [Feed() for _ in requests]
+    feeds = [OutputQueue() for _ in requests]
     for request, feed in zip(requests, feeds, strict=True):
         engine.submit(request, encode(request, model.encode_parts), feed, reducer_of("none"), "none")
     steps, model_s, step_s = [], 0.0, 0.0
@@ -95,7 +96,7 @@ def floor_ms(model: mm.Model, batch: int, rows: int, rates: dict[str, float]) ->
     language, dtype = model.engine.family.language, model.engine.cache.shape.dtype
     weights = language.num_layer_weights + language.head_weight.numel()
     shape = model.engine.cache.shape
-    read = weights * dtype.itemsize + batch * rows * shape.row_bytes * shape.num_layers
+    read = weights * dtype.itemsize + batch * rows * shape.token_bytes * shape.num_layers
     return max(1e-6 * read / rates["read_gb_per_s"], 2e-6 * weights * batch / rates["product_gflop_per_s"])
 
 

@@ -48,10 +48,10 @@ import torch
 import mm
 from demos.bench.machine import facts
 from mm.api import build_request, collect
-from mm.core.config import SpeculationLimits
-from mm.core.data import Request
-from mm.engine.engine import Engine
-from mm.engine.report import SpeculationStats
+from mm.config import SpeculationLimits
+from mm.data.request import Request
+from mm.engine.engine import LLMEngine
+from mm.engine.spec_decode.metrics import SpecDecodeStats
 from serve.evaluation.items import held_out_path
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ AT_LEAST = 4
 """Questions of a round."""
 LOW = 0.97
 """Speed-up below which a row is measured again."""
-COUNTS = [f.name for f in fields(SpeculationStats) if f.name != "num_accepted_per_position"]
+COUNTS = [f.name for f in fields(SpecDecodeStats) if f.name != "num_accepted_per_position"]
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Spent:
     cpu_s: float
     wall_s: float
     num_tokens: int
-    stats: SpeculationStats
+    stats: SpecDecodeStats
 
 
 def answer_all(
@@ -110,12 +110,12 @@ def _sum(parts: list[Spent]) -> Spent:
     return Spent(*spent, sum(part.num_tokens for part in parts), _stats(counts))
 
 
-def _since(before: SpeculationStats, after: SpeculationStats) -> SpeculationStats:
+def _since(before: SpecDecodeStats, after: SpecDecodeStats) -> SpecDecodeStats:
     return _stats({name: getattr(after, name) - getattr(before, name) for name in COUNTS})
 
 
-def _stats(counts: dict[str, Any]) -> SpeculationStats:
-    return SpeculationStats(**counts)
+def _stats(counts: dict[str, Any]) -> SpecDecodeStats:
+    return SpecDecodeStats(**counts)
 
 
 @functools.cache
@@ -158,7 +158,7 @@ def load(name: str) -> mm.Model:
 def drafting(plain: mm.Model, speculation: SpeculationLimits) -> mm.Model:
     """The same weights under an engine that drafts: copies elsewhere in memory differ in speed by up to 3 %."""
     model, engine = copy.copy(plain), plain.engine
-    model.engine = Engine(engine.family, limits=engine.limits, kv_bytes=KV_BYTES, speculation=speculation)
+    model.engine = LLMEngine(engine.family, limits=engine.limits, kv_bytes=KV_BYTES, speculation=speculation)
     return model
 
 

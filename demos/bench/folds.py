@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from demos.bench.machine import facts
-from mm.core.config import ModelConfig
-from mm.core.errors import PluginError
-from mm.core.plugins import build_reducer, get, names, options_of
+from mm.config import ModelConfig
+from mm.errors import PluginError
+from mm.plugins.registry import get, names, options_of
+from mm.plugins.spec import build_reducer
 from serve.evaluation.intervals import NUM_RESAMPLES, SEED, Resamples, interval
 from serve.evaluation.items import Item, choose, read_test_set
 from serve.evaluation.local import LocalAnswerer

@@ -34,9 +34,9 @@ from demos.bench.decode import QUESTION, floor_ms, our_steps, their_steps
 from demos.bench.machine import best_s, facts, product_gflop_per_s, read_gb_per_s, wall_s
 from demos.bench.path import picture
 from demos.bench.shapes import SHAPES, write_shape
-from mm.engine.attention import build_attention
-from mm.engine.kv_cache import KVCache
-from mm.engine.step import Chunk, Pass
+from mm.engine.attention.base import build_attention
+from mm.engine.kv_cache.blocks import KVCache
+from mm.engine.model_runner import Chunk, ModelRunner
 
 
 class Report:
@@ -56,17 +56,17 @@ class Report:
 def prefill(model: mm.Model, num_rows: int, rates: dict[str, float], device: str) -> dict:
     """A pass of its own: no scheduler, one sequence, nothing known of it."""
     language = model.engine.family.language
-    shape = language.cache_shape
+    shape = language.kv_cache_spec
     cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(num_rows), num_slots=1)
-    decoder = Pass(language, build_attention(cache))
+    decoder = ModelRunner(language, build_attention(cache))
     ids = torch.randint(0, 256, (num_rows,), generator=torch.Generator().manual_seed(0))
     embeddings = language.embed(ids)
     positions = torch.arange(num_rows, device=embeddings.device)[None]
 
     def run() -> None:
-        slot = cache.open()
+        slot = cache.allocate()
         decoder.run([Chunk(slot=slot, embeddings=embeddings, positions=positions, num_logits=1)])
-        cache.close(slot)
+        cache.free(slot)
 
     seconds = best_s(run, device=device)
     weights = language.num_layer_weights

@@ -21,13 +21,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from demos.bench.machine import facts
-from mm.core.data import Prompt
-from mm.core.plugins import build_reducer, inner_stages
-from mm.engine.attention import build_attention
-from mm.engine.eviction import evict
-from mm.engine.kv_cache import KVCache
-from mm.engine.step import Chunk, Drops, Pass
+from mm.data.tokens import Prompt
+from mm.engine.attention.base import build_attention
+from mm.engine.cache_pruning import evict
+from mm.engine.kv_cache.blocks import KVCache
+from mm.engine.model_runner import Chunk, ModelRunner, PruneState
 from mm.models.language import LanguageModel
+from mm.plugins.capabilities import inner_stages
+from mm.plugins.spec import build_reducer
 
 NUM_VISUAL, NUM_BEFORE, NUM_BEHIND = 3000, 30, 200
 REDUCERS = (
@@ -96,19 +97,19 @@ def prefill(language: LanguageModel, prompt: Prompt, cache: KVCache, spec: str) 
     prefills, evictors = inner_stages(build_reducer(spec))
     hooks = {layer: stage for stage in prefills for layer in stage.layers(language.num_layers)}
     visual = prompt.is_visual.nonzero().squeeze(1)
-    drops = Drops(
+    drops = PruneState(
         hooks=hooks,
         visual=visual,
         origins=torch.arange(NUM_VISUAL),
         items=torch.zeros(NUM_VISUAL, dtype=torch.int64),
         protected=torch.zeros(NUM_VISUAL, dtype=torch.bool),
     )
-    slot = cache.open()
+    slot = cache.allocate()
     chunk = Chunk(slot=slot, embeddings=prompt.embeddings, positions=prompt.positions, drops=drops if hooks else None)
     with Largest() as largest:
-        Pass(language, build_attention(cache)).run([chunk])
+        ModelRunner(language, build_attention(cache)).run([chunk])
         evict(cache, slot, prompt, chunk, evictors)
-    cache.close(slot)
+    cache.free(slot)
     if chunk.error is not None:
         raise chunk.error
     return largest.num_bytes, len(drops.visual)
@@ -130,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         language = build_language(Path(folder))
         prompt = build_prompt(256)
-        shape = language.cache_shape
+        shape = language.kv_cache_spec
         cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(prompt.length), num_slots=1)
         prefill(language, prompt, cache, "none")  # what is set up once counts for nobody
         before = peak_bytes()

@@ -26,17 +26,18 @@ from demos.bench.machine import facts
 from demos.bench.path import picture
 from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
-from mm.core.data import Request
-from mm.engine.generate import encode, reducer_of
-from mm.engine.report import Feed
+from mm.data.request import Request
+from mm.encode.pipeline import encode
+from mm.engine.loop import OutputQueue
+from mm.generate import reducer_of
 from mm.models.checkpoint import find
 
 QUESTIONS = ("What is in the picture, and where is it?", "How many squares are there, and which one is red?")
 KEEP = 0.25
 
 
-def submit(model: mm.Model, request: Request, reducer: str) -> Feed:
-    feed = Feed()
+def submit(model: mm.Model, request: Request, reducer: str) -> OutputQueue:
+    feed = OutputQueue()
     model.engine.submit(request, encode(request, model.encode_parts), feed, reducer_of(reducer), reducer)
     return feed
 
@@ -45,7 +46,7 @@ def ask(image: bytes, question: str = QUESTIONS[0], num_tokens: int = 1) -> Requ
     return build_request(question, images=[image], max_new_tokens=num_tokens, temperature=0, ignore_eos=True)
 
 
-def run_until_first_token(model: mm.Model, feed: Feed) -> None:
+def run_until_first_token(model: mm.Model, feed: OutputQueue) -> None:
     while model.engine.step():
         while (item := feed.take()) is not None:
             if getattr(item[0], "token_ids", ()):

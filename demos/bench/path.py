@@ -199,7 +199,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder: str | Path = args.model
         if args.shape:
-            from tests.checkpoints import random_llava
+            from tests.helpers.checkpoints import random_llava
 
             folder = random_llava(Path(temporary), **SHAPES[args.shape])
         result = bench(folder, reducers, args.repeats, args.new_tokens)

@@ -3,7 +3,7 @@
     python -m demos.bench.products [--out FILE]
 
 One thread, microseconds of processor time, the best of five medians' worth of calls, weights taken in turn from a dozen
-so that none lies in the nearest cache. `torch`: `nn.functional.linear`; `laid out`: `mm.models.product`. The limit is
+so that none lies in the nearest cache. `torch`: `nn.functional.linear`; `laid out`: `mm.models.linear`. The limit is
 what reading the weight once takes at this machine's bandwidth, or the arithmetic at the rate of a large product.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from demos.bench.machine import facts, product_gflop_per_s, read_gb_per_s
-from mm.models.product import Product
+from mm.models.linear import PackedProduct
 
 SHAPES = ((1024, 256), (256, 512), (1536, 576), (576, 1536), (4096, 4096))
 ROWS = (1, 2, 5, 16, 64, 256)
@@ -39,7 +39,7 @@ def best_us(run: Callable[[int], object], calls: int) -> float:
 @torch.inference_mode()
 def measure(dtype: torch.dtype, num_outputs: int, num_inputs: int, num_rows: int, limits: tuple[float, float]) -> dict:
     weights = [torch.randn(num_outputs, num_inputs).to(dtype) for _ in range(NUM_WEIGHTS)]
-    products = [Product(weight) for weight in weights]
+    products = [PackedProduct(weight) for weight in weights]
     for product in products:
         product.pack()
     rows = torch.randn(num_rows, num_inputs).to(dtype)

@@ -45,7 +45,7 @@ def free_port() -> int:
 def server(*options: str) -> Iterator[httpx.Client]:
     """A client of a server that was started for this run and is stopped after it."""
     port = free_port()
-    command = [sys.executable, "-m", "serve.app", "serve", "tiny", "--port", str(port), "--threads", "1", *options]
+    command = [sys.executable, "-m", "serve.cli.app", "serve", "tiny", "--port", str(port), "--threads", "1", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:

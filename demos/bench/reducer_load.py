@@ -24,8 +24,9 @@ from demos.bench.machine import facts
 from demos.bench.path import picture
 from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
-from mm.engine.generate import encode, reducer_of
-from mm.engine.report import Feed
+from mm.encode.pipeline import encode
+from mm.engine.loop import OutputQueue
+from mm.generate import reducer_of
 from mm.models.checkpoint import find
 from serve.evaluation.report import markdown
 
@@ -63,11 +64,11 @@ def throughput(model: mm.Model, reducer: str, args: argparse.Namespace, round_nu
         )
         waiting.append((request, encode(request, model.encode_parts)))
     encoded = time.process_time()
-    running: list[Feed] = []
+    running: list[OutputQueue] = []
     while waiting or running:
         while waiting and len(running) < args.in_flight:
             request, items = waiting.pop()
-            running.append(Feed())
+            running.append(OutputQueue())
             engine.submit(request, items, running[-1], reducer_of(reducer), reducer)
         engine.step()
         running = [feed for feed in running if not _is_over(feed)]
@@ -76,7 +77,7 @@ def throughput(model: mm.Model, reducer: str, args: argparse.Namespace, round_nu
     return {"decoder": tokens / (done - encoded), "all": tokens / (done - start)}
 
 
-def _is_over(feed: Feed) -> bool:
+def _is_over(feed: OutputQueue) -> bool:
     while (item := feed.take()) is not None:
         event, error = item
         if error is not None:

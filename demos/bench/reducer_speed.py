@@ -29,23 +29,17 @@ from demos.bench.machine import facts
 from demos.bench.reducers import Timed
 from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
-from mm.core.config import ModelConfig
-from mm.core.data import Delta, Encoded, VisualTokens
-from mm.core.plugins import (
-    ATTENTION_RECEIVED,
-    CLS_ATTENTION,
-    TOWER_FEATURES,
-    TOWER_KEYS,
-    ReduceContext,
-    Stage,
-    build_reducer,
-    get,
-    inner_stages,
-    names,
-)
-from mm.core.reduce import apply
-from mm.engine.report import Feed
+from mm.config import ModelConfig
+from mm.data.outputs import Delta
+from mm.data.tokens import Encoded, VisualTokens
+from mm.engine.loop import OutputQueue
 from mm.media import MediaBudget, image_from_array
+from mm.plugins.apply import apply
+from mm.plugins.capabilities import inner_stages
+from mm.plugins.features import ATTENTION_RECEIVED, CLS_ATTENTION, TOWER_FEATURES, TOWER_KEYS
+from mm.plugins.reducer import ReduceContext, Stage
+from mm.plugins.registry import get, names
+from mm.plugins.spec import build_reducer
 from serve.evaluation.report import markdown
 
 NUM_TOKENS, WIDTH, KEEP_RATIO, NUM_TEXT = 2880, 4096, 0.25, 20
@@ -106,7 +100,7 @@ def selection_s(method: str, repeats: int) -> float:
 
 def prefill(model: mm.Model, tokens: VisualTokens, spec: str) -> tuple[float, float, int]:
     """CPU seconds to the first token, those of them that the method took inside the decoder, and rows of all layers."""
-    reducer, feed = Timed(build_reducer(spec)), Feed()
+    reducer, feed = Timed(build_reducer(spec)), OutputQueue()
     request = build_request("What is in the picture?", images=[blank(model)], max_new_tokens=2, temperature=0.0)
     start = time.process_time()
     job = model.engine.submit(request, [Encoded(tokens=tokens.without_evidence())], feed, reducer, spec)

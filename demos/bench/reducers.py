@@ -43,15 +43,20 @@ import mm
 from demos.bench.budgets import RATIOS, methods_for, ratios_of, spec_of
 from demos.bench.machine import facts
 from mm.api import build_request, collect
-from mm.core.config import ModelConfig
-from mm.core.data import Delta, Encoded, FrameSampling, Image, Request, Video, VisualTokens
-from mm.core.errors import IncompatiblePlugin, InvalidOption
-from mm.core.plugins import BLOCK_KEYS, TEXT_EMBEDDINGS, build_reducer, tower_stage
-from mm.core.reduce import reduce_tokens
-from mm.engine.generate import question
-from mm.engine.report import Feed
+from mm.config import ModelConfig
+from mm.data.media import FrameSampling, Image, Video
+from mm.data.outputs import Delta
+from mm.data.request import Request
+from mm.data.tokens import Encoded, VisualTokens
+from mm.encode.pipeline import question
+from mm.engine.loop import OutputQueue
+from mm.errors import IncompatiblePlugin, InvalidOption
 from mm.media import MediaBudget, decode_image, decode_video
 from mm.models.checkpoint import find, weights_hash
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.capabilities import tower_stage
+from mm.plugins.features import BLOCK_KEYS, TEXT_EMBEDDINGS
+from mm.plugins.spec import build_reducer
 from pruning.base import NoReduction
 from serve.evaluation.items import Item, choose, read_test_set
 from serve.evaluation.scoring import is_right
@@ -144,12 +149,12 @@ class Bench:
     def answers(self, items: Sequence[Item], spec: str) -> dict[str, tuple[str, int, int]]:
         """Per item the answer, and its visual tokens in and kept; many at a time."""
         waiting = iter(sorted(items, key=lambda item: item.media_index))
-        running: dict[str, tuple[Feed, list[Any]]] = {}
+        running: dict[str, tuple[OutputQueue, list[Any]]] = {}
         done: dict[str, tuple[str, int, int]] = {}
         while len(done) < len(items):
             for item in _up_to(waiting, IN_FLIGHT - len(running)):
                 reducer = build_reducer(spec)
-                request, feed = self.request(item), Feed()
+                request, feed = self.request(item), OutputQueue()
                 encoded = self.reduced(request, self.tokens(item, reducer), reducer)
                 self.engine.submit(request, [encoded], feed, reducer, spec)
                 running[item.id] = feed, []
@@ -175,7 +180,7 @@ class Bench:
 
     def cost(self, item: Item, spec: str) -> dict[str, float]:
         """One encoded request alone up to its first token: CPU seconds, and rows and bytes in the cache."""
-        request, reducer, feed = self.request(item, 2), build_reducer(spec), Feed()
+        request, reducer, feed = self.request(item, 2), build_reducer(spec), OutputQueue()
         tokens, timed = self.tokens(item, reducer), Timed(reducer)
         start = time.process_time()
         encoded = self.reduced(request, tokens, timed)
@@ -192,7 +197,7 @@ class Bench:
             "select": timed.select_s,
             "prefill": end - reduced_at,
             "reduce_and_prefill": end - start,
-            "kv_bytes": int(rows.sum()) * cache.shape.row_bytes,
+            "kv_bytes": int(rows.sum()) * cache.shape.token_bytes,
             "kept": (int(rows[-1]) - num_text) / tokens.num_tokens_in,
             "layers_kept": (float(rows.mean()) - num_text) / tokens.num_tokens_in,
         }
@@ -205,7 +210,7 @@ def _up_to(items: Iterator[Item], count: int) -> Iterable[Item]:
         yield item
 
 
-def _drained(feed: Feed, events: list[Any]) -> bool:
+def _drained(feed: OutputQueue, events: list[Any]) -> bool:
     """Move what is there to `events`; whether the request is over."""
     while (taken := feed.take()) is not None:
         event, error = taken

@@ -37,8 +37,9 @@ from demos.bench.machine import facts
 from demos.bench.shapes import SHAPES, write_shape
 from demos.train.data.scenes import draw_scene, sample_scene
 from mm.api import build_request
-from mm.engine.generate import encode, reducer_of
-from mm.engine.report import Feed
+from mm.encode.pipeline import encode
+from mm.engine.loop import OutputQueue
+from mm.generate import reducer_of
 from mm.models.checkpoint import find
 
 WORDS = (
@@ -108,7 +109,7 @@ def serve_ours(model: mm.Model, asks: list[Ask]) -> None:
         if not engine.has_work:
             clock.skip_to(waiting[0].arrival)
         if waiting and waiting[0].arrival <= clock.now():
-            ask, feed = waiting.pop(0), Feed()
+            ask, feed = waiting.pop(0), OutputQueue()
             request = build_request(
                 ask.text, images=ask.pictures, max_new_tokens=ask.num_tokens, temperature=0, ignore_eos=True
             )

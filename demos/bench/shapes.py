@@ -12,7 +12,7 @@ import torch
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
 from transformers import LlavaForConditionalGeneration as Llava
 
-from tests.checkpoints import TEMPLATE, tokenizer
+from tests.helpers.checkpoints import TEMPLATE, tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,12 +28,12 @@ from demos.bench.folds import Scorer
 from demos.bench.machine import facts
 from demos.bench.reducer_figures import points
 from demos.bench.reducers import Bench
-from mm.core.config import ModelConfig
+from mm.config import ModelConfig
+from serve.cli.options import read_reducer
 from serve.evaluation.intervals import interval
 from serve.evaluation.items import Item, choose, read_test_set
 from serve.evaluation.report import markdown
 from serve.evaluation.scoring import is_right
-from serve.options import read_reducer
 from serve.tuning.command import Tuning, run_tuning
 from serve.tuning.schedule import STEP, Schedule, Shape
 from serve.tuning.sigmoid import largest

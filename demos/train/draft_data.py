@@ -19,11 +19,13 @@ from demos.train.data.questions import CLIP_KINDS, SCENE_KINDS, ClipAsker, Scene
 from demos.train.data.scenes import draw_scene, sample_scene
 from demos.train.drafting import Sample
 from mm.api import Model, build_request
-from mm.core.data import Prompt, Video
-from mm.engine.attention import GatherAttention, RowBatch
-from mm.engine.generate import encode
-from mm.engine.kv_cache import KVCache
-from mm.engine.trained.feature_rows import prompt_rows, sight_of
+from mm.data.media import Video
+from mm.data.tokens import Prompt
+from mm.encode.pipeline import encode
+from mm.engine.attention.gather import GatherAttention
+from mm.engine.kv_cache.blocks import KVCache
+from mm.engine.spec_decode.drafters.eagle.feature_rows import prompt_rows, sight_of
+from mm.models.attention import AttentionMetadata
 
 LONG_KINDS = {"caption": 0.5, "tour": 0.17, "list": 0.17}  # of the questions on scenes; the rest are the other kinds
 PER_PICTURE = 4
@@ -127,12 +129,12 @@ class Target:
 
     def states(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Last hidden states (n, D) of a sequence's rows, and what a drafter reads of them (n, F)."""
-        shape = self.language.cache_shape
+        shape = self.language.kv_cache_spec
         cache = KVCache(shape, num_blocks=shape.num_blocks(len(embeddings)) * shape.num_layers, num_slots=1)
         attention = GatherAttention(cache)
         slot = cache.open()
         cache.grow(slot, len(embeddings))
-        batch = RowBatch.of([slot], [len(embeddings)])
+        batch = AttentionMetadata.of([slot], [len(embeddings)])
         rotary = self.language.rotary(positions)
         hidden, tapped = embeddings.clone(), []
         for index in range(self.language.num_layers):

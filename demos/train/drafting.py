@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.engine.attention import rotate
-from mm.engine.trained.feature_rows import FeatureRows
-from mm.models.draft_head import DraftHead, rotary
-from mm.models.seeing import Sight
+from mm.engine.spec_decode.drafters.eagle.feature_rows import FeatureRows
+from mm.engine.spec_decode.drafters.eagle.head import DraftHead, rotary
+from mm.engine.spec_decode.drafters.eagle.vision_adapters import VisualContext
+from mm.models.attention import rotate
 
 DECAY = 0.8  # of the loss per step
 FEATURE_WEIGHT = 1.0  # of the distance to the target's states, in the first part of the training
@@ -24,7 +24,8 @@ FEATURE_WEIGHT = 1.0  # of the distance to the target's states, in the first par
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One answer of the target. R text rows, the last A of them the answer's; see `mm.models.draft_head` for rows.
+    """One answer of the target. R text rows, the last A of them the answer's; see the `head` module of
+    `mm.engine.spec_decode.drafters.eagle` for rows.
 
     Attributes:
         sight: The prompt's visual tokens.
@@ -34,7 +35,7 @@ class Sample:
         task: What was asked for.
     """
 
-    sight: Sight
+    sight: VisualContext
     rows: FeatureRows
     answer_states: Tensor
     greedy: bool

@@ -38,8 +38,8 @@ from demos.train.drafting import (
     unroll,
 )
 from demos.train.training import Optimisers, append_record, save_checkpoint
-from mm.engine.memory import has_bfloat16
-from mm.models.draft_head import DraftConfig, DraftHead, default_taps, fingerprint
+from mm.device import has_bfloat16
+from mm.engine.spec_decode.drafters.eagle.head import DraftConfig, DraftHead, default_taps, fingerprint
 
 WAYS = ("none", "msd", "vispec", "specvlm", "flash")
 BATCH = 16  # answers per step

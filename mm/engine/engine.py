@@ -12,39 +12,46 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections import abc
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mm.core.config import SpeculationLimits
-from mm.core.data import Encoded, Event, Request
-from mm.core.errors import CapacityError, DeadlineExceeded, EngineError, MmError, ReducerFault
-from mm.core.plugins import Reducer, positions_of
-from mm.engine.admission import add_hooks, answer_length, with_positions
-from mm.engine.attention import Attention, build_attention
-from mm.engine.eviction import evict
-from mm.engine.kv_cache import KVCache
-from mm.engine.observing import Round
-from mm.engine.output import Output
-from mm.engine.prefix_cache import PrefixCache
-from mm.engine.report import Counters, EngineStats, Feed, summary
-from mm.engine.samplers import SamplerFactory
-from mm.engine.sampling import Chosen
-from mm.engine.scheduler import Limits, Plan, Planned, Scheduler
-from mm.engine.sequence import Answer, Job, Sink
-from mm.engine.speculation import Speculation
-from mm.engine.step import Chunk, Decoding, Pass
-from mm.engine.verify import Rows, Walk, verify
+from mm.config import SpeculationLimits
+from mm.data.outputs import Event
+from mm.data.request import Request
+from mm.data.tokens import Encoded
+from mm.engine.attention.base import build_attention
+from mm.engine.cache_pruning import evict
+from mm.engine.input_processor import add_hooks, answer_length, with_positions
+from mm.engine.kv_cache.blocks import KVCache
+from mm.engine.kv_cache.prefix_cache import PrefixCache
+from mm.engine.loop import OutputQueue
+from mm.engine.model_runner import Chunk, DecodeBatch, ModelRunner
+from mm.engine.output_processor import SequenceOutput
+from mm.engine.sampling.sampler import SampledToken
+from mm.engine.sampling.sampler_factory import SamplerFactory
+from mm.engine.scheduler import ScheduledChunk, Scheduler, SchedulerConfig, SchedulerOutput
+from mm.engine.sequence import EngineRequest, OutputSink, Sequence
+from mm.engine.spec_decode.proposer import SpecDecoder
+from mm.engine.spec_decode.spec_state import StepResult
+from mm.engine.spec_decode.verifier import Rows, TreeVerification, verify
+from mm.engine.stats import Counters, EngineStats
+from mm.engine.summary import summary
+from mm.errors import CapacityError, DeadlineExceeded, EngineError, MmError, ReducerFault
+from mm.models.attention import Attention
+from mm.plugins.capabilities import positions_of
+from mm.plugins.reducer import Reducer
 
 if TYPE_CHECKING:
-    from mm.engine.cuda_graphs import DecodeGraphs
+    from mm.engine.attention.cuda_graphs import DecodeGraphs
 
 log = logging.getLogger(__name__)
 
 
-class Engine:
+class LLMEngine:
     """One model's decoder with its cache.
 
     Args:
@@ -61,7 +68,7 @@ class Engine:
         self,
         family: Any,
         *,
-        limits: Limits,
+        limits: SchedulerConfig,
         kv_bytes: int,
         share_prefixes: bool = True,
         speculation: SpeculationLimits | None = None,
@@ -71,7 +78,7 @@ class Engine:
         self.engine_id = uuid.uuid4().hex
         self.family, self.limits, self._lenient = family, limits, lenient
         self.samplers = SamplerFactory(family)
-        shape = family.language.cache_shape
+        shape = family.language.kv_cache_spec
         num_blocks = kv_bytes // shape.block_bytes
         if num_blocks < shape.num_layers:
             least = shape.num_layers * shape.block_bytes
@@ -81,27 +88,29 @@ class Engine:
         self.prefixes = PrefixCache(self.cache, enabled=share_prefixes)
         self._scheduler = Scheduler(self.cache, self.prefixes, limits)
         attention = build_attention(self.cache)
-        self._pass = Pass(family.language, attention, self._record(attention) if record_steps else None)
-        self.speculation = Speculation(family, speculation or SpeculationLimits(), share_prefixes=share_prefixes)
+        self._pass = ModelRunner(family.language, attention, self._record(attention) if record_steps else None)
+        self.speculation = SpecDecoder(family, speculation or SpeculationLimits(), share_prefixes=share_prefixes)
         if self.speculation.is_on:
             self.speculation.calibrate(self._pass, limits.max_batch_tokens)
         self._lock = threading.Lock()
-        self._arrivals: queue.SimpleQueue[list[Answer]] = queue.SimpleQueue()
+        self._arrivals: queue.SimpleQueue[list[Sequence]] = queue.SimpleQueue()
         self._door = threading.Lock()
-        self._answers: set[Answer] = set()
+        self._answers: set[Sequence] = set()
         self._counters = Counters()
         self._draining = False
         self.wake = threading.Event()
 
     def _record(self, attention: Attention) -> DecodeGraphs | None:
-        from mm.engine.cuda_graphs import build_graphs
+        from mm.engine.attention.cuda_graphs import build_graphs
 
         width = self.cache.shape.num_blocks(self.family.max_context_tokens)
         return build_graphs(self.family.language, attention, most=self.limits.max_num_seqs, width=width)
 
     # ── taking requests ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def submit(self, request: Request, encoded: Sequence[Encoded], sink: Sink, reducer: Reducer, spec: str) -> Job:
+    def submit(
+        self, request: Request, encoded: abc.Sequence[Encoded], sink: OutputSink, reducer: Reducer, spec: str
+    ) -> EngineRequest:
         """Take a request; its events go to `sink`. May wait for a schema to be compiled: not for the event loop.
 
         Args:
@@ -118,7 +127,7 @@ class Engine:
         max_new_tokens = answer_length(request, prompt, self.family.max_context_tokens, self.cache)
         samplers = self.samplers.make(request.sampling, prompt)
         before = time.perf_counter()
-        job = Job(
+        job = EngineRequest(
             request=request,
             encoded=encoded,
             prompt=prompt,
@@ -131,10 +140,10 @@ class Engine:
         )
         add_hooks(job, reducer, self.family.language.num_layers, lenient=self._lenient)
         answers = [
-            Answer(
+            Sequence(
                 job=job,
                 sampler=s,
-                output=Output(self.samplers.vocabulary, s, request.sampling, max_new_tokens),
+                output=SequenceOutput(self.samplers.vocabulary, s, request.sampling, max_new_tokens),
                 drafting=self.speculation.drafting(request),
             )
             for s in samplers
@@ -151,7 +160,7 @@ class Engine:
         self.wake.set()
         return job
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: EngineRequest) -> None:
         """Forget a request. What it holds is freed at the next step, or at once when none is running."""
         job.cancelled.set()
         self.wake.set()
@@ -211,7 +220,7 @@ class Engine:
             speculation=self.speculation.stats.copy(),
         )
 
-    def events(self, job: Job, feed: Feed) -> Generator[Event]:
+    def events(self, job: EngineRequest, feed: OutputQueue) -> Generator[Event]:
         """A request's events, running the engine as long as nobody else does. Closing it cancels."""
         try:
             while True:
@@ -280,7 +289,7 @@ class Engine:
             elif job.deadline is not None and now > job.deadline:
                 self._fail(job, DeadlineExceeded("the request took longer than it may"))
 
-    def _run(self, plan: Plan) -> None:
+    def _run(self, plan: SchedulerOutput) -> None:
         began, has_prompts = self.speculation.clock(), plan.has_prompts
         last = [answer.output.token_ids[-1] for answer in plan.decoding]
         texts = [item.answer.generated(item.count) for item in plan.chunks]
@@ -298,12 +307,12 @@ class Engine:
         start = time.perf_counter()
         logits = self._pass.run(chunks, decoding)
         self._counters.model_s += time.perf_counter() - start
-        rounds: list[Round] = []
+        rounds: list[StepResult] = []
         for i, answer in enumerate(plan.decoding):
             answer.num_computed += 1
             seen = decoding.states if decoding is not None and answer in watched else {}
             states = {name: state[i : i + 1] for name, state in seen.items()}
-            rounds.append(Round(answer, last[i], i, Walk(), states))
+            rounds.append(StepResult(answer, last[i], i, TreeVerification(), states))
         row = len(rounds)
         for item, chunk in zip(plan.chunks, chunks, strict=True):
             rounds += self._begun(item, chunk, row)
@@ -316,22 +325,22 @@ class Engine:
             self.speculation.took(len(plan.answers), num_drafted, self.speculation.clock() - began)
         self.speculation.finish(rounds, logits)
 
-    def _begun(self, item: Planned, chunk: Chunk, row: int) -> list[Round]:
+    def _begun(self, item: ScheduledChunk, chunk: Chunk, row: int) -> list[StepResult]:
         """What a chunk gives: one or more tokens to its answer, a token to each sibling, or nothing yet."""
         answer = item.answer
         if answer.draft.num_tokens:
-            return [Round(answer, answer.output.token_ids[-1], row, Walk(answer.draft), chunk.states)]
+            return [StepResult(answer, answer.output.token_ids[-1], row, TreeVerification(answer.draft), chunk.states)]
         root = answer.newest_token
         states = {name: state[-1:] for name, state in chunk.states.items()}
-        return [Round(one, root, row, Walk(), states) for one in self._advance(item, chunk)]
+        return [StepResult(one, root, row, TreeVerification(), states) for one in self._advance(item, chunk)]
 
-    def _decoding(self, answers: Sequence[Answer], rows: torch.Tensor) -> Decoding | None:
+    def _decoding(self, answers: abc.Sequence[Sequence], rows: torch.Tensor) -> DecodeBatch | None:
         if not answers:
             return None
         places = torch.tensor([[answer.position for answer in answers]], device=rows.device)
-        return Decoding(slots=np.array([answer.slot for answer in answers]), embeddings=rows, positions=places)
+        return DecodeBatch(slots=np.array([answer.slot for answer in answers]), embeddings=rows, positions=places)
 
-    def _advance(self, item: Planned, chunk: Chunk) -> list[Answer]:
+    def _advance(self, item: ScheduledChunk, chunk: Chunk) -> list[Sequence]:
         """Count a chunk's rows as computed; the answers that its last row gives a token to."""
         answer = item.answer
         self.speculation.keep_prompt_states(answer, answer.num_computed, chunk)
@@ -344,7 +353,7 @@ class Engine:
             return []
         return [answer] if answer.output.token_ids else self._prompt_done(answer)
 
-    def _prompt_done(self, answer: Answer) -> list[Answer]:
+    def _prompt_done(self, answer: Sequence) -> list[Sequence]:
         """The answers that the prompt's last row now gives a token to."""
         assert answer.slot is not None
         self.prefixes.put(answer.slot, answer.prefix)
@@ -359,7 +368,7 @@ class Engine:
         answer.siblings = []
         return ready
 
-    def _evict(self, answer: Answer, chunk: Chunk) -> None:
+    def _evict(self, answer: Sequence, chunk: Chunk) -> None:
         """Let the reducers of the decode stage take rows out; only blocks that stay as they are may be shared."""
         job = answer.job
         assert answer.slot is not None
@@ -368,7 +377,7 @@ class Engine:
         if fault is not None:
             self._blame(job, fault)
 
-    def _blame(self, job: Job, error: MmError) -> bool:
+    def _blame(self, job: EngineRequest, error: MmError) -> bool:
         """Whether the request goes on: a fault of a reducer is only noted where that is wanted."""
         if not self._lenient or not isinstance(error, ReducerFault):
             self._fail(job, error)
@@ -378,7 +387,7 @@ class Engine:
             job.faults.append(str(error))
         return True
 
-    def _emit(self, rounds: Sequence[Round], logits: torch.Tensor) -> None:
+    def _emit(self, rounds: abc.Sequence[StepResult], logits: torch.Tensor) -> None:
         """Give each answer its tokens: one, and those that follow as long as its draft had them."""
         walks, rows = [one.walk for one in rounds], Rows(logits)
 
@@ -396,7 +405,7 @@ class Engine:
         drafted = [one for one in rounds if one.walk.draft.num_tokens and one.answer.slot is not None]
         for one in drafted:
             assert one.answer.slot is not None
-            self.cache.keep_path(one.answer.slot, one.walk.draft.num_tokens + 1, one.walk.path)
+            self.cache.keep_accepted(one.answer.slot, one.walk.draft.num_tokens + 1, one.walk.path)
             one.answer.num_computed += len(one.walk.path)
         now = time.perf_counter()
         for one in rounds:
@@ -404,7 +413,7 @@ class Engine:
         for one in rounds:
             self._settle(one, now)
 
-    def _say(self, one: Round, chosen: Chosen | EngineError) -> int | None:
+    def _say(self, one: StepResult, chosen: SampledToken | EngineError) -> int | None:
         """Make a token part of an answer; None where that ends it."""
         answer, job = one.answer, one.answer.job
         if answer not in self._answers:
@@ -426,7 +435,7 @@ class Engine:
         one.said.append(chosen.token_id)
         return chosen.token_id if answer.output.finish_reason is None else None
 
-    def _settle(self, one: Round, now: float) -> None:
+    def _settle(self, one: StepResult, now: float) -> None:
         """Note when tokens came, and let go of an answer that is over."""
         answer = one.answer
         if answer not in self._answers or not one.said:
@@ -438,7 +447,7 @@ class Engine:
         if answer.output.finish_reason is not None:
             self._finish(answer, now)
 
-    def _finish(self, answer: Answer, now: float) -> None:
+    def _finish(self, answer: Sequence, now: float) -> None:
         job = answer.job
         if answer.slot is not None and job.shares_prompt:
             size = self.cache.shape.block_size
@@ -458,12 +467,12 @@ class Engine:
             else:
                 _end(job)
 
-    def _fail(self, job: Job, error: BaseException) -> None:
+    def _fail(self, job: EngineRequest, error: BaseException) -> None:
         if any(answer.job is job for answer in self._answers):
             self._forget(job)
             _end(job, error)
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: EngineRequest) -> None:
         job.is_over = True
         for answer in [answer for answer in self._answers if answer.job is job]:
             self.speculation.close(answer)
@@ -471,7 +480,7 @@ class Engine:
             self._answers.discard(answer)
 
 
-def _end(job: Job, error: BaseException | None = None) -> None:
+def _end(job: EngineRequest, error: BaseException | None = None) -> None:
     """Tell the sink. One that cannot be told any more is nobody else's trouble."""
     try:
         job.sink.end(error)

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mm.core.drafting import NO_DRAFT
-from mm.engine.kv_cache import KVCache
-from mm.engine.prefix_cache import PrefixCache
-from mm.engine.sequence import Answer
+from mm.engine.kv_cache.blocks import KVCache
+from mm.engine.kv_cache.prefix_cache import PrefixCache
+from mm.engine.sequence import Sequence
+from mm.plugins.drafter import NO_DRAFT
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class SchedulerConfig:
     """Bounds of one engine.
 
     Attributes:
@@ -40,15 +40,15 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Planned:
+class ScheduledChunk:
     """`count` rows of an answer in the next pass."""
 
-    answer: Answer
+    answer: Sequence
     count: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SchedulerOutput:
     """The next pass.
 
     Attributes:
@@ -56,15 +56,15 @@ class Plan:
         chunks: The rows of the others: prompts, and answers with drafts.
     """
 
-    decoding: list[Answer]
-    chunks: list[Planned]
+    decoding: list[Sequence]
+    chunks: list[ScheduledChunk]
 
     @property
     def num_rows(self) -> int:
         return len(self.decoding) + sum(item.count for item in self.chunks)
 
     @property
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[Sequence]:
         return [*self.decoding, *(item.answer for item in self.chunks)]
 
     @property
@@ -80,18 +80,22 @@ class Scheduler:
     """
 
     def __init__(
-        self, cache: KVCache, prefixes: PrefixCache, limits: Limits, clock: Callable[[], float] = time.perf_counter
+        self,
+        cache: KVCache,
+        prefixes: PrefixCache,
+        limits: SchedulerConfig,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._cache, self._prefixes, self._limits, self._clock = cache, prefixes, limits, clock
-        self.running: list[Answer] = []
-        self.waiting: list[Answer] = []
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
         self.num_preemptions = 0
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: Sequence) -> None:
         """Put in line, by priority and order of arrival."""
         bisect.insort(self.waiting, answer, key=self._place)
 
-    def remove(self, answer: Answer) -> None:
+    def remove(self, answer: Sequence) -> None:
         """Take out of the line or the pass; its rows are freed."""
         if answer.slot is not None:
             self.running.remove(answer)
@@ -99,7 +103,7 @@ class Scheduler:
         elif answer in self.waiting:
             self.waiting.remove(answer)
 
-    def plan(self) -> Plan:
+    def plan(self) -> SchedulerOutput:
         """The next pass. Room for its rows is there when it begins."""
         planned, needed = self._continue()
         budget = self._limits.max_batch_tokens - sum(item.count for item in planned)
@@ -117,15 +121,15 @@ class Scheduler:
             needed += self._blocks(planned[-1])
             budget -= planned[-1].count
         decoding = [item.answer for item in planned if _is_one_row(item.answer)]
-        return Plan(decoding=decoding, chunks=[item for item in planned if not _is_one_row(item.answer)])
+        return SchedulerOutput(decoding=decoding, chunks=[item for item in planned if not _is_one_row(item.answer)])
 
-    def _with_drafts(self, planned: list[Planned], needed: int, budget: int) -> tuple[list[Planned], int]:
+    def _with_drafts(self, planned: list[ScheduledChunk], needed: int, budget: int) -> tuple[list[ScheduledChunk], int]:
         """Drafted rows too, as far as tokens and free blocks last: nobody has to leave for them."""
         for at, item in enumerate(planned):
             answer = item.answer
             if answer.draft.num_tokens:
                 answer.draft = answer.draft.cut(max(0, budget))
-                both = Planned(answer, 1 + answer.draft.num_tokens)
+                both = ScheduledChunk(answer, 1 + answer.draft.num_tokens)
                 more = self._blocks(both) - self._blocks(item)
                 if not self._prefixes.make_room(needed + more):
                     answer.draft = NO_DRAFT
@@ -133,11 +137,11 @@ class Scheduler:
                 planned[at], needed, budget = both, needed + more, budget - answer.draft.num_tokens
         return planned, needed
 
-    def _continue(self) -> tuple[list[Planned], int]:
+    def _continue(self) -> tuple[list[ScheduledChunk], int]:
         """Those being served, decoding ones first, each with what it needs, while blocks last; blocks needed."""
         budget = self._limits.max_batch_tokens
-        planned = [Planned(answer, 1) for answer in self.running if answer.is_decoding]
-        needed = self._cache.blocks_for_each(np.array([item.answer.slot for item in planned], dtype=np.int64))
+        planned = [ScheduledChunk(answer, 1) for answer in self.running if answer.is_decoding]
+        needed = self._cache.num_blocks_for_each(np.array([item.answer.slot for item in planned], dtype=np.int64))
         if len(planned) <= budget and self._prefixes.make_room(needed):
             budget -= len(planned)
             line = sorted((answer for answer in self.running if not answer.is_decoding), key=self._place)
@@ -162,25 +166,27 @@ class Scheduler:
                 budget -= item.count
         return planned, needed
 
-    def _share(self, answer: Answer, budget: int) -> Planned:
+    def _share(self, answer: Sequence, budget: int) -> ScheduledChunk:
         most = answer.most_rows()
-        return Planned(answer, most if answer.goes_whole else min(most, budget))
+        return ScheduledChunk(answer, most if answer.goes_whole else min(most, budget))
 
-    def _blocks(self, item: Planned) -> int:
+    def _blocks(self, item: ScheduledChunk) -> int:
         assert item.answer.slot is not None
-        return self._cache.blocks_for(item.answer.slot, item.count)
+        return self._cache.num_blocks_for(item.answer.slot, item.count)
 
-    def _admit(self, answer: Answer, reserved: int) -> bool:
+    def _admit(self, answer: Sequence, reserved: int) -> bool:
         """Give the answer a slot with what is already known of its rows, if the rest of them fits."""
-        slot = self._cache.open()
+        slot = self._cache.allocate()
         # What reducers may take out of the cache has to be the answer's own, so that it never needs a copy to go.
         known = self._prefixes.match([] if answer.job.evictors else answer.prefix)
-        self._cache.adopt(slot, known)
+        self._cache.share(slot, known)
         num_known = known.shape[1] * self._cache.shape.block_size
         # One block per layer is left for each of those being served, or they would soon push this one out again.
         growth = (len(self.running) + 1) * self._cache.shape.num_layers if self.running else 0
-        if not self._prefixes.make_room(reserved + growth + self._cache.blocks_for(slot, answer.num_rows - num_known)):
-            self._cache.close(slot)
+        if not self._prefixes.make_room(
+            reserved + growth + self._cache.num_blocks_for(slot, answer.num_rows - num_known)
+        ):
+            self._cache.free(slot)
             return False
         answer.slot, answer.num_computed = slot, num_known
         if answer.job.admitted is None:  # what it finds when it comes back are its own rows
@@ -189,7 +195,7 @@ class Scheduler:
         self.running.append(answer)
         return True
 
-    def fork(self, answer: Answer, sibling: Answer) -> bool:
+    def fork(self, answer: Sequence, sibling: Sequence) -> bool:
         """Let a sibling begin from the same rows, if there is a slot and room for a copy of the last block."""
         layers = self._cache.shape.num_layers
         if not self._cache.num_free_slots or not self._prefixes.make_room(layers * (len(self.running) + 1)):
@@ -199,7 +205,7 @@ class Scheduler:
         self.running.append(sibling)
         return True
 
-    def preempt(self, answer: Answer) -> None:
+    def preempt(self, answer: Sequence) -> None:
         """Free the rows; back in line, at its old place."""
         self.running.remove(answer)
         self._leave(answer)
@@ -207,9 +213,9 @@ class Scheduler:
         self.num_preemptions += 1
         self.add(answer)
 
-    def _leave(self, answer: Answer) -> None:
+    def _leave(self, answer: Sequence) -> None:
         assert answer.slot is not None
-        self._cache.close(answer.slot)
+        self._cache.free(answer.slot)
         answer.slot, answer.num_computed, answer.draft = None, 0, NO_DRAFT
 
     def _age(self) -> None:
@@ -221,11 +227,11 @@ class Scheduler:
                     answer.job.priority = -PRIORITY_LIMIT
             self.waiting.sort(key=self._place)
 
-    def _place(self, answer: Answer) -> tuple[int, int]:
+    def _place(self, answer: Sequence) -> tuple[int, int]:
         return answer.job.priority, answer.order
 
 
-def _is_one_row(answer: Answer) -> bool:
+def _is_one_row(answer: Sequence) -> bool:
     return answer.is_decoding and not answer.draft.num_tokens
 
 

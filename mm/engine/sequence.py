@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,19 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.core.data import Encoded, Event, Prompt, Request
-from mm.core.drafting import NO_DRAFT, Draft
-from mm.core.plugins import InDecode, InPrefill
-from mm.engine.output import Output
-from mm.engine.prefix_cache import Name, RowNames
-from mm.engine.sampling import Sampler
-from mm.engine.step import Chunk, Drops
+from mm.data.outputs import Event
+from mm.data.request import Request
+from mm.data.tokens import Encoded, Prompt
+from mm.engine.kv_cache.prefix_cache import BlockHasher, Name
+from mm.engine.model_runner import Chunk, PruneState
+from mm.engine.output_processor import SequenceOutput
+from mm.engine.sampling.sampler import Sampler
+from mm.plugins.drafter import NO_DRAFT, Draft
+from mm.plugins.reducer import InDecode, InPrefill
 
 if TYPE_CHECKING:
-    from mm.engine.observing import Drafting
+    from mm.engine.spec_decode.spec_state import SpecState
 
 
-class Sink(Protocol):
+class OutputSink(Protocol):
     """Where a request's events go. Called by the thread that runs the engine; must not wait."""
 
     def put(self, event: Event) -> None: ...
@@ -33,7 +35,7 @@ class Sink(Protocol):
 
 
 @dataclass(kw_only=True, eq=False)
-class Job:
+class EngineRequest:
     """A request that the engine has taken.
 
     Attributes:
@@ -49,14 +51,14 @@ class Job:
     """
 
     request: Request
-    encoded: Sequence[Encoded]
+    encoded: abc.Sequence[Encoded]
     prompt: Prompt
-    sink: Sink
+    sink: OutputSink
     reducer: str = "none"
     hooks: dict[int, InPrefill] = field(default_factory=dict)
     evictors: tuple[InDecode, ...] = ()
     faults: list[str] = field(default_factory=list)
-    drops: Drops | None = None
+    drops: PruneState | None = None
     priority: int = 0
     deadline: float | None = None
     arrived: float = field(default_factory=time.perf_counter)
@@ -77,7 +79,7 @@ class Job:
         """Whether the rows behind the first visual one are the same for every question."""
         return not self.hooks and not self.evictors
 
-    def names(self, block_size: int, generated: Sequence[int] = ()) -> list[Name]:
+    def names(self, block_size: int, generated: abc.Sequence[int] = ()) -> list[Name]:
         """Names of the whole blocks that may be shared: the last row is always computed, for its logits."""
         prompt = self.prompt
         ids = np.concatenate([prompt.token_ids.cpu().numpy(), np.asarray(generated, dtype=np.int64)])
@@ -91,7 +93,7 @@ class Job:
         keys = [item.key for item in self.encoded]
         if len(visual) and (not self.shares_prompt or not all(keys)):
             stop = min(stop, int(visual[0]))
-        return RowNames(
+        return BlockHasher(
             token_ids=ids[:stop],
             positions=positions[:, :stop],
             items=keys,
@@ -101,7 +103,7 @@ class Job:
 
 
 @dataclass(kw_only=True, eq=False)
-class Answer:
+class Sequence:
     """One answer of a request: the unit that is scheduled.
 
     Attributes:
@@ -114,16 +116,16 @@ class Answer:
         draft: What the next pass verifies.
     """
 
-    job: Job
+    job: EngineRequest
     sampler: Sampler
-    output: Output
+    output: SequenceOutput
     order: int = 0
     slot: int | None = None
     num_computed: int = 0
-    siblings: list[Answer] = field(default_factory=list)
+    siblings: list[Sequence] = field(default_factory=list)
     prefix: list[Name] = field(default_factory=list)
     last_token: float | None = None
-    drafting: Drafting | None = None
+    drafting: SpecState | None = None
     draft: Draft = NO_DRAFT
 
     def __post_init__(self) -> None:
@@ -212,16 +214,18 @@ class Answer:
         behind = self.job.prompt.length
         return self.output.token_ids[max(self.num_computed - behind, 0) : max(self.num_computed + count - behind, 0)]
 
-    def _begin_drops(self, start: int) -> Drops:
+    def _begin_drops(self, start: int) -> PruneState:
         visual = self.job.prompt.is_visual[start:].nonzero().squeeze(1)
         before = int(self.job.prompt.is_visual[:start].sum())
         origins = torch.arange(before, before + visual.shape[0], device=visual.device)
         items, protected = visual_planes(self.job.encoded, visual.device)
-        self.job.drops = Drops(hooks=self.job.hooks, visual=visual, origins=origins, items=items, protected=protected)
+        self.job.drops = PruneState(
+            hooks=self.job.hooks, visual=visual, origins=origins, items=items, protected=protected
+        )
         return self.job.drops
 
 
-def visual_planes(encoded: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
+def visual_planes(encoded: abc.Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
     """Of all visual rows of a prompt: which item each belongs to (int64), and whether it is protected (bool)."""
     sizes = torch.tensor([item.tokens.num_tokens for item in encoded])
     protected = [item.tokens.protected for item in encoded]

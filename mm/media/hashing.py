@@ -11,7 +11,7 @@ import struct
 import blake3
 import numpy as np
 
-from mm.core.data import FrameSampling, Kind
+from mm.data.media import FrameSampling, Kind
 
 Part = bytes | str | int | float | None
 

@@ -21,8 +21,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from mm.core.data import Image
-from mm.core.errors import InvalidRequest, MediaError
+from mm.data.media import Image
+from mm.errors import InvalidRequest, MediaError
 from mm.media.hashing import content_hash, pixel_hash
 from mm.media.limits import MediaBudget
 

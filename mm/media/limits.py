@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from threading import Lock
 
-from mm.core.config import MediaLimits
-from mm.core.data import Kind
-from mm.core.errors import MediaError
+from mm.config import MediaLimits
+from mm.data.media import Kind
+from mm.errors import MediaError
 
 
 class MediaBudget:

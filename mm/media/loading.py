@@ -5,9 +5,9 @@ Caches that want to skip decoding call `fetch`, then `content_hash`, then decode
 
 from __future__ import annotations
 
-from mm.core.config import SourcePolicy, VideoDecoder
-from mm.core.data import FrameSampling, Image, Kind, MediaSource, Video
-from mm.core.errors import MediaError
+from mm.config import SourcePolicy, VideoDecoder
+from mm.data.media import FrameSampling, Image, Kind, MediaSource, Video
+from mm.errors import MediaError
 from mm.media.image import decode_image
 from mm.media.limits import MediaBudget
 from mm.media.source import fetch

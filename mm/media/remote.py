@@ -19,9 +19,9 @@ from typing import Any
 import httpcore
 import httpx
 
-from mm.core.config import SourcePolicy
-from mm.core.data import Kind
-from mm.core.errors import MediaError
+from mm.config import SourcePolicy
+from mm.data.media import Kind
+from mm.errors import MediaError
 from mm.media.limits import MediaBudget
 
 PORTS = {"http": 80, "https": 443}

@@ -13,9 +13,9 @@ import re
 import stat
 from pathlib import Path
 
-from mm.core.config import SourcePolicy
-from mm.core.data import Kind, MediaSource
-from mm.core.errors import MediaError
+from mm.config import SourcePolicy
+from mm.data.media import Kind, MediaSource
+from mm.errors import MediaError
 from mm.media.limits import MediaBudget
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from mm.core.config import MediaLimits, VideoDecoder
-from mm.core.data import FrameSampling, Video
-from mm.core.errors import MEDIA_REASONS, EngineError, InvalidRequest, MediaError
+from mm.config import MediaLimits, VideoDecoder
+from mm.data.media import FrameSampling, Video
+from mm.errors import MEDIA_REASONS, EngineError, InvalidRequest, MediaError
 from mm.media.containers import is_cut_short, is_foreign, sniff
 from mm.media.hashing import content_hash, pixel_hash
 from mm.media.limits import MediaBudget

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from mm.core.data import MediaPart, Message
-from mm.core.errors import InvalidRequest
+from mm.data.request import MediaPart, Message
+from mm.errors import InvalidRequest
 
 
 class ChatTemplate:

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mm.core.errors import MmError, UnknownModel
+from mm.errors import MmError, UnknownModel
 
 SHIPPED = Path(__file__).parent / "weights"
 INDEX = "model.safetensors.index.json"

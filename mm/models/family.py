@@ -19,8 +19,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 
-from mm.core.data import Kind, MediaPart, Message, Prompt, VisualTokens
-from mm.core.errors import InvalidRequest, MediaError
+from mm.data.media import Kind
+from mm.data.request import MediaPart, Message
+from mm.data.tokens import Prompt, VisualTokens
+from mm.errors import InvalidRequest, MediaError
 from mm.models.chat import ChatTemplate
 from mm.models.language import LanguageModel
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from mm.engine.attention import ATTENTION, Attention, Rotary, RowBatch
-from mm.engine.kv_cache import CacheShape
+from mm.models.attention import ATTENTION, Attention, AttentionMetadata, Rotary
 from mm.models.checkpoint import BadCheckpoint, load_module, read_tensors
+from mm.models.kv_cache_spec import KVCacheSpec
 from mm.models.layers import FusedLayer, build_layer
-from mm.models.product import Product
+from mm.models.linear import PackedProduct
 
 HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight")
 TEXT_KEY = re.compile(
@@ -68,7 +68,7 @@ class LanguageModel:
         self.head_weight = self._head(head, config, folder)
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.layers = [build_layer(layer, i, self.head_dim) for i, layer in enumerate(self.model.layers)]
-        self._product = Product(self.head_weight)
+        self._product = PackedProduct(self.head_weight)
         self.num_layer_weights = sum(p.numel() for p in self.model.layers.parameters())
         self._table: Rotary | None = None
 
@@ -89,9 +89,9 @@ class LanguageModel:
         return self.head_weight.shape[0]
 
     @property
-    def cache_shape(self) -> CacheShape:
+    def kv_cache_spec(self) -> KVCacheSpec:
         """What a row of this model takes in the cache."""
-        return CacheShape(
+        return KVCacheSpec(
             num_layers=self.num_layers,
             num_heads=self.config.num_key_value_heads,
             head_dim=self.head_dim,
@@ -127,7 +127,9 @@ class LanguageModel:
         cos, sin = self.model.rotary_emb(like, position_ids=rows)
         return cos[0].contiguous(), sin[0].contiguous()
 
-    def layer(self, index: int, hidden: Tensor, batch: RowBatch, rotary: Rotary, attention: Attention) -> Tensor:
+    def layer(
+        self, index: int, hidden: Tensor, batch: AttentionMetadata, rotary: Rotary, attention: Attention
+    ) -> Tensor:
         """One decoder layer over packed rows (R, D); their keys and values go to the cache behind `attention`."""
         return self.layers[index](hidden, batch, rotary, attention)
 

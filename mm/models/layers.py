@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mm.engine.attention import Attention, Rotary, RowBatch, rotate
-from mm.models.product import Product, pack_linears
+from mm.models.attention import Attention, AttentionMetadata, Rotary, rotate
+from mm.models.linear import PackedProduct, pack_linears
 
 FUSED = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer"}
@@ -24,7 +24,7 @@ FUSED = frozenset(
 class Layer(Protocol):
     """One decoder layer over packed rows."""
 
-    def __call__(self, hidden: Tensor, batch: RowBatch, rotary: Rotary, attention: Attention) -> Tensor:
+    def __call__(self, hidden: Tensor, batch: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
         """(R, D) to (R, D)."""
         ...
 
@@ -59,7 +59,7 @@ class ModuleLayer:
         self._module: Any = module
         self._head_dim = head_dim
 
-    def __call__(self, hidden: Tensor, batch: RowBatch, rotary: Rotary, attention: Attention) -> Tensor:
+    def __call__(self, hidden: Tensor, batch: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
         cos_sin = tuple(part.to(hidden.dtype).unsqueeze(0) for part in rotary)
         return self._module(
             hidden.unsqueeze(0),
@@ -97,13 +97,13 @@ class FusedLayer:
         self._num_queries = inner.q_proj.out_features
         self._qkv = _join(inner.q_proj, inner.k_proj, inner.v_proj)
         self._gate_up = _join(mlp.gate_proj, mlp.up_proj)
-        self._out, self._down = Product(inner.o_proj.weight), Product(mlp.down_proj.weight)
+        self._out, self._down = PackedProduct(inner.o_proj.weight), PackedProduct(mlp.down_proj.weight)
         self._activation = mlp.act_fn
         self._norms = [
             (norm.weight, norm.variance_epsilon) for norm in (module.input_layernorm, module.post_attention_layernorm)
         ]
 
-    def __call__(self, hidden: Tensor, batch: RowBatch, rotary: Rotary, attention: Attention) -> Tensor:
+    def __call__(self, hidden: Tensor, batch: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
         seen = attention.attend(self._index, self._before(hidden), batch, rotary)
         return self._after(hidden, seen)
 
@@ -140,7 +140,7 @@ class FusedLayer:
         return nn.functional.rms_norm(hidden, (hidden.shape[-1],), weight, epsilon)
 
 
-def _join(*parts: nn.Linear) -> Product:
+def _join(*parts: nn.Linear) -> PackedProduct:
     """With their weights and biases one below the other; the parts keep views."""
     weight = torch.cat([part.weight.data for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias.data for part in parts])
@@ -151,4 +151,4 @@ def _join(*parts: nn.Linear) -> Product:
         if bias is not None:
             part.bias = nn.Parameter(bias[at:stop], requires_grad=False)
         at = stop
-    return Product(weight, bias)
+    return PackedProduct(weight, bias)

@@ -24,10 +24,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.data import Grid, Kind, VisualTokens
-from mm.core.plugins import CacheView, Count, PrefillView, ReduceContext, Reduction, Stage
+from mm.data.media import Kind
+from mm.data.tokens import Grid, VisualTokens
+from mm.plugins.reducer import CacheView, Count, PrefillView, ReduceContext, Reduction, Stage
 from pruning.base import budget, int_option, keep_all, number_option, top_k_ascending
-from pruning.ranking import layers_option, scaled
+from pruning.helpers.ranking import layers_option, scaled
 
 CLS_ATTENTION = "cls_attention"
 PAPER_LAYERS, PAPER_DEPTH = (3, 7, 11, 15), 32

@@ -17,10 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.errors import InvalidOption
-from mm.core.plugins import PrefillView, Stage
+from mm.errors import InvalidOption
+from mm.plugins.reducer import PrefillView, Stage
 from pruning.base import InsideReducer, budget, int_option, ratio_option
-from pruning.ranking import keep_best, last_row_scores, layers_option, spread
+from pruning.helpers.ranking import keep_best, last_row_scores, layers_option, spread
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mm.core.errors import InvalidOption
-from mm.core.plugins import PrefillView, Stage
+from mm.errors import InvalidOption
+from mm.plugins.reducer import PrefillView, Stage
 from pruning.base import InsideReducer, budget, ratio_option
-from pruning.ranking import keep_best, last_row_scores, layers_option
+from pruning.helpers.ranking import keep_best, last_row_scores, layers_option
 
 
 @dataclass(frozen=True, kw_only=True)

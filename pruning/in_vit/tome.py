@@ -23,9 +23,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.data import Grid, Kind, VisualTokens
-from mm.core.errors import InvalidOption
-from mm.core.plugins import BLOCK_KEYS, Count, Matched, ReduceContext, Reduction, Stage
+from mm.data.media import Kind
+from mm.data.tokens import Grid, VisualTokens
+from mm.errors import InvalidOption
+from mm.plugins.features import BLOCK_KEYS
+from mm.plugins.reducer import Count, Matched, ReduceContext, Reduction, Stage
 from pruning.base import budget, keep_all, ratio_option, unit_rows
 
 
@@ -72,7 +74,7 @@ class ToMe:
 
     @torch.no_grad()
     def match(self, keys: Tensor, num_merged: int, num_prefix: int) -> Matched:
-        """See `mm.core.plugins.InTower`."""
+        """See `mm.plugins.reducer.InTower`."""
         return match(keys, num_merged, num_prefix)
 
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:

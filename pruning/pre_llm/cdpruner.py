@@ -28,11 +28,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.data import VisualTokens
-from mm.core.errors import InvalidOption
-from mm.core.plugins import TEXT_EMBEDDINGS, ReduceContext
+from mm.data.tokens import VisualTokens
+from mm.errors import InvalidOption
+from mm.plugins.features import TEXT_EMBEDDINGS
+from mm.plugins.reducer import ReduceContext
 from pruning.base import unit_rows
-from pruning.steps import Step, StepReducer
+from pruning.helpers.steps import Step, StepReducer
 
 EXHAUSTED = 1e-5
 """Residuals below this are rounding: float32 keeps about 1e-7 of the 1 they start from, times the subtractions."""

@@ -21,9 +21,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.models.product import Product
+from mm.models.linear import PackedProduct
 from pruning.base import Rounding
-from pruning.steps import Step, StepReducer
+from pruning.helpers.steps import Step, StepReducer
 
 MAX_MATRIX_TOKENS = 8192
 """Up to here all N * N similarities are held (256 MiB at the limit); beyond, rows are computed one by one."""
@@ -90,7 +90,7 @@ class _Matrix:
         for start in range(0, num_tokens, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, num_tokens)
             # The matrix is symmetric: half of it is computed, the other half copied.
-            block = Product(unit[start:stop])
+            block = PackedProduct(unit[start:stop])
             block.pack()
             self.similarities[start:, start:stop] = block(unit[start:])
             self.similarities[start:stop, stop:] = self.similarities[stop:, start:stop].T

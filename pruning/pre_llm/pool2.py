@@ -14,8 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.data import Grid, Kind, VisualTokens
-from mm.core.plugins import Count, ReduceContext, Reduction, Stage
+from mm.data.media import Kind
+from mm.data.tokens import Grid, VisualTokens
+from mm.plugins.reducer import Count, ReduceContext, Reduction, Stage
 from pruning.base import keep_all, merge_means
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mm.core.data import VisualTokens
-from mm.core.plugins import ReduceContext
+from mm.data.tokens import VisualTokens
+from mm.plugins.reducer import ReduceContext
 from pruning.base import BudgetReducer, int_option
 
 MAX_SEED = (1 << 63) - 1

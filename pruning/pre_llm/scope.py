@@ -20,10 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.errors import InvalidOption
-from mm.core.plugins import ATTENTION_RECEIVED, TOWER_FEATURES
+from mm.errors import InvalidOption
+from mm.plugins.features import ATTENTION_RECEIVED, TOWER_FEATURES
 from pruning.base import unit_rows
-from pruning.steps import Step, StepReducer
+from pruning.helpers.steps import Step, StepReducer
 
 
 @dataclass(frozen=True, kw_only=True)

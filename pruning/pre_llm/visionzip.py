@@ -23,10 +23,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.errors import InvalidOption
-from mm.core.plugins import ATTENTION_RECEIVED, TOWER_KEYS, Reduction
+from mm.errors import InvalidOption
+from mm.plugins.features import ATTENTION_RECEIVED, TOWER_KEYS
+from mm.plugins.reducer import Reduction
 from pruning.base import merge_means, top_k_ascending, unit_rows
-from pruning.steps import Step, StepReducer
+from pruning.helpers.steps import Step, StepReducer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.plugins import ReduceContext, Reduction
+from mm.plugins.reducer import ReduceContext, Reduction
 from pruning.base import Rounding, budget, top_k_ascending, unit_rows
-from pruning.clips import ClipReducer
+from pruning.helpers.clips import ClipReducer
 
 FIRST_FRAME = 255.0
 """Above every cosine distance."""

@@ -28,11 +28,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.plugins import ATTENTION_RECEIVED, Count, ReduceContext, Reduction
+from mm.plugins.features import ATTENTION_RECEIVED
+from mm.plugins.reducer import Count, ReduceContext, Reduction
 from pruning.base import budget, int_option, number_option, unit_rows
-from pruning.clips import ClipReducer
-from pruning.clusters import dpc_knn
-from pruning.steps import quota
+from pruning.helpers.clips import ClipReducer
+from pruning.helpers.clusters import dpc_knn
+from pruning.helpers.steps import quota
 
 NEIGHBOURS = 7
 

@@ -23,11 +23,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.plugins import ATTENTION_RECEIVED, Count, ReduceContext, Reduction
+from mm.plugins.features import ATTENTION_RECEIVED
+from mm.plugins.reducer import Count, ReduceContext, Reduction
 from pruning.base import Rounding, number_option, top_k_ascending, unit_rows
-from pruning.clips import ClipReducer
-from pruning.clusters import dpc_knn
-from pruning.steps import quota
+from pruning.helpers.clips import ClipReducer
+from pruning.helpers.clusters import dpc_knn
+from pruning.helpers.steps import quota
 
 CENTRE_SHARE = 0.6
 NEIGHBOURS = 7
@@ -113,7 +114,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class SampledToken:
     """What becomes of a part: k kept tokens, and the m entries of their merge weights.
 
     Attributes:
@@ -139,15 +140,15 @@ def parts_of(still: Tensor) -> list[Part]:
     return [part for part in found if len(part.cells)]
 
 
-def _salient(attention: Tensor, part: Part, k: int) -> Chosen:
+def _salient(attention: Tensor, part: Part, k: int) -> SampledToken:
     cells = part.cells[top_k_ascending(attention[part.first, part.cells], k)]
     keep = part.first * attention.shape[1] + cells
-    return Chosen(
+    return SampledToken(
         keep=keep, rows=torch.arange(k, device=keep.device), columns=keep, weights=torch.ones(k).to(keep.device)
     )
 
 
-def _clustered(frames: Tensor, part: Part, k: int) -> Chosen:
+def _clustered(frames: Tensor, part: Part, k: int) -> SampledToken:
     """The segment's means over time, thinned to `k` by clusters."""
     stretch = frames[part.first : part.last + 1, part.cells].float()
     num_frames, num_cells = stretch.shape[:2]
@@ -156,7 +157,7 @@ def _clustered(frames: Tensor, part: Part, k: int) -> Chosen:
         centres, labels = dpc_knn(stretch.mean(dim=0), k, min(NEIGHBOURS, k))
     shares = _shares(centres, labels) / num_frames
     starts = torch.arange(part.first, part.last + 1, device=frames.device) * frames.shape[1]
-    return Chosen(
+    return SampledToken(
         keep=part.first * frames.shape[1] + part.cells[centres],
         rows=labels.repeat(num_frames),
         columns=(starts.unsqueeze(1) + part.cells).flatten(),
@@ -172,7 +173,7 @@ def _shares(centres: Tensor, labels: Tensor) -> Tensor:
     return shares
 
 
-def _joined(parts: list[Chosen], num_tokens: int) -> Reduction:
+def _joined(parts: list[SampledToken], num_tokens: int) -> Reduction:
     keep, order = torch.cat([part.keep for part in parts]).sort()
     row_of, device = torch.argsort(order), keep.device
     firsts = [sum(len(part.keep) for part in parts[:i]) for i in range(len(parts))]

@@ -23,9 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.core.plugins import ReduceContext, Reduction
+from mm.plugins.reducer import ReduceContext, Reduction
 from pruning.base import Rounding, budget
-from pruning.clips import ClipReducer
+from pruning.helpers.clips import ClipReducer
 
 TEMPERATURE = 0.01
 BANDWIDTHS = tuple(2.0**e for e in range(-3, 2))

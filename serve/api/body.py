@@ -8,9 +8,10 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from mm.core.config import MediaLimits, SourcePolicy
-from mm.core.data import Media, MediaSource, Request
-from mm.core.errors import InvalidRequest
+from mm.config import MediaLimits, SourcePolicy
+from mm.data.media import Media, MediaSource
+from mm.data.request import Request
+from mm.errors import InvalidRequest
 from mm.media import MediaBudget, fetch
 from serve.api.errors import PayloadTooLarge
 from serve.api.schema import parse_json

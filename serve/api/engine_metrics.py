@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from mm.engine.report import EngineStats, Histogram
+from mm.engine.stats import EngineStats, Histogram
 from serve.runtime import Load
 
 Figure = Callable[[EngineStats], float]

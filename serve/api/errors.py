@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from mm.core.errors import (
+from mm.errors import (
     CapacityError,
     DeadlineExceeded,
     InvalidOption,

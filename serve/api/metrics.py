@@ -7,7 +7,8 @@ from dataclasses import asdict
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from mm.core.data import Request, Summary
+from mm.data.outputs import Summary
+from mm.data.request import Request
 from serve.api.engine_metrics import EngineMetrics
 from serve.runtime import Features, Load
 

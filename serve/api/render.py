@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mm.core.data import Delta, Event, KeptMap, Summary, TokenLogprob, Usage
+from mm.data.outputs import Delta, Event, KeptMap, Summary, TokenLogprob, Usage
 
 LEAST_LOGPROB = -9999.0
 """What OpenAI sends for a probability of 0, whose logarithm JSON cannot hold."""

@@ -21,8 +21,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mm.core.data import Delta, Event, Request, Summary
-from mm.core.errors import CapacityError, DeadlineExceeded, InvalidRequest, MmError, UnknownModel
+from mm.data.outputs import Delta, Event, Summary
+from mm.data.request import Request
+from mm.errors import CapacityError, DeadlineExceeded, InvalidRequest, MmError, UnknownModel
 from serve.api.body import read_json, with_media
 from serve.api.errors import Failure, failure_of
 from serve.api.guard import Guard

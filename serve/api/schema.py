@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from mm.core.config import MediaLimits
-from mm.core.data import FrameSampling, MediaSource, Request, Sampling, SpeculationOptions, VisionOptions
-from mm.core.errors import InvalidRequest, UnknownModel, nearest
-from mm.core.messages import parse_messages
-from mm.core.sampling import MAX_TOP_LOGPROBS
+from mm.config import MediaLimits
+from mm.data.media import FrameSampling, MediaSource
+from mm.data.messages import parse_messages
+from mm.data.request import Request, SpeculationOptions, VisionOptions
+from mm.data.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+from mm.errors import InvalidRequest, UnknownModel, nearest
 from serve.config import ServeConfig
 
 INT64 = 2**63
@@ -90,7 +91,7 @@ Form = Annotated[
         }
     ),
 ]
-"""What is in it is checked by `Sampling`, for Python callers too."""
+"""What is in it is checked by `SamplingParams`, for Python callers too."""
 
 
 class StreamOptions(BaseModel):
@@ -351,12 +352,12 @@ SAME_NAME = (
     "top_logprobs",
     "response_format",
 )
-"""Fields of the body that `Sampling` calls the same."""
+"""Fields of the body that `SamplingParams` calls the same."""
 
 
-def _sampling(chat: ChatBody) -> Sampling:
+def _sampling(chat: ChatBody) -> SamplingParams:
     given = {name: value for name in SAME_NAME if (value := getattr(chat, name)) is not None}
-    return Sampling(max_new_tokens=chat.max_completion_tokens or chat.max_tokens, **given)
+    return SamplingParams(max_new_tokens=chat.max_completion_tokens or chat.max_tokens, **given)
 
 
 def _vision(vision: Vision, limits: MediaLimits) -> VisionOptions:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from dataclasses import dataclass, field
 from typing import Any
 
-from mm.core.data import Delta, Event, Summary
+from mm.data.outputs import Delta, Event, Summary
 from serve.api.errors import Failure
 from serve.api.render import Head, accepted_fields, chunk, speculation_fields, to_json, usage_fields, vision_fields
 from serve.api.schema import ChatCall

@@ -14,7 +14,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 
-from mm.core.errors import MmError
+from mm.errors import MmError
 from serve.config import ServeConfig
 from serve.deployments.decoder import Decoder
 from serve.deployments.encoder import Encoder

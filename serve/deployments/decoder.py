@@ -7,7 +7,8 @@ from typing import Any
 
 from ray import serve as ray_serve
 
-from mm.core.data import Event, Request
+from mm.data.outputs import Event
+from mm.data.request import Request
 from serve.config import ServeConfig
 from serve.deployments.router import routing_stats
 from serve.deployments.transport import receive

@@ -7,7 +7,7 @@ from dataclasses import replace
 import ray
 from ray import serve as ray_serve
 
-from mm.core.data import Request
+from mm.data.request import Request
 from serve.config import ServeConfig
 from serve.deployments.transport import num_bytes, pack
 from serve.runtime import INLINE_BYTES, Features

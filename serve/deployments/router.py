@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
-from mm.engine.report import EngineStats
+from mm.engine.stats import EngineStats
 
 FULL = 0.95
 STATS_PERIOD_S = 1.0

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, ReferenceCountingAssertionError
 
-from mm.core.data import Encoded
+from mm.data.tokens import Encoded
 from serve.runtime import Features, FeaturesLost
 
 PLANES = ("embeddings", "positions", "sizes", "protected")

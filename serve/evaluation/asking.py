@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mm.core.data import Kind
+from mm.data.media import Kind
 
 
 @dataclass(frozen=True, kw_only=True)

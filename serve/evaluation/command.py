@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mm.core.config import ModelConfig
-from mm.core.plugins import build_reducer
+from mm.config import ModelConfig
+from mm.plugins.spec import build_reducer
 from serve.evaluation.asking import Answerer
 from serve.evaluation.items import EvaluationError, choose, read_test_set
 from serve.evaluation.report import progress, tables

@@ -31,8 +31,8 @@ from typing import Any, get_args
 import pyarrow
 import pyarrow.parquet
 
-from mm.core.data import Kind
-from mm.core.errors import MmError, nearest
+from mm.data.media import Kind
+from mm.errors import MmError, nearest
 from serve.evaluation.scoring import Scoring
 
 REQUIRED = ("id", "task", "media", "media_type", "question", "answer")

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from typing import Any
 
 import mm
-from mm.core.config import ModelConfig
-from mm.core.errors import RequestError
+from mm.config import ModelConfig
+from mm.errors import RequestError
 from serve.evaluation.asking import Ask, Reply
 from serve.evaluation.items import EvaluationError
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mm.core.errors import MmError
+from mm.errors import MmError
 from serve.jobs.captioner import (
     Begun,
     Captioner,

@@ -10,34 +10,31 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
-from mm.api import build_encode_parts, build_engine, collect
-from mm.core.config import MediaLimits, SourcePolicy
-from mm.core.data import (
-    Encoded,
-    Event,
-    Kind,
-    MediaPart,
-    MediaSource,
-    Message,
-    Request,
-    Sampling,
-    TextPart,
-    Timings,
-)
-from mm.core.errors import MmError, RequestError
-from mm.core.plugins import build_reducer, canonical_spec
-from mm.engine.engine import Engine
-from mm.engine.generate import EncodeParts, encode, reducer_of
-from mm.engine.report import Feed
-from mm.engine.sequence import Job
+from mm.api import collect
+from mm.build import build_encode_parts, build_engine
+from mm.config import MediaLimits, SourcePolicy
+from mm.data.media import Kind, MediaSource
+from mm.data.outputs import Event, Timings
+from mm.data.request import MediaPart, Message, Request, TextPart
+from mm.data.sampling_params import SamplingParams
+from mm.data.tokens import Encoded
+from mm.encode.parts import EncodeParts
+from mm.encode.pipeline import encode
+from mm.engine.engine import LLMEngine
+from mm.engine.loop import OutputQueue
+from mm.engine.sequence import EngineRequest
+from mm.errors import MmError, RequestError
+from mm.generate import reducer_of
 from mm.media import MediaBudget, content_hash, fetch
+from mm.plugins.spec import build_reducer, canonical_spec
 from serve.jobs.discover import Item
 from serve.jobs.job import CaptionJob
 from serve.jobs.results import Version
@@ -66,9 +63,9 @@ class Captioner(Protocol):
         """Called once in the thread that will call `encode`."""
         ...
 
-    def encode(self, request: Request) -> Sequence[Encoded]: ...
+    def encode(self, request: Request) -> abc.Sequence[Encoded]: ...
 
-    def answer(self, request: Request, encoded: Sequence[Encoded]) -> Answering:
+    def answer(self, request: Request, encoded: abc.Sequence[Encoded]) -> Answering:
         """Take an item; it is answered by and by, as `step` is called."""
         ...
 
@@ -82,7 +79,7 @@ class LocalCaptioner:
     """A model in this process."""
 
     parts: EncodeParts
-    engine: Engine
+    engine: LLMEngine
     reducer: str
     num_threads: int | None
 
@@ -103,11 +100,11 @@ class LocalCaptioner:
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)  # torch keeps this per thread
 
-    def encode(self, request: Request) -> Sequence[Encoded]:
+    def encode(self, request: Request) -> abc.Sequence[Encoded]:
         return encode(request, self.parts)
 
-    def answer(self, request: Request, encoded: Sequence[Encoded]) -> Answering:
-        feed = Feed()
+    def answer(self, request: Request, encoded: abc.Sequence[Encoded]) -> Answering:
+        feed = OutputQueue()
         taken = self.engine.submit(request, encoded, feed, reducer_of(self.reducer), self.reducer)
         return _InEngine(self.engine, taken, feed)
 
@@ -117,9 +114,9 @@ class LocalCaptioner:
 
 @dataclass(frozen=True)
 class _InEngine:
-    engine: Engine
-    job: Job
-    feed: Feed
+    engine: LLMEngine
+    job: EngineRequest
+    feed: OutputQueue
 
     @property
     def is_done(self) -> bool:
@@ -168,7 +165,7 @@ class Loaded:
     version: Version
     content_hash: str | None = None
     request: Request | None = None
-    encoded: Sequence[Encoded] = ()
+    encoded: abc.Sequence[Encoded] = ()
     read_s: float = 0.0
     failure: Failure | None = None
 
@@ -212,7 +209,7 @@ def _request(kind: Kind, data: bytes, job: CaptionJob) -> Request:
         request_id=uuid.uuid4().hex,
         messages=(Message(role="user", parts=parts),),
         media=(MediaSource(kind=kind, source=data),),
-        sampling=Sampling(max_new_tokens=job.max_tokens, temperature=0.0),
+        sampling=SamplingParams(max_new_tokens=job.max_tokens, temperature=0.0),
     )
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm.core.config import ModelConfig
-from mm.core.data import Kind
-from mm.core.errors import MmError
-from mm.core.plugins import build_reducer, canonical_spec
+from mm.config import ModelConfig
+from mm.data.media import Kind
+from mm.errors import MmError
+from mm.plugins.spec import build_reducer, canonical_spec
 
 DEFAULT_PROMPTS: Mapping[Kind, str] = {"image": "Describe the image.", "video": "Describe the video."}
 

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mm.core.config import MediaLimits
-from mm.core.errors import MediaError
+from mm.config import MediaLimits
+from mm.errors import MediaError
 from serve.jobs.captioner import read_file
 from serve.jobs.discover import Item
 from serve.jobs.results import Journal, OutputFolder, Version

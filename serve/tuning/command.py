@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mm
-from mm.core.config import ModelConfig
-from mm.core.errors import InvalidOption
+from mm.config import ModelConfig
+from mm.errors import InvalidOption
 from mm.models.checkpoint import find, weights_hash
 from serve.evaluation.items import choose, read_test_set
 from serve.evaluation.report import progress

@@ -21,7 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-from mm.core.errors import InvalidOption
+from mm.errors import InvalidOption
 from serve.tuning.schedule import STEP, Schedule, Shape, written
 
 STEEPNESS = (2.0, 200.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mm
-from mm.core.errors import MmError
+from mm.errors import MmError
 from serve.evaluation.items import EvaluationError, Item
 from serve.evaluation.scoring import is_right
 

@@ -9,25 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm.core.data import Grid, VisualTokens
-from mm.core.errors import InvalidOption
-from mm.core.plugins import (
-    ATTENTION_RECEIVED,
-    CLS_ATTENTION,
-    TOWER_FEATURES,
-    TOWER_KEYS,
-    ReduceContext,
-    Reducer,
-    Stage,
-    build_reducer,
-    canonical_spec,
-    create,
-    flat_stages,
-    get,
-    names,
-    options_of,
-)
-from mm.core.reduce import reduce_tokens as reduce_by_context
+from mm.data.tokens import Grid, VisualTokens
+from mm.errors import InvalidOption
+from mm.plugins.apply import reduce_tokens as reduce_by_context
+from mm.plugins.capabilities import flat_stages
+from mm.plugins.features import ATTENTION_RECEIVED, CLS_ATTENTION, TOWER_FEATURES, TOWER_KEYS
+from mm.plugins.reducer import ReduceContext, Reducer, Stage
+from mm.plugins.registry import create, get, names, options_of
+from mm.plugins.spec import build_reducer, canonical_spec
 from pruning.base import BudgetReducer, budget
 
 PIPELINES = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mm.core.plugins import KINDS, describe, get, names
+from mm.plugins.registry import KINDS, describe, get, names
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {

@@ -26,8 +26,9 @@ from demos.bench.reducer_figures import (
     verdicts,
 )
 from demos.bench.reducers import Timed, done_before, probes
-from mm.core.data import VisualTokens
-from mm.core.plugins import ReduceContext, Stage, build_reducer
+from mm.data.tokens import VisualTokens
+from mm.plugins.reducer import ReduceContext, Stage
+from mm.plugins.spec import build_reducer
 from serve.evaluation.items import read_test_set
 
 ALL = sorted({*methods_for("image"), *methods_for("video")})

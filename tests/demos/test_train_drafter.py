@@ -7,8 +7,8 @@ import torch
 
 from demos.train import draft_data, train_drafter
 from demos.train.drafting import STATIC_TREE, accepted, accepted_length
-from mm.models.draft_head import read_draft_config
-from tests.checkpoints import random_llava
+from mm.engine.spec_decode.drafters.eagle.head import read_draft_config
+from tests.helpers.checkpoints import random_llava
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from demos.bench.tuning import ratio_for, report_tuning, rivals, split
-from mm.core.plugins import build_reducer
+from mm.plugins.spec import build_reducer
 from serve.evaluation.items import read_test_set
 from serve.tuning.schedule import Shape
 

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
-import encoders.towers.idefics3 as module
+import encoders.idefics3 as module
 import mm.models.checkpoint as checkpoint
-from encoders.towers.idefics3 import Idefics3Encoder
-from mm.core.data import Image, Video
-from mm.core.errors import CapacityError, IncompatiblePlugin, MediaError
-from mm.core.plugins import build_reducer, check_compatible
-from mm.core.reduce import reduce_tokens
-from tests.checkpoints import random_idefics3, random_llava
+from encoders.idefics3 import Idefics3Encoder
+from mm.data.media import Image, Video
+from mm.errors import CapacityError, IncompatiblePlugin, MediaError
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.capabilities import check_compatible
+from mm.plugins.spec import build_reducer
+from tests.helpers.checkpoints import random_idefics3, random_llava
 
 SIZES = [(56, 56), (30, 200), (200, 150), (90, 224)]
 

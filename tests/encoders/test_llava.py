@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import mm.models.checkpoint as checkpoint
-from encoders.towers.llava import MAX_BATCH, LlavaEncoder, join_frames
-from mm.core.data import Image, Video, VisualTokens
-from mm.core.errors import CapacityError, IncompatiblePlugin, InvalidOption, MediaError
-from mm.core.plugins import build_reducer, check_compatible
-from mm.core.reduce import reduce_tokens
-from tests.checkpoints import random_llava
+from encoders.llava import MAX_BATCH, LlavaEncoder, join_frames
+from mm.data.media import Image, Video
+from mm.data.tokens import VisualTokens
+from mm.errors import CapacityError, IncompatiblePlugin, InvalidOption, MediaError
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.capabilities import check_compatible
+from mm.plugins.spec import build_reducer
+from tests.helpers.checkpoints import random_llava
 
 CLS = frozenset({"cls_attention"})
 

@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import encoders.towers.qwen2_vl as module
+import encoders.qwen2_vl as module
 import mm.models.checkpoint as checkpoint
-from encoders.towers.qwen2_vl import Qwen2VLEncoder, window_order
-from mm.core.data import Image, Video
-from mm.core.errors import CapacityError, IncompatiblePlugin, MediaError
-from mm.core.plugins import build_reducer, check_compatible
-from mm.core.reduce import reduce_tokens
-from tests.checkpoints import random_llava, random_qwen2_5_vl
+from encoders.qwen2_vl import Qwen2VLEncoder, window_order
+from mm.data.media import Image, Video
+from mm.errors import CapacityError, IncompatiblePlugin, MediaError
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.capabilities import check_compatible
+from mm.plugins.spec import build_reducer
+from tests.helpers.checkpoints import random_llava, random_qwen2_5_vl
 
 SIZES = [(56, 84), (91, 40), (30, 300), (200, 200), (57, 55), (56, 84)]
 

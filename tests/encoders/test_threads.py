@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from encoders.towers.llava import CLS_ATTENTION, LlavaEncoder
-from mm.core.data import Image
-from tests.checkpoints import random_llava
+from encoders.llava import CLS_ATTENTION, LlavaEncoder
+from mm.data.media import Image
+from tests.helpers.checkpoints import random_llava
 
 
 def test_concurrent_calls_give_what_single_calls_give(tmp_path):

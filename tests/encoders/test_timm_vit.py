@@ -9,11 +9,13 @@ import PIL.Image
 import pytest
 import torch
 
-from encoders.towers.timm_vit import TimmEncoder
-from mm.core.data import Image, Video
-from mm.core.errors import IncompatiblePlugin, InvalidOption, PluginError
-from mm.core.plugins import build_reducer, check_compatible, create
-from mm.core.reduce import reduce_tokens
+from encoders.timm_vit import TimmEncoder
+from mm.data.media import Image, Video
+from mm.errors import IncompatiblePlugin, InvalidOption, PluginError
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.capabilities import check_compatible
+from mm.plugins.registry import create
+from mm.plugins.spec import build_reducer
 
 timm = pytest.importorskip("timm")
 SIZE = 64

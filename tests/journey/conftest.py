@@ -16,13 +16,15 @@ import httpx
 import PIL.Image
 import pytest
 
-from mm.core.data import Delta, Encoded, Event, KeptMap, Request, Summary, Timings, Usage
-from mm.core.errors import InvalidOption, UnknownPlugin
+from mm.data.outputs import Delta, Event, KeptMap, Summary, Timings, Usage
+from mm.data.request import Request
+from mm.data.tokens import Encoded
+from mm.errors import InvalidOption, UnknownPlugin
 from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.runtime import Features, LocalRuntime
 from serve.stages import DecoderStage, EncoderStage
-from tests.scripted import ScriptedEngine
+from tests.helpers.scripted import ScriptedEngine
 
 
 @dataclass

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.checkpoints import random_llava
-from tests.clips import clip_bytes
-from tests.damage import mutated, pictures
+from tests.helpers.checkpoints import random_llava
+from tests.helpers.clips import clip_bytes
+from tests.helpers.damage import mutated, pictures
 
 NUM_IMAGES, NUM_CLIPS, CONTROL_EVERY = 500, 200, 50
 LEAK = re.compile(r"0x[0-9a-f]{6,}|Traceback|site-packages|\.py\b")
@@ -33,7 +33,7 @@ def server(tmp_path_factory) -> Iterator[tuple[subprocess.Popen, httpx.Client]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "serve.app", "serve", str(folder), "--in-process", "--port", str(port)]
+    command = [sys.executable, "-m", "serve.cli.app", "serve", str(folder), "--in-process", "--port", str(port)]
     log = (tmp_path_factory.mktemp("log") / "server.log").open("w")
     process = subprocess.Popen(
         [*command, "--frames", "2", "--threads", "1", "--served-model-name", "random"], stdout=log, stderr=log

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from mm.core.config import ModelConfig
+from mm.config import ModelConfig
 from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.runtime import LocalRuntime

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mm.core.config import MediaLimits, ModelConfig
-from mm.core.errors import CapacityError, ContextTooLong, MediaError, ReducerFault
+from mm.config import MediaLimits, ModelConfig
+from mm.errors import CapacityError, ContextTooLong, MediaError, ReducerFault
 from serve.runtime import Unavailable
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mm.core.config import ModelConfig, ReducerPolicy
+from mm.config import ModelConfig, ReducerPolicy
 from pruning.in_llm.fastv import FastV
 from serve.api.routes import create_app
 from serve.config import ServeConfig

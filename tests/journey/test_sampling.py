@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 import mm
-from mm.core.errors import InvalidRequest
+from mm.errors import InvalidRequest
 from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.stages import build_local_runtime

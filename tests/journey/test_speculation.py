@@ -13,7 +13,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from mm.core.config import ModelConfig, SpeculationLimits
+from mm.config import ModelConfig, SpeculationLimits
 from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.stages import build_local_runtime

@@ -20,15 +20,18 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mm
-from mm.core.data import Request
-from mm.core.errors import IncompatiblePlugin
-from mm.core.plugins import build_reducer, check_compatible, get, names, options_of
-from mm.engine.engine import Engine
-from mm.engine.generate import encode, reducer_of
-from mm.engine.sequence import Job
+from mm.data.request import Request
+from mm.encode.pipeline import encode
+from mm.engine.engine import LLMEngine
+from mm.engine.sequence import EngineRequest
+from mm.errors import IncompatiblePlugin
+from mm.generate import reducer_of
 from mm.models.checkpoint import find
-from tests.checkpoints import random_llava, random_qwen2_5_vl
-from tests.engines import KeepEverySecond, Question, Recorder, answer_alone, assert_idle, build
+from mm.plugins.capabilities import check_compatible
+from mm.plugins.registry import get, names, options_of
+from mm.plugins.spec import build_reducer
+from tests.helpers.checkpoints import random_llava, random_qwen2_5_vl
+from tests.helpers.engines import KeepEverySecond, Question, Recorder, answer_alone, assert_idle, build
 
 MODELS = {
     "tiny": lambda folder: find("tiny"),
@@ -117,10 +120,10 @@ def question(rng: random.Random, model: mm.Model) -> Question:
 class Traffic:
     """Questions on their way into an engine, and out of it."""
 
-    engine: Engine
+    engine: LLMEngine
     rng: random.Random
     left: list[int]
-    jobs: dict[int, Job] = field(default_factory=dict)
+    jobs: dict[int, EngineRequest] = field(default_factory=dict)
     sinks: dict[int, Recorder] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
     seen: Counter[str] = field(default_factory=Counter)

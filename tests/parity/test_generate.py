@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mm
-from mm.core.data import Image
-from mm.engine.generate import encode
+from mm.data.media import Image
+from mm.encode.pipeline import encode
 from mm.models.checkpoint import find
-from tests.checkpoints import random_llava
-from tests.passes import logits_along
+from tests.helpers.checkpoints import random_llava
+from tests.helpers.passes import logits_along
 
 NEW_TOKENS = 24
 

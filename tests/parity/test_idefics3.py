@@ -20,10 +20,10 @@ from transformers import (
 )
 
 import mm
-from mm.core.data import Prompt
-from mm.engine.generate import encode
-from tests.checkpoints import IDEFICS_TEMPLATE, random_idefics3
-from tests.passes import logits_along
+from mm.data.tokens import Prompt
+from mm.encode.pipeline import encode
+from tests.helpers.checkpoints import IDEFICS_TEMPLATE, random_idefics3
+from tests.helpers.passes import logits_along
 
 NEW_TOKENS = 16
 TEXT = "What colour is the circle, and where?"

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import mm
-from mm.core.plugins import build_reducer
-from mm.core.sampling import Sampling
-from mm.engine.generate import encode
+from mm.data.sampling_params import SamplingParams
+from mm.encode.pipeline import encode
 from mm.models.checkpoint import find
-from tests.checkpoints import random_llava, random_qwen2_5_vl
-from tests.masked import Masked, Seen
+from mm.plugins.spec import build_reducer
+from tests.helpers.checkpoints import random_llava, random_qwen2_5_vl
+from tests.helpers.masked import Masked, Seen
 from tests.parity.test_generate import picture, png
 
 NUM_LAYERS = 4
@@ -80,7 +80,7 @@ def encode_for(ours, reducer: str, sizes):
 def compare(ours, theirs, reducer, rules_of, sizes, later=lambda masks: masks):
     """The largest difference of log probabilities, and what each side kept of the items."""
     request = request_of(reducer, sizes)
-    sampling = Sampling(max_new_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=True, top_logprobs=10)
+    sampling = SamplingParams(max_new_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=True, top_logprobs=10)
     asked = replace(request, sampling=sampling, vision=replace(request.vision, return_map=True))
     answer = mm.api.collect(ours.run(asked))
     encoded = encode(request, ours.encode_parts)

@@ -17,12 +17,13 @@ import mm
 from demos.train.data.clips import draw_clip, sample_clip
 from demos.train.data.scenes import draw_scene, sample_scene
 from mm.api import build_request, collect
-from mm.core import plugins
-from mm.core.config import SpeculationLimits
-from mm.core.data import Request, SpeculationOptions, Video
-from mm.core.errors import MmError
+from mm.config import SpeculationLimits
+from mm.data.media import Video
+from mm.data.request import Request, SpeculationOptions
+from mm.errors import MmError
 from mm.models.checkpoint import find
-from tests.speculating import learn_truths
+from mm.plugins import registry as plugins
+from tests.helpers.speculating import learn_truths
 
 NUM_QUESTIONS = 520
 """Each is asked twice: greedily, and sampled."""

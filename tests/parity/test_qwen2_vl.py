@@ -15,12 +15,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 import mm
-from mm.core.data import Prompt, Request
-from mm.engine.generate import encode
+from mm.data.request import Request
+from mm.data.tokens import Prompt
+from mm.encode.pipeline import encode
 from mm.media import MediaBudget, video_from_array
 from pruning.base import budget
-from tests.checkpoints import random_qwen2_5_vl
-from tests.passes import logits_along
+from tests.helpers.checkpoints import random_qwen2_5_vl
+from tests.helpers.passes import logits_along
 
 NEW_TOKENS = 16
 TEXT = "What colour is the circle, and where?"

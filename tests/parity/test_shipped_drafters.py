@@ -11,9 +11,9 @@ import pytest
 import mm
 from demos.train.data.scenes import draw_scene, sample_scene
 from demos.train.data.things import HELD_OUT
-from mm.core.config import SpeculationLimits
-from mm.core.plugins import get, names
+from mm.config import SpeculationLimits
 from mm.models.checkpoint import find
+from mm.plugins.registry import get, names
 
 SHIPPED = sorted(path.name for path in (find("tiny") / "drafters").iterdir() if path.is_dir())
 PICTURES = [draw_scene(sample_scene(HELD_OUT + seed)) for seed in range(4)]

@@ -15,13 +15,14 @@ from transformers import AutoModelForImageTextToText
 
 import mm
 from mm.api import build_request
-from mm.core import plugins
-from mm.core.config import SpeculationLimits
-from mm.core.data import Delta, Request, SpeculationOptions, Summary
-from mm.core.errors import InvalidRequest, MmError
-from tests.checkpoints import random_llava, random_qwen2_5_vl
-from tests.drafters import TRUTH
-from tests.speculating import learn_truths, let_control_waver
+from mm.config import SpeculationLimits
+from mm.data.outputs import Delta, Summary
+from mm.data.request import Request, SpeculationOptions
+from mm.errors import InvalidRequest, MmError
+from mm.plugins import registry as plugins
+from tests.helpers.checkpoints import random_llava, random_qwen2_5_vl
+from tests.helpers.drafters import TRUTH
+from tests.helpers.speculating import learn_truths, let_control_waver
 
 STAGES = ("pre_llm", "in_prefill", "in_decode")
 REDUCERS = [

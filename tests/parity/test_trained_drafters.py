@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import mm
-from mm.core.config import SpeculationLimits
-from mm.models.draft_head import DraftConfig, DraftHead, fingerprint
-from mm.models.seeing import WAYS
-from tests.checkpoints import random_llava
-from tests.speculating import let_control_waver
+from mm.config import SpeculationLimits
+from mm.engine.spec_decode.drafters.eagle.head import DraftConfig, DraftHead, fingerprint
+from mm.engine.spec_decode.drafters.eagle.vision_adapters import WAYS
+from tests.helpers.checkpoints import random_llava
+from tests.helpers.speculating import let_control_waver
 
 QUESTIONS = ("Describe the picture.", "red blue red blue", "What is left of it?", "1 2 3 1 2 3")
 REDUCERS = ("none", "uniform:keep_ratio=0.5", "fastv:keep_ratio=0.5", "pyramiddrop")

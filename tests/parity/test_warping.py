@@ -17,13 +17,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mm.engine.sampling import Rule, Sampler
+from mm.engine.sampling.sampler import ResolvedSamplingParams, Sampler
 
 PROMPT = [1, 5, 9, 9, 20]
 ANSWER = [3, 5, 7]
 
 
-def reference(rule: Rule, logits: torch.Tensor) -> torch.Tensor:
+def reference(rule: ResolvedSamplingParams, logits: torch.Tensor) -> torch.Tensor:
     """(vocab,) log-probabilities as `generate` would have them, in its own order."""
     steps = LogitsProcessorList()
     if rule.logit_bias:
@@ -44,22 +44,22 @@ def reference(rule: Rule, logits: torch.Tensor) -> torch.Tensor:
 
 
 ONE_BY_ONE = {
-    "temperature": Rule(temperature=0.7),
-    "top_k": Rule(temperature=1.0, top_k=7),
-    "top_k beyond what is sorted first": Rule(temperature=1.0, top_k=300),
-    "top_k beyond the vocabulary": Rule(temperature=1.0, top_k=10_000),
-    "narrow top_p": Rule(temperature=1.0, top_p=0.3),
-    "wide top_p": Rule(temperature=1.9, top_p=0.98),
-    "min_p": Rule(temperature=1.0, min_p=0.05),
-    "repetition": Rule(temperature=1.0, repetition_penalty=1.3),
-    "repetition encouraged": Rule(temperature=1.0, repetition_penalty=0.8),
-    "bias": Rule(temperature=1.0, logit_bias=((2, 5.0), (5, -3.0))),
-    "min_tokens": Rule(temperature=1.0, min_tokens=9, ending_token_ids=frozenset({2, 4})),
-    "min_tokens reached": Rule(temperature=1.0, min_tokens=3, ending_token_ids=frozenset({2, 4})),
+    "temperature": ResolvedSamplingParams(temperature=0.7),
+    "top_k": ResolvedSamplingParams(temperature=1.0, top_k=7),
+    "top_k beyond what is sorted first": ResolvedSamplingParams(temperature=1.0, top_k=300),
+    "top_k beyond the vocabulary": ResolvedSamplingParams(temperature=1.0, top_k=10_000),
+    "narrow top_p": ResolvedSamplingParams(temperature=1.0, top_p=0.3),
+    "wide top_p": ResolvedSamplingParams(temperature=1.9, top_p=0.98),
+    "min_p": ResolvedSamplingParams(temperature=1.0, min_p=0.05),
+    "repetition": ResolvedSamplingParams(temperature=1.0, repetition_penalty=1.3),
+    "repetition encouraged": ResolvedSamplingParams(temperature=1.0, repetition_penalty=0.8),
+    "bias": ResolvedSamplingParams(temperature=1.0, logit_bias=((2, 5.0), (5, -3.0))),
+    "min_tokens": ResolvedSamplingParams(temperature=1.0, min_tokens=9, ending_token_ids=frozenset({2, 4})),
+    "min_tokens reached": ResolvedSamplingParams(temperature=1.0, min_tokens=3, ending_token_ids=frozenset({2, 4})),
 }
 
 
-def assert_same_law(rule: Rule, logits: torch.Tensor) -> None:
+def assert_same_law(rule: ResolvedSamplingParams, logits: torch.Tensor) -> None:
     sampler = Sampler(rule, prompt_token_ids=PROMPT)
     for token_id in ANSWER:
         sampler.observe(token_id)
@@ -79,7 +79,7 @@ def test_each_step(rule, vocab):
 @pytest.mark.parametrize("seed", range(40))
 def test_all_steps_together(seed):
     rng = random.Random(seed)
-    rule = Rule(
+    rule = ResolvedSamplingParams(
         temperature=rng.uniform(0.2, 2),
         top_k=rng.choice([0, 5, 50, 500]),
         top_p=rng.choice([1.0, 0.4, 0.9, 0.99]),

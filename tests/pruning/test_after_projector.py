@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mm.core.data import VisualTokens
-from mm.core.errors import InvalidOption
-from mm.core.plugins import ATTENTION_RECEIVED, TOWER_FEATURES, TOWER_KEYS, build_reducer, create
-from mm.core.reduce import reduce_tokens
+from mm.data.tokens import VisualTokens
+from mm.errors import InvalidOption
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.features import ATTENTION_RECEIVED, TOWER_FEATURES, TOWER_KEYS
+from mm.plugins.registry import create
+from mm.plugins.spec import build_reducer
 from pruning.base import top_k_ascending
 from pruning.pre_llm import cdpruner, scope
 from pruning.pre_llm.visionzip import contextual

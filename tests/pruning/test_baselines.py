@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from mm.core.data import VisualTokens
-from mm.core.errors import InvalidOption
-from mm.core.plugins import create
-from mm.core.reduce import reduce_tokens
+from mm.data.tokens import VisualTokens
+from mm.errors import InvalidOption
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.registry import create
 from pruning.pre_llm.random import index_hash
 
 MASK = (1 << 64) - 1

@@ -10,12 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mm.core.data import VisualTokens
-from mm.core.errors import InvalidOption
-from mm.core.plugins import ATTENTION_RECEIVED, build_reducer, create
-from mm.core.reduce import reduce_tokens
+from mm.data.tokens import VisualTokens
+from mm.errors import InvalidOption
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.features import ATTENTION_RECEIVED
+from mm.plugins.registry import create
+from mm.plugins.spec import build_reducer
 from pruning.base import unit_rows
-from pruning.clusters import distances_between, dpc_knn
+from pruning.helpers.clusters import distances_between, dpc_knn
 from pruning.temporal import flashvid
 from pruning.temporal.evs import changes
 from pruning.temporal.holitom import segments

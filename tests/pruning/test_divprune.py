@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import pruning.pre_llm.divprune as divprune
-from mm.core.data import VisualTokens
-from mm.core.plugins import create
-from mm.core.reduce import reduce_tokens
+from mm.data.tokens import VisualTokens
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.registry import create
 from pruning.pre_llm.divprune import pick_order
 
 D1 = [[4, 1, 0], [3, 2, 0], [0, 1, 3], [1, 4, 1], [0, 0, 5], [2, 2, 1], [5, 0, 1], [1, 0, 4]]

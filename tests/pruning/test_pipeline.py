@@ -8,10 +8,12 @@ from typing import ClassVar
 import pytest
 import torch
 
-from mm.core.data import VisualTokens
-from mm.core.errors import InvalidOption, ReducerFault
-from mm.core.plugins import ReduceContext, Reduction, Stage, build_reducer, canonical_spec, create
-from mm.core.reduce import reduce_tokens
+from mm.data.tokens import VisualTokens
+from mm.errors import InvalidOption, ReducerFault
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.reducer import ReduceContext, Reduction, Stage
+from mm.plugins.registry import create
+from mm.plugins.spec import build_reducer, canonical_spec
 from pruning.base import Pipeline, ScoreReducer
 from pruning.in_llm.fastv import FastV
 from pruning.pre_llm.divprune import DivPrune

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from mm.core.data import VisualTokens
-from mm.core.errors import ReducerFault
-from mm.core.plugins import Reduction
-from mm.core.reduce import apply, reduce_tokens
+from mm.data.tokens import VisualTokens
+from mm.errors import ReducerFault
+from mm.plugins.apply import apply, reduce_tokens
+from mm.plugins.reducer import Reduction
 from pruning.pre_llm.uniform import Uniform
 
 

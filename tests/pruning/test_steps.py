@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm.core.data import VisualTokens
-from mm.core.plugins import Reduction
-from mm.core.reduce import reduce_tokens
+from mm.data.tokens import VisualTokens
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.reducer import Reduction
 from pruning.base import merge_means
+from pruning.helpers.steps import Step, StepReducer, quota, runs
 from pruning.pre_llm.uniform import Uniform
-from pruning.steps import Step, StepReducer, quota, runs
 
 
 def test_q0_quota():

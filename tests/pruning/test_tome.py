@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from encoders.merging import _carried_out, run_blocks
-from mm.core.errors import InvalidOption, ReducerFault
-from mm.core.plugins import Matched, build_reducer, create
+from encoders.helpers.merging import _carried_out, run_blocks
+from mm.errors import InvalidOption, ReducerFault
+from mm.plugins.reducer import Matched
+from mm.plugins.registry import create
+from mm.plugins.spec import build_reducer
 from pruning.in_vit.tome import ToMe, match, schedule
 
 KEYS = torch.tensor([[5.0, 0], [4, 1], [0, 3], [1, 4], [3, -2], [5, 1], [1, 1], [-1, 2]]).unsqueeze(0)

@@ -10,11 +10,11 @@ import PIL.Image
 import pytest
 
 import mm
-from mm.core.config import ModelConfig, SourcePolicy
-from mm.core.data import KeptMap
-from mm.core.errors import InvalidOption, InvalidRequest, UnknownPlugin
-from serve.compare import DIM, DROPPED, FRAME_SIDE_PX, GAP_PX, Comparison, overlay, run_compare
-from tests.clips import clip_bytes
+from mm.config import ModelConfig, SourcePolicy
+from mm.data.outputs import KeptMap
+from mm.errors import InvalidOption, InvalidRequest, UnknownPlugin
+from serve.compare.command import DIM, DROPPED, FRAME_SIDE_PX, GAP_PX, Comparison, overlay, run_compare
+from tests.helpers.clips import clip_bytes
 
 CONFIG = ModelConfig(
     dtype="float32",
@@ -53,9 +53,9 @@ def test_a_picture_with_two_reducers(picture: Path, tmp_path: Path, capsys: pyte
     answer = mm.load(dtype="float32").generate(PROMPT, images=[picture], max_new_tokens=3, temperature=0)
     assert none["answer"] == answer.text.strip()
     # 192 fewer rows in each of 4 layers; 128 fewer in 2 of them; blocks of 16 rows.
-    row_bytes = 2 * 2 * 64 * 4
-    assert none["kv_bytes"] - uniform["kv_bytes"] == 4 * 192 * row_bytes
-    assert none["kv_bytes"] - fastv["kv_bytes"] == 2 * 128 * row_bytes
+    token_bytes = 2 * 2 * 64 * 4
+    assert none["kv_bytes"] - uniform["kv_bytes"] == 4 * 192 * token_bytes
+    assert none["kv_bytes"] - fastv["kv_bytes"] == 2 * 128 * token_bytes
     assert all(row["stages_s"]["prefill"] > 0 for row in rows.values())
     for row in rows.values():
         assert row["overlay"] is not None
@@ -97,7 +97,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(
 ) -> None:
     (tmp_path / "notes.txt").write_text("text")
     (tmp_path / "picture.png").write_bytes(b"not looked at")
-    monkeypatch.setattr("serve.compare.Model", None)
+    monkeypatch.setattr("serve.compare.command.Model", None)
     with pytest.raises(error, match=message):
         run_compare(Comparison(path=tmp_path / name, prompt=PROMPT, reducers=(reducer,), out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

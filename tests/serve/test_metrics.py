@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from mm.core.data import Request, Sampling, Summary, Timings, Usage
-from mm.engine.report import STEP_ROWS, Histogram
+from mm.data.outputs import Summary, Timings, Usage
+from mm.data.request import Request
+from mm.data.sampling_params import SamplingParams
+from mm.engine.stats import STEP_ROWS, Histogram
 from serve.api.metrics import Metrics
 from serve.runtime import Features, Load
-from tests.scripted import stats_of
+from tests.helpers.scripted import stats_of
 
 NAMES = (
     "vllm:num_requests_running",
@@ -41,7 +43,7 @@ NAMES = (
 def test_a_finished_request_shows_under_every_name() -> None:
     metrics = Metrics("tiny")
     metrics.in_flight.labels("tiny").inc()
-    metrics.requested(Request(request_id="x", messages=(), sampling=Sampling(n=2, max_new_tokens=9)))
+    metrics.requested(Request(request_id="x", messages=(), sampling=SamplingParams(n=2, max_new_tokens=9)))
     metrics.encoded(Features(encoded=None, reducer="none", num_items=3, num_cache_hits=1))
     usage = Usage(num_prompt_tokens=40, num_completion_tokens=11, num_image_tokens_in=100, num_image_tokens_kept=25)
     timings = Timings(load_s=0.1, encode_s=0.2, prefill_s=0.3, decode_s=1.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mm.core.errors import InvalidOption
+from mm.errors import InvalidOption
 from serve.config import ServeConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm.core.errors import InvalidRequest, RequestError
+from mm.errors import InvalidRequest, RequestError
 from serve.api.render import to_json
 from serve.api.schema import IGNORED, NEUTRAL, ChatBody, parse_chat, parse_json
 from serve.config import ServeConfig

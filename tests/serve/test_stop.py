@@ -36,7 +36,7 @@ def test_a_terminated_server_exits_cleanly_and_takes_its_ray_along():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "serve.app", "serve", "--port", port, "--ray-cpus", "4", "--threads", "1"]
+    command = [sys.executable, "-m", "serve.cli.app", "serve", "--port", port, "--ray-cpus", "4", "--threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         assert process.stdout is not None

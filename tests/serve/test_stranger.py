@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from mm.core.plugins import Count, Reduction, Stage
+from mm.plugins.registry import Count, Reduction, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ py-modules = ["stranger_reducers"]
 USE = """
 import json, sys
 import mm
-from mm.core.plugins import describe
+from mm.plugins.registry import describe
 
 (row,) = [row for row in describe("reducer") if row["name"] == "everynth"]
 model = mm.load("tiny", dtype="float32", num_threads=1)

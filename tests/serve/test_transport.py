@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from mm.core.data import Encoded, EncodeTimings, VisualTokens
+from mm.data.tokens import Encoded, EncodeTimings, VisualTokens
 
 transport = pytest.importorskip("serve.deployments.transport")
 

@@ -7,11 +7,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from mm.core.errors import InvalidOption
-from mm.core.plugins import build_reducer
-from serve.app import app
+from mm.errors import InvalidOption
+from mm.plugins.spec import build_reducer
+from serve.cli.app import app
+from serve.cli.options import read_reducer
 from serve.evaluation.items import EvaluationError
-from serve.options import read_reducer
 from serve.tuning import command
 from serve.tuning.greedy import RATIOS, greedy, most_trials
 from serve.tuning.schedule import Shape, spec_of

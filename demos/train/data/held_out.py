@@ -181,7 +181,7 @@ def with_media(items: list[Item]) -> list[Item]:
 def check(items: list[Item], model_name: str, every: int = 8) -> None:
     """Ask some questions about the stored and about the raw pixels, and print how often answers and outcomes differ."""
     import mm
-    from mm.core.data import Video
+    from mm.data.media import Video
     from serve.evaluation.scoring import is_right
 
     model, outcomes, differ = mm.load(model_name), Counter(), Counter()

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import mm
-from mm.core.data import Delta, Event, Summary
-from mm.core.errors import CapacityError, DeadlineExceeded, EngineError, InvalidRequest, ReducerFault
-from mm.core.plugins import Stage
-from mm.engine.engine import Engine
-from mm.engine.generate import encode, reducer_of
-from mm.engine.report import Feed
-from tests.checkpoints import random_llava
-from tests.engines import KeepEverySecond, Question, Recorder, answer_alone, assert_idle, build, run_until
+from mm.data.outputs import Delta, Event, Summary
+from mm.encode.pipeline import encode
+from mm.engine.engine import LLMEngine
+from mm.engine.loop import OutputQueue
+from mm.errors import CapacityError, DeadlineExceeded, EngineError, InvalidRequest, ReducerFault
+from mm.generate import reducer_of
+from mm.plugins.reducer import Stage
+from tests.helpers.checkpoints import random_llava
+from tests.helpers.engines import KeepEverySecond, Question, Recorder, answer_alone, assert_idle, build, run_until
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def engine(model):
     return build(model.engine.family, max_num_seqs=6, max_batch_tokens=32)
 
 
-def put_all(engine: Engine, questions: list[Question]) -> list[Recorder]:
+def put_all(engine: LLMEngine, questions: list[Question]) -> list[Recorder]:
     return [question.put_to(engine)[1] for question in questions]
 
 
@@ -57,7 +58,7 @@ def alone(model, questions: list[Question]) -> list[dict[int, list[int]]]:
     return [answer_alone(single, question) for question in questions]
 
 
-def check_neighbours(model, engine: Engine, questions: list[Question], sinks: list[Recorder]) -> None:
+def check_neighbours(model, engine: LLMEngine, questions: list[Question], sinks: list[Recorder]) -> None:
     """They get what they get alone, and the engine holds nothing at the end."""
     run_until(engine, lambda: not engine.has_work)
     assert [sink.error for sink in sinks] == [None] * len(sinks)
@@ -330,7 +331,7 @@ def test_threads_that_wait_for_answers_run_the_engine_together(model, engine, as
     given: dict[int, list[int]] = {}
 
     def answer(number: int) -> None:
-        feed, question = Feed(), questions[number]
+        feed, question = OutputQueue(), questions[number]
         job = engine.submit(question.request, question.encoded, feed, question.reducer, "none")
         events = list(engine.events(job, feed))
         given[number] = [token for event in events if isinstance(event, Delta) for token in event.token_ids]
@@ -345,7 +346,7 @@ def test_threads_that_wait_for_answers_run_the_engine_together(model, engine, as
 
 
 def test_closing_a_stream_of_events_cancels(engine, ask):
-    question, feed = ask(max_new_tokens=100), Feed()
+    question, feed = ask(max_new_tokens=100), OutputQueue()
     job = engine.submit(question.request, question.encoded, feed, question.reducer, "none")
     events = engine.events(job, feed)
     next(events)

@@ -10,11 +10,12 @@ import pytest
 
 import mm
 from mm.api import build_request
-from mm.core.data import Delta, Summary
-from mm.core.errors import ContextTooLong, IncompatiblePlugin, InvalidOption, InvalidRequest, MediaError, UnknownPlugin
-from mm.core.plugins import Stage, check_compatible
+from mm.data.outputs import Delta, Summary
+from mm.errors import ContextTooLong, IncompatiblePlugin, InvalidOption, InvalidRequest, MediaError, UnknownPlugin
 from mm.models.checkpoint import BadCheckpoint
-from tests.checkpoints import random_llava
+from mm.plugins.capabilities import check_compatible
+from mm.plugins.reducer import Stage
+from tests.helpers.checkpoints import random_llava
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,20 @@ import pytest
 import torch
 
 import mm
-from mm.core import plugins
-from mm.core.config import ReducerPolicy
-from mm.core.data import VisualTokens
-from mm.core.errors import ContextTooLong, InvalidRequest, ReducerFault, ReducerNotAllowed
-from mm.core.reduce import reduce_tokens
-from mm.engine.admission import with_positions
-from mm.engine.generate import check_allowed, encode, resolve_reducer
+from mm.config import ReducerPolicy
+from mm.data.tokens import VisualTokens
+from mm.encode.pipeline import encode
+from mm.encode.policy import check_allowed, resolve_reducer
+from mm.engine.input_processor import with_positions
+from mm.errors import ContextTooLong, InvalidRequest, ReducerFault, ReducerNotAllowed
 from mm.models.family import splice
+from mm.plugins import registry as plugins
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.capabilities import positions_of
+from mm.plugins.spec import build_reducer
 from pruning.in_vit.tome import ToMe
-from tests.checkpoints import random_qwen2_5_vl
-from tests.faulty import ENTRY_POINTS, HOWS
+from tests.helpers.checkpoints import random_qwen2_5_vl
+from tests.helpers.faulty import ENTRY_POINTS, HOWS
 from tests.parity.test_generate import picture, png
 
 QUESTION = {"prompt": "What is it?", "images": [png(picture(0, (90, 70)))]}
@@ -29,7 +32,7 @@ OPTIONS = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True, "logprobs"
 
 @pytest.fixture(scope="module", autouse=True)
 def strangers():
-    """Registers the reducers of tests/faulty.py beside ours."""
+    """Registers the reducers of tests/helpers/faulty.py beside ours."""
     ours = importlib.metadata.entry_points
     points = [importlib.metadata.EntryPoint(name, value, "mm.reducers") for name, value in ENTRY_POINTS.items()]
     with pytest.MonkeyPatch.context() as patch:
@@ -115,7 +118,7 @@ def test_the_operator_s_limits():
 
 @pytest.mark.parametrize(("spec", "least"), [("none", "1"), ("pyramiddrop", "0.125"), ("mustdrop", "an unknown share")])
 def test_the_least_share_a_reducer_may_keep(spec, least):
-    reducer = plugins.build_reducer(spec)
+    reducer = build_reducer(spec)
     check_allowed(reducer, ReducerPolicy(allowed=(spec,)))
     if spec != "none":
         with pytest.raises(ReducerNotAllowed, match=f"keeps {least} of"):
@@ -127,7 +130,7 @@ def spliced(model, **options):
     encoded = encode(request, model.encode_parts)
     reducer = resolve_reducer(request.vision, model.encode_parts)
     prompt = model.engine.family.splice(request.messages, [item.tokens for item in encoded])
-    return with_positions(prompt, request.vision.positions or plugins.positions_of(reducer))
+    return with_positions(prompt, request.vision.positions or positions_of(reducer))
 
 
 def test_compact_positions_count_what_is_left():
@@ -170,7 +173,7 @@ def test_decode_goes_on_behind_the_unreduced_grid(tmp_path):
     family = mm.load(random_qwen2_5_vl(tmp_path), dtype="float32").engine.family
     embeddings = family.language.embed(torch.zeros(6, dtype=torch.int64))
     whole = VisualTokens.full(embeddings, (1, 2, 3), "image")
-    half = reduce_tokens(plugins.build_reducer("uniform:keep_ratio=0.5"), whole)
+    half = reduce_tokens(build_reducer("uniform:keep_ratio=0.5"), whole)
     image = family.config.image_token_id
     for tokens, length in ((whole, 11), (half, 8)):
         prompt = splice(

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from mm.core.data import Prompt, Request, Sampling
-from mm.engine.kv_cache import CacheShape, KVCache
-from mm.engine.prefix_cache import PrefixCache
-from mm.engine.scheduler import Limits, Plan, Scheduler
-from mm.engine.sequence import Answer, Job
-from tests.engines import Recorder
+from mm.data.request import Request
+from mm.data.sampling_params import SamplingParams
+from mm.data.tokens import Prompt
+from mm.engine.kv_cache.blocks import KVCache
+from mm.engine.kv_cache.prefix_cache import PrefixCache
+from mm.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from mm.engine.sequence import EngineRequest, Sequence
+from mm.models.kv_cache_spec import KVCacheSpec
+from tests.helpers.engines import Recorder
 
 LAYERS, SIZE = 3, 4
-SHAPE = CacheShape(
+SHAPE = KVCacheSpec(
     num_layers=LAYERS, num_heads=1, head_dim=2, dtype=torch.float32, device=torch.device("cpu"), block_size=SIZE
 )
 
@@ -37,17 +40,17 @@ class Line:
     max_num_seqs: int = 8
     max_batch_tokens: int = 16
     now: float = 0.0
-    lengths: dict[Answer, int] = field(default_factory=dict)
+    lengths: dict[Sequence, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        limits = Limits(max_num_seqs=self.max_num_seqs, max_batch_tokens=self.max_batch_tokens, max_wait_s=30)
+        limits = SchedulerConfig(max_num_seqs=self.max_num_seqs, max_batch_tokens=self.max_batch_tokens, max_wait_s=30)
         blocks = LAYERS * SHAPE.num_blocks(self.num_rows)
         self.cache = KVCache(SHAPE, num_blocks=blocks, num_slots=self.max_num_seqs)
         self.prefixes = PrefixCache(self.cache)
         self.scheduler = Scheduler(self.cache, self.prefixes, limits, clock=lambda: self.now)
         self._order = 0
 
-    def arrive(self, num_prompt: int, num_answer: int = 4, *, priority: int = 0, whole: bool = False) -> Answer:
+    def arrive(self, num_prompt: int, num_answer: int = 4, *, priority: int = 0, whole: bool = False) -> Sequence:
         """A request for `num_answer` tokens; `whole` as with reducers inside the decoder."""
         ids = torch.arange(num_prompt) + 1000 * self._order
         prompt = Prompt(
@@ -57,23 +60,27 @@ class Line:
             next_position=num_prompt,
             is_visual=torch.zeros(num_prompt, dtype=torch.bool),
         )
-        request = Request(request_id=str(self._order), messages=(), sampling=Sampling(max_new_tokens=num_answer))
-        job = Job(request=request, encoded=(), prompt=prompt, sink=Recorder(), priority=priority, arrived=self.now)
+        request = Request(request_id=str(self._order), messages=(), sampling=SamplingParams(max_new_tokens=num_answer))
+        job = EngineRequest(
+            request=request, encoded=(), prompt=prompt, sink=Recorder(), priority=priority, arrived=self.now
+        )
         job.hooks = {1: None} if whole else {}  # type: ignore[dict-item]
-        answer = Answer(job=job, sampler=None, output=Length(), order=self._order)  # type: ignore[arg-type]
+        answer = Sequence(job=job, sampler=None, output=Length(), order=self._order)  # type: ignore[arg-type]
         answer.prefix = job.names(SIZE)
         self._order += 1
         self.lengths[answer] = num_answer
         self.scheduler.add(answer)
         return answer
 
-    def step(self) -> Plan:
+    def step(self) -> SchedulerOutput:
         """Plan, take the room, count the rows, give each complete answer a token."""
         plan = self.scheduler.plan()
         if plan.decoding:
-            self.cache.grow_each(np.array([answer.slot for answer in plan.decoding]))
+            self.cache.append_slot_each(np.array([answer.slot for answer in plan.decoding]))
         for item in plan.chunks:
-            self.cache.grow(item.answer.slot, item.count)  # raises when the plan promised room that is not there
+            self.cache.append_slots(
+                item.answer.slot, item.count
+            )  # raises when the plan promised room that is not there
             item.answer.num_computed += item.count
         for answer in plan.decoding:
             answer.num_computed += 1
@@ -87,7 +94,7 @@ class Line:
         self.now += 0.1
         return plan
 
-    def leave(self, answer: Answer) -> None:
+    def leave(self, answer: Sequence) -> None:
         del self.lengths[answer]
         self.scheduler.remove(answer)
 
@@ -244,7 +251,7 @@ def test_low_priority_is_served_at_last_amid_a_stream_of_high():
 def test_a_fork_waits_in_line_when_there_is_no_slot():
     line = Line(max_num_seqs=1)
     one = line.arrive(6, 3)
-    sibling = Answer(job=one.job, sampler=None, output=Length(), order=1)  # type: ignore[arg-type]
+    sibling = Sequence(job=one.job, sampler=None, output=Length(), order=1)  # type: ignore[arg-type]
     line.lengths[sibling] = 2
     line.step()
     assert not line.scheduler.fork(one, sibling)
@@ -257,7 +264,7 @@ def test_a_fork_begins_from_the_same_rows():
     line = Line()
     one = line.arrive(6, 3)
     line.step()
-    sibling = Answer(job=one.job, sampler=None, output=Length(), order=1)  # type: ignore[arg-type]
+    sibling = Sequence(job=one.job, sampler=None, output=Length(), order=1)  # type: ignore[arg-type]
     sibling.output.token_ids.append(0)
     line.lengths[sibling] = 3
     used = line.cache.num_used_bytes

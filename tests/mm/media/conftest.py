@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from mm.core.config import MediaLimits
+from mm.config import MediaLimits
 from mm.media import MediaBudget
-from tests.clips import clip_bytes, shade
+from tests.helpers.clips import clip_bytes, shade
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mm.core.data import FrameSampling
-from mm.core.errors import MediaError
+from mm.data.media import FrameSampling
+from mm.errors import MediaError
 from mm.media import decode_image, decode_video
-from tests.damage import mutated, pictures
+from tests.helpers.damage import mutated, pictures
 
 LEAK = re.compile(r"0x[0-9a-f]{6,}|/|Traceback|Errno")
 

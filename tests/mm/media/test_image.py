@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stnp
 
-from mm.core.data import FrameSampling
-from mm.core.errors import MEDIA_REASONS, InvalidRequest, MediaError
+from mm.data.media import FrameSampling
+from mm.errors import MEDIA_REASONS, InvalidRequest, MediaError
 from mm.media import content_hash, decode_image, image_from_array, image_from_pil
 from mm.media.hashing import framed_hash, pixel_hash
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from mm.core.config import SourcePolicy
-from mm.core.data import FrameSampling, MediaSource, Video
-from mm.core.errors import MediaError
+from mm.config import SourcePolicy
+from mm.data.media import FrameSampling, MediaSource, Video
+from mm.errors import MediaError
 from mm.media import fetch, load, remote
 
 ANY_HOST = SourcePolicy(allowed_domains=("*",), fetch_timeout_s=2.0)

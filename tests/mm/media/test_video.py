@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm.core.data import FrameSampling
-from mm.core.errors import EngineError, InvalidRequest, MediaError
+from mm.data.media import FrameSampling
+from mm.errors import EngineError, InvalidRequest, MediaError
 from mm.media import ChildPool, decode_video, prepare_decoder, video_from_array
 from mm.media.sample import choose, num_wanted
 

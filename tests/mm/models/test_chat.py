@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoProcessor
 
-from mm.core.data import MediaPart, Message, TextPart
-from mm.core.errors import InvalidRequest
+from mm.data.request import MediaPart, Message, TextPart
+from mm.errors import InvalidRequest
 from mm.models.chat import ChatTemplate
 from mm.models.checkpoint import find
 

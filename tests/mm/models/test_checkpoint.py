@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mm.core.errors import UnknownModel
+from mm.errors import UnknownModel
 from mm.models import checkpoint
 from mm.models.checkpoint import BadCheckpoint, find, read_config, read_tensors
-from mm.models.llava import Llava
-from tests.checkpoints import random_llava
+from mm.models.families.llava import Llava
+from tests.helpers.checkpoints import random_llava
 
 
 @pytest.fixture

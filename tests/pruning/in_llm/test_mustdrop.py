@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import mm
-from mm.core.data import VisualTokens
-from mm.core.errors import IncompatiblePlugin, InvalidOption
-from mm.core.plugins import CacheView, ReduceContext, build_reducer
-from mm.core.reduce import apply, reduce_tokens
+from mm.data.tokens import VisualTokens
+from mm.errors import IncompatiblePlugin, InvalidOption
+from mm.plugins.apply import apply, reduce_tokens
+from mm.plugins.reducer import CacheView, ReduceContext
+from mm.plugins.spec import build_reducer
 from pruning.in_llm.mustdrop import MustDrop, filtered, merge_windows, window_scores
-from tests.checkpoints import random_qwen2_5_vl
+from tests.helpers.checkpoints import random_qwen2_5_vl
 from tests.parity.test_generate import picture, png
 
 GRID = [

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from mm.core.errors import InvalidOption
-from mm.core.plugins import build_reducer, canonical_spec
+from mm.errors import InvalidOption
+from mm.plugins.spec import build_reducer, canonical_spec
 from pruning.base import budget
+from pruning.helpers.ranking import scaled, spread
 from pruning.in_llm.fastv import FastV
 from pruning.in_llm.pyramiddrop import PyramidDrop
-from pruning.ranking import scaled, spread
 
 
 @dataclass(kw_only=True)

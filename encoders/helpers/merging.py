@@ -1,0 +1,124 @@
+"""Towers whose blocks let a reducer merge tokens between attention and MLP.
+
+The loop is ours, since libraries' towers have no place for it; what a block computes is its own modules'. Attention is
+the fused one, with the logarithm of each token's size added to its scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.data.media import Kind
+from mm.data.tokens import Grid, VisualTokens
+from mm.errors import ReducerFault
+from mm.plugins.apply import blaming
+from mm.plugins.features import TOWER_FEATURES
+from mm.plugins.reducer import InTower, Matched
+
+Attend = Callable[[Any, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""Block, hidden (B, n, D) and a bias (B, 1, 1, n) for each key's scores, to hidden (B, n, D) behind the attention and
+its keys (B, H, n, dh)."""
+
+FeedForward = Callable[[Any, Tensor], Tensor]
+"""Block and hidden behind the attention to hidden behind the block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What is left of a batch of pictures, in reading order of the patches that stand for the tokens.
+
+    Attributes:
+        hidden: (B, m, D), without tokens that are no patches.
+        anchors: (B, m) int64, the patch whose place each token has.
+        sizes: (B, m) float32, how many patches each stands for.
+    """
+
+    hidden: Tensor
+    anchors: Tensor
+    sizes: Tensor
+
+
+def run_blocks(
+    blocks: Sequence[Any], hidden: Tensor, num_prefix: int, merging: InTower, attend: Attend, feed_forward: FeedForward
+) -> Merged:
+    """All `blocks` on (B, num_prefix + patches, D), merging in each what `merging` matches.
+
+    Raises:
+        ReducerFault: It failed, or matched what cannot be merged.
+    """
+    num_tokens, name = hidden.shape[1], type(merging).__name__
+    with blaming(name, "in the tower"):
+        counts = merging.merges(num_tokens - num_prefix, len(blocks))
+    sizes = torch.ones(hidden.shape[:2], device=hidden.device)
+    anchors = torch.arange(num_tokens, device=hidden.device).expand(len(hidden), -1)
+    for block, count in zip(blocks, counts, strict=True):
+        bias = sizes.log().to(hidden.dtype)[:, None, None] if hidden.shape[1] < num_tokens else None
+        hidden, keys = attend(block, hidden, bias)
+        if count:
+            with blaming(name, "in the tower"):
+                matched = merging.match(keys.float().mean(dim=1), count, num_prefix)
+                _check(matched, hidden.shape[1], count, name)
+            hidden, sizes = _carried_out(matched.slots, hidden, sizes, matched.anchors.shape[1])
+            anchors = anchors.gather(1, matched.anchors)
+        hidden = feed_forward(block, hidden)
+    return _in_order(hidden, anchors, sizes, num_prefix)
+
+
+def _carried_out(slots: Tensor, hidden: Tensor, sizes: Tensor, num_left: int) -> tuple[Tensor, Tensor]:
+    """Means weighted by size, in float32."""
+    totals = sizes.new_zeros(len(sizes), num_left).scatter_add_(1, slots, sizes)
+    places = slots.unsqueeze(-1).expand_as(hidden)
+    sums = sizes.new_zeros(len(sizes), num_left, hidden.shape[2])
+    sums.scatter_add_(1, places, hidden.float() * sizes.unsqueeze(-1))
+    return (sums / totals.unsqueeze(-1)).to(hidden.dtype), totals
+
+
+def _in_order(hidden: Tensor, anchors: Tensor, sizes: Tensor, num_prefix: int) -> Merged:
+    anchors, order = anchors.sort(dim=1)
+    order, anchors = order[:, num_prefix:], anchors[:, num_prefix:] - num_prefix
+    hidden = hidden.gather(1, order.unsqueeze(-1).expand(-1, -1, hidden.shape[2]))
+    return Merged(hidden=hidden, anchors=anchors, sizes=sizes.gather(1, order))
+
+
+def _check(matched: Matched, num_tokens: int, count: int, owner: str) -> None:
+    """Shapes here; that each slot has its anchor, in one look at the device."""
+    num_left = num_tokens - count
+    if matched.slots.shape[1] != num_tokens or matched.anchors.shape[1] != num_left:
+        raise ReducerFault(owner, f"left {matched.anchors.shape[1]} of {num_tokens} tokens, but was to merge {count}")
+    slots, anchors = matched.slots, matched.anchors
+    fits = (slots >= 0).all() & (slots < num_left).all() & (anchors >= 0).all() & (anchors < num_tokens).all()
+    if not fits or not (slots.gather(1, anchors) == torch.arange(num_left, device=slots.device)).all():
+        raise ReducerFault(owner, "matched tokens with a slot that is none, or that another token stands for")
+
+
+def merged_tokens(
+    embeddings: Sequence[Tensor],
+    merged: Sequence[tuple[Tensor, Tensor]],
+    grid: Grid,
+    kind: Kind,
+    features: Tensor,
+    needs: frozenset[str],
+) -> VisualTokens:
+    """One item of T pictures, each of (m, D) embeddings and its (anchors, sizes), on a grid of (T, h, w) cells.
+
+    Args:
+        features: (T m, d), the tokens before the projector: evidence where `needs` names them.
+    """
+    _, _, width = grid
+    positions = [
+        torch.stack([torch.full_like(anchors, step), anchors // width, anchors % width], dim=1)
+        for step, (anchors, _) in enumerate(merged)
+    ]
+    return VisualTokens(
+        embeddings=torch.cat(list(embeddings)),
+        positions=torch.cat(positions),
+        sizes=torch.cat([sizes for _, sizes in merged]),
+        grid=grid,
+        kind=kind,
+        evidence={TOWER_FEATURES: features.float().mT} if TOWER_FEATURES in needs else {},
+    )

@@ -1,0 +1,292 @@
+"""LLaVA: the vision tower and the projector of a LLaVA checkpoint, and nothing else of it.
+
+Reads only these tensors, so that an encoder process never holds the language model. The tower is whichever class
+transformers has for the checkpoint's `vision_config`, the projector is transformers' own, pictures go through the
+checkpoint's own image processor: in float32 the tokens equal `LlavaForConditionalGeneration.get_image_features` bit by
+bit for the same batch. It does not know prompts, placeholders or reducers.
+
+A clip is encoded when config.json has `video_token_id` and `frame_pool_size`: each frame goes through tower and
+projector like an image, then neighbouring tokens are averaged.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from encoders.helpers.auxiliary_features import cell_means, observed_in_block
+from encoders.helpers.batches import in_batches
+from encoders.helpers.fingerprint import fingerprint
+from encoders.helpers.merging import merged_tokens, run_blocks
+from encoders.helpers.text import TextEmbeddings
+from mm.data.media import Image, Kind, Video
+from mm.data.tokens import Grid, VisualTokens
+from mm.errors import IncompatiblePlugin, MediaError
+from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
+from mm.plugins.features import (
+    ATTENTION_RECEIVED,
+    BLOCK_KEYS,
+    CLS_ATTENTION,
+    TEXT_EMBEDDINGS,
+    TOWER_FEATURES,
+    TOWER_KEYS,
+)
+from mm.plugins.reducer import InTower
+
+MAX_BATCH = 16
+"""Pictures per forward pass. Up to so many images of one call are one batch, as in `generate` of transformers."""
+
+SEQUENTIAL_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
+"""Towers whose hidden state l needs the first l blocks only, and is not replaced by a normalised one at the end."""
+
+TOWER_KEY = re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)$")
+PROJECTOR_KEY = re.compile(r"^(?:model\.)?multi_modal_projector\.(.+)$")
+
+
+class LlavaEncoder:
+    """Images, and clips where the checkpoint takes them, to the tokens its decoder was trained on.
+
+    Evidence is computed when asked for, from the block that the features come from; where they come from several
+    layers, the deepest. Softmax is over all keys, [CLS] among them. For clips it is averaged over the pooled cells.
+
+    The class's `provides` and `kinds` are what a checkpoint may have; an instance's are what this one has.
+
+    Args:
+        folder: A LLaVA checkpoint: a local folder, a shipped model's name or a hub name.
+        device, dtype: Where and in what the tower computes.
+
+    Raises:
+        BadCheckpoint: The folder is no LLaVA checkpoint, or lacks weights.
+    """
+
+    provides: frozenset[str] = frozenset(
+        {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS, BLOCK_KEYS}
+    )
+    kinds: frozenset[str] = frozenset({"image", "video"})
+
+    def __init__(
+        self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        path = find(folder)
+        if read_config(path)["model_type"] != "llava":
+            raise BadCheckpoint(str(path), f"is of model_type {read_config(path)['model_type']!r}, not 'llava'")
+        self.config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+        self.processor: Any = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        self.device = torch.device(device)
+        self._layers = _feature_layers(self.config)
+        self.tower, self.projector = _load(path, self.config, self.device, dtype)
+        self._pool: int = getattr(self.config, "frame_pool_size", None) or 0
+        takes_clips = self._pool > 0 and getattr(self.config, "video_token_id", None) is not None
+        self.kinds = frozenset({"image", "video"} if takes_clips else {"image"})
+        self._has_cls = _has_cls(self.tower)
+        self.provides = self._provided()
+        self._text = functools.cache(lambda: TextEmbeddings(path, self.device))
+        self.fingerprint: str = self._fingerprint(path, dtype)
+
+    def _provided(self) -> frozenset[str]:
+        found = {TOWER_FEATURES, TEXT_EMBEDDINGS}
+        if self.config.vision_config.model_type in SEQUENTIAL_TOWERS and max(self._layers) > 0:
+            found |= {ATTENTION_RECEIVED, TOWER_KEYS} | ({CLS_ATTENTION} if self._has_cls else set())
+            if len(self._layers) == 1 and self._has_cls == (self._first_token() == 1):
+                found.add(BLOCK_KEYS)
+        return frozenset(found)
+
+    def _first_token(self) -> int:
+        """Where the tokens for the projector begin among the tower's."""
+        return 1 if self.config.vision_feature_select_strategy == "default" else 0
+
+    def embed_text(self, text: str) -> Tensor:
+        """(T, D) float32: the text's tokens as the decoder embeds them."""
+        return self._text()(text)
+
+    def _fingerprint(self, path: Path, dtype: torch.dtype) -> str:
+        settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
+        weights = [
+            *self.tower.state_dict(prefix="tower.").items(),
+            *self.projector.state_dict(prefix="projector.").items(),
+        ]
+        return fingerprint("llava", (path / "config.json").read_text(), settings, str(dtype), tensors=weights)
+
+    def encode(
+        self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset(), merging: InTower | None = None
+    ) -> list[VisualTokens]:
+        """One `VisualTokens` per item, in order. The images are one batch (up to `MAX_BATCH`), each clip is another.
+
+        Args:
+            merging: Merges tokens inside the tower.
+
+        Raises:
+            MediaError: A clip for a checkpoint without clips.
+            IncompatiblePlugin: A clip, whose frames are pooled on their grid, with `merging`.
+            CapacityError: The device has no memory for one picture.
+        """
+        for item in items:
+            if item.kind not in self.kinds:
+                raise MediaError("not_supported", item.kind)
+        if merging is not None:
+            return self._encode_merging(items, needs, merging)
+        images = iter(self._encode_pictures([item.pixels for item in items if isinstance(item, Image)], "image", needs))
+        return [next(images) if isinstance(item, Image) else self._encode_clip(item.frames, needs) for item in items]
+
+    def _encode_pictures(self, pictures: Sequence[np.ndarray], kind: Kind, needs: frozenset[str]) -> list[VisualTokens]:
+        if not pictures:
+            return []
+        pixels = self.preprocess(pictures)
+        outputs = in_batches(lambda batch: self._forward(batch, needs), pixels, MAX_BATCH)
+        grid = self._grid(pixels, outputs["embeddings"].shape[1])
+        evidence = [
+            {name: plane[i] for name, plane in outputs.items() if name != "embeddings"} for i in range(len(pixels))
+        ]
+        return [
+            VisualTokens.full(embeddings, grid, kind, seen)
+            for embeddings, seen in zip(outputs["embeddings"], evidence, strict=True)
+        ]
+
+    def _encode_merging(
+        self, items: Sequence[Image | Video], needs: frozenset[str], merging: InTower
+    ) -> list[VisualTokens]:
+        pictures = [item.pixels for item in items if isinstance(item, Image)]
+        if len(pictures) < len(items):
+            missing = "frames whose tokens stay on their grid, to be pooled"
+            raise IncompatiblePlugin(type(merging).__name__, "clips of this model", [missing])
+        if not pictures:
+            return []
+        pixels = self.preprocess(pictures)
+        outputs = in_batches(lambda batch: self._forward_merging(batch, merging), pixels, MAX_BATCH)
+        patch = self.config.vision_config.patch_size
+        grid = (1, pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        return [
+            merged_tokens([row["embeddings"]], [(row["anchors"], row["sizes"])], grid, "image", row["features"], needs)
+            for row in ({name: plane[i] for name, plane in outputs.items()} for i in range(len(pictures)))
+        ]
+
+    @torch.inference_mode()
+    def _forward_merging(self, pixels: Tensor, merging: InTower) -> dict[str, Tensor]:
+        """`embeddings` (B, m, D), `features` (B, m, d), `anchors` and `sizes` (B, m) of what is left."""
+        tower: Any = getattr(self.tower, "vision_model", self.tower)
+        hidden = tower.embeddings(pixels.to(self.device))
+        hidden = tower.pre_layrnorm(hidden) if self._has_cls else hidden
+        blocks = list(_blocks(self.tower)[: self._layers[0]])
+        merged = run_blocks(blocks, hidden, int(self._has_cls), merging, _attend, _feed_forward)
+        return {
+            "embeddings": self.projector(merged.hidden),
+            "features": merged.hidden,
+            "anchors": merged.anchors,
+            "sizes": merged.sizes,
+        }
+
+    def _encode_clip(self, frames: np.ndarray, needs: frozenset[str]) -> VisualTokens:
+        return join_frames(self._encode_pictures(list(frames), "video", needs), self._pool)
+
+    def preprocess(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """uint8 RGB (H, W, 3) pictures to the tower's (B, 3, h, w), by the checkpoint's own image processor."""
+        return self.processor(images=list(pictures), input_data_format="channels_last", return_tensors="pt")[
+            "pixel_values"
+        ]
+
+    def _grid(self, pixels: Tensor, num_tokens: int) -> Grid:
+        patch = self.config.vision_config.patch_size
+        height, width = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        # No grid when "full" leaves [CLS] among the tokens, or "default" takes a patch from a tower without [CLS].
+        return (1, height, width) if height * width == num_tokens else (1, 1, num_tokens)
+
+    @torch.inference_mode()
+    def _forward(self, pixels: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
+        """`embeddings` (B, N, D), and of the evidence (B, ..., N) what is needed."""
+        deepest = max(self._layers)
+        taps = needs & self.provides & {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS}
+        wanted = [*self._layers, deepest - 1] if taps else self._layers
+        output = self.tower(pixels.to(self.device), output_hidden_states=wanted, return_dict=True)
+        first = self._first_token()
+        hidden = [output.hidden_states[layer][:, first:] for layer in self._layers]
+        features = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1)
+        outputs = {"embeddings": self.projector(features)}
+        if TOWER_FEATURES in needs:
+            outputs[TOWER_FEATURES] = features.float().mT
+        if taps:
+            block, states = _blocks(self.tower)[deepest - 1], output.hidden_states[deepest - 1]
+            seen = observed_in_block(block, states, taps, self._has_cls)
+            outputs |= {name: plane[..., first:] for name, plane in seen.items()}
+        return outputs
+
+
+def join_frames(frames: Sequence[VisualTokens], pool: int) -> VisualTokens:
+    """One clip of encoded frames, `pool` x `pool` neighbouring tokens averaged; at a border, those that exist."""
+    _, height, width = frames[0].grid
+    embeddings = cell_means(torch.stack([frame.embeddings.T for frame in frames]), height, width, pool)
+    _, channels, height_out, width_out = embeddings.shape
+    tokens = embeddings.permute(0, 2, 3, 1).reshape(-1, channels).to(frames[0].embeddings.dtype)
+    evidence = {
+        name: cell_means(torch.stack([frame.evidence[name] for frame in frames]), height, width, pool)
+        .permute(1, 0, 2, 3)
+        .flatten(1)
+        for name in frames[0].evidence
+    }
+    return VisualTokens.full(tokens, (len(frames), height_out, width_out), "video", evidence)
+
+
+def _feature_layers(config: Any) -> list[int]:
+    """Indices into the tower's hidden states, all positive; drops the blocks behind the deepest from `config`."""
+    vision, asked = config.vision_config, config.vision_feature_layer
+    num_states = vision.num_hidden_layers + 1
+    layers = [layer % num_states for layer in ([asked] if isinstance(asked, int) else asked)]
+    if vision.model_type in SEQUENTIAL_TOWERS:
+        vision.num_hidden_layers = max(*layers, 1)
+    return layers
+
+
+def _load(path: Path, config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:
+    with torch.device("meta"):
+        tower, projector = AutoModel.from_config(config.vision_config), LlavaMultiModalProjector(config)
+    for module, pattern in ((tower, TOWER_KEY), (projector, PROJECTOR_KEY)):
+        tensors = read_tensors(path, _renamer(module, pattern))
+        fill_buffers(module, device)
+        load_module(module, tensors, dtype=dtype, device=str(device), folder=path)
+    return tower.eval(), projector.eval()
+
+
+def _renamer(module: nn.Module, pattern: re.Pattern[str]):
+    """Checkpoint key to the module's own name, or None for what the module does not have.
+
+    Checkpoints nest the tower's weights under `vision_model.` or not, and so do transformers' classes, by version.
+    """
+    own = {re.sub(r"^vision_model\.", "", name): name for name in module.state_dict()}
+
+    def rename(key: str) -> str | None:
+        match = pattern.match(key)
+        return own.get(match[1]) if match else None
+
+    return rename
+
+
+def _blocks(tower: Any) -> nn.ModuleList:
+    return getattr(tower, "vision_model", tower).encoder.layers
+
+
+def _has_cls(tower: Any) -> bool:
+    return hasattr(getattr(getattr(tower, "vision_model", tower), "embeddings", None), "class_embedding")
+
+
+def _attend(block: Any, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A block of CLIP or SigLIP up to its MLP; see `encoders.helpers.merging.Attend`."""
+    attention, states = block.self_attn, block.layer_norm1(hidden)
+    heads = [
+        project(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
+    mixed = nn.functional.scaled_dot_product_attention(*heads, attn_mask=bias, scale=attention.scale)
+    return hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2)), heads[1]
+
+
+def _feed_forward(block: Any, hidden: Tensor) -> Tensor:
+    return hidden + block.mlp(block.layer_norm2(hidden))

@@ -1,0 +1,180 @@
+"""Any ViT of timm as a tower: patch tokens, without prefix tokens and without a projector.
+
+The width is the tower's own: for studies of reducers and for models that bring their own projector. Pictures go through
+the model's own data configuration. The one file that needs timm, and only when an encoder is built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PilImage
+from torch import Tensor, nn
+
+from encoders.helpers.batches import in_batches
+from encoders.helpers.fingerprint import fingerprint
+from encoders.helpers.merging import merged_tokens, run_blocks
+from mm.data.media import Image, Video
+from mm.data.tokens import Grid, VisualTokens
+from mm.errors import InvalidOption, PluginError, nearest
+from mm.plugins.features import BLOCK_KEYS, TOWER_FEATURES
+from mm.plugins.reducer import InTower
+
+MAX_BATCH = 16
+
+
+class TimmEncoder:
+    """Patch tokens of a timm ViT: one image is one grid, a clip is the grids of its frames.
+
+    Hosts reducers inside the tower where its blocks are timm's plain ones.
+
+    Args:
+        model_name: As `timm.list_models()` writes it.
+        pretrained: Download timm's weights; otherwise they come from `checkpoint`, or are random.
+        checkpoint: File of weights.
+        device, dtype: Where and in what the tower computes.
+        image_size: Side in pixels, where the model can be built for another than its own.
+
+    Raises:
+        InvalidOption: timm has no such model, or it is no ViT.
+        PluginError: timm is not installed.
+    """
+
+    provides: frozenset[str] = frozenset({TOWER_FEATURES, BLOCK_KEYS})
+    kinds: frozenset[str] = frozenset({"image", "video"})
+
+    def __init__(
+        self,
+        model_name: str,
+        pretrained: bool = False,
+        checkpoint: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        image_size: int | None = None,
+    ) -> None:
+        data = _timm().data
+        self.device, self.dtype = torch.device(device), dtype
+        self.model = _build(model_name, pretrained, checkpoint, image_size).to(self.device, dtype).eval()
+        self.provides = frozenset({TOWER_FEATURES, BLOCK_KEYS} if _is_plain(self.model) else {TOWER_FEATURES})
+        self.grid: Grid = (1, *self.model.patch_embed.grid_size)
+        side = {"input_size": (3, *self.model.patch_embed.img_size)}
+        self.data_config: dict[str, Any] = data.resolve_data_config(side, model=self.model)
+        self._transform: Any = data.create_transform(**self.data_config, is_training=False)
+        settings = json.dumps(self.data_config, sort_keys=True, default=str)
+        weights = self.model.state_dict().items()
+        self.fingerprint: str = fingerprint("timm", model_name, settings, str(dtype), tensors=weights)
+
+    def encode(
+        self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset(), merging: InTower | None = None
+    ) -> list[VisualTokens]:
+        """One `VisualTokens` per item, in order; all pictures and frames of a call share batches.
+
+        Args:
+            merging: Merges tokens inside the tower, in each frame by itself.
+
+        Raises:
+            CapacityError: The device has no memory for one picture.
+        """
+        counts = [1 if isinstance(item, Image) else len(item.frames) for item in items]
+        pictures = [p for item in items for p in ([item.pixels] if isinstance(item, Image) else item.frames)]
+        if not pictures:
+            return []
+        forward = self._forward if merging is None else lambda pixels: self._forward_merging(pixels, merging)
+        outputs = in_batches(forward, self.preprocess(pictures), MAX_BATCH)
+        split = [
+            dict(zip(outputs, planes, strict=True))
+            for planes in zip(*(plane.split(counts) for plane in outputs.values()), strict=True)
+        ]
+        return [self._tokens(item, found, needs) for item, found in zip(items, split, strict=True)]
+
+    def _tokens(self, item: Image | Video, found: dict[str, Tensor], needs: frozenset[str]) -> VisualTokens:
+        embeddings, (_, height, width) = found["embeddings"], self.grid
+        grid = (len(embeddings), height, width)
+        if "anchors" in found:
+            merged = list(zip(found["anchors"], found["sizes"], strict=True))
+            return merged_tokens(list(embeddings), merged, grid, item.kind, embeddings.flatten(0, 1), needs)
+        tokens = embeddings.flatten(0, 1)
+        evidence = {TOWER_FEATURES: tokens.float().mT} if TOWER_FEATURES in needs else {}
+        return VisualTokens.full(tokens, grid, item.kind, evidence)
+
+    def preprocess(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """uint8 RGB (H, W, 3) pictures to (B, 3, h, w), by timm's own evaluation transform."""
+        return torch.stack([self._transform(PilImage.fromarray(picture)) for picture in pictures])
+
+    @torch.inference_mode()
+    def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        features = self.model.forward_features(pixels.to(self.device, self.dtype))
+        return {"embeddings": features[:, self.model.num_prefix_tokens :]}
+
+    @torch.inference_mode()
+    def _forward_merging(self, pixels: Tensor, merging: InTower) -> dict[str, Tensor]:
+        """`embeddings` (B, m, D), `anchors` and `sizes` (B, m) of what is left."""
+        model = self.model
+        hidden = model.norm_pre(
+            model.patch_drop(model._pos_embed(model.patch_embed(pixels.to(self.device, self.dtype))))
+        )
+        merged = run_blocks(model.blocks, hidden, model.num_prefix_tokens, merging, _attend, _feed_forward)
+        return {"embeddings": model.norm(merged.hidden), "anchors": merged.anchors, "sizes": merged.sizes}
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise PluginError("towers of timm need it installed: pip install 'mm-serving[timm]'") from error
+    return timm
+
+
+def _build(model_name: str, pretrained: bool, checkpoint: str | Path | None, image_size: int | None) -> Any:
+    timm = _timm()
+    if not timm.is_model(model_name):
+        close = nearest(model_name, timm.list_models())
+        raise InvalidOption("timm", "model_name", f"was {model_name!r}, which timm does not have{close}")
+    size = {} if image_size is None else {"img_size": image_size}
+    # "" is how timm spells "no checkpoint".
+    path = str(checkpoint) if checkpoint is not None else ""
+    try:
+        model = timm.create_model(model_name, pretrained=pretrained, checkpoint_path=path, num_classes=0, **size)
+    except TypeError as error:
+        raise InvalidOption(
+            "timm", "image_size", f"was {image_size}, but {model_name} cannot be built for it"
+        ) from error
+    patches = getattr(model, "patch_embed", None)
+    if not (hasattr(model, "num_prefix_tokens") and getattr(patches, "grid_size", None)):
+        raise InvalidOption(
+            "timm", "model_name", f"was {model_name!r}, which is no ViT: it has no grid of patch tokens"
+        )
+    return model
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether all blocks are timm's own `Block` with its own `Attention`, so that `_attend` is what they compute."""
+    import timm.layers.attention as attention
+    import timm.models.vision_transformer as vit
+
+    return isinstance(model, vit.VisionTransformer) and all(
+        type(block) is vit.Block
+        and type(block.attn) is attention.Attention
+        and getattr(block.attn, "gate", None) is None
+        for block in model.blocks
+    )
+
+
+def _attend(block: Any, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A block up to its MLP; see `encoders.helpers.merging.Attend`."""
+    attention = block.attn
+    heads = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    queries, keys, values = heads.unbind(0)
+    queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    mixed = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
+    mixed = attention.proj(attention.norm(mixed.transpose(1, 2).flatten(2)))
+    return hidden + block.ls1(mixed), keys
+
+
+def _feed_forward(block: Any, hidden: Tensor) -> Tensor:
+    return hidden + block.ls2(block.mlp(block.norm2(hidden)))

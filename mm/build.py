@@ -1,0 +1,102 @@
+"""The one composition root: a configuration becomes an encoder and an engine."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from mm.config import ModelConfig
+from mm.data.media import FrameSampling
+from mm.device import has_bfloat16, kv_cache_bytes
+from mm.encode.feature_cache import FeatureCache
+from mm.encode.parts import EncodeParts
+from mm.engine.engine import LLMEngine
+from mm.engine.scheduler import SchedulerConfig
+from mm.errors import InvalidOption
+from mm.models.checkpoint import BadCheckpoint, find, read_config
+from mm.plugins.capabilities import check_compatible
+from mm.plugins.registry import create, names
+from mm.plugins.spec import build_reducer
+
+
+def _dtype(config: ModelConfig) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if has_bfloat16(config.device) else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def _check_device(config: ModelConfig) -> None:
+    """Refuse a device that torch does not know or that this machine does not have."""
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        what = f"was {config.device!r}, which torch cannot use here; try cpu, cuda or cuda:1"
+        raise InvalidOption("model", "device", what) from error
+
+
+def _plugin(kind: Literal["encoder", "family"], config: ModelConfig) -> Any:
+    """The encoder or family that handles the checkpoint's model_type."""
+    _check_device(config)
+    folder = find(config.model)
+    model_type = read_config(folder)["model_type"]
+    if model_type not in names(kind):
+        known = ", ".join(names("family"))
+        raise BadCheckpoint(
+            str(folder), f"is of model_type {model_type!r}, for which no {kind} is installed (families: {known})"
+        )
+    return create(kind, model_type, folder=folder, device=config.device, dtype=_dtype(config))
+
+
+def build_encode_parts(config: ModelConfig) -> EncodeParts:
+    """The encoder's half of a model: only tower and projector are read.
+
+    Raises:
+        MmError: The model cannot be found or used, or the default reducer cannot work with it.
+    """
+    _use_threads(config)
+    encoder = _plugin("encoder", config)
+    check_compatible(build_reducer(config.reducer), encoder, config.model)
+    return EncodeParts(
+        encoder=encoder,
+        cache=FeatureCache(config.cache_bytes),
+        host=config.model,
+        reducer=config.reducer,
+        frames=FrameSampling(num_frames=config.num_frames, fps=config.fps),
+        limits=config.limits,
+        sources=config.sources,
+        video_decoder=config.video_decoder,
+        policy=config.reducers,
+    )
+
+
+def build_engine(config: ModelConfig) -> LLMEngine:
+    """The decoder's half of a model: only the language weights are read."""
+    _use_threads(config)
+    family = _plugin("family", config)
+    on_cpu = not config.device.startswith("cuda")
+    limits = SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens or (512 if on_cpu else 4096),
+        max_waiting=config.max_waiting,
+    )
+    most = config.max_num_seqs * family.max_context_tokens
+    kv_bytes = kv_cache_bytes(family.language.kv_cache_spec, most, config.kv_cache_gb)
+    if config.compile:
+        family.language.compile()
+    else:
+        family.language.pack()
+    return LLMEngine(
+        family,
+        limits=limits,
+        kv_bytes=kv_bytes,
+        share_prefixes=config.prefix_caching,
+        speculation=config.speculation,
+        record_steps=config.cuda_graphs,
+        lenient=config.reducers.lenient,
+    )
+
+
+def _use_threads(config: ModelConfig) -> None:
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)

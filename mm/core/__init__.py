@@ -1,1 +1,0 @@
-"""Vocabulary: plain data, errors, limits, plugin protocols and the registry."""

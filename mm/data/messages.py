@@ -1,0 +1,71 @@
+"""OpenAI-style chat messages to our own.
+
+One reading of the message format for every way in: HTTP, Python and batch jobs. Media keep their order; content may be
+a string or a list of parts, and a part may carry explicit nulls beside its own field, as Arrow clients send them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mm.data.media import Kind, MediaSource
+from mm.data.request import MediaPart, Message, TextPart
+from mm.errors import InvalidRequest
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MEDIA_PARTS: dict[str, Kind] = {"image_url": "image", "video_url": "video"}
+
+
+def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[Message, ...], tuple[MediaSource, ...]]:
+    """Messages whose media parts index into the returned sources, in order of appearance.
+
+    Raises:
+        InvalidRequest: Names the offending field.
+    """
+    if not messages:
+        raise InvalidRequest("messages is empty; send at least one message", "messages")
+    media: list[MediaSource] = []
+    parsed = tuple(_message(message, f"messages[{i}]", media) for i, message in enumerate(messages))
+    return parsed, tuple(media)
+
+
+def _message(message: Mapping[str, Any], param: str, media: list[MediaSource]) -> Message:
+    role = message.get("role")
+    if role not in ROLES:
+        raise InvalidRequest(f"the role {role!r} is unknown; allowed: {', '.join(ROLES)}", f"{param}.role")
+    content = message.get("content")
+    role = "system" if role == "developer" else role
+    if content is None and role == "assistant":
+        content = ""
+    if isinstance(content, str):
+        return Message(role=role, parts=(TextPart(text=content),))
+    if not isinstance(content, Sequence) or not content:
+        raise InvalidRequest("content has to be a string or a non-empty list of parts", f"{param}.content")
+    parts = tuple(_part(part, f"{param}.content[{i}]", media) for i, part in enumerate(content))
+    return Message(role=role, parts=parts)
+
+
+def _part(part: Any, param: str, media: list[MediaSource]) -> TextPart | MediaPart:
+    if not isinstance(part, Mapping):
+        raise InvalidRequest("a content part has to be an object with a type", param)
+    kind = part.get("type")
+    if kind == "text":
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise InvalidRequest("a text part needs a string in text", f"{param}.text")
+        return TextPart(text=text)
+    if kind in MEDIA_PARTS:
+        media.append(_source(part.get(kind), MEDIA_PARTS[kind], f"{param}.{kind}"))
+        return MediaPart(index=len(media) - 1, kind=MEDIA_PARTS[kind])
+    allowed = ", ".join(("text", *MEDIA_PARTS))
+    raise InvalidRequest(
+        f"the content type {kind!r} is not supported; allowed: {allowed}", f"{param}.type", "unsupported_content"
+    )
+
+
+def _source(value: Any, kind: Kind, param: str) -> MediaSource:
+    url = value.get("url") if isinstance(value, Mapping) else value
+    if not isinstance(url, str) or not url:
+        raise InvalidRequest(f'needs an object such as {{"url": "data:{kind}/...;base64,..."}}', param)
+    return MediaSource(kind=kind, source=url, param=param)

@@ -1,0 +1,1 @@
+"""The encoder's half of a request."""

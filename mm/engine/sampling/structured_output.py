@@ -1,0 +1,162 @@
+"""Answers of a given form: which tokens may come next, by llguidance.
+
+Compiling happens in a thread of its own, under a deadline, with limits on what the library may build. What it costs per
+token is bounded too: a grammar that becomes too complex in the middle ends its own answer with an error.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mm.data.response_format import ResponseFormat
+from mm.engine.sampling.vocabulary import Vocabulary
+from mm.errors import CapacityError, EngineError, InvalidRequest
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+COMPILE_DEADLINE_S = 5.0
+NUM_COMPILERS = 2
+NUM_CACHED = 32
+MAX_REASON_CHARS = 300
+WHITESPACE = r"( |\n[ \t]{0,20})?"
+"""Between JSON's tokens: a blank, or a new line with its indentation. Free blanks would let a model write them for
+ever."""
+
+
+class Matcher:
+    """Where one answer stands in its grammar.
+
+    Args:
+        matcher: The library's, this object's own.
+    """
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def consume(self, token_id: int) -> None:
+        """Go on by one token. One that is not allowed breaks the matcher, which the next `allowed` tells."""
+        self._matcher.consume_token(token_id)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the text is complete and nothing but an ending can follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether the text is complete as it stands."""
+        return self._matcher.is_accepting()
+
+    def allowed(self, vocab: int) -> np.ndarray:
+        """(vocab,) bool: the tokens that may come next; endings only where the text is complete.
+
+        Raises:
+            EngineError: The grammar became too complex, or was given a token that it does not allow.
+        """
+        mask = np.zeros(-(-vocab // 32), dtype=np.uint32)
+        if not self._matcher.is_error():
+            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            raise EngineError(f"the grammar cannot go on: {_reason(self._matcher.get_error())}")
+        return np.unpackbits(mask.view(np.uint8), bitorder="little")[:vocab].astype(bool)
+
+
+class GrammarCompiler:
+    """Matchers for the response formats of one model's requests. Safe to use from several threads.
+
+    Args:
+        deadline_s: How long a caller waits at most for a schema that has not been compiled before.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, deadline_s: float = COMPILE_DEADLINE_S) -> None:
+        self._vocabulary, self._deadline_s = vocabulary, deadline_s
+        self._pool = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="grammar")
+        self._compiled: OrderedDict[ResponseFormat, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def matcher(self, form: ResponseFormat) -> Matcher:
+        """A matcher at the start of `form`. Blocks until it is compiled: not for the event loop.
+
+        Raises:
+            InvalidRequest: The schema is not valid, not supported, or too complex.
+            CapacityError: Other schemas are being compiled.
+        """
+        with self._lock:
+            found = self._compiled.get(form)
+            if found is not None:
+                self._compiled.move_to_end(form)
+        if found is None:
+            found = self._wait(self._pool.submit(self._compile, form))
+            with self._lock:
+                self._compiled[form] = found
+                while len(self._compiled) > NUM_CACHED:
+                    self._compiled.popitem(last=False)
+        return Matcher(found.deep_copy())
+
+    def _wait(self, job: Future[LLMatcher]) -> LLMatcher:
+        try:
+            return job.result(self._deadline_s)
+        except FutureTimeout:
+            if job.cancel():
+                raise CapacityError("other schemas are being compiled; try again shortly") from None
+            limit = f"the limit of {self._deadline_s:g} seconds"
+            raise InvalidRequest(f"the schema takes longer to compile than {limit}; simplify it", PARAM) from None
+
+    def _compile(self, form: ResponseFormat) -> LLMatcher:
+        return compile_matcher(form, self._vocabulary)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+PARAM = "response_format.json_schema.schema"
+OPTIONS: Any = {
+    "whitespace_pattern": WHITESPACE,
+    "item_separator": ",",
+    "key_separator": ":",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+"""Stand before what a schema's own "x-guidance" asks of the library, which may be no JSON or less than the schema."""
+MAX_LEXER_STATES = 50_000
+"""The library takes 1 to 2 kB for each."""
+
+
+def compile_matcher(form: ResponseFormat, vocabulary: Vocabulary) -> LLMatcher:
+    """The library's matcher at the start of `form`, with the first step's work done.
+
+    Raises:
+        InvalidRequest: With the library's reason.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    schema = form.schema if form.schema is not None else '{"type":"object"}'
+    # Errors would otherwise quote the parser's state, many lines of it.
+    limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
+        matcher = LLMatcher(vocabulary.library, grammar, log_level=0, limits=limits)
+    except ValueError as error:
+        raise InvalidRequest(f"the schema cannot be used: {_reason(str(error))}", PARAM) from None
+    if matcher.is_error():
+        raise InvalidRequest(f"the schema cannot be used: {_reason(matcher.get_error())}", PARAM)
+    try:
+        begins = Matcher(matcher).allowed(vocabulary.size).any()
+    except EngineError:
+        begins = False
+    if not begins:
+        raise InvalidRequest("the schema cannot be used: no answer fulfils it, or it is too complex", PARAM)
+    return matcher
+
+
+def _reason(text: str) -> str:
+    """The library's reason on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_REASON_CHARS else f"{line[: MAX_REASON_CHARS - 3]}..."

@@ -1,0 +1,71 @@
+"""What single token ids stand for: bytes, readable text, and the library's view of them for grammars."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+
+from mm.data.outputs import TokenLogprob
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+
+class Vocabulary:
+    """The tokens of one model. Safe to use from several threads.
+
+    Args:
+        tokenizer: The fast tokenizer behind the model's own.
+        size: Rows of the model's head, which may be more than the tokenizer has tokens.
+        eos_token_ids: Tokens that end a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, size: int, eos_token_ids: Iterable[int] = ()) -> None:
+        self.tokenizer, self.size = tokenizer, size
+        self.eos_token_ids = tuple(sorted(eos_token_ids))
+        self._num_known = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self._library: LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def library(self) -> LLTokenizer:
+        """llguidance's tokenizer, made on first use: a second for a large vocabulary, so once per model."""
+        with self._lock:
+            if self._library is None:
+                self._library = self._build()
+            return self._library
+
+    def _build(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        plain = Tokenizer.from_str(self.tokenizer.to_str())
+        plain.no_padding()
+        plain.no_truncation()
+        return LLTokenizer(plain.to_str(), n_vocab=self.size, eos_token=list(self.eos_token_ids) or None)
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """What the token adds to a text; None for control tokens and for rows of the head without a token."""
+        if token_id in self._special or token_id >= self._num_known:
+            return None
+        return self.library.decode_bytes([token_id])
+
+    def text_of(self, token_id: int) -> str:
+        """The token for human eyes: control tokens by name, bytes that are no whole characters as escapes."""
+        given = self.bytes_of(token_id)
+        if given is not None:
+            return given.decode("utf-8", "backslashreplace")
+        return self.tokenizer.id_to_token(token_id) or f"<{token_id}>"
+
+    def logprob(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...] = ()) -> TokenLogprob:
+        """A token's log-probability with everything a reader needs."""
+        return TokenLogprob(
+            token_id=token_id,
+            token=self.text_of(token_id),
+            utf8=self.bytes_of(token_id),
+            logprob=logprob,
+            top=tuple(self.logprob(other, value) for other, value in top),
+        )

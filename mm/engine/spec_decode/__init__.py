@@ -1,0 +1,1 @@
+"""Speculative decoding: propose, verify, observe."""

@@ -1,0 +1,269 @@
+"""The trained drafter's network: one decoder layer over rows of (feature, next token), EAGLE's form.
+
+Papers    EAGLE, arXiv:2401.15077; EAGLE-3, arXiv:2503.01840; SpecFLASH, arXiv:2505.12728 (several tokens per pass).
+Rows      Row t pairs the target's state f_t with the token x_{t+1}, stands at position(x_{t+1}) - 1, and estimates
+          f_{t+1}: through the target's head, the law of x_{t+2}. Visual tokens become rows as `vision_adapters` says.
+Equation  u = W [norm(e); f] + b;  h = u + Attn(norm(u));  out = h + MLP(norm(h));  logits = W_head out.
+          With taps, f is W_fuse [f_a; f_b; f_c] where the target made it and `out` where the drafter feeds itself,
+          normed before W; and logits = W_head norm(out).
+Differs   EAGLE has no norm before the attention (SpecVLM adds it) and none on e. EAGLE-3's code widens q, k and v
+          where the paper fuses first, as here.
+
+It knows arithmetic and its folder; sessions, caches and trees are the drafter's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mm.engine.spec_decode.drafters.eagle.vision_adapters import build_vision_adapter
+from mm.models.checkpoint import BadCheckpoint
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """What a drafter's config.json says.
+
+    Attributes:
+        width: Of the target's states.
+        vocab_size: Of the target.
+        seeing, seeing_options: Way of seeing and its options.
+        taps: Layers of the target whose inputs are fused; empty reads the last hidden state.
+        num_ahead: Tokens that one pass drafts.
+        draft_vocab_size: Size of the drafter's own head; None uses the target's.
+        target: Fingerprint of the target it was trained for.
+        trained: What is known of the training, for people.
+    """
+
+    width: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    seeing: str = "none"
+    seeing_options: Mapping[str, Any] = field(default_factory=dict)
+    taps: tuple[int, ...] = ()
+    num_ahead: int = 1
+    draft_vocab_size: int | None = None
+    target: str = ""
+    trained: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def feature_width(self) -> int:
+        """Of what the drafter reads from the target per row."""
+        return self.width * max(1, len(self.taps))
+
+
+class Norm(nn.Module):
+    """RMS norm in its input's dtype, also where the weight is kept in another."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = nn.Parameter(torch.ones(width)), epsilon
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return nn.functional.rms_norm(rows, self.weight.shape, self.weight.to(rows.dtype), self.epsilon)
+
+
+class DraftHead(nn.Module):
+    """The network. Of the target it uses embedding table and head, which are not its own and are not saved.
+
+    Args:
+        embedding: (vocab, D), the target's.
+        head: (vocab, D), the target's.
+    """
+
+    def __init__(self, config: DraftConfig, embedding: Tensor, head: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        width, heads = config.width, config.num_heads * config.head_dim
+        self.embedding_norm = Norm(width, config.norm_eps)
+        self.fuse = nn.Linear(config.feature_width, width, bias=False) if config.taps else None
+        self.feature_norm = Norm(width, config.norm_eps) if config.taps else None
+        self.fc = nn.Linear(2 * width, width)
+        self.input_norm = Norm(width, config.norm_eps)
+        self.qkv = nn.Linear(width, heads + 2 * config.num_kv_heads * config.head_dim, bias=False)
+        self.out = nn.Linear(heads, width, bias=False)
+        self.mlp_norm = Norm(width, config.norm_eps)
+        self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, width, bias=False)
+        self.out_norm = Norm(width, config.norm_eps) if config.taps else None
+        more = config.num_ahead - 1
+        self.ahead_in = nn.Linear(width, width) if more else None
+        self.ahead_out = nn.Linear(width, more * width, bias=False) if more else None
+        self.seeing = build_vision_adapter(config.seeing, width, **config.seeing_options)
+        self.own_head: nn.Parameter | None = None
+        self.vocab_ids: Tensor | None
+        self.register_buffer("vocab_ids", None)
+        if config.draft_vocab_size is not None:
+            self.own_head = nn.Parameter(head[: config.draft_vocab_size].detach().clone().float())
+            self.vocab_ids = torch.arange(config.draft_vocab_size)
+        self._shared = (embedding, head)
+        self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Begin near the identity on features, so that the first guesses are the target's own states."""
+        width = self.config.width
+        nn.init.normal_(self.fc.weight[:, :width], std=width**-0.5)
+        self.fc.weight[:, width:].copy_(torch.eye(width))
+        nn.init.zeros_(self.fc.bias)
+        nn.init.normal_(self.qkv.weight, std=width**-0.5)
+        nn.init.normal_(self.gate_up.weight, std=width**-0.5)
+        for layer in (self.out, self.down):
+            nn.init.normal_(layer.weight, std=0.1 * layer.in_features**-0.5)
+        if self.ahead_in is not None and self.ahead_out is not None:
+            nn.init.normal_(self.ahead_in.weight, std=width**-0.5)
+            nn.init.zeros_(self.ahead_in.bias)
+            nn.init.normal_(self.ahead_out.weight, std=width**-0.5)
+        if self.fuse is not None:
+            nn.init.normal_(self.fuse.weight, std=self.config.feature_width**-0.5)
+
+    def take_vocabulary(self, token_ids: Tensor) -> None:
+        """Draft only these tokens: their rows of the target's head begin the own one.
+
+        Args:
+            token_ids: (draft_vocab_size,) int64.
+        """
+        assert self.own_head is not None
+        assert self.vocab_ids is not None
+        self.vocab_ids.copy_(token_ids.sort().values)
+        with torch.no_grad():
+            self.own_head.copy_(self._shared[1][self.vocab_ids])
+
+    # ── arithmetic ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def features(self, states: Tensor) -> Tensor:
+        """(..., feature_width) states of the target to the (..., D) features of rows."""
+        return states if self.fuse is None else self.fuse(states)
+
+    def inputs(self, features: Tensor, token_ids: Tensor) -> Tensor:
+        """(..., D) inputs of the layer for text rows, of features (..., D) and their next tokens (...)."""
+        tokens = self.embedding_norm(nn.functional.embedding(token_ids, self._shared[0]).to(features.dtype))
+        features = features if self.feature_norm is None else self.feature_norm(features)
+        return self.fc(torch.cat([tokens, features], dim=-1))
+
+    def project(self, inputs: Tensor) -> Tensor:
+        """(..., D) to queries, keys and values (..., H + 2 * H_kv, d), not rotated."""
+        return self.qkv(self.input_norm(inputs)).unflatten(-1, (-1, self.config.head_dim))
+
+    def finish(self, inputs: Tensor, seen: Tensor) -> Tensor:
+        """(..., D) output of the layer, of its inputs and what attention saw (..., H * d)."""
+        hidden = inputs + self.out(seen)
+        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
+        return hidden + self.down(nn.functional.silu(gate) * up)
+
+    def guesses(self, output: Tensor) -> Tensor:
+        """(..., num_ahead, D) estimates of the next states, of the layer's output (..., D)."""
+        if self.ahead_in is None or self.ahead_out is None:
+            return output.unsqueeze(-2)
+        later = self.ahead_out(nn.functional.silu(self.ahead_in(output)))
+        return torch.cat([output.unsqueeze(-2), later.unflatten(-1, (-1, self.config.width))], dim=-2)
+
+    def logits(self, guesses: Tensor) -> Tensor:
+        """(..., vocab or draft_vocab_size) of estimated states (..., D)."""
+        states = guesses if self.out_norm is None else self.out_norm(guesses)
+        return nn.functional.linear(states, self._shared[1] if self.own_head is None else self.own_head)
+
+    def token_ids(self, indices: Tensor) -> Tensor:
+        """Ids in the target's vocabulary of indices into `logits`."""
+        return indices if self.vocab_ids is None else self.vocab_ids[indices]
+
+    # ── folder ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write config.json and model.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.state_dict().items()}
+        save_file({name: t.contiguous() for name, t in state.items()}, folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone
+        (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+
+
+def read_draft_config(folder: Path) -> DraftConfig:
+    """The configuration of a drafter's folder.
+
+    Raises:
+        BadCheckpoint: It is none.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise BadCheckpoint(str(folder), f"has no {CONFIG}; give a folder that demos.train.train_drafter wrote")
+    known = {f.name for f in dataclasses.fields(DraftConfig)}
+    given = json.loads(path.read_text())
+    if unknown := sorted(given.keys() - known):
+        raise BadCheckpoint(str(folder), f"has the unknown setting {unknown[0]!r} in {CONFIG}: is it a drafter's?")
+    try:
+        return DraftConfig(**given | {"taps": tuple(given.get("taps", ()))})
+    except TypeError as error:
+        raise BadCheckpoint(str(folder), f"cannot be read as a drafter: {error}") from error
+
+
+def load_draft_head(folder: Path, embedding: Tensor, head: Tensor) -> DraftHead:
+    """A trained head in the target's dtype and on its device.
+
+    Args:
+        embedding, head: The target's.
+
+    Raises:
+        BadCheckpoint: The folder holds no drafter, or one of another target.
+    """
+    config = read_draft_config(folder)
+    if config.target != fingerprint(head):
+        raise BadCheckpoint(
+            str(folder),
+            "was trained for another target: vocabulary or head differ; train one with demos.train.train_drafter",
+        )
+    network = DraftHead(config, embedding, head)
+    tensors = load_file(folder / WEIGHTS)
+    wrong = network.state_dict().keys() ^ tensors.keys()
+    if wrong:
+        raise BadCheckpoint(str(folder), f"lacks {sorted(wrong)[0]} or has it in excess in {WEIGHTS}")
+    network.load_state_dict(tensors)
+    return network.to(head.device, head.dtype).eval()
+
+
+def fingerprint(head: Tensor) -> str:
+    """Names a target by the values of its head, whatever precision they were loaded in."""
+    rows = head[:: max(1, head.shape[0] // 64)].detach().to("cpu", torch.bfloat16)
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(str(tuple(head.shape)).encode())
+    digest.update(rows.contiguous().view(torch.uint16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def default_taps(num_layers: int) -> tuple[int, ...]:
+    """Layers whose inputs EAGLE-3 fuses: 2, L / 2 and L - 3; spread where a target is too shallow for that."""
+    wanted = (2, num_layers // 2, num_layers - 3)
+    if wanted[0] < wanted[1] < wanted[2]:
+        return wanted
+    spread = {round(1 + i * (num_layers - 2) / 2) for i in range(3)}
+    return tuple(sorted(spread))
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., head_dim) float32 of positions (...), in the halves form."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def size_in_bytes(network: nn.Module) -> int:
+    return sum(math.prod(p.shape) * 2 for p in network.parameters())

@@ -1,0 +1,38 @@
+"""What one token takes in the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCacheSpec:
+    """What one row of one layer takes.
+
+    Attributes:
+        num_heads: Key/value heads.
+        head_dim: Width of one head.
+        block_size: Rows of a block.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    block_size: int = 16
+
+    @property
+    def token_bytes(self) -> int:
+        """Key and value of one token in one layer."""
+        return 2 * self.num_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        return self.token_bytes * self.block_size
+
+    def num_blocks(self, num_rows: int) -> int:
+        """Blocks that hold `num_rows` rows in one layer."""
+        return -(-num_rows // self.block_size)

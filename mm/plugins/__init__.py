@@ -1,0 +1,1 @@
+"""Protocols of the plugins, their registry and their text form."""

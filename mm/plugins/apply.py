@@ -1,0 +1,121 @@
+"""Carries out a reducer's decision: the one place where visual tokens become fewer.
+
+A reducer says which tokens stay and how they merge; embeddings, positions and sizes follow here, so no reducer can move
+one of them and forget another. What comes back is checked before it reaches a prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mm.data.tokens import VisualTokens
+from mm.errors import MmError, ReducerFault
+from mm.plugins.reducer import ReduceContext, Reducer, Reduction
+
+ROW_SUM_TOLERANCE = 1e-3
+
+
+def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tensor | None = None) -> VisualTokens:
+    """The tokens that `reducer` leaves of one item, without evidence.
+
+    Args:
+        text_embeddings: See `ReduceContext`.
+
+    Raises:
+        ReducerFault: The reducer broke its promise (see `apply`), or kept another number of tokens than its plan says.
+    """
+    name = type(reducer).__name__
+    context = ReduceContext(evidence=tokens.evidence, text_embeddings=text_embeddings)
+    with blaming(name, "before the decoder"):
+        reduced = apply(reducer.after_encode(tokens, context), tokens, name)
+        planned = reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind)
+    kept = reduced.num_tokens
+    if kept > planned or (kept < planned and reducer.count == "fixed"):
+        raise ReducerFault(name, f"kept {kept} of {tokens.num_tokens} tokens, but its plan says {planned}")
+    return reduced
+
+
+@contextlib.contextmanager
+def blaming(reducer: str, when: str) -> Iterator[None]:
+    """Makes what a reducer raises its fault, named; errors of ours pass.
+
+    Args:
+        when: Such as "before the decoder".
+    """
+    try:
+        yield
+    except MmError:
+        raise
+    except Exception as error:
+        raise ReducerFault(reducer, f"failed {when}: {type(error).__name__}") from error
+
+
+def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer") -> VisualTokens:
+    """`tokens` after `reduction`, on every per-token plane; evidence is dropped, the input stays as it was.
+
+    Kept rows are gathered unchanged. Merged rows are computed in float32 and cast to the tokens' dtype at the end.
+
+    Args:
+        owner: Named in errors.
+
+    Raises:
+        ReducerFault: `keep` is not a non-empty, strictly ascending int64 vector of token indices; the merge weights
+            are of a wrong shape, negative, not finite or do not sum to 1 in a row; the sizes are of a wrong shape or
+            not positive.
+    """
+    _check(reduction, tokens, owner)
+    keep = reduction.keep
+    embeddings = tokens.embeddings.index_select(0, keep) if reduction.merge is None else _merge(reduction.merge, tokens)
+    sizes = tokens.sizes.index_select(0, keep) if reduction.sizes is None else reduction.sizes
+    protected = reduction.protected
+    if protected is None and tokens.protected is not None:
+        protected = tokens.protected.index_select(0, keep)
+    positions = tokens.positions.index_select(0, keep)
+    return replace(tokens, embeddings=embeddings, positions=positions, sizes=sizes, protected=protected, evidence={})
+
+
+def _merge(weights: Tensor, tokens: VisualTokens) -> Tensor:
+    return (weights.float() @ tokens.embeddings.float()).to(tokens.embeddings.dtype)
+
+
+def _check(reduction: Reduction, tokens: VisualTokens, owner: str) -> None:
+    keep, num_tokens = reduction.keep, tokens.num_tokens
+    if keep.dtype != torch.int64 or keep.dim() != 1:
+        raise ReducerFault(owner, f"keep has to be an int64 vector, not {keep.dtype} of shape {tuple(keep.shape)}")
+    num_kept = keep.shape[0]
+    if num_kept == 0 and num_tokens:
+        raise ReducerFault(owner, f"kept none of {num_tokens} tokens; at least one has to stay")
+    for name, plane, shape in (
+        ("merge", reduction.merge, (num_kept, num_tokens)),
+        ("sizes", reduction.sizes, (num_kept,)),
+        ("protected", reduction.protected, (num_kept,)),
+    ):
+        if plane is not None and tuple(plane.shape) != shape:
+            raise ReducerFault(owner, f"{name} has to be of shape {shape}, not {tuple(plane.shape)}")
+    if num_kept:
+        _check_values(reduction, num_tokens, owner)
+
+
+def _check_values(reduction: Reduction, num_tokens: int, owner: str) -> None:
+    keep = reduction.keep
+    checks = {
+        f"keep names a token outside 0..{num_tokens - 1}": (keep[0] >= 0) & (keep.amax() < num_tokens),
+        "keep is not strictly ascending": (keep[1:] > keep[:-1]).all(),
+    }
+    if reduction.merge is not None:
+        weights = reduction.merge.coalesce().values() if reduction.merge.is_sparse else reduction.merge
+        rows = torch.sum(reduction.merge.float(), dim=1)
+        rows = rows.to_dense() if rows.is_sparse else rows
+        checks["merge weights are negative or not finite"] = (torch.isfinite(weights) & (weights >= 0)).all()
+        checks["merge weights do not sum to 1 in every row"] = ((rows - 1).abs() <= ROW_SUM_TOLERANCE).all()
+    if reduction.sizes is not None:
+        checks["sizes are not positive and finite"] = (torch.isfinite(reduction.sizes) & (reduction.sizes > 0)).all()
+    # Stacked, so that a GPU is waited for once per item and not once per check.
+    for text, passed in zip(checks, torch.stack(list(checks.values())).tolist(), strict=True):
+        if not passed:
+            raise ReducerFault(owner, text)

@@ -1,0 +1,47 @@
+"""Reducers of clips: frames of equal grids in order of time, every cell of them there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mm.data.media import Kind
+from mm.data.tokens import Grid, VisualTokens
+from mm.plugins.reducer import ReduceContext, Reduction, Stage
+from pruning.base import BudgetReducer, keep_all
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipReducer(BudgetReducer):
+    """A reducer that looks at all frames of a clip. Images, whose steps are crops, stay as they are.
+
+    Subclasses write `decide`, and `num_kept` where it is not the budget.
+    """
+
+    stage: ClassVar[Stage] = Stage.TEMPORAL
+    kinds: ClassVar[frozenset[str]] = frozenset({"video"})
+    needs_grid: ClassVar[bool] = True
+
+    def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
+        if kind != "video" or not num_tokens:
+            return num_tokens
+        frames, height, width = grid or (1, 1, num_tokens)
+        return self.num_kept(frames, height * width)
+
+    def num_kept(self, num_frames: int, num_per_frame: int) -> int:
+        """Tokens kept of a clip that has some, or the most that may be."""
+        return super().plan(num_frames * num_per_frame)
+
+    @torch.no_grad()
+    def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
+        k = self.plan(tokens.num_tokens, tokens.grid, tokens.kind)
+        if k >= tokens.num_tokens:
+            return keep_all(tokens)
+        return self.decide(tokens.embeddings.unflatten(0, (tokens.grid[0], -1)), context, k)
+
+    def decide(self, frames: Tensor, context: ReduceContext, k: int) -> Reduction:
+        """What becomes of the tokens of `frames` (F, n, D), of which `k` stay, with 0 < k < F n."""
+        raise NotImplementedError

@@ -1,0 +1,38 @@
+"""A sequence of its own through the decoder, for tests that look at logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mm.data.tokens import Prompt
+from mm.engine.attention.base import build_attention
+from mm.engine.kv_cache.blocks import KVCache
+from mm.engine.model_runner import Chunk, ModelRunner
+
+
+class Alone:
+    """One sequence with a cache to itself."""
+
+    def __init__(self, language, num_rows: int) -> None:
+        self.language = language
+        shape = language.kv_cache_spec
+        self.cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(num_rows), num_slots=1)
+        self._pass = ModelRunner(language, build_attention(self.cache))
+        self._slot = self.cache.allocate()
+
+    def feed(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """(n, D) rows at (P, n) positions; the logits (vocab,) behind the last one."""
+        return self._pass.run([Chunk(slot=self._slot, embeddings=embeddings, positions=positions)])[0]
+
+    def feed_token(self, token: int, position: int) -> Tensor:
+        return self.feed(self.language.embed(torch.tensor([token])), torch.tensor([[position]]))
+
+
+def logits_along(language, prompt: Prompt, tokens: list[int], shift: int = 0) -> list[Tensor]:
+    """Logits at each of `tokens`, fed one by one behind the prompt."""
+    alone = Alone(language, prompt.length + len(tokens))
+    steps = [alone.feed(prompt.embeddings, prompt.positions + shift)]
+    for i, token in enumerate(tokens[:-1]):
+        steps.append(alone.feed_token(token, prompt.next_position + i + shift))
+    return steps

@@ -1,0 +1,103 @@
+"""`mm eval` from the command line: with the shipped model, through HTTP, and where it stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+
+import serve.cli.app as app_module
+import serve.evaluation.command as command
+from serve.evaluation.items import write_test_set
+from tests.serve.evaluation.conftest import FakeAnswerer
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Exit code, stdout and stderr of `mm eval`."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mm", "eval", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            app_module.main()
+        told = capsys.readouterr()
+        return int(ended.value.code or 0), told.out, told.err
+
+    return call
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The command, with a fake model in place of a loaded one."""
+    defaults = command.run_evaluation.__kwdefaults__
+    monkeypatch.setitem(defaults, "build", lambda job: FakeAnswerer())
+
+
+@pytest.mark.usefixtures("fake")
+def test_two_runs_write_the_same_bytes(run, file, tmp_path):
+    outputs = []
+    for name in ("one", "two"):
+        result, answers = tmp_path / f"{name}.json", tmp_path / f"{name}.jsonl"
+        code, table, _ = run("--data", file, "--json", result, "--answers", answers, "--reducer", "none")
+        assert code == 0
+        outputs.append((result.read_bytes(), answers.read_bytes(), table))
+    assert outputs[0] == outputs[1]
+    result = json.loads(outputs[0][0])
+    assert result["data"]["num_items"] == 10
+    assert result["columns"] == [{"reducer": "none", "kept_share": 0.25}]
+    assert [json.loads(line)["id"] for line in outputs[0][1].decode().splitlines()][:2] == ["color-0", "exist-0"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_table_is_all_there_is_on_stdout(run, file):
+    code, table, progress = run("--data", file, "--task", "color", "--no-control", "--quiet")
+    assert code == 0
+    assert table.startswith("fake through a test: 4 questions on 4 media of set.parquet")
+    assert "exist" not in table
+    assert progress == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--task", "colour"],
+            "no task 'colour' in set.parquet; did you mean 'color'? (tasks: color, exist, clip-length)",
+        ),
+        (["--wording", "new"], "no wording 'new'"),
+        (["--data", "absent.parquet"], "cannot read absent.parquet"),
+        (["--json", "absent/result.json"], "cannot write absent/result.json"),
+        (["--reducer", "divprun"], "did you mean 'divprune'"),
+        (["--reducer", "divprune:keep_ratio=2"], "keep_ratio"),
+        (["--model", "tinny"], "the model 'tinny' does not exist"),
+        (["--url", "http://127.0.0.1:9"], "no server can be reached"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(run, file, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, table, told = run("--data", file, *arguments)
+    assert code == 1
+    assert table == ""
+    assert message in told
+    assert len(told.splitlines()) == 1
+
+
+def test_a_medium_that_is_none_is_named_by_its_item(run, tmp_path, items):
+    damaged = [dataclasses.replace(item, media=item.media[:40]) for item in items if item.task == "color"]
+    write_test_set(tmp_path / "set.parquet", damaged)
+    code, table, told = run("--data", tmp_path / "set.parquet", "--quiet", "--threads", 1)
+    assert (code, table) == (1, "")
+    assert told.startswith("mm: at item 'color-0': ")
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_that_stops_leaves_earlier_results_alone(run, file, tmp_path, monkeypatch):
+    kept = tmp_path / "kept.json"
+    kept.write_text("earlier")
+    assert run("--data", file, "--json", kept, "--answers", tmp_path / "absent" / "a.jsonl")[0] == 1
+    assert kept.read_text() == "earlier"
+    assert run("--data", file, "--json", tmp_path / "new.json", "--answers", tmp_path / "absent" / "a.jsonl")[0] == 1
+    assert not (tmp_path / "new.json").exists()
