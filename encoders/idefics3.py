@@ -55,8 +55,8 @@ class Crops:
 class Idefics3Encoder:
     """Pictures to the tokens that an Idefics3 or SmolVLM decoder was trained on, crop by crop.
 
-    The tower has no [CLS]. Evidence is computed when asked for, from its last block, within each crop; a token has the
-    mean over the patches that the connector joins.
+    The tower has no [CLS]. Auxiliary features are computed when asked for, from its last block, within each crop; a
+    token has the mean over the patches that the connector joins.
 
     Args:
         folder: A checkpoint: a local folder or a hub name.
@@ -130,7 +130,7 @@ class Idefics3Encoder:
 
     @torch.inference_mode()
     def _forward_observed(self, pictures: Sequence[Crops], taps: frozenset[str]) -> list[dict[str, Tensor]]:
-        """The same, and the evidence (crops, ..., n) that `taps` names."""
+        """The same, and the auxiliary features (crops, ..., n) that `taps` names."""
         pixels, last = self._pixels(pictures), len(self.tower.encoder.layers) - 1
         output = self.tower(pixels, output_hidden_states=[last])
         planes = observed_in_block(self.tower.encoder.layers[last], output.hidden_states[last], taps, has_cls=False)
@@ -148,8 +148,10 @@ class Idefics3Encoder:
         cell = self.config.vision_config.patch_size * self.config.scale_factor
         height, width = picture.pixels.shape[-2] // cell, picture.pixels.shape[-1] // cell
         grid = (len(picture.pixels), height, width)
-        evidence = {name: plane.movedim(0, -2).flatten(-2) for name, plane in output.items() if name != "embeddings"}
-        return VisualTokens.full(output["embeddings"].flatten(0, 1), grid, "image", evidence, crops=picture.layout)
+        aux_features = {
+            name: plane.movedim(0, -2).flatten(-2) for name, plane in output.items() if name != "embeddings"
+        }
+        return VisualTokens.full(output["embeddings"].flatten(0, 1), grid, "image", aux_features, crops=picture.layout)
 
 
 def _per_picture(planes: dict[str, Tensor], pictures: Sequence[Crops]) -> list[dict[str, Tensor]]:

@@ -56,8 +56,9 @@ PROJECTOR_KEY = re.compile(r"^(?:model\.)?multi_modal_projector\.(.+)$")
 class LlavaEncoder:
     """Images, and clips where the checkpoint takes them, to the tokens its decoder was trained on.
 
-    Evidence is computed when asked for, from the block that the features come from; where they come from several
-    layers, the deepest. Softmax is over all keys, [CLS] among them. For clips it is averaged over the pooled cells.
+    Auxiliary features are computed when asked for, from the block that the embeddings come from; where they come from
+    several layers, the deepest. Softmax is over all keys, [CLS] among them. For clips it is averaged over the pooled
+    cells.
 
     The class's `provides` and `kinds` are what a checkpoint may have; an instance's are what this one has.
 
@@ -144,12 +145,12 @@ class LlavaEncoder:
         pixels = self.preprocess(pictures)
         outputs = in_batches(lambda batch: self._forward(batch, needs), pixels, MAX_BATCH)
         grid = self._grid(pixels, outputs["embeddings"].shape[1])
-        evidence = [
+        aux_features = [
             {name: plane[i] for name, plane in outputs.items() if name != "embeddings"} for i in range(len(pixels))
         ]
         return [
             VisualTokens.full(embeddings, grid, kind, seen)
-            for embeddings, seen in zip(outputs["embeddings"], evidence, strict=True)
+            for embeddings, seen in zip(outputs["embeddings"], aux_features, strict=True)
         ]
 
     def _encode_merging(
@@ -202,7 +203,7 @@ class LlavaEncoder:
 
     @torch.inference_mode()
     def _forward(self, pixels: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
-        """`embeddings` (B, N, D), and of the evidence (B, ..., N) what is needed."""
+        """`embeddings` (B, N, D), and of the auxiliary features (B, ..., N) what is needed."""
         deepest = max(self._layers)
         taps = needs & self.provides & {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS}
         wanted = [*self._layers, deepest - 1] if taps else self._layers
@@ -226,13 +227,13 @@ def join_frames(frames: Sequence[VisualTokens], pool: int) -> VisualTokens:
     embeddings = cell_means(torch.stack([frame.embeddings.T for frame in frames]), height, width, pool)
     _, channels, height_out, width_out = embeddings.shape
     tokens = embeddings.permute(0, 2, 3, 1).reshape(-1, channels).to(frames[0].embeddings.dtype)
-    evidence = {
-        name: cell_means(torch.stack([frame.evidence[name] for frame in frames]), height, width, pool)
+    aux_features = {
+        name: cell_means(torch.stack([frame.aux_features[name] for frame in frames]), height, width, pool)
         .permute(1, 0, 2, 3)
         .flatten(1)
-        for name in frames[0].evidence
+        for name in frames[0].aux_features
     }
-    return VisualTokens.full(tokens, (len(frames), height_out, width_out), "video", evidence)
+    return VisualTokens.full(tokens, (len(frames), height_out, width_out), "video", aux_features)
 
 
 def _feature_layers(config: Any) -> list[int]:

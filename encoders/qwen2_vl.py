@@ -70,8 +70,8 @@ class Patches:
 class Qwen2VLEncoder:
     """Images and clips of any size to the tokens that a Qwen2-VL or Qwen2.5-VL decoder was trained on.
 
-    The tower has no [CLS]. Evidence is computed when asked for, from the last block that sees whole frames, within each
-    step in time; a token has the mean over the patches that the merger joins.
+    The tower has no [CLS]. Auxiliary features are computed when asked for, from the last block that sees whole frames,
+    within each step in time; a token has the mean over the patches that the merger joins.
 
     Args:
         folder: A checkpoint: a local folder or a hub name.
@@ -160,7 +160,7 @@ class Qwen2VLEncoder:
 
     @torch.inference_mode()
     def _forward_observed(self, items: Sequence[Patches], taps: frozenset[str]) -> list[dict[str, Tensor]]:
-        """The same, and the evidence (N, ...) that `taps` names."""
+        """The same, and the auxiliary features (N, ...) that `taps` names."""
         pixels, grids = self._packed(items)
         index = getattr(self.tower, "fullatt_block_indexes", None) or [len(self.tower.blocks) - 1]
         output = self.tower(pixels, grid_thw=grids, output_hidden_states=[max(index)])
@@ -187,8 +187,8 @@ class Qwen2VLEncoder:
     ) -> VisualTokens:
         steps, height, width = patches.grid
         grid = (steps, height // self._merge, width // self._merge)
-        evidence = {name: plane.movedim(0, -1) for name, plane in output.items() if name != "embeddings"}
-        return VisualTokens.full(output["embeddings"], grid, kind, evidence, seconds_per_step=seconds_per_step)
+        aux_features = {name: plane.movedim(0, -1) for name, plane in output.items() if name != "embeddings"}
+        return VisualTokens.full(output["embeddings"], grid, kind, aux_features, seconds_per_step=seconds_per_step)
 
 
 def _load(path: Path, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -221,7 +221,7 @@ def window_order(tower: Any, grids: Tensor) -> Tensor | None:
 def observed_in_packed_block(
     tower: Any, index: int, hidden: Tensor, grids: Tensor, names: Set[str]
 ) -> dict[str, Tensor]:
-    """The named evidence (P, ...) float32 of all patches, from the input (P, D) of the block `index`."""
+    """The named auxiliary features (P, ...) float32 of all patches, from the input (P, D) of the block `index`."""
     attention = tower.blocks[index].attn
     states = attention.qkv(tower.blocks[index].norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
     queries, keys, _ = states.unbind(dim=1)

@@ -99,8 +99,8 @@ class TimmEncoder:
             merged = list(zip(found["anchors"], found["sizes"], strict=True))
             return merged_tokens(list(embeddings), merged, grid, item.kind, embeddings.flatten(0, 1), needs)
         tokens = embeddings.flatten(0, 1)
-        evidence = {TOWER_FEATURES: tokens.float().mT} if TOWER_FEATURES in needs else {}
-        return VisualTokens.full(tokens, grid, item.kind, evidence)
+        aux_features = {TOWER_FEATURES: tokens.float().mT} if TOWER_FEATURES in needs else {}
+        return VisualTokens.full(tokens, grid, item.kind, aux_features)
 
     def preprocess(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """uint8 RGB (H, W, 3) pictures to (B, 3, h, w), by timm's own evaluation transform."""

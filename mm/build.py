@@ -93,7 +93,7 @@ def build_engine(config: ModelConfig) -> LLMEngine:
         share_prefixes=config.prefix_caching,
         speculation=config.speculation,
         record_steps=config.cuda_graphs,
-        lenient=config.reducers.lenient,
+        on_error=config.reducers.on_error,
     )
 
 

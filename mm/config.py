@@ -89,6 +89,10 @@ class SpeculationLimits:
         return tuple(dict.fromkeys(("none", self.drafter, *self.drafters)))
 
 
+OnError = Literal["fail", "keep_all"]
+"""What happens to a request whose reducer is at fault: it fails, or it keeps all its tokens and reports the fault."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReducerPolicy:
     """What requests may ask of reducers, and what happens when one is at fault.
@@ -96,18 +100,20 @@ class ReducerPolicy:
     Attributes:
         allowed: Names that a request may use; empty allows all. The configured default is always allowed.
         min_keep_ratio: Requests may not go below this many visual tokens kept / in; None sets no bound.
-        lenient: When a reducer fails or gives a wrong answer, keep the tokens it was to reduce and say so in the answer
-            and the metrics; otherwise its request fails.
+        on_error: "fail" ends a request whose reducer raises or returns an invalid decision. "keep_all" keeps the tokens
+            that it was to reduce, and reports the fault in the answer and the metrics.
     """
 
     allowed: tuple[str, ...] = ()
     min_keep_ratio: float | None = None
-    lenient: bool = False
+    on_error: OnError = "fail"
 
     def __post_init__(self) -> None:
         if self.min_keep_ratio is not None and not 0 < self.min_keep_ratio <= 1:
             given = f"was {self.min_keep_ratio}; it has to be above 0 and at most 1"
             raise InvalidOption("model", "min_keep_ratio", given)
+        if self.on_error not in get_args(OnError):
+            raise InvalidOption("model", "on_error", f"was {self.on_error!r}; it has to be 'fail' or 'keep_all'")
 
 
 VideoDecoder = Literal["pyav", "decord"]

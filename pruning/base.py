@@ -16,7 +16,7 @@ from torch import Tensor
 from mm.data.media import Kind
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import InvalidOption
-from mm.plugins.apply import apply, blaming
+from mm.plugins.apply import apply, plugin_errors
 from mm.plugins.reducer import Count, ReduceContext, Reducer, Reduction, Stage
 
 Rounding = Literal["half_up", "half_even", "floor", "floor_complement", "ceil"]
@@ -274,18 +274,20 @@ class Pipeline:
 
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
         total, num_tokens = keep_all(tokens), tokens.num_tokens
-        evidence = dict(context.evidence)
+        aux_features = dict(context.aux_features)
         for stage in self.stages:
-            with blaming(type(stage).__name__, "before the decoder"):
-                reduction = stage.after_encode(tokens, replace(context, evidence=evidence))
-            evidence = {name: _follow(plane, reduction.keep, tokens.num_tokens) for name, plane in evidence.items()}
-            tokens = replace(apply(reduction, tokens, type(stage).__name__), evidence=evidence)
+            with plugin_errors(type(stage).__name__, "before the decoder"):
+                reduction = stage.after_encode(tokens, replace(context, aux_features=aux_features))
+            aux_features = {
+                name: _follow(plane, reduction.keep, tokens.num_tokens) for name, plane in aux_features.items()
+            }
+            tokens = replace(apply(reduction, tokens, type(stage).__name__), aux_features=aux_features)
             total = _compose(total, reduction, tokens, num_tokens)
         return total
 
 
 def _follow(plane: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
-    """The evidence of the kept tokens: their own, also where others were merged into them."""
+    """The auxiliary features of the kept tokens: their own, also where others were merged into them."""
     per_token = plane.dim() > 0 and plane.shape[-1] == num_tokens
     return plane.index_select(-1, keep) if per_token else plane
 

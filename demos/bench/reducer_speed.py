@@ -66,7 +66,7 @@ def methods() -> list[str]:
 
 
 def tokens_of(width: int, kind: str) -> VisualTokens:
-    """Random tokens with all evidence there is. Neighbours resemble each other, as they do in pictures."""
+    """Random tokens with all auxiliary features there are. Neighbours resemble each other, as they do in pictures."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -75,13 +75,13 @@ def tokens_of(width: int, kind: str) -> VisualTokens:
     steps = random(NUM_TOKENS, width)
     embeddings = steps + 0.7 * steps.roll(1, 0)
     attention = random(16, NUM_TOKENS).softmax(-1)
-    evidence = {
+    aux_features = {
         CLS_ATTENTION: attention,
         ATTENTION_RECEIVED: attention,
         TOWER_KEYS: random(64, NUM_TOKENS),
         TOWER_FEATURES: random(1024, NUM_TOKENS),
     }
-    return VisualTokens.full(embeddings, GRIDS[kind], kind, evidence)  # type: ignore[arg-type]
+    return VisualTokens.full(embeddings, GRIDS[kind], kind, aux_features)  # type: ignore[arg-type]
 
 
 def selection_s(method: str, repeats: int) -> float:
@@ -89,7 +89,7 @@ def selection_s(method: str, repeats: int) -> float:
     kinds = getattr(get("reducer", method), "kinds", ("image", "video"))
     tokens = tokens_of(WIDTH, "image" if "image" in kinds else "video")
     reducer = build_reducer(spec_of(method, KEEP_RATIO, THRESHOLD))
-    context = ReduceContext(evidence=tokens.evidence, text_embeddings=torch.randn(NUM_TEXT, WIDTH))
+    context = ReduceContext(aux_features=tokens.aux_features, text_embeddings=torch.randn(NUM_TEXT, WIDTH))
 
     def run() -> None:
         apply(reducer.after_encode(tokens, context), tokens, method)
@@ -103,7 +103,7 @@ def prefill(model: mm.Model, tokens: VisualTokens, spec: str) -> tuple[float, fl
     reducer, feed = Timed(build_reducer(spec)), OutputQueue()
     request = build_request("What is in the picture?", images=[blank(model)], max_new_tokens=2, temperature=0.0)
     start = time.process_time()
-    job = model.engine.submit(request, [Encoded(tokens=tokens.without_evidence())], feed, reducer, spec)
+    job = model.engine.submit(request, [Encoded(tokens=tokens.without_aux_features())], feed, reducer, spec)
     while not isinstance((feed.take() or (None, None))[0], Delta):
         model.engine.step()
     seconds = time.process_time() - start

@@ -100,7 +100,7 @@ class Bench:
     """The model, the pictures it was shown, and all that is asked of it.
 
     Args:
-        needs: Evidence that any of the methods asks for; pictures are encoded with it once.
+        needs: Auxiliary features that any of the methods asks for; pictures are encoded with it once.
     """
 
     def __init__(self, model: mm.Model, needs: frozenset[str]) -> None:
@@ -127,14 +127,14 @@ class Bench:
         return self.encoder.encode([self.medium(item)], needs, **hosted)[0]
 
     def tokens(self, item: Item, reducer: Any) -> VisualTokens:
-        """The item's tokens, with the evidence that the reducer needs; shared where the tower does not merge."""
+        """The item's tokens, with the auxiliary features that the reducer needs; shared unless the tower merges."""
         needs = reducer.needs
         if tower_stage(reducer) is not None:
             return self.encode(item, reducer, needs)
         if item.media_index not in self._tokens:
             self._tokens[item.media_index] = self.encode(item, NoReduction(), self._needs)
         full = self._tokens[item.media_index]
-        return replace(full, evidence={name: full.evidence[name] for name in needs & full.evidence.keys()})
+        return replace(full, aux_features={name: full.aux_features[name] for name in needs & full.aux_features.keys()})
 
     def request(self, item: Item, max_new_tokens: int = MAX_TOKENS) -> Request:
         medium = self.medium(item)

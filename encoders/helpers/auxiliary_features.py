@@ -52,7 +52,7 @@ def key_means(keys: Tensor) -> Tensor:
 
 
 def observed_in_block(block: Any, hidden: Tensor, names: Set[str], has_cls: bool) -> dict[str, Tensor]:
-    """The named evidence (B, ..., P) float32 of a block as in CLIP, SigLIP and Idefics3, from its input (B, P, D)."""
+    """The named features (B, ..., P) float32 of a block as in CLIP, SigLIP and Idefics3, from its input (B, P, D)."""
     attention, states = block.self_attn, block.layer_norm1(hidden)
     keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
     found = {TOWER_KEYS: key_means(keys)} if TOWER_KEYS in names else {}

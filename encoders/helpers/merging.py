@@ -16,7 +16,7 @@ from torch import Tensor
 from mm.data.media import Kind
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import ReducerFault
-from mm.plugins.apply import blaming
+from mm.plugins.apply import plugin_errors
 from mm.plugins.features import TOWER_FEATURES
 from mm.plugins.reducer import InTower, Matched
 
@@ -52,7 +52,7 @@ def run_blocks(
         ReducerFault: It failed, or matched what cannot be merged.
     """
     num_tokens, name = hidden.shape[1], type(merging).__name__
-    with blaming(name, "in the tower"):
+    with plugin_errors(name, "in the tower"):
         counts = merging.merges(num_tokens - num_prefix, len(blocks))
     sizes = torch.ones(hidden.shape[:2], device=hidden.device)
     anchors = torch.arange(num_tokens, device=hidden.device).expand(len(hidden), -1)
@@ -60,7 +60,7 @@ def run_blocks(
         bias = sizes.log().to(hidden.dtype)[:, None, None] if hidden.shape[1] < num_tokens else None
         hidden, keys = attend(block, hidden, bias)
         if count:
-            with blaming(name, "in the tower"):
+            with plugin_errors(name, "in the tower"):
                 matched = merging.match(keys.float().mean(dim=1), count, num_prefix)
                 _check(matched, hidden.shape[1], count, name)
             hidden, sizes = _carried_out(matched.slots, hidden, sizes, matched.anchors.shape[1])
@@ -107,7 +107,7 @@ def merged_tokens(
     """One item of T pictures, each of (m, D) embeddings and its (anchors, sizes), on a grid of (T, h, w) cells.
 
     Args:
-        features: (T m, d), the tokens before the projector: evidence where `needs` names them.
+        features: (T m, d), the tokens before the projector: auxiliary features where `needs` names them.
     """
     _, _, width = grid
     positions = [
@@ -120,5 +120,5 @@ def merged_tokens(
         sizes=torch.cat([sizes for _, sizes in merged]),
         grid=grid,
         kind=kind,
-        evidence={TOWER_FEATURES: features.float().mT} if TOWER_FEATURES in needs else {},
+        aux_features={TOWER_FEATURES: features.float().mT} if TOWER_FEATURES in needs else {},
     )

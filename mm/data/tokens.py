@@ -29,7 +29,7 @@ class VisualTokens:
         sizes: (N,) float32, how many original tokens each one stands for.
         grid: Cells of the unreduced item; N = t * h * w before reduction.
         kind: "image" or "video".
-        evidence: What the tower observed, by name; per token where the last axis is N; dropped after reduction.
+        aux_features: What the tower observed, by name; per token where the last axis is N; dropped after reduction.
         seconds_per_step: Clip time between two steps along t; None for an image, or where the family does not ask.
         crops: Rows and columns of crops where the steps of an image are its crops, row by row, and then the whole
             image at the crops' size; None where the grid is the image's own.
@@ -41,7 +41,7 @@ class VisualTokens:
     sizes: Tensor
     grid: Grid
     kind: Kind
-    evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    aux_features: Mapping[str, Tensor] = field(default_factory=dict)
     seconds_per_step: float | None = None
     crops: tuple[int, int] | None = None
     protected: Tensor | None = None
@@ -52,7 +52,7 @@ class VisualTokens:
         embeddings: Tensor,
         grid: Grid,
         kind: Kind,
-        evidence: Mapping[str, Tensor] | None = None,
+        aux_features: Mapping[str, Tensor] | None = None,
         seconds_per_step: float | None = None,
         crops: tuple[int, int] | None = None,
     ) -> VisualTokens:
@@ -69,7 +69,7 @@ class VisualTokens:
             sizes=sizes,
             grid=grid,
             kind=kind,
-            evidence=evidence or {},
+            aux_features=aux_features or {},
             seconds_per_step=seconds_per_step,
             crops=crops,
         )
@@ -90,8 +90,8 @@ class VisualTokens:
         _, h, w = self.grid
         return (self.positions[:, 0] * h + self.positions[:, 1]) * w + self.positions[:, 2]
 
-    def without_evidence(self) -> VisualTokens:
-        return replace(self, evidence={})
+    def without_aux_features(self) -> VisualTokens:
+        return replace(self, aux_features={})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,8 +67,8 @@ class FeatureCache:
         return replace(found, cache_hit=True) if found is not None else None
 
     def put(self, key: str, value: Encoded) -> None:
-        """Store a copy of `value` without evidence."""
-        num_bytes = encoded_bytes(value.tokens.without_evidence())
+        """Store a copy of `value` without auxiliary features."""
+        num_bytes = encoded_bytes(value.tokens.without_aux_features())
         if num_bytes > self.max_bytes:
             with self._lock:
                 self._bypassed += 1
@@ -114,7 +114,7 @@ def encoded_bytes(tokens: VisualTokens) -> int:
 
 
 def _tensors(tokens: VisualTokens) -> Iterator[Tensor]:
-    yield from (tokens.embeddings, tokens.positions, tokens.sizes, *tokens.evidence.values())
+    yield from (tokens.embeddings, tokens.positions, tokens.sizes, *tokens.aux_features.values())
     if tokens.protected is not None:
         yield tokens.protected
 
@@ -126,5 +126,5 @@ def _copy(tokens: VisualTokens) -> VisualTokens:
         positions=tokens.positions.clone(),
         sizes=tokens.sizes.clone(),
         protected=None if tokens.protected is None else tokens.protected.clone(),
-        evidence={},
+        aux_features={},
     )

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from mm.config import OnError
 from mm.data.media import FrameSampling, Image, Media, MediaSource, Video
 from mm.data.request import Request, TextPart
 from mm.data.tokens import Encoded, EncodeTimings, VisualTokens
@@ -111,7 +112,7 @@ def _encode_batch(
     encoded = {}
     for (key, (_, load_s)), tokens in zip(loaded.items(), batch, strict=True):
         start = time.perf_counter()
-        kept, fault = (tokens, in_tower) if in_tower else _reduce(reducer, tokens, text, parts.policy.lenient)
+        kept, fault = (tokens, in_tower) if in_tower else _reduce(reducer, tokens, text, parts.policy.on_error)
         reduce_s = time.perf_counter() - start
         timings = EncodeTimings(load_s=load_s, encode_s=encode_s, reduce_s=reduce_s)
         encoded[key] = Encoded(tokens=kept, timings=timings, key="" if fault else key, fault=fault)
@@ -127,18 +128,18 @@ def _in_tower(media: Sequence[Image | Video], reducer: Reducer, parts: EncodePar
     try:
         return parts.encoder.encode(media, needs=reducer.needs, **hosted), ""
     except ReducerFault as error:
-        if not parts.policy.lenient:
+        if parts.policy.on_error == "fail":
             raise
         log.warning("reducer_fault=%s", error, exc_info=error.__cause__)
-        return [tokens.without_evidence() for tokens in parts.encoder.encode(media)], str(error)
+        return [tokens.without_aux_features() for tokens in parts.encoder.encode(media)], str(error)
 
 
-def _reduce(reducer: Reducer, tokens: VisualTokens, text: Tensor | None, lenient: bool) -> tuple[VisualTokens, str]:
+def _reduce(reducer: Reducer, tokens: VisualTokens, text: Tensor | None, on_error: OnError) -> tuple[VisualTokens, str]:
     """What the reducer leaves, and what it did wrong where that is only noted."""
     try:
         return reduce_tokens(reducer, tokens, text), ""
     except ReducerFault as error:
-        if not lenient:
+        if on_error == "fail":
             raise
         log.warning("reducer_fault=%s", error, exc_info=error.__cause__)
-        return tokens.without_evidence(), str(error)
+        return tokens.without_aux_features(), str(error)

@@ -15,7 +15,7 @@ from mm.data.tokens import Prompt
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.model_runner import Chunk
 from mm.errors import MmError, ReducerFault
-from mm.plugins.apply import blaming
+from mm.plugins.apply import plugin_errors
 from mm.plugins.reducer import CacheView, InDecode
 
 
@@ -52,7 +52,7 @@ def _asked(evictor: InDecode, lengths: Sequence[int], planes: Sequence[tuple[Ten
     view = CacheView(
         lengths=tuple(lengths), visual=tuple(rows for rows, _ in planes), origins=tuple(of for _, of in planes)
     )
-    with blaming(name, "when the prompt was in"):
+    with plugin_errors(name, "when the prompt was in"):
         kept = evictor.prefill_done(view)
         _check(kept, lengths, name)
     return kept

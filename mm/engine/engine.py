@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mm.config import SpeculationLimits
+from mm.config import OnError, SpeculationLimits
 from mm.data.outputs import Event
 from mm.data.request import Request
 from mm.data.tokens import Encoded
@@ -61,7 +61,7 @@ class LLMEngine:
         share_prefixes: Whether prompts begin with what earlier ones left.
         speculation: What may be drafted; None is nothing.
         record_steps: Whether decoding steps are recorded where the device can replay them.
-        lenient: Whether a reducer's fault is noted instead of failing its request.
+        on_error: What a reducer's fault does to its request, see `ReducerPolicy`.
     """
 
     def __init__(
@@ -73,10 +73,11 @@ class LLMEngine:
         share_prefixes: bool = True,
         speculation: SpeculationLimits | None = None,
         record_steps: bool = True,
-        lenient: bool = False,
+        on_error: OnError = "fail",
     ) -> None:
         self.engine_id = uuid.uuid4().hex
-        self.family, self.limits, self._lenient = family, limits, lenient
+        self.family, self.limits = family, limits
+        self._on_error: OnError = on_error
         self.samplers = SamplerFactory(family)
         shape = family.language.kv_cache_spec
         num_blocks = kv_bytes // shape.block_bytes
@@ -138,7 +139,7 @@ class LLMEngine:
             num_left=len(samplers),
             faults=[item.fault for item in encoded if item.fault],
         )
-        add_hooks(job, reducer, self.family.language.num_layers, lenient=self._lenient)
+        add_hooks(job, reducer, self.family.language.num_layers, on_error=self._on_error)
         answers = [
             Sequence(
                 job=job,
@@ -379,7 +380,7 @@ class LLMEngine:
 
     def _blame(self, job: EngineRequest, error: MmError) -> bool:
         """Whether the request goes on: a fault of a reducer is only noted where that is wanted."""
-        if not self._lenient or not isinstance(error, ReducerFault):
+        if self._on_error == "fail" or not isinstance(error, ReducerFault):
             self._fail(job, error)
             return False
         if str(error) not in job.faults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mm.config import OnError
 from mm.data.request import Request
 from mm.data.tokens import Positions, Prompt
 from mm.engine.kv_cache.blocks import KVCache
@@ -54,11 +55,11 @@ def with_positions(prompt: Prompt, positions: Positions) -> Prompt:
     return prompt.compact()
 
 
-def add_hooks(job: EngineRequest, reducer: Reducer, num_layers: int, *, lenient: bool = False) -> None:
+def add_hooks(job: EngineRequest, reducer: Reducer, num_layers: int, *, on_error: OnError = "fail") -> None:
     """Note at which layers the reducer acts, if the prompt has anything to reduce.
 
     Args:
-        lenient: Only note what a reducer does wrong.
+        on_error: What a reducer's fault does to its request, see `ReducerPolicy`.
 
     Raises:
         InvalidRequest: The model has no such layer, or two reducers want the same.
@@ -71,7 +72,7 @@ def add_hooks(job: EngineRequest, reducer: Reducer, num_layers: int, *, lenient:
         try:
             layers = layers_of(stage, num_layers)
         except ReducerFault as error:
-            if not lenient:
+            if on_error == "fail":
                 raise
             job.faults.append(str(error))
             continue

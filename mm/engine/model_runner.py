@@ -18,7 +18,7 @@ from torch import Tensor
 from mm.engine.kv_cache.blocks import KVCache
 from mm.errors import MmError, ReducerFault
 from mm.models.attention import Attention, AttentionMetadata, Rotary
-from mm.plugins.apply import blaming
+from mm.plugins.apply import plugin_errors
 from mm.plugins.reducer import InPrefill
 
 if TYPE_CHECKING:
@@ -355,7 +355,7 @@ def layers_of(reducer: InPrefill, num_layers: int) -> tuple[int, ...]:
         ReducerFault: It failed, or named what is no layer.
     """
     name = type(reducer).__name__
-    with blaming(name, "when asked for its layers"):
+    with plugin_errors(name, "when asked for its layers"):
         layers = tuple(reducer.layers(num_layers))
     if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
         raise ReducerFault(name, f"has to name layers by whole numbers, not {layers!r}")
@@ -372,7 +372,7 @@ def _ask(chunk: Chunk, layer: int, view: PrefillView) -> Tensor:
     reducer = drops.hooks[layer]
     name = type(reducer).__name__
     try:
-        with blaming(name, f"at layer {layer}"):
+        with plugin_errors(name, f"at layer {layer}"):
             keep = reducer.in_prefill(layer, view)
             _check_keep(keep, drops.visual.shape[0], name)
     except MmError as error:

@@ -21,7 +21,7 @@ ROW_SUM_TOLERANCE = 1e-3
 
 
 def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tensor | None = None) -> VisualTokens:
-    """The tokens that `reducer` leaves of one item, without evidence.
+    """The tokens that `reducer` leaves of one item, without auxiliary features.
 
     Args:
         text_embeddings: See `ReduceContext`.
@@ -30,8 +30,8 @@ def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tenso
         ReducerFault: The reducer broke its promise (see `apply`), or kept another number of tokens than its plan says.
     """
     name = type(reducer).__name__
-    context = ReduceContext(evidence=tokens.evidence, text_embeddings=text_embeddings)
-    with blaming(name, "before the decoder"):
+    context = ReduceContext(aux_features=tokens.aux_features, text_embeddings=text_embeddings)
+    with plugin_errors(name, "before the decoder"):
         reduced = apply(reducer.after_encode(tokens, context), tokens, name)
         planned = reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind)
     kept = reduced.num_tokens
@@ -41,7 +41,7 @@ def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tenso
 
 
 @contextlib.contextmanager
-def blaming(reducer: str, when: str) -> Iterator[None]:
+def plugin_errors(reducer: str, when: str) -> Iterator[None]:
     """Makes what a reducer raises its fault, named; errors of ours pass.
 
     Args:
@@ -56,7 +56,7 @@ def blaming(reducer: str, when: str) -> Iterator[None]:
 
 
 def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer") -> VisualTokens:
-    """`tokens` after `reduction`, on every per-token plane; evidence is dropped, the input stays as it was.
+    """`tokens` after `reduction`, on every per-token plane; auxiliary features are dropped, the input stays as it was.
 
     Kept rows are gathered unchanged. Merged rows are computed in float32 and cast to the tokens' dtype at the end.
 
@@ -76,7 +76,9 @@ def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer"
     if protected is None and tokens.protected is not None:
         protected = tokens.protected.index_select(0, keep)
     positions = tokens.positions.index_select(0, keep)
-    return replace(tokens, embeddings=embeddings, positions=positions, sizes=sizes, protected=protected, evidence={})
+    return replace(
+        tokens, embeddings=embeddings, positions=positions, sizes=sizes, protected=protected, aux_features={}
+    )
 
 
 def _merge(weights: Tensor, tokens: VisualTokens) -> Tensor:

@@ -15,7 +15,7 @@ class Encoder(Protocol):
     """Pixels to visual tokens.
 
     Attributes:
-        provides: Names of the evidence it can supply.
+        provides: Names of the auxiliary features it can supply.
         kinds: What it takes: "image", "video" or both.
         fingerprint: Names model and preprocessing, for cache keys.
     """
@@ -25,10 +25,10 @@ class Encoder(Protocol):
     fingerprint: str
 
     def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
-        """One `VisualTokens` per item, in order; `evidence` holds at least what `needs` names.
+        """One `VisualTokens` per item, in order; `aux_features` holds at least what `needs` names.
 
-        One that provides `BLOCK_KEYS` also takes `merging`, the reducer inside the tower; evidence behind that is what
-        `BEHIND_MERGING` names.
+        One that provides `BLOCK_KEYS` also takes `merging`, the reducer inside the tower; it then supplies those
+        auxiliary features that `BEHIND_MERGING` names.
         """
         ...
 

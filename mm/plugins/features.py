@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 CLS_ATTENTION = "cls_attention"
-"""Evidence (H, N) float32: how much [CLS] attends to each token in the block that the features come from."""
+"""Auxiliary feature, (H, N) float32: how much [CLS] attends to each token in the block that the features come from."""
 
 
 ATTENTION_RECEIVED = "attention_received"
-"""Evidence (H, N) float32: how much attention each token receives in the block that the features come from: [CLS]
-attention where the tower has [CLS], else the mean over all tokens of the picture. A cell of several patches has their
-mean."""
+"""Auxiliary feature, (H, N) float32: the attention that each token receives in the block that the embeddings come from:
+[CLS] attention where the tower has [CLS], else the mean over all tokens of the picture. A cell of several patches has
+their mean."""
 
 
 TOWER_KEYS = "tower_keys"
-"""Evidence (head width, N) float32: each token's key in that block, before any rotation, averaged over heads."""
+"""Auxiliary feature, (head width, N) float32: each token's key in that block, before rotation, averaged over heads."""
 
 
 TOWER_FEATURES = "tower_features"
-"""Evidence (tower width, N) float32: each token as the tower leaves it, before the projector."""
+"""Auxiliary feature, (tower width, N) float32: each token as the tower leaves it, before the projector."""
 
 
 BLOCK_KEYS = "block_keys"
-"""Not evidence of tokens: an encoder that provides it hosts a reducer of the stage IN_VIT, see `InTower`."""
+"""Not a feature of tokens: an encoder that provides it hosts a reducer of the stage IN_VIT, see `InTower`."""
 
 
 TEXT_EMBEDDINGS = "text_embeddings"

@@ -47,12 +47,12 @@ class ReduceContext:
     """What a reducer may know beside the tokens.
 
     Attributes:
-        evidence: What the tower observed, by the names in `Reducer.needs`.
+        aux_features: What the tower observed, by the names in `Reducer.needs`.
         text_embeddings: (T, D), the question's tokens as the decoder embeds them; for reducers that need
             `TEXT_EMBEDDINGS`. No rows where nothing was asked.
     """
 
-    evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    aux_features: Mapping[str, Tensor] = field(default_factory=dict)
     text_embeddings: Tensor | None = None
 
 
@@ -66,7 +66,7 @@ class Reducer(Protocol):
 
     Attributes:
         stage: Where it acts.
-        needs: Names of the evidence it must be given.
+        needs: Names of the auxiliary features it must be given.
         query_aware: Whether the result depends on the question.
         count: "fixed" when `plan` is exact, "bounded" when it is an upper bound.
     """

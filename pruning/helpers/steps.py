@@ -53,12 +53,12 @@ class Step:
     Attributes:
         embeddings: (n, D).
         sizes: (n,).
-        evidence: As of the item, last axis n.
+        aux_features: As of the item, last axis n.
     """
 
     embeddings: Tensor
     sizes: Tensor
-    evidence: Mapping[str, Tensor]
+    aux_features: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +82,11 @@ class StepReducer(BudgetReducer):
         k = self.plan(tokens.num_tokens, tokens.grid, tokens.kind)
         if k >= tokens.num_tokens:
             return keep_all(tokens)
-        evidence = self.prepare(tokens, context)
+        aux_features = self.prepare(tokens, context)
         places = [slice(0, tokens.num_tokens)] if self.joint else runs(tokens)
         shares = quota(k, [place.stop - place.start for place in places])
         parts = [
-            (place.start, self._decide(_step(tokens, evidence, place), share))
+            (place.start, self._decide(_step(tokens, aux_features, place), share))
             for place, share in zip(places, shares, strict=True)
             if share
         ]
@@ -99,8 +99,8 @@ class StepReducer(BudgetReducer):
         return self.decide(step, k)
 
     def prepare(self, tokens: VisualTokens, context: ReduceContext) -> Mapping[str, Tensor]:
-        """The evidence that the steps are given: what was asked for, or what follows from the item as a whole."""
-        return {name: context.evidence[name] for name in self.needs}
+        """The auxiliary features of the steps: those of `needs`, or what is computed from the item as a whole."""
+        return {name: context.aux_features[name] for name in self.needs}
 
     def decide(self, step: Step, k: int) -> Reduction:
         """What becomes of one step's tokens, of which `k` stay, with 0 < k < n."""
@@ -111,11 +111,11 @@ class StepReducer(BudgetReducer):
         raise NotImplementedError
 
 
-def _step(tokens: VisualTokens, evidence: Mapping[str, Tensor], place: slice) -> Step:
+def _step(tokens: VisualTokens, aux_features: Mapping[str, Tensor], place: slice) -> Step:
     return Step(
         embeddings=tokens.embeddings[place],
         sizes=tokens.sizes[place],
-        evidence={name: plane[..., place] for name, plane in evidence.items()},
+        aux_features={name: plane[..., place] for name, plane in aux_features.items()},
     )
 
 

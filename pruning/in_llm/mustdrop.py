@@ -82,7 +82,7 @@ class MustDrop:
         merged = merge_windows(tokens, self.window, self.similarity)
         if not self.key_ratio or not tokens.num_tokens:
             return merged
-        attention = context.evidence[CLS_ATTENTION].float().mean(dim=0)
+        attention = context.aux_features[CLS_ATTENTION].float().mean(dim=0)
         if merged.merge is not None:
             attention = torch.mv(merged.merge, attention)
         num_left = merged.keep.shape[0]

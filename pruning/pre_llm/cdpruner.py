@@ -67,7 +67,7 @@ class CDPruner(StepReducer):
         return {"relevance": relevance(self.relevance_sign * cosines)}
 
     def pick(self, step: Step, k: int) -> Tensor:
-        return pick_order(step.embeddings, step.evidence["relevance"], k)[0]
+        return pick_order(step.embeddings, step.aux_features["relevance"], k)[0]
 
 
 def relevance(scores: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.models.linear import PackedProduct
 from pruning.base import Rounding
+from pruning.helpers.products import product_with
 from pruning.helpers.steps import Step, StepReducer
 
 MAX_MATRIX_TOKENS = 8192
@@ -90,9 +90,7 @@ class _Matrix:
         for start in range(0, num_tokens, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, num_tokens)
             # The matrix is symmetric: half of it is computed, the other half copied.
-            block = PackedProduct(unit[start:stop])
-            block.pack()
-            self.similarities[start:, start:stop] = block(unit[start:])
+            self.similarities[start:, start:stop] = product_with(unit[start:stop], unit[start:])
             self.similarities[start:stop, stop:] = self.similarities[stop:, start:stop].T
         self.similarities.fill_diagonal_(-math.inf)
 

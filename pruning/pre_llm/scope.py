@@ -44,8 +44,8 @@ class Scope(StepReducer):
             raise InvalidOption("Scope", "alpha", f"has to be a number of at least 0, got {self.alpha!r}")
 
     def pick(self, step: Step, k: int) -> Tensor:
-        saliency = step.evidence[ATTENTION_RECEIVED].float().sum(dim=0) ** self.alpha
-        return pick_order(step.evidence[TOWER_FEATURES].T, saliency, k)[0]
+        saliency = step.aux_features[ATTENTION_RECEIVED].float().sum(dim=0) ** self.alpha
+        return pick_order(step.aux_features[TOWER_FEATURES].T, saliency, k)[0]
 
 
 @torch.no_grad()

@@ -50,10 +50,10 @@ class VisionZip(StepReducer):
 
     def decide(self, step: Step, k: int) -> Reduction:
         num_contextual = min(k - 1, math.floor(k * self.contextual_ratio + 0.5))
-        dominant = top_k_ascending(step.evidence[ATTENTION_RECEIVED].float().sum(dim=0), k - num_contextual)
+        dominant = top_k_ascending(step.aux_features[ATTENTION_RECEIVED].float().sum(dim=0), k - num_contextual)
         if not num_contextual:
             return Reduction(keep=dominant)
-        rest, targets, joins = contextual(step.evidence[TOWER_KEYS].T, dominant, num_contextual)
+        rest, targets, joins = contextual(step.aux_features[TOWER_KEYS].T, dominant, num_contextual)
         keep, order = torch.cat([dominant, rest[targets]]).sort()
         row_of = torch.argsort(order)
         rows = torch.cat([row_of[: len(dominant)], row_of[len(dominant) :][joins]])

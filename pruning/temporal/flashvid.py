@@ -67,7 +67,7 @@ class FlashVID(ClipReducer):
         return num_frames * budget(num_per_frame, self.keep_ratio, "ceil")
 
     def decide(self, frames: Tensor, context: ReduceContext, k: int) -> Reduction:
-        attention = context.evidence[ATTENTION_RECEIVED].float().sum(dim=0).reshape(frames.shape[:2])
+        attention = context.aux_features[ATTENTION_RECEIVED].float().sum(dim=0).reshape(frames.shape[:2])
         unit = unit_rows(frames)
         num_chosen = math.ceil(k // len(frames) * self.diverse_share)
         chosen = torch.zeros_like(attention, dtype=torch.bool)

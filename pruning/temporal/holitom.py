@@ -54,7 +54,7 @@ class HoliTom(ClipReducer):
         object.__setattr__(self, "threshold", number_option("HoliTom", "threshold", self.threshold, -1, 1))
 
     def decide(self, frames: Tensor, context: ReduceContext, k: int) -> Reduction:
-        attention = context.evidence[ATTENTION_RECEIVED].float().sum(dim=0).reshape(frames.shape[:2])
+        attention = context.aux_features[ATTENTION_RECEIVED].float().sum(dim=0).reshape(frames.shape[:2])
         parts = parts_of(still_cells(frames, self.threshold))
         counts = [len(part.cells) for part in parts]
         chosen = [

@@ -96,7 +96,11 @@ def model_config(
             drafter=drafter, drafters=tuple(drafters or ()), max_draft_tokens=max_draft_tokens
         ),
         sources=SourcePolicy(allowed_domains=allowed_domains, allow_paths=allow_paths),
-        reducers=ReducerPolicy(allowed=allowed_reducers, min_keep_ratio=min_keep_ratio, lenient=lenient_reducers),
+        reducers=ReducerPolicy(
+            allowed=allowed_reducers,
+            min_keep_ratio=min_keep_ratio,
+            on_error="keep_all" if lenient_reducers else "fail",
+        ),
     )
 
 

@@ -36,12 +36,12 @@ def unpack_tensor(packed: Packed) -> torch.Tensor:
 
 
 def pack(encoded: Sequence[Encoded]) -> list[tuple[Encoded, dict[str, Packed]]]:
-    """Items with their tensors set apart. Evidence stays behind: it was for the reducer."""
+    """Items with their tensors set apart. Auxiliary features are left out: only the reducer reads them."""
     packed = []
     for item in encoded:
         names = [name for name in PLANES if getattr(item.tokens, name) is not None]
         planes = {name: pack_tensor(getattr(item.tokens, name)) for name in names}
-        tokens = replace(item.tokens, **dict.fromkeys(names, torch.empty(0)), evidence={})
+        tokens = replace(item.tokens, **dict.fromkeys(names, torch.empty(0)), aux_features={})
         packed.append((replace(item, tokens=tokens), planes))
     return packed
 

@@ -270,7 +270,7 @@ def complete(begun: Begun, model: str, captioner: Captioner, equal: Mapping[str,
         "model": model,
         "reducer": result.reducer,
     }
-    # Only where there are some: with a lenient policy, what a reducer did wrong while all its tokens were kept.
+    # Only where there are some: with the policy `keep_all`, what a reducer did wrong while all its tokens were kept.
     return record | ({"reducer_faults": list(result.reducer_faults)} if result.reducer_faults else {})
 
 

@@ -34,19 +34,19 @@ SPECS = BEHIND + PIPELINES
 GRIDS: list[Grid] = [(1, 1, 1), (1, 1, 2), (1, 1, 7), (1, 16, 16), (3, 5, 7), (8, 8, 8), (1, 27, 27)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTH = 32
-EVIDENCE = {CLS_ATTENTION: 4, ATTENTION_RECEIVED: 4, TOWER_KEYS: 16, TOWER_FEATURES: 24}
+AUX_FEATURES = {CLS_ATTENTION: 4, ATTENTION_RECEIVED: 4, TOWER_KEYS: 16, TOWER_FEATURES: 24}
 """What encoders of ours supply per token, and its height here."""
 
 QUESTION = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(9))
 
 
 def make(grid: Grid, seed: int = 0, dtype: torch.dtype = torch.float32) -> VisualTokens:
-    """Random tokens that carry every kind of evidence an encoder of ours supplies."""
+    """Random tokens that carry every auxiliary feature that an encoder of ours supplies."""
     t, h, w = grid
     rng = torch.Generator().manual_seed(1000 * seed + t * h * w)
     embeddings = torch.randn(t * h * w, WIDTH, generator=rng).to(dtype)
-    evidence = {name: torch.rand(height, t * h * w, generator=rng) for name, height in EVIDENCE.items()}
-    return VisualTokens.full(embeddings, grid, "image" if t == 1 else "video", evidence)
+    aux_features = {name: torch.rand(height, t * h * w, generator=rng) for name, height in AUX_FEATURES.items()}
+    return VisualTokens.full(embeddings, grid, "image" if t == 1 else "video", aux_features)
 
 
 def reduce_tokens(reducer: Reducer, tokens: VisualTokens) -> VisualTokens:
@@ -93,7 +93,7 @@ def test_count_order_and_rows(reducer, grid, seed):
     assert out.num_tokens == most or reducer.count == "bounded"
     indices = out.indices
     assert torch.equal(indices, indices.unique())
-    assert (out.grid, out.kind, dict(out.evidence)) == (tokens.grid, tokens.kind, {})
+    assert (out.grid, out.kind, dict(out.aux_features)) == (tokens.grid, tokens.kind, {})
     assert torch.equal(out.positions, tokens.positions[indices])
     merged = out.sizes != 1
     assert torch.equal(out.embeddings[~merged], tokens.embeddings[indices[~merged]])
@@ -108,13 +108,13 @@ def test_nothing_stays_nothing(reducer):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_input_is_untouched(reducer, grid):
     tokens = make(grid)
-    before = {name: plane.clone() for name, plane in tokens.evidence.items()}
+    before = {name: plane.clone() for name, plane in tokens.aux_features.items()}
     planes = (tokens.embeddings.clone(), tokens.positions.clone(), tokens.sizes.clone())
     reduce_tokens(reducer, tokens)
     assert all(
         torch.equal(a, b) for a, b in zip(planes, (tokens.embeddings, tokens.positions, tokens.sizes), strict=True)
     )
-    assert all(torch.equal(before[name], plane) for name, plane in tokens.evidence.items())
+    assert all(torch.equal(before[name], plane) for name, plane in tokens.aux_features.items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,8 +146,10 @@ def test_scaling_the_embeddings_scales_the_answer(reducer, factor):
 
 def test_the_order_of_heads_does_not_matter(reducer):
     tokens = make((1, 16, 16), seed=5)
-    flipped = {name: plane.flip(0) for name, plane in tokens.evidence.items()}
-    assert same(reduce_tokens(reducer, dataclasses.replace(tokens, evidence=flipped)), reduce_tokens(reducer, tokens))
+    flipped = {name: plane.flip(0) for name, plane in tokens.aux_features.items()}
+    assert same(
+        reduce_tokens(reducer, dataclasses.replace(tokens, aux_features=flipped)), reduce_tokens(reducer, tokens)
+    )
 
 
 @pytest.mark.parametrize("name", BUDGETED)
@@ -181,7 +183,7 @@ def test_composes_with_every_other(reducer):
             continue
         out = reduce_tokens(create("reducer", "pipeline", stages=(reducer, then)), tokens)
         apart = reduce_tokens(
-            then, dataclasses.replace(reduce_tokens(reducer, tokens), evidence=_gathered(reducer, tokens))
+            then, dataclasses.replace(reduce_tokens(reducer, tokens), aux_features=_gathered(reducer, tokens))
         )
         assert torch.equal(out.indices, apart.indices)
         assert torch.allclose(out.embeddings, apart.embeddings, atol=1e-5)
@@ -193,13 +195,13 @@ BROKEN = [float("nan"), float("inf"), -float("inf")]
 @pytest.mark.parametrize("bad", BROKEN)
 @pytest.mark.parametrize("share", [0.1, 1.0])
 def test_values_that_are_not_finite_spoil_no_other_token(reducer, bad, share):
-    """In embeddings and in all evidence, of some tokens or of all: the count holds, and whole tokens stay whole."""
+    """In embeddings and auxiliary features, of some tokens or of all: the count holds, and whole tokens stay whole."""
     tokens = make((2, 9, 7), seed=6)
     hit = torch.rand(tokens.num_tokens, generator=torch.Generator().manual_seed(1)) < share
     spoiled = dataclasses.replace(
         tokens,
         embeddings=tokens.embeddings.masked_fill(hit[:, None], bad),
-        evidence={name: plane.masked_fill(hit, bad) for name, plane in tokens.evidence.items()},
+        aux_features={name: plane.masked_fill(hit, bad) for name, plane in tokens.aux_features.items()},
     )
     out = reduce_tokens(reducer, spoiled)
     assert out.num_tokens == planned(reducer, tokens) or reducer.count == "bounded"
@@ -230,7 +232,7 @@ def test_any_shape_dtype_kind_and_budget(grid, seed, dtype, name, keep_ratio, ki
 
 def _gathered(reducer: Reducer, tokens: VisualTokens) -> dict[str, torch.Tensor]:
     indices = reduce_tokens(reducer, tokens).indices
-    return {name: plane[..., indices] for name, plane in tokens.evidence.items()}
+    return {name: plane[..., indices] for name, plane in tokens.aux_features.items()}
 
 
 @pytest.mark.parametrize("name", IN_TOWER)
@@ -274,5 +276,5 @@ def test_inside_a_tower(name, side, num_blocks, num_prefix, keep_ratio, bad):
 def test_no_gradient_is_recorded(reducer):
     tokens = make((1, 6, 6))
     tokens.embeddings.requires_grad_(True)
-    reduction = reducer.after_encode(tokens, ReduceContext(evidence=tokens.evidence, text_embeddings=QUESTION))
+    reduction = reducer.after_encode(tokens, ReduceContext(aux_features=tokens.aux_features, text_embeddings=QUESTION))
     assert not any(plane.requires_grad for plane in (reduction.merge, reduction.sizes) if plane is not None)

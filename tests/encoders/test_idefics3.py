@@ -149,7 +149,7 @@ def test_the_fingerprint_names_weights_processor_and_dtype(folder, encoder, tmp_
 NEEDS = frozenset({"attention_received", "tower_keys", "tower_features"})
 
 
-def test_evidence_is_that_of_the_last_block_within_each_crop(folder, encoder):
+def test_aux_features_is_that_of_the_last_block_within_each_crop(folder, encoder):
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tower = model.model.vision_model
     image = picture(1)
@@ -168,7 +168,7 @@ def test_evidence_is_that_of_the_last_block_within_each_crop(folder, encoder):
         "tower_features": out.last_hidden_state.mT,
     }
     for name, plane in expected.items():
-        found = tokens.evidence[name]
+        found = tokens.aux_features[name]
         assert found.shape[-1] == tokens.num_tokens
         for token in (0, 1, tokens.num_tokens - 1):
             crop, y, x = tokens.positions[token].tolist()

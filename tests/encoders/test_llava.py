@@ -199,9 +199,9 @@ def test_cls_attention_is_the_row_of_the_feature_layer(folder):
     tapped = LlavaEncoder(folder).encode(images(arrays), CLS)
     for i, tokens in enumerate(tapped):
         # Layer -2 is the output of block index 1 of 3.
-        assert torch.allclose(tokens.evidence["cls_attention"], maps[1][i, :, 0, 1:], atol=1e-6)
+        assert torch.allclose(tokens.aux_features["cls_attention"], maps[1][i, :, 0, 1:], atol=1e-6)
         assert torch.equal(tokens.embeddings, plain[i].embeddings)
-        assert dict(plain[i].evidence) == {}
+        assert dict(plain[i].aux_features) == {}
 
 
 def test_a_clip_is_its_frames_pooled_two_by_two(video_folder):
@@ -215,9 +215,9 @@ def test_a_clip_is_its_frames_pooled_two_by_two(video_folder):
         t, y, x = position
         cells = frames[t].embeddings.reshape(5, 5, -1)[2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
         assert torch.allclose(row, cells.flatten(0, 1).mean(dim=0), atol=1e-5)
-    heads = tokens.evidence["cls_attention"]
+    heads = tokens.aux_features["cls_attention"]
     assert heads.shape == (2, 27)
-    cells = frames[1].evidence["cls_attention"].reshape(2, 5, 5)[:, 2:4, 0:2]
+    cells = frames[1].aux_features["cls_attention"].reshape(2, 5, 5)[:, 2:4, 0:2]
     assert torch.allclose(heads.reshape(2, 3, 3, 3)[:, 1, 1, 0], cells.flatten(1).mean(dim=1))
 
 
@@ -301,7 +301,7 @@ def test_the_fingerprint_names_weights_config_processor_and_dtype(folder, tmp_pa
 def test_half_precision_computes_in_it(folder):
     tokens = LlavaEncoder(folder, dtype=torch.bfloat16).encode(images(pictures(1)), CLS)[0]
     assert tokens.embeddings.dtype is torch.bfloat16
-    assert tokens.evidence["cls_attention"].dtype is torch.float32
+    assert tokens.aux_features["cls_attention"].dtype is torch.float32
 
 
 def test_supplies_what_reducers_may_need(folder):
@@ -318,7 +318,7 @@ def test_two_threads_do_not_mix(folder):
         found = list(pool.map(lambda array: encoder.encode(images([array]), CLS)[0], arrays * 3))
     for tokens, wanted in zip(found, expected * 3, strict=True):
         assert torch.allclose(tokens.embeddings, wanted.embeddings, atol=1e-5)
-        assert torch.allclose(tokens.evidence["cls_attention"], wanted.evidence["cls_attention"], atol=1e-5)
+        assert torch.allclose(tokens.aux_features["cls_attention"], wanted.aux_features["cls_attention"], atol=1e-5)
 
 
 EVERYTHING = frozenset({"cls_attention", "attention_received", "tower_keys", "tower_features"})
@@ -351,7 +351,7 @@ def block_inputs(model, pixels: torch.Tensor, block: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("has_cls", [True, False])
-def test_evidence_is_what_the_feature_block_computes(folder, tmp_path, has_cls):
+def test_aux_features_is_what_the_feature_block_computes(folder, tmp_path, has_cls):
     path = folder if has_cls else siglip_llava(tmp_path)
     arrays = pictures(3)
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
@@ -365,11 +365,11 @@ def test_evidence_is_what_the_feature_block_computes(folder, tmp_path, has_cls):
     for i, tokens in enumerate(encoder.encode(images(arrays), EVERYTHING)):
         maps = out.attentions[1][i]
         received = maps[:, 0] if has_cls else maps.mean(dim=1)
-        assert torch.allclose(tokens.evidence["attention_received"], received[:, first:], atol=1e-6)
-        assert torch.allclose(tokens.evidence["tower_keys"], keys[i, first:].T, atol=1e-5)
-        assert torch.allclose(tokens.evidence["tower_features"], out.hidden_states[2][i, first:].T, atol=1e-5)
+        assert torch.allclose(tokens.aux_features["attention_received"], received[:, first:], atol=1e-6)
+        assert torch.allclose(tokens.aux_features["tower_keys"], keys[i, first:].T, atol=1e-5)
+        assert torch.allclose(tokens.aux_features["tower_features"], out.hidden_states[2][i, first:].T, atol=1e-5)
         assert torch.equal(tokens.embeddings, encoder.encode(images(arrays))[i].embeddings)
-    assert ("cls_attention" in encoder.provides) == has_cls == ("cls_attention" in tokens.evidence)
+    assert ("cls_attention" in encoder.provides) == has_cls == ("cls_attention" in tokens.aux_features)
 
 
 def test_text_is_embedded_as_the_decoder_does(folder):
@@ -411,11 +411,13 @@ def test_merging_inside_the_tower(folder, tmp_path, has_cls):
             assert tokens.num_tokens == reducer.plan(16, tokens.grid) == 16 * keep_ratio
             assert tokens.sizes.sum() == 16
             assert torch.equal(tokens.indices, tokens.indices.unique())
-            expected = encoder.projector(tokens.evidence["tower_features"].T)
+            expected = encoder.projector(tokens.aux_features["tower_features"].T)
             assert torch.allclose(tokens.embeddings, expected, atol=1e-5)
             if keep_ratio == 1.0:
                 assert torch.allclose(tokens.embeddings, whole.embeddings, atol=1e-5)
-                assert torch.allclose(tokens.evidence["tower_features"], whole.evidence["tower_features"], atol=1e-5)
+                assert torch.allclose(
+                    tokens.aux_features["tower_features"], whole.aux_features["tower_features"], atol=1e-5
+                )
     alone = encoder.encode(items[1:2], merging=reducer)[0]
     assert torch.equal(alone.indices, found[1].indices)
     assert torch.allclose(alone.embeddings, found[1].embeddings, atol=1e-5)

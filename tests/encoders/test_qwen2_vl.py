@@ -244,7 +244,7 @@ NEEDS = frozenset({"attention_received", "tower_keys", "tower_features"})
 
 
 @pytest.mark.parametrize("make", [lambda: picture(1), lambda: clip(4)], ids=["image", "clip"])
-def test_evidence_is_that_of_the_last_block_that_sees_whole_frames(folder, encoder, make, monkeypatch):
+def test_aux_features_is_that_of_the_last_block_that_sees_whole_frames(folder, encoder, make, monkeypatch):
     """The maps are those of transformers' own eager attention, caught as it computes them."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
     from transformers.models.qwen2_vl import modeling_qwen2_vl
@@ -286,8 +286,8 @@ def test_evidence_is_that_of_the_last_block_that_sees_whole_frames(folder, encod
     place = torch.arange(tokens.num_tokens) if order is None else torch.argsort(order)
     for name, plane in (("attention_received", received), ("tower_keys", metric), ("tower_features", last[0].T)):
         expected = plane.unflatten(-1, (-1, 4)).mean(dim=-1)[:, place]
-        assert torch.allclose(tokens.evidence[name], expected, atol=1e-5), name
-    sums = tokens.evidence["attention_received"].unflatten(-1, (tokens.grid[0], -1)).sum(dim=-1) * 4
+        assert torch.allclose(tokens.aux_features[name], expected, atol=1e-5), name
+    sums = tokens.aux_features["attention_received"].unflatten(-1, (tokens.grid[0], -1)).sum(dim=-1) * 4
     assert torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
 
 

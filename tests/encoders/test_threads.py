@@ -25,5 +25,5 @@ def test_concurrent_calls_give_what_single_calls_give(tmp_path):
             together = list(pool.map(encode, range(len(images))))
             for one, other in zip(alone, together, strict=True):
                 assert torch.equal(one.embeddings, other.embeddings)
-                assert one.evidence.keys() == other.evidence.keys()
-                assert all(torch.equal(one.evidence[name], other.evidence[name]) for name in one.evidence)
+                assert one.aux_features.keys() == other.aux_features.keys()
+                assert all(torch.equal(one.aux_features[name], other.aux_features[name]) for name in one.aux_features)

@@ -105,7 +105,7 @@ def test_merging_inside_the_tower():
     assert clip.grid == (3, 4, 4)
     assert torch.equal(clip.indices, clip.indices.unique())
     assert torch.equal(clip.indices[8:16] - 16, first.indices)
-    assert torch.equal(clip.evidence["tower_features"], clip.embeddings.T)
+    assert torch.equal(clip.aux_features["tower_features"], clip.embeddings.T)
     assert reduce_tokens(reducer, clip).num_tokens == 24
     assert reduce_tokens(build_reducer("tome:keep_ratio=0.5 + divprune:keep_ratio=0.25"), clip).num_tokens == 6
 

@@ -19,8 +19,8 @@ from pruning.pre_llm.visionzip import contextual
 ROWS = torch.tensor([[2.0, 0, 1], [1, 1, 0], [0, 2, 1], [0, 1, 2], [2, 1, 0]])
 
 
-def line(embeddings: torch.Tensor, **evidence: torch.Tensor) -> VisualTokens:
-    return VisualTokens.full(embeddings, (1, 1, embeddings.shape[0]), "image", evidence)
+def line(embeddings: torch.Tensor, **aux_features: torch.Tensor) -> VisualTokens:
+    return VisualTokens.full(embeddings, (1, 1, embeddings.shape[0]), "image", aux_features)
 
 
 def test_pool2_is_the_mean_of_neighbours_and_of_what_a_border_leaves():
@@ -63,9 +63,9 @@ def test_v1_visionzip_chooses_and_assigns_as_the_authors_code():
 
 
 def test_v1_visionzip_here_takes_the_mean_at_the_target():
-    evidence = {ATTENTION_RECEIVED: V1_ROWS[:, 1:], TOWER_KEYS: V1_KEYS[1:].T}
+    aux_features = {ATTENTION_RECEIVED: V1_ROWS[:, 1:], TOWER_KEYS: V1_KEYS[1:].T}
     out = reduce_tokens(
-        create("reducer", "visionzip", keep_ratio=0.5, contextual_ratio=0.5), line(V1_HIDDEN[1:], **evidence)
+        create("reducer", "visionzip", keep_ratio=0.5, contextual_ratio=0.5), line(V1_HIDDEN[1:], **aux_features)
     )
     assert out.indices.tolist() == [0, 3, 5, 7]
     assert out.sizes.tolist() == [3, 3, 1, 1]
@@ -76,12 +76,12 @@ def test_v1_visionzip_here_takes_the_mean_at_the_target():
 @pytest.mark.parametrize(("keep_ratio", "num_tokens", "merged"), [(64 / 576, 576, 10), (0.01, 100, 0), (0.04, 100, 1)])
 def test_visionzip_splits_its_budget(keep_ratio, num_tokens, merged):
     rng = torch.Generator().manual_seed(3)
-    evidence = {
+    aux_features = {
         ATTENTION_RECEIVED: torch.rand(2, num_tokens, generator=rng),
         TOWER_KEYS: torch.randn(8, num_tokens, generator=rng),
     }
     out = reduce_tokens(
-        create("reducer", "visionzip", keep_ratio=keep_ratio), line(torch.randn(num_tokens, 4), **evidence)
+        create("reducer", "visionzip", keep_ratio=keep_ratio), line(torch.randn(num_tokens, 4), **aux_features)
     )
     assert (out.sizes > 1).sum() == merged
     assert out.sizes.sum() == num_tokens if merged else out.sizes.sum() == out.num_tokens
@@ -91,8 +91,8 @@ def test_sc1_scope():
     order, gains = scope.pick_order(ROWS, torch.tensor([1.0, 4, 2, 5, 3]), 3)
     assert order.tolist() == [1, 3, 4]
     assert torch.allclose(gains, torch.tensor([14.1193, 4.2566, 0.6566]), atol=5e-4)
-    evidence = {ATTENTION_RECEIVED: torch.tensor([[1.0, 4, 2, 5, 3]]), TOWER_FEATURES: ROWS.T}
-    out = reduce_tokens(create("reducer", "scope", keep_ratio=0.6), line(torch.randn(5, 7), **evidence))
+    aux_features = {ATTENTION_RECEIVED: torch.tensor([[1.0, 4, 2, 5, 3]]), TOWER_FEATURES: ROWS.T}
+    out = reduce_tokens(create("reducer", "scope", keep_ratio=0.6), line(torch.randn(5, 7), **aux_features))
     assert out.indices.tolist() == [1, 3, 4]
 
 

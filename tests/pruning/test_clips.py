@@ -222,7 +222,7 @@ def test_fl2_budgets(per_frame, keep_ratio, whole, chosen):
     out = reduce_tokens(reducer, tokens)
     assert out.num_tokens == 2 * whole
     assert out.sizes.sum() == 2 * per_frame
-    unit, attention = unit_rows(frames), tokens.evidence[ATTENTION_RECEIVED].sum(dim=0).view(2, -1)
+    unit, attention = unit_rows(frames), tokens.aux_features[ATTENTION_RECEIVED].sum(dim=0).view(2, -1)
     order = flashvid.pick_order(unit, attention, chosen) + torch.tensor([[0], [per_frame]])
     alone = torch.isin(out.indices, order)
     assert int(alone.sum()) == 2 * chosen
@@ -260,8 +260,8 @@ def test_images_stay_and_clips_lose(name, grid, keep_ratio):
     reducer = create("reducer", name, keep_ratio=keep_ratio)
     t, h, w = grid
     embeddings = torch.randn(t * h * w, 12, generator=torch.Generator().manual_seed(t))
-    evidence = {ATTENTION_RECEIVED: torch.rand(2, t * h * w)}
-    image = VisualTokens.full(embeddings, grid, "image", evidence)
+    aux_features = {ATTENTION_RECEIVED: torch.rand(2, t * h * w)}
+    image = VisualTokens.full(embeddings, grid, "image", aux_features)
     assert torch.equal(reduce_tokens(reducer, image).embeddings, embeddings)
     out = reduce_tokens(reducer, replace(image, kind="video"))
     assert out.num_tokens <= reducer.plan(t * h * w, grid, "video")

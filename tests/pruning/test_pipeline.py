@@ -44,20 +44,20 @@ class PairMeans:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByEvidence(ScoreReducer):
-    """Keeps what the named evidence likes best."""
+class ByFeature(ScoreReducer):
+    """Keeps what the named feature likes best."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"cls_attention"})
 
     def score(self, tokens: VisualTokens, context: ReduceContext) -> torch.Tensor:
-        return context.evidence["cls_attention"].mean(dim=0)
+        return context.aux_features["cls_attention"].mean(dim=0)
 
 
 def some_tokens(num_tokens: int = 24) -> VisualTokens:
     rng = torch.Generator().manual_seed(num_tokens)
     tokens = VisualTokens.full(torch.randn(num_tokens, 8, generator=rng), (1, 1, num_tokens), "image")
-    evidence = {"cls_attention": torch.rand(3, num_tokens, generator=rng), "global": torch.rand(5, generator=rng)}
-    return replace(tokens, evidence=evidence)
+    aux_features = {"cls_attention": torch.rand(3, num_tokens, generator=rng), "global": torch.rand(5, generator=rng)}
+    return replace(tokens, aux_features=aux_features)
 
 
 CHAINS = [
@@ -83,17 +83,17 @@ def test_equals_its_stages_one_after_the_other(stages):
     assert merges or torch.equal(at_once.embeddings, tokens.embeddings[at_once.indices])
 
 
-def test_evidence_follows_the_tokens():
+def test_aux_features_follows_the_tokens():
     tokens = some_tokens()
-    pipeline = Pipeline(stages=(Uniform(keep_ratio=0.5), ByEvidence(keep_ratio=0.25)))
+    pipeline = Pipeline(stages=(Uniform(keep_ratio=0.5), ByFeature(keep_ratio=0.25)))
     first = Uniform(keep_ratio=0.5).after_encode(tokens, ReduceContext()).keep
-    liked = tokens.evidence["cls_attention"].mean(dim=0)[first]
+    liked = tokens.aux_features["cls_attention"].mean(dim=0)[first]
     expected = first[liked.argsort(descending=True)[:3].sort().values]
     assert reduce_tokens(pipeline, tokens).indices.tolist() == expected.tolist()
 
 
 def test_flags_follow_from_the_stages():
-    pipeline = Pipeline(stages=(Uniform(), PairMeans(), ByEvidence()))
+    pipeline = Pipeline(stages=(Uniform(), PairMeans(), ByFeature()))
     assert pipeline.needs == {"cls_attention"}
     assert pipeline.query_aware
     assert pipeline.count == "bounded"

@@ -30,7 +30,7 @@ def test_a_selection_gathers_every_plane():
     assert out.positions.tolist() == [[0, 0, 1], [0, 1, 1]]
     assert out.sizes.tolist() == [2.0, 5.0]
     assert out.indices.tolist() == [1, 4]
-    assert (out.grid, out.kind, out.num_tokens_in, dict(out.evidence)) == ((1, 2, 3), "image", 6, {})
+    assert (out.grid, out.kind, out.num_tokens_in, dict(out.aux_features)) == ((1, 2, 3), "image", 6, {})
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -39,8 +39,8 @@ def test_a_quota_is_exact_and_within_its_part(counts, share):
 
 def clip(steps: int = 3, side: int = 4) -> VisualTokens:
     embeddings = torch.randn(steps * side * side, 5, generator=torch.Generator().manual_seed(0))
-    evidence = {"mark": torch.arange(steps * side * side).float().unsqueeze(0)}
-    return VisualTokens.full(embeddings, (steps, side, side), "video", evidence)
+    aux_features = {"mark": torch.arange(steps * side * side).float().unsqueeze(0)}
+    return VisualTokens.full(embeddings, (steps, side, side), "video", aux_features)
 
 
 def test_runs_follow_the_tokens_that_are_left():
@@ -52,12 +52,12 @@ def test_runs_follow_the_tokens_that_are_left():
 
 @dataclass(frozen=True, kw_only=True)
 class Last(StepReducer):
-    """Keeps each step's last tokens, by evidence."""
+    """Keeps each step's last tokens, by an auxiliary feature."""
 
     needs = frozenset({"mark"})
 
     def pick(self, step: Step, k: int) -> torch.Tensor:
-        return step.evidence["mark"][0].argsort(descending=True)[:k]
+        return step.aux_features["mark"][0].argsort(descending=True)[:k]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ def test_round_trip(dtype, rows) -> None:
         sizes=torch.ones(rows),
         grid=(1, 2, 3),
         kind="image",
-        evidence={"cls_attention": torch.ones(rows)},
+        aux_features={"cls_attention": torch.ones(rows)},
     )
     item = Encoded(tokens=tokens, timings=EncodeTimings(encode_s=1.5), cache_hit=True)
     (back,) = transport.unpack(pickle.loads(pickle.dumps(transport.pack([item]), protocol=5)))
@@ -36,7 +36,7 @@ def test_round_trip(dtype, rows) -> None:
         item.timings,
         True,
     )
-    assert not back.tokens.evidence
+    assert not back.tokens.aux_features
 
 
 def test_read_only_memory_is_copied() -> None:

@@ -68,13 +68,13 @@ def test_an_item_above_the_budget_passes_by():
 
 def test_stored_tensors_do_not_hold_their_batch():
     batch = torch.randn(16, 8, WIDTH)
-    evidence = {"cls_attention": torch.rand(2, 8)}
+    aux_features = {"cls_attention": torch.rand(2, 8)}
     cache = FeatureCache(10_000)
-    cache.put("a", Encoded(tokens=VisualTokens.full(batch[3], (1, 2, 4), "image", evidence)))
+    cache.put("a", Encoded(tokens=VisualTokens.full(batch[3], (1, 2, 4), "image", aux_features)))
     found = cache.get("a")
     assert found is not None
     assert found.tokens.embeddings.untyped_storage().nbytes() == 8 * WIDTH * 4
-    assert dict(found.tokens.evidence) == {}
+    assert dict(found.tokens.aux_features) == {}
     expected = batch[3].clone()
     batch.zero_()
     assert torch.equal(found.tokens.embeddings, expected)

@@ -164,7 +164,7 @@ def test_remote_media_are_off_by_default(model):
         model.generate("What?", images=["http://127.0.0.1:9/x.png"])
 
 
-def test_an_encoder_that_lacks_the_evidence_refuses_the_reducer(model):
+def test_an_encoder_that_lacks_the_features_refuses_the_reducer(model):
     class Hungry:
         stage = Stage.PRE_LLM
         needs = frozenset({"moonlight"})

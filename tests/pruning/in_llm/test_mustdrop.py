@@ -26,8 +26,8 @@ GRID = [
 def tokens_of(grid, cls=None) -> VisualTokens:
     rows = torch.tensor(grid, dtype=torch.float32)
     height, width, channels = rows.shape
-    evidence = {} if cls is None else {"cls_attention": torch.tensor(cls)[None]}
-    return VisualTokens.full(rows.reshape(-1, channels), (1, height, width), "image", evidence)
+    aux_features = {} if cls is None else {"cls_attention": torch.tensor(cls)[None]}
+    return VisualTokens.full(rows.reshape(-1, channels), (1, height, width), "image", aux_features)
 
 
 def test_windows_merge_to_their_mean_where_they_begin():
@@ -59,7 +59,7 @@ def test_key_tokens_are_those_the_tower_attends_to():
     attention = [0.0] * 16
     attention[7], attention[10], attention[11] = 0.9, 0.8, 0.8
     tokens = tokens_of(GRID, attention)
-    context = ReduceContext(evidence=tokens.evidence)
+    context = ReduceContext(aux_features=tokens.aux_features)
     reduction = MustDrop(window=2, key_ratio=0.25).after_encode(tokens, context)
     assert reduction.protected is not None
     # Seven are left: ceil(1.75) = 2, the single token 7 and the window 10, whose attention is 0.4 on average.

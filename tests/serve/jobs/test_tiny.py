@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mm
-from mm.config import ModelConfig, ReducerPolicy, SourcePolicy
+from mm.config import ModelConfig, OnError, ReducerPolicy, SourcePolicy
 from pruning.in_llm.fastv import FastV
 from serve.jobs.caption import run_caption
 from serve.jobs.job import CaptionJob
@@ -50,8 +50,8 @@ def test_the_shipped_model_captions_images_and_clips_as_it_answers_in_python(tmp
         assert "reducer_faults" not in line
 
 
-@pytest.mark.parametrize("lenient", [False, True])
-def test_a_reducer_at_fault_fails_the_item_or_keeps_its_tokens(tmp_path: Path, monkeypatch, capsys, lenient: bool):
+@pytest.mark.parametrize("on_error", ["fail", "keep_all"])
+def test_a_reducer_at_fault_fails_the_item_or_keeps_its_tokens(tmp_path: Path, monkeypatch, capsys, on_error: OnError):
     """An equal file, which shares the caption, shares the flag."""
 
     def fail(self: FastV, layer: int, view: object) -> None:
@@ -60,10 +60,10 @@ def test_a_reducer_at_fault_fails_the_item_or_keeps_its_tokens(tmp_path: Path, m
     monkeypatch.setattr(FastV, "in_prefill", fail)
     for name in ("a.png", "b.png"):
         shutil.copy(SAMPLES / "many_shapes.png", tmp_path / name)
-    model = ModelConfig(reducer="fastv", reducers=ReducerPolicy(lenient=lenient))
+    model = ModelConfig(reducer="fastv", reducers=ReducerPolicy(on_error=on_error))
     job = CaptionJob(inputs=(str(tmp_path),), out=tmp_path / "out", model=model, max_tokens=4, as_json=True)
     told = "FastV: failed at layer 2: RuntimeError"
-    if not lenient:
+    if on_error == "fail":
         assert run_caption(job) == 3
         failures = read_lines(job.out / "failures.jsonl")
         assert [(line["code"], line["reason"]) for line in failures] == [("reducer_fault", told)] * 2
