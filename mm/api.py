@@ -21,7 +21,7 @@ import PIL.Image
 import torch
 
 from mm.build import build_encode_parts, build_engine
-from mm.config import MediaLimits, ModelConfig, SourcePolicy
+from mm.config import ModelConfig, SourcePolicy
 from mm.data.media import FrameSampling, Image, Kind, Media, MediaSource, Video
 from mm.data.messages import parse_messages
 from mm.data.outputs import Event, KeptMap, Summary, Timings, TokenLogprob, Usage
@@ -29,7 +29,6 @@ from mm.data.request import MediaPart, Message, Request, SpeculationOptions, Tex
 from mm.data.sampling_params import SamplingParams
 from mm.errors import InvalidRequest, MmError
 from mm.generate import generate, generate_batch
-from mm.media import MediaBudget, image_from_array, image_from_pil
 
 MediaInput = str | Path | bytes | PIL.Image.Image | np.ndarray | Image | Video
 
@@ -97,9 +96,7 @@ class Model:
         **options: Any,
     ) -> Generator[Event]:
         """As `generate`, yielding a `Delta` per token and a `Summary` last. Close it to cancel."""
-        budget = MediaBudget(self.config.limits)
-        request = build_request(prompt, images=images, videos=videos, budget=budget, **options)
-        yield from self.run(request)
+        yield from self.run(build_request(prompt, images=images, videos=videos, **options))
 
     def run(self, request: Request) -> Iterator[Event]:
         """The events of a ready-made request."""
@@ -116,8 +113,7 @@ class Model:
         requests = []
         for i, item in enumerate(prompts):
             try:
-                budget = MediaBudget(self.config.limits)
-                requests.append((i, build_request(**{"budget": budget, **options, **item})))
+                requests.append((i, build_request(**{**options, **item})))
             except MmError as error:
                 results[i] = error
         for at, outcome in self.run_batch(request for _, request in requests):
@@ -205,22 +201,17 @@ def build_request(
     *,
     images: Sequence[MediaInput] = (),
     videos: Sequence[MediaInput] = (),
-    budget: MediaBudget | None = None,
     **options: Any,
 ) -> Request:
     """A `Request` from what a Python caller has; see `Model.generate`.
-
-    Args:
-        budget: What pictures that are already in memory draw from.
 
     Raises:
         InvalidRequest: An option does not exist or a value cannot be used.
     """
     if unknown := sorted(options.keys() - FIELDS):
         raise InvalidRequest(f"unknown option {unknown[0]!r}; allowed: {', '.join(sorted(FIELDS))}", unknown[0])
-    budget = budget or MediaBudget(MediaLimits())
-    extra = [_media(x, "image", f"images[{i}]", budget) for i, x in enumerate(images)]
-    extra += [_media(x, "video", f"videos[{i}]", budget) for i, x in enumerate(videos)]
+    extra = [_media(x, "image", f"images[{i}]") for i, x in enumerate(images)]
+    extra += [_media(x, "video", f"videos[{i}]") for i, x in enumerate(videos)]
     messages, media = _conversation(prompt, extra)
     frames = {name: options[name] for name in FRAME_FIELDS & options.keys() if options[name] is not None}
     sampling = {name: options[name] for name in SAMPLING_FIELDS & options.keys()}
@@ -262,14 +253,11 @@ def _conversation(
     return parse_messages(prompt)
 
 
-def _media(item: MediaInput, kind: Kind, param: str, budget: MediaBudget) -> Media:
+def _media(item: MediaInput, kind: Kind, param: str) -> Media:
     if isinstance(item, Image | Video):
         return item
-    if isinstance(item, PIL.Image.Image) and kind == "image":
-        return image_from_pil(item, budget)
-    if isinstance(item, np.ndarray) and kind == "image":
-        return image_from_array(item, budget)
-    if isinstance(item, bytes | Path):
+    in_memory = isinstance(item, PIL.Image.Image | np.ndarray) and kind == "image"
+    if in_memory or isinstance(item, bytes | Path):
         return MediaSource(kind=kind, source=item, param=param)
     if isinstance(item, str):
         remote = item.startswith(("data:", "http:", "https:"))

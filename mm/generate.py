@@ -9,16 +9,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from mm.data.outputs import Event
 from mm.data.request import Request
-from mm.data.tokens import Encoded
+from mm.data.tokens import Encoded, EncodedMedia
 from mm.encode.parts import EncodeParts
 from mm.encode.pipeline import encode
-from mm.encode.policy import resolve_reducer
 from mm.engine.engine import LLMEngine
 from mm.engine.loop import OutputQueue
 from mm.engine.sequence import EngineRequest
 from mm.errors import MmError
 from mm.plugins.reducer import Reducer
-from mm.plugins.spec import build_reducer, canonical_spec
+from mm.plugins.spec import build_reducer
 
 
 def answer(
@@ -40,7 +39,7 @@ def answer(
 def generate(request: Request, parts: EncodeParts, engine: LLMEngine) -> Generator[Event]:
     """The whole journey in one process."""
     encoded = encode(request, parts)
-    yield from answer(request, encoded, engine, reducer=canonical_spec(resolve_reducer(request.vision, parts)))
+    yield from answer(request, encoded.items, engine, reducer=encoded.reducer)
 
 
 def generate_batch(
@@ -54,18 +53,15 @@ def generate_batch(
         ahead: Requests that are encoded or in the engine at a time; bounds the memory of an endless sequence.
     """
     numbered = enumerate(requests)
-    encoding: dict[Future[tuple[list[Encoded], str]], tuple[int, Request]] = {}
+    encoding: dict[Future[EncodedMedia], tuple[int, Request]] = {}
     running: dict[int, tuple[EngineRequest, OutputQueue, list[Event]]] = {}
-
-    def encode_one(request: Request) -> tuple[list[Encoded], str]:
-        return encode(request, parts), canonical_spec(resolve_reducer(request.vision, parts))
 
     with ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
         try:
             while True:
                 room = ahead - len(encoding) - len(running)
                 for number, request in itertools.islice(numbered, room):
-                    encoding[pool.submit(encode_one, request)] = number, request
+                    encoding[pool.submit(encode, request, parts)] = number, request
                 if not encoding and not running:
                     return
                 if not running:
@@ -73,9 +69,9 @@ def generate_batch(
                 for done in [future for future in encoding if future.done()]:
                     number, request = encoding.pop(done)
                     try:
-                        encoded, spec = done.result()
-                        feed = OutputQueue()
-                        running[number] = engine.submit(request, encoded, feed, reducer_of(spec), spec), feed, []
+                        encoded = done.result()
+                        feed, spec = OutputQueue(), encoded.reducer
+                        running[number] = engine.submit(request, encoded.items, feed, reducer_of(spec), spec), feed, []
                     except MmError as error:
                         yield number, error
                 engine.step()

@@ -22,12 +22,10 @@ from mm.data.outputs import Event
 from mm.data.request import Request
 from mm.data.tokens import Encoded
 from mm.encode.pipeline import encode
-from mm.encode.policy import resolve_reducer
 from mm.engine.sequence import EngineRequest, OutputSink
 from mm.engine.stats import EngineStats
 from mm.generate import reducer_of
 from mm.media import prepare_decoder
-from mm.plugins.spec import canonical_spec
 from serve.config import ServeConfig
 from serve.runtime import Features, Load, LocalRuntime, default_reducer
 
@@ -232,10 +230,13 @@ def build_encoder_stage(config: ServeConfig) -> EncoderStage:
         prepare_decoder(model.video_decoder)  # the first clip finds it started, a missing package is told now
 
     def encode_request(request: Request) -> Features:
-        reducer = canonical_spec(resolve_reducer(request.vision, parts))
-        encoded = encode(request, parts)
-        hits = sum(item.cache_hit for item in encoded)
-        return Features(encoded=encoded, reducer=reducer, num_items=len(encoded), num_cache_hits=hits)
+        media = encode(request, parts)
+        return Features(
+            encoded=media.items,
+            reducer=media.reducer,
+            num_items=media.num_items,
+            num_cache_hits=media.num_cache_hits,
+        )
 
     return EncoderStage(
         encode_request, parts.encoder.kinds, workers=config.encode_workers, num_threads=model.num_threads

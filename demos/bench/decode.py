@@ -50,7 +50,7 @@ def our_steps(
     ]
     feeds = [OutputQueue() for _ in requests]
     for request, feed in zip(requests, feeds, strict=True):
-        engine.submit(request, encode(request, model.encode_parts), feed, reducer_of("none"), "none")
+        engine.submit(request, encode(request, model.encode_parts).items, feed, reducer_of("none"), "none")
     steps, model_s, step_s = [], 0.0, 0.0
     while engine.has_work:
         before, start = engine.stats, clock()

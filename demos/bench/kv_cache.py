@@ -38,7 +38,7 @@ KEEP = 0.25
 
 def submit(model: mm.Model, request: Request, reducer: str) -> OutputQueue:
     feed = OutputQueue()
-    model.engine.submit(request, encode(request, model.encode_parts), feed, reducer_of(reducer), reducer)
+    model.engine.submit(request, encode(request, model.encode_parts).items, feed, reducer_of(reducer), reducer)
     return feed
 
 
@@ -81,7 +81,7 @@ def bytes_table(path: Path, count: int) -> list[dict]:
     num_layers = probe.engine.cache.shape.num_layers
     layers = sorted({1, 2, num_layers // 4, num_layers // 2} - {0})
     prompt = probe.engine.family.splice(
-        ask(image).messages, [item.tokens for item in encode(ask(image), probe.encode_parts)]
+        ask(image).messages, [item.tokens for item in encode(ask(image), probe.encode_parts).items]
     )
     num_rows, num_visual = prompt.length, int(prompt.is_visual.sum())
     full = expected_bytes(probe, num_rows + 1, num_visual, None)

@@ -62,7 +62,7 @@ def throughput(model: mm.Model, reducer: str, args: argparse.Namespace, round_nu
             temperature=0,
             ignore_eos=True,
         )
-        waiting.append((request, encode(request, model.encode_parts)))
+        waiting.append((request, encode(request, model.encode_parts).items))
     encoded = time.process_time()
     running: list[OutputQueue] = []
     while waiting or running:

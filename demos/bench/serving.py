@@ -113,7 +113,7 @@ def serve_ours(model: mm.Model, asks: list[Ask]) -> None:
             request = build_request(
                 ask.text, images=ask.pictures, max_new_tokens=ask.num_tokens, temperature=0, ignore_eos=True
             )
-            engine.submit(request, encode(request, model.encode_parts), feed, reducer_of("none"), "none")
+            engine.submit(request, encode(request, model.encode_parts).items, feed, reducer_of("none"), "none")
             running[feed] = ask
         engine.step()
         for feed, ask in list(running.items()):

@@ -104,7 +104,7 @@ class Target:
         samples = []
         for i, (one, request) in enumerate(zip(asked, requests, strict=True)):
             if len(tokens[i]) > 1:
-                encoded = encode(request, self.model.encode_parts)
+                encoded = encode(request, self.model.encode_parts).items
                 prompt = self.family.splice(request.messages, [item.tokens for item in encoded])
                 samples.append(self.sample(prompt, tokens[i], greedy, one.task))
         return samples

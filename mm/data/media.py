@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
 
 Kind = Literal["image", "video"]
+Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +25,7 @@ class Image:
         content_hash: Names the content for caches; framed over kind, size and bytes.
     """
 
-    pixels: np.ndarray
+    pixels: Pixels
     content_hash: str
 
     @property
@@ -39,7 +44,7 @@ class Video:
         content_hash: Names the content and the sampling for caches.
     """
 
-    frames: np.ndarray
+    frames: Pixels
     timestamps_s: tuple[float, ...]
     duration_s: float
     content_hash: str
@@ -51,30 +56,46 @@ class Video:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaSource:
-    """Where an item's bytes come from: bytes, a path, or a `data:`, `http:` or `https:` URL.
+    """A media item as the sender gave it. Nothing of it was read yet.
 
     Attributes:
         kind: What the sender says it is.
-        source: Encoded file bytes, a local path, or a URL.
+        source: Encoded file bytes, a local path, a `data:`, `http:` or `https:` URL, or pixels: a PIL image, or for
+            images a uint8 array (H, W, 3) or (H, W).
         param: The request field it came from, for error messages.
     """
 
     kind: Kind
-    source: bytes | Path | str
+    source: bytes | Path | str | PilImage | Pixels
     param: str | None = None
 
 
-Media = MediaSource | Image | Video
+@dataclass(frozen=True, kw_only=True)
+class MediaFile:
+    """A fetched and still encoded item. It has drawn its bytes from the request's budget.
+
+    Attributes:
+        kind: What the sender says it is.
+        data: The whole file.
+        param: The request field it came from, for error messages.
+    """
+
+    kind: Kind
+    data: bytes
+    param: str | None = None
+
+
+Media = MediaSource | MediaFile | Image | Video
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrameSampling:
-    """Which frames of a clip are looked at.
+    """Which frames of a clip the encoder gets.
 
     Attributes:
-        num_frames: This many, evenly spread over the clip (fewer when it has fewer). Ignored with `fps`.
-        fps: Frames per second of clip time; None samples by count.
-        max_frames: Upper bound with `fps`; a clip that needs more is spread over this many.
+        num_frames: Number of frames, evenly spread over the clip. A shorter clip gives all it has. Ignored with `fps`.
+        fps: Frames per second of clip time. None samples by number.
+        max_frames: Upper bound with `fps`. A clip that needs more frames is sampled evenly at this number.
     """
 
     num_frames: int = 8

@@ -108,8 +108,12 @@ class Encoded:
     """One media item, ready to be spliced into a prompt: what travels from encoder to decoder.
 
     Attributes:
+        tokens: What is left of the item's tokens.
+        timings: Seconds of each stage for this item.
+        cache_hit: Whether the feature cache held the tokens.
         key: Names what the tokens depend on: content, encoder, reducer, tenant. Empty for tokens nobody may share.
-        fault: Why they are not reduced although they should be; empty when nothing went wrong.
+        fault: Why the reducer's work is missing, in a text for users. Empty when nothing went wrong.
+        num_media_bytes: Size of the item's encoded file. 0 for pixels that were in memory.
     """
 
     tokens: VisualTokens
@@ -117,6 +121,29 @@ class Encoded:
     cache_hit: bool = False
     key: str = ""
     fault: str = ""
+    num_media_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedMedia:
+    """All media of one request as the encoder leaves them: what every runtime hands to the decoder.
+
+    Attributes:
+        items: One `Encoded` per media item of the request, in order.
+        reducer: Canonical text of the request's reducer, with the stages that act inside the decoder.
+    """
+
+    items: tuple[Encoded, ...] = ()
+    reducer: str = "none"
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items)
+
+    @property
+    def num_cache_hits(self) -> int:
+        """Items that the feature cache held."""
+        return sum(item.cache_hit for item in self.items)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,9 @@
-"""The encoder's half of a request: fetch, decode, tower, reduce, cache."""
+"""The encoder's half of a request: fetch, decode, tower, reduce, cache.
+
+`encode` does all of it. It consists of two steps: `load` waits for bytes and for decoders, `encode_loaded` computes.
+A runtime may run them in different threads. Neither keeps anything between requests beside the feature cache, and no
+item's tokens depend on another item, so the items of a request may be shared out between encoders.
+"""
 
 from __future__ import annotations
 
@@ -6,136 +11,183 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor
 
 from mm.config import OnError
-from mm.data.media import FrameSampling, Image, Media, MediaSource, Video
+from mm.data.media import FrameSampling, Image, Media, MediaFile, Video
 from mm.data.request import Request, TextPart
-from mm.data.tokens import Encoded, EncodeTimings, VisualTokens
+from mm.data.tokens import Encoded, EncodedMedia, EncodeTimings, VisualTokens
 from mm.encode.feature_cache import cache_key
 from mm.encode.parts import EncodeParts
 from mm.encode.policy import resolve_reducer
 from mm.errors import MediaError, ReducerFault
-from mm.media import MediaBudget, content_hash, fetch
-from mm.media.loading import decode as decode_media
+from mm.media import MediaBudget, content_hash, decode, fetch_item
 from mm.plugins.apply import reduce_tokens
 from mm.plugins.capabilities import tower_stage
 from mm.plugins.encoder import ReadsText
 from mm.plugins.features import TEXT_EMBEDDINGS
 from mm.plugins.reducer import Reducer
-from mm.plugins.spec import encode_spec
+from mm.plugins.spec import canonical_spec, encode_spec
 
 log = logging.getLogger(__name__)
 
 
-def encode(request: Request, parts: EncodeParts) -> list[Encoded]:
-    """The reduced visual tokens of every media item, in order. Items that are not cached are encoded as one batch.
+@dataclass(frozen=True, kw_only=True)
+class LoadedItem:
+    """One media item before the tower.
+
+    Attributes:
+        key: Its key in the feature cache.
+        content: Its pixels, or its tokens when the feature cache held them.
+        load_s: Seconds to fetch and decode it.
+        num_media_bytes: Size of its encoded file.
+    """
+
+    key: str
+    content: Image | Video | Encoded
+    load_s: float = 0.0
+    num_media_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedMedia:
+    """The media of one request before the tower, and what is to be done with them.
+
+    Attributes:
+        reducer: The request's reducer, checked against policy and encoder.
+        question: The user's last turn if the reducer reads it, else empty.
+    """
+
+    items: tuple[LoadedItem, ...]
+    reducer: Reducer
+    question: str = ""
+
+
+def encode(request: Request, parts: EncodeParts, budget: MediaBudget | None = None) -> EncodedMedia:
+    """The reduced visual tokens of every media item, in order.
+
+    Args:
+        budget: See `load`.
 
     Raises:
         MediaError: An item is broken, not allowed or too large; names the request field.
         PluginError: See `resolve_reducer`.
     """
+    return encode_loaded(load(request, parts, budget), parts)
+
+
+def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None) -> LoadedMedia:
+    """Fetch the request's media, and decode those whose tokens are not in the feature cache.
+
+    Args:
+        budget: What the media draw from. Give it only if some of them drew from it already (`MediaFile`).
+
+    Raises:
+        MediaError, PluginError: As `encode`.
+    """
     reducer = resolve_reducer(request.vision, parts)
-    budget = MediaBudget(parts.limits)
+    budget = budget or MediaBudget(parts.limits)
     frames = request.vision.frames or parts.frames
     asked = question(request) if TEXT_EMBEDDINGS in reducer.needs else ""
-    name = functools.partial(
+    key_of = functools.partial(
         cache_key,
         fingerprint=parts.encoder.fingerprint,
         reducer_spec=encode_spec(reducer),
         tenant=request.cache_salt,
         question=asked,
     )
-    found: dict[str, Encoded] = {}
-    loaded: dict[str, tuple[Image | Video, float]] = {}
-    keys = []
-    for item in request.media:
-        key, media, load_s = _load(item, frames, budget, parts, found, name)
-        keys.append(key)
-        if media is not None:
-            loaded.setdefault(key, (media, load_s))
-    found |= _encode_batch(loaded, reducer, parts, asked)
-    return [found[key] for key in keys]
+    items = tuple(_load_item(item, frames, budget, parts, key_of) for item in request.media)
+    return LoadedMedia(items=items, reducer=reducer, question=asked)
 
 
 def question(request: Request) -> str:
-    """The text of the user's last turn: what a query-aware reducer is told."""
+    """The text of the user's last turn, which a query-aware reducer reads."""
     turns = [message for message in request.messages if message.role == "user"]
     return "\n".join(part.text for part in turns[-1].parts if isinstance(part, TextPart)) if turns else ""
 
 
-def _load(
-    item: Media,
-    frames: FrameSampling,
-    budget: MediaBudget,
-    parts: EncodeParts,
-    found: dict[str, Encoded],
-    name: Callable[[str], str],
-) -> tuple[str, Image | Video | None, float]:
-    """The item's cache key, and its pixels with the seconds they took; a cached item goes to `found` instead."""
+def _load_item(
+    item: Media, frames: FrameSampling, budget: MediaBudget, parts: EncodeParts, key_of: Callable[[str], str]
+) -> LoadedItem:
     if item.kind not in parts.encoder.kinds:
         raise MediaError("not_supported", item.kind, param=getattr(item, "param", None))
     start = time.perf_counter()
-    if isinstance(item, MediaSource):
-        data = fetch(item, parts.sources, budget)
-        content = content_hash(item.kind, data, frames, parts.video_decoder)
+    fetched = fetch_item(item, parts.sources, budget)
+    if not isinstance(fetched, MediaFile):
+        key, num_bytes = key_of(fetched.content_hash), 0
     else:
-        data, content = None, item.content_hash
-    key = name(content)
+        key, num_bytes = key_of(content_hash(item.kind, fetched.data, frames, parts.video_decoder)), len(fetched.data)
     if (cached := parts.cache.get(key)) is not None:
-        found[key] = cached
-        return key, None, 0.0
-    return key, _decoded(item, data, frames, budget, parts), time.perf_counter() - start
+        return LoadedItem(key=key, content=cached, num_media_bytes=num_bytes)
+    pixels = decode(fetched, budget, frames, parts.video_decoder) if isinstance(fetched, MediaFile) else fetched
+    return LoadedItem(key=key, content=pixels, load_s=time.perf_counter() - start, num_media_bytes=num_bytes)
 
 
-def _decoded(item: Media, data: bytes | None, frames: FrameSampling, budget: MediaBudget, parts: EncodeParts) -> Any:
-    if data is None:
-        return item
-    try:
-        return decode_media(item.kind, data, budget, frames, parts.video_decoder)
-    except MediaError as error:
-        raise error.at(item.param) if isinstance(item, MediaSource) and item.param else error from None
+def encode_loaded(loaded: LoadedMedia, parts: EncodeParts) -> EncodedMedia:
+    """The tokens of every item. Items that are not cached are one batch of the tower; equal ones are encoded once.
+
+    Raises:
+        ReducerFault: The reducer failed, and the policy is to fail.
+        CapacityError: The device has no memory for one item.
+    """
+    fresh: dict[str, LoadedItem] = {}
+    for item in loaded.items:
+        if not isinstance(item.content, Encoded):
+            fresh.setdefault(item.key, item)
+    encoded = _encode_batch(fresh, loaded, parts)
+    return EncodedMedia(
+        items=tuple(
+            replace(
+                item.content if isinstance(item.content, Encoded) else encoded[item.key],
+                num_media_bytes=item.num_media_bytes,
+            )
+            for item in loaded.items
+        ),
+        reducer=canonical_spec(loaded.reducer),
+    )
 
 
-def _encode_batch(
-    loaded: dict[str, tuple[Image | Video, float]], reducer: Reducer, parts: EncodeParts, asked: str
-) -> dict[str, Encoded]:
-    if not loaded:
+def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: EncodeParts) -> dict[str, Encoded]:
+    """The tokens of `fresh` by key; what went well is cached."""
+    if not fresh:
         return {}
     start = time.perf_counter()
-    batch, in_tower = _in_tower([media for media, _ in loaded.values()], reducer, parts)
-    text = cast(ReadsText, parts.encoder).embed_text(asked) if TEXT_EMBEDDINGS in reducer.needs else None
-    encode_s = (time.perf_counter() - start) / len(loaded)
-    encoded = {}
-    for (key, (_, load_s)), tokens in zip(loaded.items(), batch, strict=True):
+    pixels = [cast(Image | Video, item.content) for item in fresh.values()]
+    batch, fault = _run_tower(pixels, loaded.reducer, parts)
+    text = None
+    if TEXT_EMBEDDINGS in loaded.reducer.needs:
+        text = cast(ReadsText, parts.encoder).embed_text(loaded.question)
+    encode_s = (time.perf_counter() - start) / len(fresh)
+    encoded: dict[str, Encoded] = {}
+    for item, tokens in zip(fresh.values(), batch, strict=True):
         start = time.perf_counter()
-        kept, fault = (tokens, in_tower) if in_tower else _reduce(reducer, tokens, text, parts.policy.on_error)
-        reduce_s = time.perf_counter() - start
-        timings = EncodeTimings(load_s=load_s, encode_s=encode_s, reduce_s=reduce_s)
-        encoded[key] = Encoded(tokens=kept, timings=timings, key="" if fault else key, fault=fault)
-        if not fault:
-            parts.cache.put(key, replace(encoded[key], timings=EncodeTimings()))
+        kept, item_fault = (tokens, fault) if fault else _reduce(loaded.reducer, tokens, text, parts.policy.on_error)
+        timings = EncodeTimings(load_s=item.load_s, encode_s=encode_s, reduce_s=time.perf_counter() - start)
+        key = "" if item_fault else item.key
+        encoded[item.key] = Encoded(tokens=kept, timings=timings, key=key, fault=item_fault)
+        if not item_fault:
+            parts.cache.put(item.key, replace(encoded[item.key], timings=EncodeTimings()))
     return encoded
 
 
-def _in_tower(media: Sequence[Image | Video], reducer: Reducer, parts: EncodeParts) -> tuple[list[VisualTokens], str]:
-    """The encoded items, and what the reducer inside the tower did wrong where that is only noted."""
+def _run_tower(pixels: Sequence[Image | Video], reducer: Reducer, parts: EncodeParts) -> tuple[list[VisualTokens], str]:
+    """The items' tokens, and what a reducer inside the tower did wrong if the policy keeps all tokens then."""
     merging = tower_stage(reducer)
     hosted: dict[str, Any] = {} if merging is None else {"merging": merging}
     try:
-        return parts.encoder.encode(media, needs=reducer.needs, **hosted), ""
+        return parts.encoder.encode(pixels, needs=reducer.needs, **hosted), ""
     except ReducerFault as error:
         if parts.policy.on_error == "fail":
             raise
         log.warning("reducer_fault=%s", error, exc_info=error.__cause__)
-        return [tokens.without_aux_features() for tokens in parts.encoder.encode(media)], str(error)
+        return [tokens.without_aux_features() for tokens in parts.encoder.encode(pixels)], str(error)
 
 
 def _reduce(reducer: Reducer, tokens: VisualTokens, text: Tensor | None, on_error: OnError) -> tuple[VisualTokens, str]:
-    """What the reducer leaves, and what it did wrong where that is only noted."""
+    """What the reducer leaves, and its fault if the policy is to keep all. Then all tokens are kept."""
     try:
         return reduce_tokens(reducer, tokens, text), ""
     except ReducerFault as error:

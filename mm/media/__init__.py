@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mm.media.hashing import content_hash, pixel_hash
     from mm.media.image import decode_image, image_from_array, image_from_pil
     from mm.media.limits import MediaBudget
-    from mm.media.loading import load
+    from mm.media.loading import decode, fetch_item
     from mm.media.source import fetch
     from mm.media.video import ChildPool, decode_video, prepare_decoder, video_from_array
 
@@ -20,12 +20,13 @@ _HOMES = {
     "ChildPool": "video",
     "MediaBudget": "limits",
     "content_hash": "hashing",
+    "decode": "loading",
     "decode_image": "image",
     "decode_video": "video",
     "fetch": "source",
+    "fetch_item": "loading",
     "image_from_array": "image",
     "image_from_pil": "image",
-    "load": "loading",
     "pixel_hash": "hashing",
     "prepare_decoder": "video",
     "video_from_array": "video",
@@ -35,12 +36,13 @@ __all__ = [
     "ChildPool",
     "MediaBudget",
     "content_hash",
+    "decode",
     "decode_image",
     "decode_video",
     "fetch",
+    "fetch_item",
     "image_from_array",
     "image_from_pil",
-    "load",
     "pixel_hash",
     "prepare_decoder",
     "video_from_array",

@@ -199,13 +199,22 @@ def video_from_array(
     times_s = tuple(float(time_s) for time_s in timestamps_s)
     if len(times_s) != len(frames) or list(times_s) != sorted(times_s) or not times_s[-1] <= duration_s:
         raise InvalidRequest(f"{len(frames)} frames need as many ascending timestamps_s, none after duration_s")
+    draw_video(frames, duration_s, budget)
+    copy = np.array(frames, order="C")
+    name = pixel_hash("video", copy, (*times_s, float(duration_s)))
+    return Video(frames=copy, timestamps_s=times_s, duration_s=float(duration_s), content_hash=name)
+
+
+def draw_video(frames: np.ndarray, duration_s: float, budget: MediaBudget) -> None:
+    """Draw a clip whose frames are in memory already.
+
+    Raises:
+        MediaError: A limit of the budget.
+    """
     budget.take_item("video")
     budget.take_duration(duration_s)
     budget.take_frames(len(frames))
     budget.take_pixels("video", frames.shape[2], frames.shape[1], len(frames))
-    copy = np.array(frames, order="C")
-    name = pixel_hash("video", copy, (*times_s, float(duration_s)))
-    return Video(frames=copy, timestamps_s=times_s, duration_s=float(duration_s), content_hash=name)
 
 
 def _check_sampling(sampling: FrameSampling, budget: MediaBudget) -> None:

@@ -28,7 +28,7 @@ from mm.errors import InvalidRequest
 from mm.generate import reducer_of
 from mm.media import MediaBudget, decode_image, decode_video
 from mm.plugins.capabilities import check_compatible
-from mm.plugins.spec import build_reducer, canonical_spec
+from mm.plugins.spec import build_reducer
 from serve.cli.matrix import aligned
 from serve.jobs.discover import EXTENSIONS
 from serve.page.overlay import frame_of_slice, has_layout, kept_mask
@@ -127,8 +127,8 @@ def compare(model: Model, job: Comparison, kind: Kind, reducers: Sequence[str]) 
         options = {"reducer": spec, "temperature": 0.0, "max_new_tokens": job.max_tokens}
         request = build_request(job.prompt, **media, **options)
         encoded = encode(request, model.encode_parts)
-        feed, written = _Watching(model.engine), canonical_spec(build_reducer(spec))
-        running = model.engine.submit(request, encoded, feed, reducer_of(written), written)
+        feed, written = _Watching(model.engine), encoded.reducer
+        running = model.engine.submit(request, encoded.items, feed, reducer_of(written), written)
         answer = collect(model.engine.events(running, feed))
         if not turn:
             continue  # the first answer pays for what is done once per process

@@ -20,8 +20,8 @@ import torch
 
 from mm.api import collect
 from mm.build import build_encode_parts, build_engine
-from mm.config import MediaLimits, SourcePolicy
-from mm.data.media import Kind, MediaSource
+from mm.config import SourcePolicy
+from mm.data.media import MediaFile, MediaSource
 from mm.data.outputs import Event, Timings
 from mm.data.request import MediaPart, Message, Request, TextPart
 from mm.data.sampling_params import SamplingParams
@@ -63,7 +63,7 @@ class Captioner(Protocol):
         """Called once in the thread that will call `encode`."""
         ...
 
-    def encode(self, request: Request) -> abc.Sequence[Encoded]: ...
+    def encode(self, request: Request, budget: MediaBudget) -> abc.Sequence[Encoded]: ...
 
     def answer(self, request: Request, encoded: abc.Sequence[Encoded]) -> Answering:
         """Take an item; it is answered by and by, as `step` is called."""
@@ -100,8 +100,8 @@ class LocalCaptioner:
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)  # torch keeps this per thread
 
-    def encode(self, request: Request) -> abc.Sequence[Encoded]:
-        return encode(request, self.parts)
+    def encode(self, request: Request, budget: MediaBudget) -> abc.Sequence[Encoded]:
+        return encode(request, self.parts, budget).items
 
     def answer(self, request: Request, encoded: abc.Sequence[Encoded]) -> Answering:
         feed = OutputQueue()
@@ -170,15 +170,15 @@ class Loaded:
     failure: Failure | None = None
 
 
-def read_file(item: Item, limits: MediaLimits) -> tuple[bytes, str]:
-    """The file's bytes and the name of its content.
+def read_file(item: Item, budget: MediaBudget) -> tuple[MediaFile, str]:
+    """The file and the hash of its content.
 
     Raises:
         MediaError: It cannot be read, is empty, or is larger than allowed.
     """
     source = MediaSource(kind=item.kind, source=Path(item.path))
-    data = fetch(source, SourcePolicy(allow_paths=True), MediaBudget(limits))
-    return data, content_hash(item.kind, data)
+    data = fetch(source, SourcePolicy(allow_paths=True), budget)
+    return MediaFile(kind=item.kind, data=data), content_hash(item.kind, data)
 
 
 def load(item: Item, job: CaptionJob, captioner: Captioner, is_known: Callable[[str], bool]) -> Loaded:
@@ -191,24 +191,25 @@ def load(item: Item, job: CaptionJob, captioner: Captioner, is_known: Callable[[
     step: Step = "load"
     try:
         start = time.perf_counter()
-        data, name = read_file(item, job.model.limits)
+        budget = MediaBudget(job.model.limits)
+        file, name = read_file(item, budget)
         loaded = Loaded(item=item, version=version, content_hash=name, read_s=time.perf_counter() - start)
         if is_known(name):
             return loaded
         step = "encode"
-        request = _request(item.kind, data, job)
-        encoded = captioner.encode(request)
+        request = _request(file, job)
+        encoded = captioner.encode(request, budget)
         return replace(loaded, request=replace(request, media=()), encoded=encoded)
     except Exception as error:
         return Loaded(item=item, version=version, failure=Failure.of(error, step, item.path))
 
 
-def _request(kind: Kind, data: bytes, job: CaptionJob) -> Request:
-    parts = (MediaPart(index=0, kind=kind), TextPart(text=job.prompt_for(kind)))
+def _request(file: MediaFile, job: CaptionJob) -> Request:
+    parts = (MediaPart(index=0, kind=file.kind), TextPart(text=job.prompt_for(file.kind)))
     return Request(
         request_id=uuid.uuid4().hex,
         messages=(Message(role="user", parts=parts),),
-        media=(MediaSource(kind=kind, source=data),),
+        media=(file,),
         sampling=SamplingParams(max_new_tokens=job.max_tokens, temperature=0.0),
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from mm.config import MediaLimits
 from mm.errors import MediaError
+from mm.media import MediaBudget
 from serve.jobs.captioner import read_file
 from serve.jobs.discover import Item
 from serve.jobs.results import Journal, OutputFolder, Version
@@ -52,5 +53,5 @@ def _holds(item: Item, captions: Journal, limits: MediaLimits) -> bool:
     if captions.entries[item.path].version == Version.of(item.path):
         return True
     with contextlib.suppress(MediaError):
-        return captions.read(item.path)["content_hash"] == read_file(item, limits)[1]
+        return captions.read(item.path)["content_hash"] == read_file(item, MediaBudget(limits))[1]
     return False

@@ -18,7 +18,7 @@ from tests.helpers.drafters import TRUTH
 def learn_truths(model: mm.Model, asked: Sequence[Request], answers: Sequence[Sequence[Sequence[int]]]) -> None:
     """Note the tokens that a run without drafts answered, one entry per choice of each request."""
     for request, choices in zip(asked, answers, strict=True):
-        encoded = encode(request, model.encode_parts)
+        encoded = encode(request, model.encode_parts).items
         prompt = model.engine.family.splice(request.messages, [item.tokens for item in encoded])
         TRUTH[tuple(prompt.token_ids.tolist())] = [list(tokens) for tokens in choices]
 

@@ -113,7 +113,7 @@ def question(rng: random.Random, model: mm.Model) -> Question:
     spec = rng.choice([*REDUCERS, *["none"] * 4, EVICTS])
     asked = request(rng, spec)
     reducer: Any = KeepEverySecond(rng.choice([0, 1])) if spec == EVICTS else reducer_of(spec)
-    return Question(request=asked, encoded=encode(asked, model.encode_parts), reducer=reducer)
+    return Question(request=asked, encoded=encode(asked, model.encode_parts).items, reducer=reducer)
 
 
 @dataclass

@@ -87,7 +87,7 @@ def our_logits(ours, images, text, tokens, shift=0):
     """Logits at each of `tokens`, fed one by one through our cache."""
     request = mm.api.build_request(text, images=[png(image) for image in images])
     family = ours.engine.family
-    prompt = family.splice(request.messages, [item.tokens for item in encode(request, ours.encode_parts)])
+    prompt = family.splice(request.messages, [item.tokens for item in encode(request, ours.encode_parts).items])
     return logits_along(family.language, prompt, tokens, shift)
 
 
@@ -119,8 +119,8 @@ def test_dropped_tokens_equal_masked_tokens(ours, theirs):
     request = mm.api.build_request("What is it?", images=[png(picture(3, (90, 70)))], reducer="random:keep_ratio=0.3")
     full = mm.api.build_request("What is it?", images=[png(picture(3, (90, 70)))])
     family = ours.engine.family
-    kept = encode(request, ours.encode_parts)[0].tokens
-    everything = encode(full, ours.encode_parts)[0].tokens
+    kept = encode(request, ours.encode_parts).items[0].tokens
+    everything = encode(full, ours.encode_parts).items[0].tokens
     assert 0 < kept.num_tokens < everything.num_tokens
     prompt = family.splice(request.messages, [kept])
     whole = family.splice(full.messages, [everything])
@@ -147,7 +147,7 @@ def test_decode_goes_on_at_the_unreduced_position(ours):
 
 def prompt_parts(ours, reducer):
     request = mm.api.build_request("What?", images=[png(picture(1, (50, 50)))], reducer=reducer)
-    return request.messages, [item.tokens for item in encode(request, ours.encode_parts)]
+    return request.messages, [item.tokens for item in encode(request, ours.encode_parts).items]
 
 
 def test_clips_are_pooled_frames_in_order():
@@ -155,7 +155,7 @@ def test_clips_are_pooled_frames_in_order():
     frames = np.stack([np.asarray(picture(i, (224, 224))) for i in range(3)])
     clip = mm.media.video_from_array(frames, [0.0, 0.5, 1.0], 1.5, mm.media.MediaBudget(model.config.limits))
     request = mm.api.build_request("What happens?", videos=[clip])
-    tokens = encode(request, model.encode_parts)[0].tokens
+    tokens = encode(request, model.encode_parts).items[0].tokens
     assert tokens.grid == (3, 8, 8)
     for i, frame in enumerate(frames):
         still = Image(pixels=frame, content_hash=str(i))

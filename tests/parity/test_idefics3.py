@@ -64,7 +64,7 @@ def theirs(folder):
 
 def our_prompt(ours, pictures, **options) -> Prompt:
     request = mm.api.build_request(TEXT, images=pictures, **options)
-    visual = [item.tokens for item in encode(request, ours.encode_parts)]
+    visual = [item.tokens for item in encode(request, ours.encode_parts).items]
     return ours.engine.family.splice(request.messages, visual)
 
 

@@ -74,7 +74,7 @@ def request_of(reducer: str, sizes):
 
 
 def encode_for(ours, reducer: str, sizes):
-    return encode(request_of(reducer, sizes), ours.encode_parts)
+    return encode(request_of(reducer, sizes), ours.encode_parts).items
 
 
 def compare(ours, theirs, reducer, rules_of, sizes, later=lambda masks: masks):
@@ -83,7 +83,7 @@ def compare(ours, theirs, reducer, rules_of, sizes, later=lambda masks: masks):
     sampling = SamplingParams(max_new_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=True, top_logprobs=10)
     asked = replace(request, sampling=sampling, vision=replace(request.vision, return_map=True))
     answer = mm.api.collect(ours.run(asked))
-    encoded = encode(request, ours.encode_parts)
+    encoded = encode(request, ours.encode_parts).items
     prompt = ours.engine.family.splice(request.messages, [item.tokens for item in encoded])
     counts = [item.tokens.num_tokens for item in encoded]
     visual = prompt.is_visual.nonzero()[:, 0]

@@ -94,7 +94,7 @@ def request_for(images, clips, **options) -> Request:
 
 
 def our_prompt(ours, request: Request) -> Prompt:
-    visual = [item.tokens for item in encode(request, ours.encode_parts)]
+    visual = [item.tokens for item in encode(request, ours.encode_parts).items]
     return ours.engine.family.splice(request.messages, visual)
 
 
@@ -201,7 +201,7 @@ def test_kept_tokens_keep_their_places(ours):
     request = request_for(images, clips, **options)
     kept = our_prompt(ours, request)
     assert int(kept.is_visual.sum()) == sum(
-        budget(item.tokens.num_tokens_in, 0.25) for item in encode(request, ours.encode_parts)
+        budget(item.tokens.num_tokens_in, 0.25) for item in encode(request, ours.encode_parts).items
     )
     assert kept.next_position == full.next_position
     assert torch.equal(kept.positions[:, ~kept.is_visual], full.positions[:, ~full.is_visual])

@@ -39,7 +39,7 @@ def ask(model):
         plain = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
         request = mm.api.build_request(text, images=images, **plain | options)
         found = reducer_of(reducer) if isinstance(reducer, str) else reducer
-        return Question(request=request, encoded=encode(request, model.encode_parts), reducer=found)
+        return Question(request=request, encoded=encode(request, model.encode_parts).items, reducer=found)
 
     return make
 

@@ -127,7 +127,7 @@ def test_the_least_share_a_reducer_may_keep(spec, least):
 
 def spliced(model, **options):
     request = mm.api.build_request(QUESTION["prompt"], images=QUESTION["images"], **options)
-    encoded = encode(request, model.encode_parts)
+    encoded = encode(request, model.encode_parts).items
     reducer = resolve_reducer(request.vision, model.encode_parts)
     prompt = model.engine.family.splice(request.messages, [item.tokens for item in encoded])
     return with_positions(prompt, request.vision.positions or positions_of(reducer))

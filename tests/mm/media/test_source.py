@@ -15,9 +15,9 @@ import PIL.Image
 import pytest
 
 from mm.config import SourcePolicy
-from mm.data.media import FrameSampling, MediaSource, Video
+from mm.data.media import FrameSampling, Image, MediaFile, MediaSource, Video
 from mm.errors import MediaError
-from mm.media import fetch, load, remote
+from mm.media import decode, fetch, fetch_item, remote
 
 ANY_HOST = SourcePolicy(allowed_domains=("*",), fetch_timeout_s=2.0)
 PATHS = SourcePolicy(allow_paths=True)
@@ -113,17 +113,20 @@ def test_other_schemes_are_refused_even_where_paths_are_allowed(budget, url):
     assert reason(url, PATHS, budget) == "bad_source"
 
 
-def test_load_decodes_and_names_the_field(budget, make_clip):
+def test_fetching_and_decoding_name_the_field(budget, make_clip):
+    def load(source: MediaSource) -> Image | Video:
+        file = fetch_item(source, SourcePolicy(), budget)
+        assert isinstance(file, MediaFile)
+        return decode(file, budget, FrameSampling(num_frames=2))
+
     png = BytesIO()
     PIL.Image.new("RGB", (16, 9), "red").save(png, "PNG")
-    picture = load(image(data_url(png.getvalue())), policy=SourcePolicy(), budget=budget)
-    assert picture.kind == "image"
-    clip = MediaSource(kind="video", source=make_clip())
-    video = load(clip, policy=SourcePolicy(), budget=budget, frames=FrameSampling(num_frames=2))
+    assert load(image(data_url(png.getvalue()))).kind == "image"
+    video = load(MediaSource(kind="video", source=make_clip()))
     assert isinstance(video, Video)
     assert len(video.frames) == 2
     with pytest.raises(MediaError) as caught:
-        load(image(b"broken"), policy=SourcePolicy(), budget=budget)
+        load(image(b"broken"))
     assert (caught.value.reason, caught.value.param) == ("undecodable", "messages[0].content[1]")
 
 

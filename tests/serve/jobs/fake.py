@@ -24,6 +24,7 @@ from mm.data.outputs import Delta, Event, Summary, Timings, Usage
 from mm.data.request import Request
 from mm.data.tokens import Encoded
 from mm.errors import MediaError
+from mm.media import MediaBudget
 from serve.jobs.caption import run_caption
 from serve.jobs.job import CaptionJob
 
@@ -64,16 +65,16 @@ class FakeCaptioner:
     def prepare_thread(self) -> None:
         pass
 
-    def encode(self, request: Request) -> list[Encoded]:
+    def encode(self, request: Request, budget: MediaBudget) -> list[Encoded]:
         time.sleep(self.delay_s)
         (media,) = request.media
-        if media.source.startswith(b"broken"):
+        if media.data.startswith(b"broken"):
             raise MediaError("undecodable", media.kind)
         with self.lock:
             self.num_encoded += 1
             self.num_waiting += 1
             self.most_waiting = max(self.most_waiting, self.num_waiting)
-        return [FakeEncoded(media.source)]  # type: ignore[list-item]
+        return [FakeEncoded(media.data)]  # type: ignore[list-item]
 
     def answer(self, request: Request, encoded: list[FakeEncoded]) -> FakeAnswering:
         (item,) = encoded

@@ -143,7 +143,7 @@ def test_failed_items_are_tried_again_only_when_asked_or_changed(case: Case, fil
     assert case.run() == 3
     assert list(case.captions()) == ["a.png", "b.png"]
     assert list(case.failures()) == ["c.png"]
-    monkeypatch.setattr(FakeCaptioner, "encode", lambda self, request: [FakeEncoded(b"readable now")])
+    monkeypatch.setattr(FakeCaptioner, "encode", lambda self, request, budget: [FakeEncoded(b"readable now")])
     assert case.run() == 3
     assert case.run(retry_failed=True) == 0
     assert case.failures() == {}
@@ -286,10 +286,10 @@ def test_an_interrupt_while_an_item_is_loaded_leaves_it_for_later(case: Case, fi
     fill(a="1", b="interrupt", c="3")
     encode = FakeCaptioner.encode
 
-    def interrupted(self, request):
-        if request.media[0].source == b"interrupt":
+    def interrupted(self, request, budget):
+        if request.media[0].data == b"interrupt":
             os.kill(os.getpid(), signal.SIGINT)
-        return encode(self, request)
+        return encode(self, request, budget)
 
     monkeypatch.setattr(FakeCaptioner, "encode", interrupted)
     assert case.run(num_prefetch=0) == 130
