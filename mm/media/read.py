@@ -1,0 +1,110 @@
+"""`mm.read_media`: a picture or clip as an encoder would get it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from PIL import Image as PilImage
+
+from mm.config import MediaLimits, SourcePolicy
+from mm.data.media import FrameSampling, Image, Kind, MediaFile, MediaSource, Pixels
+from mm.errors import InvalidRequest
+from mm.media.containers import sniff
+from mm.media.limits import MediaBudget
+from mm.media.loading import decode, fetch_item
+
+NUM_SNIFFED = 64
+"""Bytes at a file's start that decide what it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaFrames:
+    """The pixels of a picture or clip, upright and on white.
+
+    Attributes:
+        frames: (T, H, W, 3) uint8 RGB. A picture has T = 1.
+        times_s: Presentation time of each frame in seconds from the clip's start, length T. (0.0,) for a picture.
+        duration_s: Length of the whole clip in seconds. 0.0 for a picture.
+    """
+
+    frames: Pixels
+    times_s: tuple[float, ...]
+    duration_s: float
+
+
+def read_media(
+    media: str | Path | bytes | PilImage.Image | Pixels,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    *,
+    kind: Kind | None = None,
+    limits: MediaLimits | None = None,
+) -> MediaFrames:
+    """Fetch, decode and sample one picture or clip exactly as for an encoder.
+
+    Args:
+        media: A path, encoded file bytes, a `data:` URL, a PIL image, or a uint8 array (H, W, 3) or (H, W).
+        num_frames: Frames of a clip, evenly spread over its length; a shorter clip gives all it has. 8 by default.
+        fps: Frames per second of clip time in place of `num_frames`, 32 at most.
+        kind: "image" or "video". By default the file's first bytes decide. A GIF is a picture, unless `num_frames` or
+            `fps` is given.
+        limits: Bounds of size and length. By default those of a server.
+
+    Raises:
+        MediaError: The file cannot be read or decoded, or is larger than the limits.
+        InvalidRequest: Both `num_frames` and `fps` are given, one of them is out of range, `kind` is unknown, or
+            the pixels are of a form that cannot be used.
+    """
+    frames = _sampling(num_frames, fps)
+    if kind is not None and kind not in get_args(Kind):
+        raise InvalidRequest(f"kind was {kind!r}; it has to be 'image' or 'video'", "kind")
+    budget = MediaBudget(limits or MediaLimits())
+    if not isinstance(media, bytes | str | Path | PilImage.Image | np.ndarray):
+        given = type(media).__name__
+        raise InvalidRequest(
+            f"cannot read a {given}; give a path, bytes, a data: URL, a PIL image or an array", "media"
+        )
+    source = MediaSource(kind=kind or _guess(media, frames is not None), source=media)
+    fetched = fetch_item(source, SourcePolicy(allow_paths=True), budget)
+    if isinstance(fetched, MediaFile):
+        fetched = decode(fetched, budget, frames or FrameSampling())
+    if isinstance(fetched, Image):
+        return MediaFrames(frames=fetched.pixels[None], times_s=(0.0,), duration_s=0.0)
+    return MediaFrames(frames=fetched.frames, times_s=fetched.timestamps_s, duration_s=fetched.duration_s)
+
+
+def _sampling(num_frames: int | None, fps: float | None) -> FrameSampling | None:
+    if num_frames is not None and fps is not None:
+        raise InvalidRequest("give num_frames or fps, not both", "fps")
+    if fps is not None:
+        return FrameSampling(fps=fps)
+    return None if num_frames is None else FrameSampling(num_frames=num_frames)
+
+
+def _guess(media: str | Path | bytes | PilImage.Image | Pixels, wants_frames: bool) -> Kind:
+    """What the item is by its first bytes. Where they say nothing, "image": decoding it gives the right error."""
+    if isinstance(media, PilImage.Image | np.ndarray):
+        return "image"
+    container = sniff(_first_bytes(media))
+    is_clip = container is not None and (container != "gif" or wants_frames)
+    return "video" if is_clip else "image"
+
+
+def _first_bytes(media: str | Path | bytes) -> bytes:
+    if isinstance(media, bytes):
+        return media[:NUM_SNIFFED]
+    if isinstance(media, str) and media[:5].lower() == "data:":
+        payload = media.partition(",")[2][: 4 * NUM_SNIFFED]
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(payload[: len(payload) // 4 * 4])[:NUM_SNIFFED]
+        return b""
+    with contextlib.suppress(OSError, ValueError):
+        if Path(media).is_file():  # a pipe would be waited for
+            with open(media, "rb") as file:
+                return file.read(NUM_SNIFFED)
+    return b""
