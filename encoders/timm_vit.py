@@ -59,6 +59,7 @@ class TimmEncoder:
     ) -> None:
         data = _timm().data
         self.device, self.dtype = torch.device(device), dtype
+        self.has_random_weights: bool = not pretrained and checkpoint is None
         self.model = _build(model_name, pretrained, checkpoint, image_size).to(self.device, dtype).eval()
         self.provides = frozenset({TOWER_FEATURES, BLOCK_KEYS} if _is_plain(self.model) else {TOWER_FEATURES})
         self.grid: Grid = (1, *self.model.patch_embed.grid_size)

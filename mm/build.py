@@ -10,6 +10,7 @@ from mm.config import ModelConfig
 from mm.data.media import FrameSampling
 from mm.device import has_bfloat16, kv_cache_bytes
 from mm.encode.feature_cache import FeatureCache
+from mm.encode.named import build_encoder
 from mm.encode.parts import EncodeParts
 from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
@@ -48,19 +49,26 @@ def _plugin(kind: Literal["encoder", "family"], config: ModelConfig) -> Any:
     return create(kind, model_type, folder=folder, device=config.device, dtype=_dtype(config))
 
 
-def build_encode_parts(config: ModelConfig) -> EncodeParts:
+def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> EncodeParts:
     """The encoder's half of a model: only tower and projector are read.
+
+    Args:
+        encoder_text: An encoder by name, such as "timm:model_name=vit_tiny_patch16_224", in place of the model's own.
 
     Raises:
         MmError: The model cannot be found or used, or the default reducer cannot work with it.
     """
     _use_threads(config)
-    encoder = _plugin("encoder", config)
-    check_compatible(build_reducer(config.reducer), encoder, config.model)
+    if encoder_text is None:
+        encoder, host = _plugin("encoder", config), config.model
+    else:
+        _check_device(config)
+        encoder, host = build_encoder(encoder_text, config.device, _dtype(config)), encoder_text
+    check_compatible(build_reducer(config.reducer), encoder, host)
     return EncodeParts(
         encoder=encoder,
         cache=FeatureCache(config.cache_bytes),
-        host=config.model,
+        host=host,
         reducer=config.reducer,
         frames=FrameSampling(num_frames=config.num_frames, fps=config.fps),
         limits=config.limits,
