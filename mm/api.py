@@ -21,7 +21,7 @@ import PIL.Image
 import torch
 
 from mm.build import build_encode_parts, build_engine
-from mm.config import ModelConfig, SourcePolicy
+from mm.config import ModelConfig, SourcePolicy, model_config
 from mm.data.media import FrameSampling, Image, Kind, Media, MediaSource, Video
 from mm.data.messages import parse_messages
 from mm.data.outputs import Event, KeptMap, Summary, Timings, TokenLogprob, Usage
@@ -139,14 +139,15 @@ def load(
         model: "tiny", a local folder in Hugging Face format, or a hub name.
         reducer: Specification used when a call names none, such as "divprune:keep_ratio=0.25".
         dtype: "auto", "float32", "bfloat16", "float16" or the torch dtype.
-        **options: Other fields of `ModelConfig`. Local paths are read unless `sources` says otherwise.
+        **options: Other settings, by the names of `ModelConfig` and of the dataclasses in it: `max_num_seqs=4`,
+            `drafter="copy"`. Local paths are read unless `sources` says otherwise.
 
     Raises:
         MmError: The model or the reducer cannot be used.
     """
     name = str(dtype).removeprefix("torch.")
     options.setdefault("sources", SourcePolicy(allow_paths=True))
-    return Model(ModelConfig(model=str(model), reducer=reducer, device=device, dtype=name, **options))
+    return Model(model_config(model=str(model), reducer=reducer, device=device, dtype=name, **options))
 
 
 def collect(events: Iterator[Event]) -> Answer:

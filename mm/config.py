@@ -1,48 +1,48 @@
-"""Limits and settings that more than one stage reads. Frozen; checked when made."""
+"""Settings of a model: what is loaded, how it computes, and what requests may ask. Frozen, and checked when made.
+
+Each setting is declared here once; `mm.settings` says what is made of the declaration. The settings of a server are in
+`serve.config`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal
 
-from mm.errors import InvalidOption
+from mm.settings import build, check_settings, setting
 
 MiB = 1 << 20
+
+VideoDecoder = Literal["pyav", "decord"]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MediaLimits:
-    """Bounds of the media of one request. Every path that decodes draws from one `MediaBudget` made of these.
+    """Bounds of the media of one request. Every path that decodes draws from one `MediaBudget` made of these."""
 
-    Attributes:
-        max_images, max_videos: Items per request.
-        max_image_bytes, max_video_bytes: Encoded size of one item.
-        max_request_bytes: Encoded size of all items together.
-        max_pixels: Pixels of one image or one frame, read from the header before decoding.
-        max_total_pixels: Decoded pixels of all items and frames together.
-        min_side_px: Shortest side of an image or frame.
-        max_aspect: Longest over shortest side.
-        max_sampled_frames: Frames of one clip that are handed on.
-        max_decoded_frames: Frames of one clip that the decoder may produce.
-        max_duration_s: Length of one clip.
-        decode_wall_s, decode_cpu_s, decode_memory_bytes: What a video decoding process may use before it is killed.
-    """
+    max_images: int = setting(16, min=0, help="Images per request.")
+    max_videos: int = setting(2, min=0, help="Clips per request.")
+    max_image_bytes: int = setting(20 * MiB, min=0, help="Encoded size of one image, in bytes.")
+    max_video_bytes: int = setting(256 * MiB, min=0, help="Encoded size of one clip, in bytes.")
+    max_request_bytes: int = setting(256 * MiB, min=0, help="Encoded size of all media of a request, in bytes.")
+    max_pixels: int = setting(
+        33_500_000, min=0, help="Pixels of one image or frame, read from the header before it is decoded."
+    )
+    max_total_pixels: int = setting(200_000_000, min=0, help="Decoded pixels of all images and frames of a request.")
+    min_side_px: int = setting(8, min=0, help="Shortest side of an image or frame, in pixels.")
+    max_aspect: float = setting(200.0, min=1, help="Longest side over shortest side of an image or frame.")
+    max_sampled_frames: int = setting(128, min=0, help="Frames of one clip that the encoder gets.")
+    max_decoded_frames: int = setting(9_000, min=0, help="Frames of one clip that the video decoder may produce.")
+    max_duration_s: float = setting(3_600.0, min=0, help="Length of one clip, in seconds.")
+    decode_wall_s: float = setting(20.0, min=0, help="Seconds after which the decoding of a clip is stopped.")
+    decode_cpu_s: int = setting(20, min=0, help="CPU seconds after which the decoding of a clip is stopped.")
+    decode_memory_bytes: int = setting(
+        2048 * MiB, min=0, help="Memory that the process which decodes a clip may use, in bytes."
+    )
 
-    max_images: int = 16
-    max_videos: int = 2
-    max_image_bytes: int = 20 * MiB
-    max_video_bytes: int = 256 * MiB
-    max_request_bytes: int = 256 * MiB
-    max_pixels: int = 33_500_000
-    max_total_pixels: int = 200_000_000
-    min_side_px: int = 8
-    max_aspect: float = 200.0
-    max_sampled_frames: int = 128
-    max_decoded_frames: int = 9_000
-    max_duration_s: float = 3_600.0
-    decode_wall_s: float = 20.0
-    decode_cpu_s: int = 20
-    decode_memory_bytes: int = 2048 * MiB
+    def __post_init__(self) -> None:
+        check_settings(self, "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,19 @@ class SourcePolicy:
     Attributes:
         allowed_domains: Hosts that `http(s)` URLs may name; empty turns remote URLs off; ("*",) allows any public host.
         allow_paths: Whether local paths are read: true in Python and on the command line, never over HTTP.
-        fetch_timeout_s: Whole download, redirects included.
-        max_redirects: Each one is checked like the first address.
     """
 
-    allowed_domains: tuple[str, ...] = ()
-    allow_paths: bool = False
-    fetch_timeout_s: float = 10.0
-    max_redirects: int = 3
+    allowed_domains: tuple[str, ...] = setting(
+        (), cli="allow_media_domain", help="Fetch media from this host; repeat. Without it remote URLs are off."
+    )
+    allow_paths: bool = setting(False, hidden=True, help="Read media from local paths.")
+    fetch_timeout_s: float = setting(10.0, min=0, help="Seconds that one download may take, redirects included.")
+    max_redirects: int = setting(
+        3, min=0, help="Redirects of one download. Each address is checked as the first one is."
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +73,22 @@ class SpeculationLimits:
 
     Attributes:
         drafter: Specification used when a request names none; "none" does not draft.
-        drafters: Further ones that requests may name. A request may always turn drafting off.
-        max_draft_tokens: Drafted tokens per answer and pass; requests may ask for fewer.
-        control: Whether measured costs and acceptance decide how much is verified. Without it all that is drafted is:
-            for tests and measurements.
+        drafters: Further specifications that requests may name. A request may always turn drafting off.
+        control: Whether measured cost and acceptance decide how many drafted tokens are verified. Without it all of
+            them are: for tests and measurements.
     """
 
-    drafter: str = "none"
-    drafters: tuple[str, ...] = ()
-    max_draft_tokens: int = 15
-    control: bool = True
+    drafter: str = setting(
+        "none", help='Default drafter, such as "copy" or "copy + recycle"; `mm plugins` lists all drafters.'
+    )
+    drafters: tuple[str, ...] = setting(
+        (), cli="allow_drafter", help="A further drafter that requests may ask for; repeat for several."
+    )
+    max_draft_tokens: int = setting(15, min=1, max=255, help="Drafted tokens per sequence and step at most.")
+    control: bool = setting(True, hidden=True, help="Draft only as much as pays.")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_draft_tokens <= 255:
-            raise InvalidOption("model", "max_draft_tokens", f"was {self.max_draft_tokens}; it has to be 1 to 255")
+        check_settings(self, "model")
 
     @property
     def offered(self) -> tuple[str, ...]:
@@ -95,29 +102,29 @@ OnError = Literal["fail", "keep_all"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReducerPolicy:
-    """What requests may ask of reducers, and what happens when one is at fault.
+    """Which reducers requests may name, and what happens when a reducer fails.
 
     Attributes:
         allowed: Names that a request may use; empty allows all. The configured default is always allowed.
-        min_keep_ratio: Requests may not go below this many visual tokens kept / in; None sets no bound.
         on_error: "fail" ends a request whose reducer raises or returns an invalid decision. "keep_all" keeps the tokens
             that it was to reduce, and reports the fault in the answer and the metrics.
     """
 
-    allowed: tuple[str, ...] = ()
-    min_keep_ratio: float | None = None
-    on_error: OnError = "fail"
+    allowed: tuple[str, ...] = setting(
+        (), cli="allow_reducer", help="Requests may use this reducer; repeat. All reducers when not given."
+    )
+    min_keep_ratio: float | None = setting(
+        None, above=0, max=1, help="Smallest share of the visual tokens that a request may keep."
+    )
+    on_error: OnError = setting(
+        "fail",
+        cli="lenient_reducers",
+        flag="keep_all",
+        help="When a reducer fails, keep all tokens and report the fault, instead of an error.",
+    )
 
     def __post_init__(self) -> None:
-        if self.min_keep_ratio is not None and not 0 < self.min_keep_ratio <= 1:
-            given = f"was {self.min_keep_ratio}; it has to be above 0 and at most 1"
-            raise InvalidOption("model", "min_keep_ratio", given)
-        if self.on_error not in get_args(OnError):
-            raise InvalidOption("model", "on_error", f"was {self.on_error!r}; it has to be 'fail' or 'keep_all'")
-
-
-VideoDecoder = Literal["pyav", "decord"]
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+        check_settings(self, "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,55 +132,52 @@ class ModelConfig:
     """Which model is loaded and how; the same for Python, the in-process server and every Ray replica.
 
     Attributes:
-        model: "tiny" (the model we ship), a local folder, or a hub name.
-        device: A torch device name.
-        dtype: "auto" (bfloat16 where the device computes in it, else float32), "float32", "bfloat16" or "float16".
-        reducer: Specification used when a request names none.
-        num_frames, fps: Frame sampling of clips when a request names none.
-        video_decoder: "pyav", or "decord" for files the operator trusts.
-        num_threads: CPU threads of torch; None leaves torch's own choice.
-        cache_bytes: Size of the encoder's feature cache; 0 turns it off.
-        kv_cache_gb: Size of the decoder's KV cache in GiB; None takes a share of what the device has free.
-        max_num_seqs: Answers decoded at a time.
-        max_batch_tokens: Rows of one pass through the decoder; None takes 512 on a CPU, 4096 on a GPU.
-        max_waiting: Requests that may wait for the decoder; more are refused.
-        prefix_caching: Whether prompts begin with the rows that earlier ones left in the KV cache.
-        speculation: What may be drafted ahead of the decoder, and by whom.
-        cuda_graphs: Whether a GPU's decoding steps are recorded at start and replayed.
-        compile: Whether the decoder's layers go through torch.compile; slow to start, and rarely worth it on a CPU.
-        limits, sources: What media may be, and from where.
+        speculation: What may be drafted ahead of the decoder, and by which drafters.
+        limits, sources: How large media may be, and from where they are read.
         reducers: What requests may ask of reducers.
     """
 
-    model: str = "tiny"
-    device: str = "cpu"
-    dtype: str = "auto"
-    reducer: str = "none"
-    num_frames: int = 8
-    fps: float | None = None
-    video_decoder: VideoDecoder = "pyav"
-    num_threads: int | None = None
-    cache_bytes: int = 512 * MiB
-    kv_cache_gb: float | None = None
-    max_num_seqs: int = 64
-    max_batch_tokens: int | None = None
-    max_waiting: int = 256
-    prefix_caching: bool = True
+    model: str = setting("tiny", help='"tiny" (the shipped model), a folder, or a hub name.')
+    device: str = setting("cpu", help="Torch device: cpu, cuda, cuda:1.")
+    dtype: str = setting(
+        "auto", choices=DTYPES, help="auto (bfloat16 where the device computes in it, else float32), or a torch dtype."
+    )
+    reducer: str = setting("none", help="Default reducer, such as divprune:keep_ratio=0.25, or a file of `mm tune`.")
+    num_frames: int = setting(8, min=1, cli="frames", help="Frames sampled from a clip, evenly over its length.")
+    fps: float | None = setting(None, above=0, help="Sample a clip by frames per second instead.")
+    video_decoder: VideoDecoder = setting("pyav", help="pyav, or decord for files you trust.")
+    num_threads: int | None = setting(
+        None, min=1, cli="threads", help="CPU threads per process; torch decides when not given."
+    )
+    cache_bytes: int = setting(512 * MiB, min=0, help="Size of the encoder's feature cache, in bytes; 0 turns it off.")
+    kv_cache_gb: float | None = setting(
+        None, above=0, help="Size of the decoder's KV cache, in GiB; a share of the free memory when not given."
+    )
+    max_num_seqs: int = setting(64, min=1, help="Sequences decoded at the same time.")
+    max_batch_tokens: int | None = setting(
+        None, min=1, help="Tokens of one decoder step; 512 on a CPU and 4096 on a GPU when not given."
+    )
+    max_waiting: int = setting(256, min=1, help="Requests that may wait for a decoder; more are refused.")
+    prefix_caching: bool = setting(True, help="Reuse the KV cache of earlier prompts that begin in the same way.")
+    cuda_graphs: bool = setting(True, help="On a GPU, record decoding steps at start and replay them.")
+    compile: bool = setting(
+        False, help="Run the decoder's layers through torch.compile. It starts slowly and rarely helps on a CPU."
+    )
     speculation: SpeculationLimits = SpeculationLimits()
-    cuda_graphs: bool = True
-    compile: bool = False
     limits: MediaLimits = MediaLimits()
     sources: SourcePolicy = SourcePolicy()
     reducers: ReducerPolicy = ReducerPolicy()
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", DTYPES), ("video_decoder", get_args(VideoDecoder))):
-            if getattr(self, name) not in allowed:
-                given = getattr(self, name)
-                raise InvalidOption("model", name, f"was {given!r}; allowed: {', '.join(allowed)}")
-        for name in ("num_threads", "max_num_seqs", "max_batch_tokens", "max_waiting"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidOption("model", name, f"was {value}; it has to be at least 1")
-        if self.kv_cache_gb is not None and not self.kv_cache_gb > 0:
-            raise InvalidOption("model", "kv_cache_gb", f"was {self.kv_cache_gb}; it has to be above 0")
+        check_settings(self, "model")
+
+
+def model_config(**settings: Any) -> ModelConfig:
+    """A `ModelConfig` from settings by flat name, those of the dataclasses inside it included.
+
+    `model_config(max_num_seqs=4, drafter="copy", max_pixels=1_000_000)`
+
+    Raises:
+        InvalidOption: A name is unknown, with the nearest one, or a value cannot be used.
+    """
+    return build(ModelConfig, settings, "model")

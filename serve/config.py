@@ -1,4 +1,7 @@
-"""Settings of a server: the same object for in-process serving, for Ray and for tests."""
+"""Settings of a server: the same object for in-process serving, for Ray and for tests.
+
+Each setting is declared here once; see `mm.settings`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from mm.config import MiB, ModelConfig
 from mm.errors import InvalidOption
+from mm.settings import check_settings, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,63 +19,52 @@ class ServeConfig:
     """How a model is served.
 
     Attributes:
-        model: What is loaded, and the bounds of its media.
-        served_model_names: Names that requests may use, the preferred one first; empty means the model's own name, of a
+        model: Which model is loaded, and the bounds of its media.
+        served_model_names: Names that requests may use, the preferred one first. Empty means the model's own name; of a
             folder its last part.
-        host, port: Where HTTP is bound.
-        num_ingress, num_encoders, num_decoders: Replicas on Ray.
-        max_decoders: Ray starts up to so many decoders while requests fill those that run, and ends them again down to
-            `num_decoders`; None keeps that number.
-        ingress_cpus, encoder_cpus, decoder_cpus: Share of the cluster's CPUs that a replica reserves. For placement
-            only: how many threads torch uses is `model.num_threads`.
-        encoder_gpus, decoder_gpus: GPUs, or fractions of one, per replica.
-        encode_workers: Requests whose media one encoder works on at a time.
-        max_queued_requests: Requests that an ingress holds beyond those that decoders may hold; more are refused.
-        api_keys: Keys that callers have to send; empty lets everyone in.
-        max_body_bytes: Size of a request body, enforced while it streams in.
-        max_choices: Upper bound of `n`.
-        request_timeout_s: From arrival to the last token.
-        send_timeout_s: A client that takes nothing for so long is cut off.
-        drain_timeout_s: How long running requests may go on after a stop was asked for.
-        ray_cpus: CPUs that a Ray started here believes in; None takes what is there, or what the replicas need.
-        object_store_bytes: Shared memory for features on their way.
+        max_decoders: Ray starts up to this many decoders while requests fill the running ones, and stops them again
+            down to `num_decoders`; None keeps that number.
+        ingress_cpus, encoder_cpus, decoder_cpus: For placement only. How many threads torch uses is
+            `model.num_threads`.
+        max_queued_requests: Beyond those that the decoders may hold.
+        api_keys: Empty lets every client in.
+        ray_cpus: None takes what the machine has, or what the replicas need.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    served_model_names: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
-    port: int = 8000
-    num_ingress: int = 1
-    num_encoders: int = 1
-    num_decoders: int = 1
-    max_decoders: int | None = None
-    ingress_cpus: float = 0.1
-    encoder_cpus: float = 0.5
-    decoder_cpus: float = 0.5
-    encoder_gpus: float = 0.0
-    decoder_gpus: float = 0.0
-    encode_workers: int = 2
-    max_queued_requests: int = 64
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    max_body_bytes: int = 32 * MiB
-    max_choices: int = 8
-    request_timeout_s: float = 300.0
-    send_timeout_s: float = 60.0
-    drain_timeout_s: float = 20.0
-    ray_cpus: float | None = None
-    object_store_bytes: int = 256 * MiB
+    host: str = setting("127.0.0.1", help="Address to listen on.")
+    port: int = setting(8000, min=0, max=65535, help="Port to listen on.")
+    served_model_names: tuple[str, ...] = setting(
+        (), cli="served_model_name", help="Name of the model in the API; repeat for aliases."
+    )
+    api_keys: tuple[str, ...] = setting(
+        (), cli="api_key", secret=True, help="Key that clients have to send; repeat for several."
+    )
+    num_encoders: int = setting(1, min=1, cli="encoders", help="Encoder replicas (Ray).")
+    num_decoders: int = setting(1, min=1, cli="decoders", help="Decoder replicas (Ray).")
+    max_decoders: int | None = setting(
+        None, min=1, help="Start up to this many decoders while requests fill the running ones (Ray)."
+    )
+    num_ingress: int = setting(1, min=1, cli="ingresses", help="HTTP replicas (Ray).")
+    ingress_cpus: float = setting(0.1, min=0, help="CPUs that one HTTP replica reserves (Ray).")
+    encoder_cpus: float = setting(0.5, min=0, help="CPUs that one encoder reserves (Ray).")
+    decoder_cpus: float = setting(0.5, min=0, help="CPUs that one decoder reserves (Ray).")
+    encoder_gpus: float = setting(0.0, min=0, help="GPUs, or a fraction of one, per encoder (Ray).")
+    decoder_gpus: float = setting(0.0, min=0, help="GPUs, or a fraction of one, per decoder (Ray).")
+    ray_cpus: float | None = setting(None, min=0, help="CPUs that the Ray started here may use.")
+    object_store_bytes: int = setting(
+        256 * MiB, min=0, help="Shared memory for encoded media between replicas, in bytes (Ray)."
+    )
+    encode_workers: int = setting(2, min=1, help="Requests whose media one encoder works on at the same time.")
+    max_queued_requests: int = setting(64, min=0, help="Requests that one HTTP replica holds back; more are refused.")
+    max_body_bytes: int = setting(32 * MiB, min=0, help="Size of a request body, in bytes.")
+    max_choices: int = setting(8, min=1, help="Largest `n` that a request may ask for.")
+    request_timeout_s: float = setting(300.0, min=0, help="Seconds from a request's arrival to its last token.")
+    send_timeout_s: float = setting(60.0, min=0, help="Seconds after which a client that reads nothing is cut off.")
+    drain_timeout_s: float = setting(20.0, min=0, help="Seconds that running requests get to finish after a stop.")
 
     def __post_init__(self) -> None:
-        at_least_one = (
-            "num_ingress",
-            "num_encoders",
-            "num_decoders",
-            "encode_workers",
-            "max_choices",
-        )
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise InvalidOption("serve", name, f"was {getattr(self, name)}; it has to be at least 1")
+        check_settings(self, "serve")
         if self.max_decoders is not None and self.max_decoders < self.num_decoders:
             least = f"it has to be at least num_decoders, {self.num_decoders}"
             raise InvalidOption("serve", "max_decoders", f"was {self.max_decoders}; {least}")
@@ -80,13 +73,13 @@ class ServeConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name the model answers to, the preferred one first. A local folder answers to its last part."""
+        """Names that requests may use for the model, the preferred one first. A local folder gives its last part."""
         given = self.model.model
         return self.served_model_names or (Path(given).resolve().name if Path(given).is_dir() else given,)
 
     @property
     def max_ongoing_requests(self) -> int:
-        """Requests that one decoder replica holds, running or waiting their turn."""
+        """Requests that one decoder replica holds, running or waiting."""
         return self.model.max_num_seqs + self.model.max_waiting
 
     @property
@@ -104,7 +97,7 @@ class ServeConfig:
         )
 
     def with_threads(self) -> ServeConfig:
-        """The same with torch's thread count spelled out.
+        """The same configuration with torch's thread count filled in.
 
         Ray gives each replica another default (OMP_NUM_THREADS) than a plain process has, and the count decides the
         speed and the last bits of a sum.

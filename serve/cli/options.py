@@ -1,113 +1,211 @@
-"""Options that several commands share, what they configure, and what is checked before anything is loaded.
+"""Options that are made from settings, and where their values come from.
 
-Imports nothing heavy; see `serve.cli.app`.
+A value on the command line counts before an environment variable (`MM_<NAME>`), that before the file of `--config`, and
+that before the default. Environment variables are read here and nowhere else.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import json
-import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any, TypeVar
 
-import typer
+import click
+from click.core import ParameterSource
 
-if TYPE_CHECKING:
-    from mm.config import ModelConfig
+from mm.errors import InvalidOption, nearest
+from mm.settings import Setting, build, settings_of
 
-ModelArgument = Annotated[str, typer.Argument(help='"tiny" (the shipped model), a folder, or a hub name.')]
-ModelOption = Annotated[str, typer.Option("--model", help='"tiny" (the shipped model), a folder, or a hub name.')]
-ReducerOption = Annotated[
-    str, typer.Option(help="Default reducer, e.g. divprune:keep_ratio=0.25 or a file of `mm tune`.")
-]
-AllowedReducersOption = Annotated[
-    list[str] | None, typer.Option("--allow-reducer", help="Requests may use this reducer; repeat. All when not given.")
-]
-MinKeepRatioOption = Annotated[
-    float | None, typer.Option(help="Requests may not keep a smaller share of visual tokens than this.")
-]
-LenientOption = Annotated[
-    bool,
-    typer.Option("--lenient-reducers", help="Where a reducer fails keep all tokens and say so, instead of an error."),
-]
-DeviceOption = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
-DtypeOption = Annotated[
-    str, typer.Option(help="auto (bfloat16 where the device computes in it), float32, bfloat16 or float16.")
-]
-DecoderOption = Annotated[str, typer.Option(help="pyav, or decord for files you trust.")]
-FramesOption = Annotated[int, typer.Option(help="Frames sampled from a clip, evenly over its length.")]
-FpsOption = Annotated[float | None, typer.Option(help="Sample by frames per second of clip time instead.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads per process; torch decides when not given.")]
-CacheOption = Annotated[
-    float | None, typer.Option(help="GiB of the decoder's KV cache; a share of free memory when not given.")
-]
-SeqsOption = Annotated[int, typer.Option(min=1, help="Answers decoded at a time.")]
-BatchTokensOption = Annotated[
-    int | None, typer.Option(min=1, help="Rows of one decoder pass; 512 on a CPU and 4096 on a GPU when not given.")
-]
-WaitingOption = Annotated[int, typer.Option(min=1, help="Requests that may wait for a decoder; more are refused.")]
-PrefixOption = Annotated[
-    bool,
-    typer.Option(
-        "--prefix-caching/--no-prefix-caching", help="Begin prompts with what earlier ones left in the cache."
-    ),
-]
+T = TypeVar("T")
+Command = Callable[..., Any]
 
-GraphsOption = Annotated[
-    bool,
-    typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, record decoding steps at start and replay them."),
-]
-CompileOption = Annotated[
-    bool, typer.Option("--compile/--no-compile", help="Put the decoder's layers through torch.compile.")
-]
+ENVIRONMENT = "MM_"
+EPILOG = (
+    "Every setting can also be given as the environment variable MM_<NAME>, or in the file of --config with its name "
+    "as key. The command line counts first, then the environment, then the file."
+)
+SOURCES = {
+    ParameterSource.COMMANDLINE: "command line",
+    ParameterSource.ENVIRONMENT: "environment",
+    ParameterSource.DEFAULT_MAP: "file",
+}
 
 
-DrafterOption = Annotated[
-    str, typer.Option(help='Drafter ahead of the decoder, e.g. "copy" or "copy + recycle"; `mm plugins` lists them.')
-]
-AllowDrafterOption = Annotated[
-    list[str] | None, typer.Option(help="A further drafter that requests may ask for; repeat for several.")
-]
-DraftTokensOption = Annotated[int, typer.Option(min=1, max=255, help="Drafted tokens per answer and pass at most.")]
+class TextType(click.ParamType[str]):
+    """One text of a list. In an environment variable a list is JSON, or words with spaces between them."""
+
+    name = "text"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        if not rv.lstrip().startswith("["):
+            return rv.split()
+        try:
+            return [str(item) for item in json.loads(rv)]
+        except ValueError:
+            raise click.BadParameter(f"{rv!r} is no JSON list") from None
 
 
-def model_config(
+def setting_options(
+    cls: type,
     *,
-    allowed_domains: tuple[str, ...] = (),
-    allow_paths: bool = False,
-    allowed_reducers: tuple[str, ...] = (),
-    min_keep_ratio: float | None = None,
-    lenient_reducers: bool = False,
-    drafter: str = "none",
-    drafters: Sequence[str] | None = None,
-    max_draft_tokens: int = 15,
-    **fields: Any,
-) -> ModelConfig:
-    """The configuration that a command's options describe; `fields` are those of `ModelConfig`."""
-    from mm.config import ModelConfig, ReducerPolicy, SourcePolicy, SpeculationLimits
+    only: tuple[str, ...] | None = None,
+    leave_out: tuple[str, ...] = (),
+    model_argument: bool = False,
+) -> Callable[[Command], Command]:
+    """Give a command an option for each setting of `cls`; it gets what was given as the mapping `settings`.
 
-    if "reducer" in fields:
-        fields["reducer"] = read_reducer(fields["reducer"])
-    return ModelConfig(
-        **fields,
-        speculation=SpeculationLimits(
-            drafter=drafter, drafters=tuple(drafters or ()), max_draft_tokens=max_draft_tokens
-        ),
-        sources=SourcePolicy(allowed_domains=allowed_domains, allow_paths=allow_paths),
-        reducers=ReducerPolicy(
-            allowed=allowed_reducers,
-            min_keep_ratio=min_keep_ratio,
-            on_error="keep_all" if lenient_reducers else "fail",
-        ),
+    Args:
+        only: Names of the settings to take; None takes all that the command line shows.
+        leave_out: Names of settings that the command has no use for.
+        model_argument: Whether `model` is an argument and not an option.
+    """
+    known = {one.name: one for one in settings_of(cls)}
+    names = only if only is not None else [name for name, one in known.items() if not one.bounds.hidden]
+    chosen = [known[name] for name in names if name not in leave_out]
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_settings(**values: Any) -> Any:
+            return command(settings=_given(chosen, values), **values)
+
+        decorated: Command = with_settings
+        for one in reversed(chosen):
+            is_argument = model_argument and one.name == "model"
+            decorated = (_argument if is_argument else _option)(one)(decorated)
+        return decorated
+
+    return decorate
+
+
+def _given(chosen: list[Setting], values: dict[str, Any]) -> dict[str, Any]:
+    """Take the settings out of `values`, and return those that were given."""
+    context = click.get_current_context()
+    taken = {one.name: _plain(one, values.pop(one.name)) for one in chosen}
+    return {name: value for name, value in taken.items() if context.get_parameter_source(name) in SOURCES}
+
+
+def _plain(one: Setting, value: Any) -> Any:
+    """The setting's value; a flag that stands for a choice is on or off here."""
+    return value if one.bounds.flag is None else one.bounds.flag if value else one.default
+
+
+def _argument(one: Setting) -> Callable[[Command], Command]:
+    return click.argument(one.name, required=False, envvar=ENVIRONMENT + one.name.upper())
+
+
+def _option(one: Setting) -> Callable[[Command], Command]:
+    option = f"--{one.name.replace('_', '-')}"
+    common: dict[str, Any] = {"help": _help(one), "envvar": ENVIRONMENT + one.name.upper(), "default": None}
+    if one.kind is bool or one.bounds.flag is not None:
+        return click.option(f"{option}/--no-{option.removeprefix('--')}", one.name, **common)
+    if one.is_list:
+        return click.option(option, one.name, multiple=True, type=TextType(), **common)
+    metavar = f"[{'|'.join(one.bounds.choices)}]" if one.bounds.choices else None
+    return click.option(option, one.name, type=one.kind, metavar=metavar, **common)
+
+
+def _help(one: Setting) -> str:
+    """The setting's help text with its default and its range."""
+    default = ("on" if one.default else "off") if one.kind is bool else one.default
+    shown = "" if one.default is None or one.is_list or one.bounds.flag else f"default: {default}"
+    facts = "; ".join(filter(None, [shown, one.bounds.allowed]))
+    return f"{one.bounds.help}  [{facts}]" if facts else one.bounds.help
+
+
+def config_option(cls: type) -> Callable[[Command], Command]:
+    """Give a command `--config`: a file with settings of `cls`, used where neither options nor environment say more."""
+    known = {one.name: one for one in settings_of(cls)}
+
+    def read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+        if path is not None:
+            context.default_map = read_settings(path, known)
+
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=read,
+        help="YAML or JSON file with settings.",
     )
 
 
-def read_reducer(given: str) -> str:
-    """A reducer's specification: as given, or what a file of `mm tune` says. Requests cannot name files."""
-    from mm.errors import InvalidOption
+def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
+    """The settings in a YAML or JSON file, by public name; keys may be field names too, with - or _.
 
+    Raises:
+        InvalidOption: The file cannot be read, a key is unknown, or a value cannot be used.
+    """
+    owner = str(path)
+    by_key = {one.field_name: one for one in known.values()} | dict(known)
+    content = _content(path)
+    if not isinstance(content, dict):
+        raise InvalidOption(owner, "config", "is no file of settings; it has to hold one name and value per line")
+    settings: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in by_key:
+            raise InvalidOption(owner, str(key), f"is unknown{nearest(name, sorted(by_key))}")
+        one = by_key[name]
+        value = _plain(one, value) if isinstance(value, bool) else value
+        if problem := one.problem(value):
+            raise InvalidOption(owner, str(key), problem)
+        if one.name in settings:
+            raise InvalidOption(owner, str(key), "is given twice")
+        settings[one.name] = value if one.bounds.flag is None else value == one.bounds.flag
+    return settings
+
+
+def _content(path: Path) -> Any:
+    """What the file holds; JSON is read without PyYAML."""
+    owner = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidOption(owner, "config", f"cannot be read: {error}") from None
+    try:
+        if path.suffix == ".json":
+            return json.loads(text)
+        import yaml
+
+        return yaml.safe_load(text)
+    except ModuleNotFoundError:
+        raise InvalidOption(owner, "config", "needs PyYAML: pip install 'mm-serving[models]', or write JSON") from None
+    except Exception as error:  # each of the two libraries has its own tree of errors
+        raise InvalidOption(owner, "config", f"cannot be read: {' '.join(str(error).split())}") from None
+
+
+def print_settings(config: object) -> None:
+    """Print the settings of `config` as YAML, each with its origin. Secrets are left out."""
+    context = click.get_current_context()
+    for one in settings_of(type(config)):
+        if not one.bounds.hidden:
+            value = one.value_in(config)
+            source = context.get_parameter_source(one.name)
+            origin = SOURCES.get(source, "default") if source else "default"
+            click.echo(f"{one.name}: {'(hidden)' if one.bounds.secret and value else json.dumps(value)}  # {origin}")
+
+
+def build_config(cls: type[T], settings: Mapping[str, Any], **fixed: Any) -> T:
+    """The configuration that a command's settings describe; `fixed` are those that the command decides.
+
+    Raises:
+        InvalidOption: A value cannot be used.
+    """
+    values = {**settings, **fixed}
+    if "reducer" in values:
+        values["reducer"] = read_reducer(values["reducer"])
+    return build(cls, values, "model")
+
+
+def read_reducer(given: str) -> str:
+    """A reducer's specification: `given`, or what a file of `mm tune` holds. Requests cannot name files.
+
+    Raises:
+        InvalidOption: The file cannot be read, or does not name a reducer.
+    """
     if not given.endswith(".json"):
         return given
     try:
@@ -117,40 +215,5 @@ def read_reducer(given: str) -> str:
     except (ValueError, KeyError, TypeError):
         spec = None
     if not isinstance(spec, str):
-        raise InvalidOption("reducer", given, 'is no file of a reducer: it has to be JSON such as {"reducer": "fastv"}')
+        raise InvalidOption("reducer", given, 'does not name a reducer; it has to be JSON such as {"reducer": "fastv"}')
     return spec
-
-
-def need(package: str, extra: str) -> None:
-    """Stop with the name of the extra that brings a missing package."""
-    if importlib.util.find_spec(package) is None:
-        typer.echo(f"mm: this command needs {package}: pip install 'mm-serving[{extra}]'", err=True)
-        raise typer.Exit(1)
-
-
-def check_port(host: str, port: int) -> None:
-    """Refuse a taken port before anything is loaded."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.socket(family) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-    except OSError as error:
-        typer.echo(
-            f"mm: cannot listen on {host}:{port} ({error.strerror}); choose another with --host or --port", err=True
-        )
-        raise typer.Exit(1) from None
-
-
-def check_model(config: ModelConfig) -> None:
-    """Refuse a wrong model, reducer or drafter in one line, before replicas fail to start over it."""
-    from mm.models.checkpoint import find, read_config
-    from mm.plugins.registry import get
-    from mm.plugins.spec import build_drafter, build_reducer
-
-    read_config(find(config.model))
-    build_reducer(config.reducer)
-    for name in config.reducers.allowed:
-        get("reducer", name)
-    for drafter in (config.speculation.drafter, *config.speculation.drafters):
-        build_drafter(drafter)

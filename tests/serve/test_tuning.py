@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from mm.errors import InvalidOption
 from mm.plugins.spec import build_reducer
@@ -166,7 +166,7 @@ def test_what_the_search_needs_is_asked_for_before_anything_else(tmp_path, monke
 def test_a_file_that_is_no_reducer_is_refused(tmp_path, text):
     path = tmp_path / "odd.json"
     path.write_text(text)
-    with pytest.raises(InvalidOption, match="no file of a reducer"):
+    with pytest.raises(InvalidOption, match="does not name a reducer"):
         read_reducer(str(path))
     with pytest.raises(InvalidOption, match="cannot be read"):
         read_reducer(str(tmp_path / "missing.json"))

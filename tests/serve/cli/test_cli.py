@@ -1,16 +1,19 @@
 """The command line: instant help, one-line errors, and capabilities that match the registry."""
 
 import json
+import logging
 import socket
 import subprocess
 import sys
 
+import click
 import pytest
 
-import serve.cli.app as app_module
 from mm.plugins.registry import KINDS, names
+from serve.cli.app import app, main
+from tests.serve.conftest import free_port
 
-COMMANDS = ["", "serve", "caption", "compare", "eval", "demo", "plugins"]
+COMMANDS = ["", "serve", "caption", "compare", "eval", "tune", "demo", "plugins"]
 
 HELP = """
 import sys, time
@@ -69,9 +72,9 @@ def test_mistakes_are_told_in_one_line(arguments, message, tmp_path, monkeypatch
 def run_here(monkeypatch, *arguments: str) -> int:
     """The exit code of the command, run in this process."""
     monkeypatch.setattr(sys, "argv", ["mm", *arguments])
-    monkeypatch.setattr(app_module.logging, "basicConfig", lambda **options: None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
     with pytest.raises(SystemExit) as ended:
-        app_module.main()
+        main()
     return int(ended.value.code or 0)
 
 
@@ -83,36 +86,74 @@ def test_a_taken_port_is_told_before_anything_is_loaded(monkeypatch, capsys):
     assert "choose another" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "caption"])
-def test_the_engine_is_bounded_from_the_command_line(command, tmp_path, monkeypatch):
-    """What is given arrives in the configuration that the model is built from."""
+@pytest.fixture
+def configured(monkeypatch):
+    """Run a command up to where its model would be loaded; the `ModelConfig` it made."""
     made = []
+    monkeypatch.setattr("serve.cli.serve._run", lambda config, in_process: made.append(config.model))
+    monkeypatch.setattr("serve.jobs.caption.run_caption", lambda job: made.append(job.model) or 0)
+    monkeypatch.setattr("serve.page.launch.run_demo", lambda config: made.append(config.server.model))
+    monkeypatch.setattr("serve.page.choices.with_drafters", lambda config: config)
 
-    def caught(**fields):
-        made.append(fields)
-        raise SystemExit(0)
+    def call(*arguments: str):
+        assert run_here(monkeypatch, *arguments) == 0
+        return made.pop()
 
-    monkeypatch.setattr(app_module, "model_config", caught)
-    arguments = {"serve": ["--in-process", "--max-waiting", "7"], "caption": [str(tmp_path), "--out", "out"]}[command]
+    return call
+
+
+@pytest.mark.parametrize("command", ["serve", "caption"])
+def test_the_engine_is_bounded_from_the_command_line(command, tmp_path, configured):
+    """What is given arrives in the configuration that the model is built from."""
+    port = ["--in-process", "--max-waiting", "7", "--port", str(free_port())]
+    arguments = {"serve": port, "caption": [str(tmp_path), "--out", str(tmp_path / "out")]}[command]
     given = ["--kv-cache-gb", "0.5", "--max-num-seqs", "3", "--max-batch-tokens", "64", "--no-prefix-caching"]
-    assert run_here(monkeypatch, command, *arguments, *given, "--dtype", "float32") == 0
-    (fields,) = made
-    assert fields["kv_cache_gb"] == 0.5
-    assert (fields["max_num_seqs"], fields["max_batch_tokens"]) == (3, 64)
-    assert (fields["prefix_caching"], fields["dtype"]) == (False, "float32")
-    assert fields.get("max_waiting", 7) == 7
+    config = configured(command, *arguments, *given, "--dtype", "float32")
+    assert config.kv_cache_gb == 0.5
+    assert (config.max_num_seqs, config.max_batch_tokens) == (3, 64)
+    assert (config.prefix_caching, config.dtype) == (False, "float32")
+    assert config.max_waiting == (7 if command == "serve" else 256)
 
 
 @pytest.mark.parametrize("given", [[], ["--lenient-reducers"]])
-@pytest.mark.parametrize(("command", "arguments"), [("serve", ["--in-process"]), ("caption", ["."]), ("demo", [])])
-def test_every_command_that_answers_takes_lenient_reducers(command, arguments, given, tmp_path, monkeypatch):
-    made = []
+@pytest.mark.parametrize("command", ["serve", "caption", "demo"])
+def test_every_command_that_answers_takes_lenient_reducers(command, given, tmp_path, configured):
+    arguments = {
+        "serve": ["--in-process", "--port", str(free_port())],
+        "caption": [".", "--out", str(tmp_path)],
+        "demo": [],
+    }[command]
+    assert configured(command, *arguments, *given).reducers.on_error == ("keep_all" if given else "fail")
 
-    def caught(**fields):
-        made.append(fields)
-        raise SystemExit(0)
 
-    monkeypatch.setattr(app_module, "model_config", caught)
-    out = ["--out", str(tmp_path)] if command == "caption" else []
-    assert run_here(monkeypatch, command, *arguments, *out, *given) == 0
-    assert made[0]["lenient_reducers"] is bool(given)
+@pytest.mark.parametrize("command", ["", "serve", "caption", "compare", "eval", "tune", "demo", "plugins"])
+def test_no_option_that_there_was_is_gone(command):
+    """The options of the commands as they were before they were made from the settings."""
+    assert set(OPTIONS[command].split()) <= set(options_of(app.commands[command] if command else app))
+
+
+def options_of(command: click.Command) -> list[str]:
+    return [name for one in command.params for name in (*one.opts, *one.secondary_opts)]
+
+
+MODEL = "--model --device --dtype --frames --fps --video-decoder --threads"
+ENGINE = (
+    "--reducer --lenient-reducers --kv-cache-gb --max-num-seqs --max-batch-tokens --prefix-caching --no-prefix-caching "
+    "--cuda-graphs --no-cuda-graphs --compile --no-compile --drafter --max-draft-tokens"
+)
+OPTIONS = {
+    "": "--version",
+    "plugins": "--json",
+    "serve": f"{ENGINE} {MODEL.removeprefix('--model')} --host --port --in-process --encoders --decoders "
+    "--max-decoders --ingresses --encoder-gpus --decoder-gpus --ray-cpus --allow-reducer --min-keep-ratio "
+    "--max-waiting --allow-drafter --served-model-name --allow-media-domain --api-key",
+    "caption": f"{ENGINE} {MODEL} --out --prompt --max-tokens --pattern --limit --retry-failed --restart "
+    "--quiet --json",
+    "compare": f"{MODEL} --prompt --reducer --out --max-tokens --json",
+    "eval": "--model --reducer --task --wording --limit --data --control --no-control --suffix --json --answers "
+    "--quiet --url --api-key --concurrency --frames --max-tokens --device --dtype --threads",
+    "tune": "--budget --search --tolerance --trials --out --task --limit --quiet --frames --max-tokens "
+    "--device --dtype --threads",
+    "demo": "--url --host --port --model --reducer --lenient-reducers --drafter --allow-drafter --device --dtype "
+    "--threads --api-key",
+}

@@ -1,0 +1,71 @@
+"""`mm serve`: a model through OpenAI-compatible HTTP endpoints."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from serve.cli.checks import check_model, check_port, need
+from serve.cli.log import log_to_stderr
+from serve.cli.options import EPILOG, build_config, config_option, print_settings, setting_options
+from serve.config import ServeConfig
+
+SAMPLE = Path(__file__).resolve().parents[2] / "demos" / "samples" / "many_shapes.png"
+QUESTION = "What color is the star?"
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+@click.command(epilog=EPILOG)
+@setting_options(ServeConfig, model_argument=True)
+@click.option("--in-process", is_flag=True, help="Serve in one process, without Ray.")
+@config_option(ServeConfig)
+@click.option("--print-config", is_flag=True, help="Print the settings and where they come from, and exit.")
+def serve(settings: dict[str, Any], in_process: bool, print_config: bool) -> None:
+    """Serve a model through OpenAI-compatible endpoints, on Ray Serve or in one process.
+
+    MODEL is "tiny" (the shipped model, and the default), a folder, or a hub name.
+    """
+    config = build_config(ServeConfig, settings)
+    if print_config:
+        print_settings(config)
+        return
+    log_to_stderr()
+    if not in_process:
+        need("ray", "serve")
+    need("fastapi", "server")
+    check_port(config.host, config.port)
+    check_model(config.model)
+    if config.host not in LOCAL_HOSTS and not config.api_keys:
+        click.echo(f"mm: listening on {config.host} without an API key: everyone who can reach it may use it", err=True)
+    _run(config, in_process)
+
+
+def _run(config: ServeConfig, in_process: bool) -> None:
+    ready = partial(_print_ready, config)
+    if in_process:
+        from serve.api.server import run_in_process
+
+        run_in_process(config, ready)
+    else:
+        from serve.deployments.application import run_on_ray
+
+        click.echo("mm: starting Ray and loading the model; this takes up to a minute", err=True)
+        run_on_ray(config, ready)
+
+
+def _print_ready(config: ServeConfig) -> None:
+    """Print that requests are answered now, and a command that sends the first one."""
+    url, name = f"http://{config.host}:{config.port}", config.names[0]
+    content = f'{{"type": "text", "text": "{QUESTION}"}}'
+    if SAMPLE.is_file():
+        image = f"data:image/png;base64,$(base64 < '{SAMPLE}' | tr -d '\\n')"
+        content += f', {{"type": "image_url", "image_url": {{"url": "{image}"}}}}'
+    key = '-H "Authorization: Bearer $MM_API_KEY" ' if config.api_keys else ""
+    click.echo(
+        f"mm: ready at {url}, serving {name}. Try:\n\n"
+        f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' {key}-d @- <<EOF\n"
+        f'{{"model": "{name}", "max_tokens": 64, "messages": [{{"role": "user", "content": [{content}]}}]}}\nEOF\n'
+    )
