@@ -93,7 +93,7 @@ def build_engine(config: ModelConfig) -> LLMEngine:
     if config.compile:
         family.language.compile()
     else:
-        family.language.pack()
+        family.language.prepack()
     return LLMEngine(
         family,
         limits=limits,

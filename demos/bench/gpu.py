@@ -57,7 +57,7 @@ def prefill(model: mm.Model, num_rows: int, rates: dict[str, float], device: str
     """A pass of its own: no scheduler, one sequence, nothing known of it."""
     language = model.engine.family.language
     shape = language.kv_cache_spec
-    cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(num_rows), num_slots=1)
+    cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(num_rows), max_num_seqs=1)
     decoder = ModelRunner(language, build_attention(cache))
     ids = torch.randint(0, 256, (num_rows,), generator=torch.Generator().manual_seed(0))
     embeddings = language.embed(ids)
@@ -119,7 +119,7 @@ def bench(name: str, args: argparse.Namespace, report: Report) -> None:
             model = mm.load(
                 path, device=device, dtype="bfloat16", max_num_seqs=max(args.batch), cuda_graphs=graphs, num_threads=1
             )
-            attention = type(build_attention(KVCache(model.engine.cache.shape, num_blocks=1, num_slots=1))).__name__
+            attention = type(build_attention(KVCache(model.engine.cache.shape, num_blocks=1, max_num_seqs=1))).__name__
             report.add(what="ours", shape=name, graphs=graphs, attention=attention)
             report.add(**prefill(model, args.prompt_rows, rates, device))
             for batch in args.batch:

@@ -132,7 +132,7 @@ def main() -> None:
         language = build_language(Path(folder))
         prompt = build_prompt(256)
         shape = language.kv_cache_spec
-        cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(prompt.length), num_slots=1)
+        cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(prompt.length), max_num_seqs=1)
         prefill(language, prompt, cache, "none")  # what is set up once counts for nobody
         before = peak_bytes()
         for spec in ("none", *REDUCERS, "a full map"):

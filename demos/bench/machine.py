@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from mm.models.linear import PackedProduct
+from mm.models.linear import PackedLinear
 
 
 def facts() -> dict:
@@ -61,6 +61,6 @@ def product_gflop_per_s(
 ) -> float:
     """Rate of one (rows, inner) x (inner, columns) product, the weight laid out as it is multiplied fastest."""
     left = torch.randn(rows, inner, dtype=dtype, device=device)
-    right = PackedProduct(torch.randn(columns, inner, dtype=dtype, device=device))
-    right.pack()
+    right = PackedLinear(torch.randn(columns, inner, dtype=dtype, device=device))
+    right.prepack()
     return 2e-9 * rows * inner * columns / best_s(lambda: right(left), device=device)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from demos.bench.machine import facts, product_gflop_per_s, read_gb_per_s
-from mm.models.linear import PackedProduct
+from mm.models.linear import PackedLinear
 
 SHAPES = ((1024, 256), (256, 512), (1536, 576), (576, 1536), (4096, 4096))
 ROWS = (1, 2, 5, 16, 64, 256)
@@ -39,9 +39,9 @@ def best_us(run: Callable[[int], object], calls: int) -> float:
 @torch.inference_mode()
 def measure(dtype: torch.dtype, num_outputs: int, num_inputs: int, num_rows: int, limits: tuple[float, float]) -> dict:
     weights = [torch.randn(num_outputs, num_inputs).to(dtype) for _ in range(NUM_WEIGHTS)]
-    products = [PackedProduct(weight) for weight in weights]
+    products = [PackedLinear(weight) for weight in weights]
     for product in products:
-        product.pack()
+        product.prepack()
     rows = torch.randn(num_rows, num_inputs).to(dtype)
     calls = max(NUM_WEIGHTS, int(2e9 / (num_outputs * num_inputs * num_rows)) if num_rows > 1 else 200)
     calls = min(calls, 400)

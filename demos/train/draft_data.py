@@ -130,7 +130,7 @@ class Target:
     def states(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Last hidden states (n, D) of a sequence's rows, and what a drafter reads of them (n, F)."""
         shape = self.language.kv_cache_spec
-        cache = KVCache(shape, num_blocks=shape.num_blocks(len(embeddings)) * shape.num_layers, num_slots=1)
+        cache = KVCache(shape, num_blocks=shape.num_blocks(len(embeddings)) * shape.num_layers, max_num_seqs=1)
         attention = GatherAttention(cache)
         slot = cache.open()
         cache.grow(slot, len(embeddings))

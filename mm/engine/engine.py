@@ -23,7 +23,7 @@ from mm.config import OnError, SpeculationLimits
 from mm.data.outputs import Event
 from mm.data.request import Request
 from mm.data.tokens import Encoded
-from mm.engine.attention.base import build_attention
+from mm.engine.attention.base import AttentionBackend, build_attention
 from mm.engine.cache_pruning import evict
 from mm.engine.input_processor import add_hooks, answer_length, with_positions
 from mm.engine.kv_cache.blocks import KVCache
@@ -41,7 +41,6 @@ from mm.engine.spec_decode.verifier import Rows, TreeVerification, verify
 from mm.engine.stats import Counters, EngineStats
 from mm.engine.summary import summary
 from mm.errors import CapacityError, DeadlineExceeded, EngineError, MmError, ReducerFault
-from mm.models.attention import Attention
 from mm.plugins.capabilities import positions_of
 from mm.plugins.reducer import Reducer
 
@@ -85,7 +84,7 @@ class LLMEngine:
             least = shape.num_layers * shape.block_bytes
             raise EngineError(f"a KV cache of {kv_bytes} bytes is too small; {least} hold {shape.block_size} tokens")
         record_steps = record_steps and shape.device.type == "cuda"
-        self.cache = KVCache(shape, num_blocks=num_blocks, num_slots=limits.max_num_seqs + record_steps)
+        self.cache = KVCache(shape, num_blocks=num_blocks, max_num_seqs=limits.max_num_seqs + record_steps)
         self.prefixes = PrefixCache(self.cache, enabled=share_prefixes)
         self._scheduler = Scheduler(self.cache, self.prefixes, limits)
         attention = build_attention(self.cache)
@@ -101,11 +100,13 @@ class LLMEngine:
         self._draining = False
         self.wake = threading.Event()
 
-    def _record(self, attention: Attention) -> DecodeGraphs | None:
+    def _record(self, attention: AttentionBackend) -> DecodeGraphs | None:
         from mm.engine.attention.cuda_graphs import build_graphs
 
         width = self.cache.shape.num_blocks(self.family.max_context_tokens)
-        return build_graphs(self.family.language, attention, most=self.limits.max_num_seqs, width=width)
+        return build_graphs(
+            self.family.language, attention, max_num_seqs=self.limits.max_num_seqs, max_num_blocks=width
+        )
 
     # ── taking requests ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -150,7 +151,7 @@ class LLMEngine:
             for s in samplers
         ]
         answers[0].siblings = answers[1:]
-        names = job.names(self.cache.shape.block_size)
+        names = job.block_hashes(self.cache.shape.block_size)
         for answer in answers:
             answer.prefix = list(names)
         with self._door:
@@ -453,7 +454,7 @@ class LLMEngine:
         if answer.slot is not None and job.shares_prompt:
             size = self.cache.shape.block_size
             if answer.num_computed // size > len(answer.prefix):
-                self.prefixes.put(answer.slot, job.names(size, answer.output.token_ids[:-1]))
+                self.prefixes.put(answer.slot, job.block_hashes(size, answer.output.token_ids[:-1]))
         self._scheduler.remove(answer)
         self._answers.discard(answer)
         self.speculation.close(answer)

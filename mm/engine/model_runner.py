@@ -9,40 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mm.engine.attention.base import AttentionBackend
 from mm.engine.kv_cache.blocks import KVCache
 from mm.errors import MmError, ReducerFault
-from mm.models.attention import Attention, AttentionMetadata, Rotary
+from mm.models.attention import AttentionMetadata, Rotary
+from mm.models.layers import DecoderLayers
 from mm.plugins.apply import plugin_errors
 from mm.plugins.reducer import InPrefill
 
 if TYPE_CHECKING:
     from mm.engine.attention.cuda_graphs import DecodeGraphs
-
-
-class DecoderLayers(Protocol):
-    """What a pass asks of a language model."""
-
-    num_layers: int
-
-    def rotary(self, positions: Tensor) -> Rotary: ...
-
-    def layer(
-        self, index: int, hidden: Tensor, batch: AttentionMetadata, rotary: Rotary, attention: Attention
-    ) -> Tensor: ...
-
-    def queries(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor: ...
-
-    def keys(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor: ...
-
-    def norm(self, hidden: Tensor) -> Tensor: ...
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 LAST_HIDDEN = "last_hidden"
@@ -134,7 +116,7 @@ class ModelRunner:
         graphs: Recorded steps for passes in which every sequence decodes.
     """
 
-    def __init__(self, layers: DecoderLayers, attention: Attention, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(self, layers: DecoderLayers, attention: AttentionBackend, graphs: DecodeGraphs | None = None) -> None:
         self._layers, self._attention, self._graphs = layers, attention, graphs
         self.cache: KVCache = attention.cache
 
@@ -225,7 +207,9 @@ class _Packed:
         slots = np.concatenate([before, np.array([chunk.slot for chunk in self.chunks], dtype=np.int64)])
         counts = np.concatenate([np.ones(len(before), dtype=np.int64), np.array(self.counts, dtype=np.int64)])
         masks = {len(before) + i: c.mask for i, c in enumerate(self.chunks) if c.mask is not None}
-        return AttentionMetadata(slots=slots, firsts=np.cumsum(counts) - counts, counts=counts, masks=masks)
+        return AttentionMetadata(
+            seq_indices=slots, query_starts=np.cumsum(counts) - counts, query_lens=counts, masks=masks
+        )
 
     def watch(self, name: str, hidden: Tensor) -> None:
         """Keep a state of all rows, if somebody wants it."""

@@ -110,7 +110,7 @@ class Scheduler:
         planned, needed = self._with_drafts(planned, needed, budget)
         budget = self._limits.max_batch_tokens - sum(item.count for item in planned)
         self._age()
-        while self.waiting and budget > 0 and self._cache.num_free_slots:
+        while self.waiting and budget > 0 and self._cache.num_free_seqs:
             answer = self.waiting[0]
             if answer.goes_whole and answer.most_rows() > budget and planned:
                 break  # goes through whole: it waits for a pass with room, and alone it has any
@@ -198,7 +198,7 @@ class Scheduler:
     def fork(self, answer: Sequence, sibling: Sequence) -> bool:
         """Let a sibling begin from the same rows, if there is a slot and room for a copy of the last block."""
         layers = self._cache.shape.num_layers
-        if not self._cache.num_free_slots or not self._prefixes.make_room(layers * (len(self.running) + 1)):
+        if not self._cache.num_free_seqs or not self._prefixes.make_room(layers * (len(self.running) + 1)):
             return False
         assert answer.slot is not None
         sibling.slot, sibling.num_computed = self._cache.fork(answer.slot), answer.num_computed

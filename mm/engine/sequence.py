@@ -15,7 +15,7 @@ from torch import Tensor
 from mm.data.outputs import Event
 from mm.data.request import Request
 from mm.data.tokens import Encoded, Prompt
-from mm.engine.kv_cache.prefix_cache import BlockHasher, Name
+from mm.engine.kv_cache.prefix_cache import BlockHash, BlockHasher
 from mm.engine.model_runner import Chunk, PruneState
 from mm.engine.output_processor import SequenceOutput
 from mm.engine.sampling.sampler import Sampler
@@ -79,7 +79,7 @@ class EngineRequest:
         """Whether the rows behind the first visual one are the same for every question."""
         return not self.hooks and not self.evictors
 
-    def names(self, block_size: int, generated: abc.Sequence[int] = ()) -> list[Name]:
+    def block_hashes(self, block_size: int, generated: abc.Sequence[int] = ()) -> list[BlockHash]:
         """Names of the whole blocks that may be shared: the last row is always computed, for its logits."""
         prompt = self.prompt
         ids = np.concatenate([prompt.token_ids.cpu().numpy(), np.asarray(generated, dtype=np.int64)])
@@ -87,9 +87,9 @@ class EngineRequest:
         positions = prompt.positions.cpu().numpy()
         positions = np.concatenate([positions, np.broadcast_to(behind, (len(positions), len(behind)))], axis=1)
         stop = len(ids) if generated else len(ids) - 1
-        item_of_row = np.full(len(ids), -1, dtype=np.int64)
+        item_of_token = np.full(len(ids), -1, dtype=np.int64)
         visual = np.flatnonzero(prompt.is_visual.cpu().numpy())
-        item_of_row[visual] = np.repeat(np.arange(len(self.encoded)), [e.tokens.num_tokens for e in self.encoded])
+        item_of_token[visual] = np.repeat(np.arange(len(self.encoded)), [e.tokens.num_tokens for e in self.encoded])
         keys = [item.key for item in self.encoded]
         if len(visual) and (not self.shares_prompt or not all(keys)):
             stop = min(stop, int(visual[0]))
@@ -97,9 +97,9 @@ class EngineRequest:
             token_ids=ids[:stop],
             positions=positions[:, :stop],
             items=keys,
-            item_of_row=item_of_row[:stop],
+            item_of_token=item_of_token[:stop],
             salt=self.request.cache_salt,
-        ).names(block_size)
+        ).block_hashes(block_size)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -123,7 +123,7 @@ class Sequence:
     slot: int | None = None
     num_computed: int = 0
     siblings: list[Sequence] = field(default_factory=list)
-    prefix: list[Name] = field(default_factory=list)
+    prefix: list[BlockHash] = field(default_factory=list)
     last_token: float | None = None
     drafting: SpecState | None = None
     draft: Draft = NO_DRAFT

@@ -1,79 +1,87 @@
-"""What a language model asks of attention: the interface, its metadata, and the hook into transformers' layers."""
+"""Attention as a language model sees it: the interface, its metadata, and what transformers' layers call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from mm.engine.kv_cache.blocks import KVCache
+from mm.data.arrays import IntArray
 
 ATTENTION = "mm_engine"
-
+"""The name under which transformers finds `attend_in_layer`."""
 
 Rotary = tuple[Tensor, Tensor]
-"""cos and sin, each (R, rotated width) float32."""
+"""cos and sin, each (T, rotated width) float32."""
+
+
+def _no_masks() -> dict[int, Tensor]:
+    return {}
 
 
 @dataclass(kw_only=True)
 class AttentionMetadata:
-    """Which sequences a layer's rows belong to. Room for them in the cache was made before.
+    """Which sequence each token of a step belongs to. Its slots in the cache are allocated already.
+
+    The tokens of a step form C chunks: consecutive new tokens of one sequence.
 
     Attributes:
-        slots: (C,) int64, the cache slot of each chunk.
-        firsts, counts: (C,) int64, the first row and the number of rows of each chunk.
-        masks: Chunk to (count, count) bool: which of the chunk's rows each one sees, itself included. A chunk that is
-            not named is causal. All rows see all that was in the cache before.
-        places: What a backend worked out from these, once for all layers.
+        seq_indices: (C,) int64, the cache's index of each chunk's sequence.
+        query_starts, query_lens: (C,) int64, the first token and the number of tokens of each chunk.
+        masks: Chunk to (count, count) bool: which of the chunk's tokens each one sees, itself included. A chunk without
+            a mask is causal. Every token sees everything that the cache held of its sequence before.
+        backend_state: What a backend derived from these fields, once for all layers.
     """
 
-    slots: np.ndarray
-    firsts: np.ndarray
-    counts: np.ndarray
-    masks: dict[int, Tensor] = field(default_factory=dict)
-    places: Any = None
+    seq_indices: IntArray
+    query_starts: IntArray
+    query_lens: IntArray
+    masks: dict[int, Tensor] = field(default_factory=_no_masks)
+    backend_state: object = None
 
     @classmethod
     def of(
-        cls, slots: Sequence[int], counts: Sequence[int], masks: dict[int, Tensor] | None = None
+        cls, seq_indices: Sequence[int], query_lens: Sequence[int], masks: dict[int, Tensor] | None = None
     ) -> AttentionMetadata:
-        """Chunks one behind the other."""
-        sizes = np.asarray(counts, dtype=np.int64)
-        firsts = np.cumsum(sizes) - sizes
-        return cls(slots=np.asarray(slots, dtype=np.int64), firsts=firsts, counts=sizes, masks=masks or {})
+        """Metadata of chunks that follow each other without gaps."""
+        lens = np.asarray(query_lens, dtype=np.int64)
+        return cls(
+            seq_indices=np.asarray(seq_indices, dtype=np.int64),
+            query_starts=np.cumsum(lens) - lens,
+            query_lens=lens,
+            masks=masks or {},
+        )
 
     @property
-    def num_rows(self) -> int:
-        return int(self.counts.sum())
+    def num_query_tokens(self) -> int:
+        return int(self.query_lens.sum())
 
 
 class Attention(Protocol):
-    """A backend over one cache."""
+    """What a decoder layer calls; see `mm.engine.attention` for the backends."""
 
-    cache: KVCache
-
-    def attend(self, layer: int, rows: Tensor, batch: AttentionMetadata, rotary: Rotary | None) -> Tensor:
-        """Append to the cache and attend.
+    def attend(self, layer: int, qkv: Tensor, metadata: AttentionMetadata, rotary: Rotary | None) -> Tensor:
+        """Write keys and values to the cache, and attend.
 
         Args:
-            rows: (R, H + 2 * H_kv, d): queries, keys and values of each row; may be overwritten.
-            rotary: Applied to queries and keys; None where that was done already.
+            qkv: (T, H + 2 * H_kv, d): queries, keys and values of each token. May be overwritten.
+            rotary: Applied to queries and keys. None where that was done already.
 
         Returns:
-            (R, H, d).
+            (T, H, d).
         """
         ...
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in the halves form (RoFormer, eq. 34), on (R, heads, d).
+    """Rotary positions in the halves form (RoFormer, eq. 34), on (T, heads, d).
 
-    The first 2 * w columns are turned, where w is half of the width of `cos`; the rest stays.
+    The first 2 * w columns are rotated, where w is half of the width of `cos`. The other columns stay.
     """
     width = cos.shape[-1]
     turned = states[..., :width].float()
@@ -90,13 +98,13 @@ def attend_in_layer(
     attention_mask: Tensor | None,
     *,
     mm_attention: Attention,
-    mm_batch: AttentionMetadata,
+    mm_metadata: AttentionMetadata,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' own layers call: (1, heads, R, d) queries, keys and values, rotated already."""
-    rows = torch.cat([query, key, value], dim=1).squeeze(0).transpose(0, 1).contiguous()
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    return mm_attention.attend(layer, rows, mm_batch, None).unsqueeze(0), None
+    """Attention for transformers' own layers: queries, keys and values are (1, heads, T, d) and rotated already."""
+    qkv = torch.cat([query, key, value], dim=1).squeeze(0).transpose(0, 1).contiguous()
+    layer = cast(int, module.layer_idx)
+    return mm_attention.attend(layer, qkv, mm_metadata, None).unsqueeze(0), None
 
 
-AttentionInterface.register(ATTENTION, attend_in_layer)
+AttentionInterface.register(ATTENTION, attend_in_layer)  # pyright: ignore[reportUnknownMemberType]

@@ -1,4 +1,4 @@
-"""What one token takes in the KV cache."""
+"""The size of one token in the KV cache."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class KVCacheSpec:
-    """What one row of one layer takes.
+    """What one token of a model takes in the KV cache.
 
     Attributes:
         num_heads: Key/value heads.
         head_dim: Width of one head.
-        block_size: Rows of a block.
+        block_size: Tokens of a block.
     """
 
     num_layers: int
@@ -26,13 +26,13 @@ class KVCacheSpec:
 
     @property
     def token_bytes(self) -> int:
-        """Key and value of one token in one layer."""
+        """Bytes of one token's key and value in one layer."""
         return 2 * self.num_heads * self.head_dim * self.dtype.itemsize
 
     @property
     def block_bytes(self) -> int:
         return self.token_bytes * self.block_size
 
-    def num_blocks(self, num_rows: int) -> int:
-        """Blocks that hold `num_rows` rows in one layer."""
-        return -(-num_rows // self.block_size)
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens in one layer."""
+        return -(-num_tokens // self.block_size)

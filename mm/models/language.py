@@ -1,13 +1,14 @@
-"""A language model taken apart: embedding, decoder layers, norm and head of any transformers text model.
+"""A language model in parts: embedding, decoder layers, norm and head of any transformers text model.
 
-The engine drives the layers one by one, so that tokens can leave between two of them. What it asks of a text model is
-the signature that all of transformers' decoder layers share, not a class.
+The engine runs the layers one by one, so that visual tokens can be dropped between two of them. It relies on the call
+signature that all decoder layers of transformers share, and on no model class.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +18,53 @@ from mm.models.attention import ATTENTION, Attention, AttentionMetadata, Rotary
 from mm.models.checkpoint import BadCheckpoint, load_module, read_tensors
 from mm.models.kv_cache_spec import KVCacheSpec
 from mm.models.layers import FusedLayer, build_layer
-from mm.models.linear import PackedProduct
+from mm.models.linear import PackedLinear
 
 HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight")
 TEXT_KEY = re.compile(
     r"^(?:language_model\.model\.|model\.language_model\.|language_model\.|model\.text_model\."
     r"|model\.(?=embed_tokens\.|layers\.|norm\.))(.+)$"
 )
-"""Where checkpoints keep the text model; the last form is Qwen's, whose tower lies beside `model.` and not in it."""
+"""Where checkpoints keep the text model. The last form is Qwen's, whose tower lies beside `model.` and not in it."""
 
 
-def _text_key(key: str) -> str | None:
-    if key in HEAD_KEYS:
-        return "lm_head.weight"
-    match = TEXT_KEY.match(key)
-    return match[1] if match else None
+class TextConfig(Protocol):
+    """The fields of a text model's configuration that we read."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    eos_token_id: int | list[int] | None
+
+
+class _TextModel(Protocol):
+    """The parts of a transformers text model that we call."""
+
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary_emb: nn.Module
+
+    def get_input_embeddings(self) -> nn.Embedding: ...
+
+    def eval(self) -> object: ...
 
 
 class LanguageModel:
-    """The decoder's weights and the few operations that the engine composes.
+    """The decoder's weights, and the operations that the engine composes.
 
     Args:
-        folder: Checkpoint; only the language tensors are read.
+        folder: Checkpoint. Only the language tensors are read.
         config: The whole model's configuration.
         device, dtype: Where and in what the weights live.
 
     Attributes:
-        num_layer_weights: Of all decoder layers.
+        num_layer_weights: Number of weights of all decoder layers.
 
     Raises:
-        BadCheckpoint: Weights are missing or the architecture has layers that we do not drive.
+        BadCheckpoint: Weights are missing, or the architecture has layers that this engine cannot run.
     """
 
     def __init__(self, folder: Path, config: PretrainedConfig, device: str, dtype: torch.dtype) -> None:
@@ -58,17 +76,21 @@ class LanguageModel:
         tensors = read_tensors(folder, _text_key)
         head = tensors.pop("lm_head.weight", None)
         with torch.device("meta"):
-            model = AutoModel.from_config(text, attn_implementation=ATTENTION)
-        load_module(model, tensors, dtype=dtype, device=device, folder=folder)
-        # Rotary frequencies are no weights: a module made on the meta device has none until it is made again.
-        model.rotary_emb = type(model.rotary_emb)(config=text).to(device)
-        self.model = model.eval()
-        self.config = text
+            module: nn.Module = AutoModel.from_config(text, attn_implementation=ATTENTION)  # pyright: ignore[reportUnknownMemberType]
+        load_module(module, tensors, dtype=dtype, device=device, folder=folder)
+        self.model = cast(_TextModel, module)
+        # Rotary frequencies are not weights: a module built on the meta device has none until it is built again.
+        rebuild = cast("type[_RotaryEmbedding]", type(self.model.rotary_emb))
+        self.model.rotary_emb = rebuild(config=text).to(device)
+        self.model.eval()
+        self.config = cast(TextConfig, text)
         self.device, self.dtype = torch.device(device), dtype
         self.head_weight = self._head(head, config, folder)
-        self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.head_dim: int = (
+            getattr(text, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        )
         self.layers = [build_layer(layer, i, self.head_dim) for i, layer in enumerate(self.model.layers)]
-        self._product = PackedProduct(self.head_weight)
+        self._logits = PackedLinear(self.head_weight)
         self.num_layer_weights = sum(p.numel() for p in self.model.layers.parameters())
         self._table: Rotary | None = None
 
@@ -90,7 +112,7 @@ class LanguageModel:
 
     @property
     def kv_cache_spec(self) -> KVCacheSpec:
-        """What a row of this model takes in the cache."""
+        """What a token of this model takes in the KV cache."""
         return KVCacheSpec(
             num_layers=self.num_layers,
             num_heads=self.config.num_key_value_heads,
@@ -101,18 +123,18 @@ class LanguageModel:
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:
-        """(L,) ids to (L, D) embeddings."""
+        """(T,) ids to (T, D) embeddings."""
         return self.model.get_input_embeddings()(token_ids.to(self.device))
 
     def rotary(self, positions: Tensor) -> Rotary:
-        """cos and sin (R, w) float32 of positions (P, R), which need not be contiguous; P = 1, or 3 for M-RoPE."""
+        """cos and sin (T, w) float32 of positions (P, T), which may have gaps. P = 1, or 3 for M-RoPE."""
         if positions.shape[0] > 1:
             return self._rotary(positions.unsqueeze(1))
         most = int(positions.max()) + 1
         if self._table is None or self._table[0].shape[0] < most:
             size = max(1024, 1 << (most - 1).bit_length())
-            rows = 3 if self._multi_axis else 1
-            self._table = self._rotary(torch.arange(size, device=self.device).expand(rows, 1, size))
+            axes = 3 if self._multi_axis else 1
+            self._table = self._rotary(torch.arange(size, device=self.device).expand(axes, 1, size))
         cos, sin = self._table
         return cos[positions[0]], sin[positions[0]]
 
@@ -121,43 +143,56 @@ class LanguageModel:
         return "mrope_section" in (getattr(self.config, "rope_parameters", None) or {})
 
     def _rotary(self, positions: Tensor) -> Rotary:
-        """Of positions (P, 1, R)."""
+        """cos and sin of positions (P, 1, T)."""
         like = torch.empty(1, dtype=torch.float32, device=self.device)
-        rows = positions if positions.shape[0] > 1 else positions[0]
-        cos, sin = self.model.rotary_emb(like, position_ids=rows)
+        ids = positions if positions.shape[0] > 1 else positions[0]
+        cos, sin = cast(Rotary, self.model.rotary_emb(like, position_ids=ids))
         return cos[0].contiguous(), sin[0].contiguous()
 
     def layer(
-        self, index: int, hidden: Tensor, batch: AttentionMetadata, rotary: Rotary, attention: Attention
+        self, index: int, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention
     ) -> Tensor:
-        """One decoder layer over packed rows (R, D); their keys and values go to the cache behind `attention`."""
-        return self.layers[index](hidden, batch, rotary, attention)
+        """One decoder layer over packed tokens (T, D). `attention` writes their keys and values to the cache."""
+        return self.layers[index](hidden, metadata, rotary, attention)
 
     def compile(self) -> None:
-        """Put what layers do before and after attention through torch.compile, where we know the layer."""
+        """Put what layers do before and after attention through torch.compile, for the layers that we know."""
         for layer in self.layers:
             layer.compile()
 
-    def pack(self) -> None:
-        """Lay weights out as this machine multiplies them fastest. Behind it transformers' layers have none."""
+    def prepack(self) -> None:
+        """Repack weights into oneDNN's blocked format and free the originals, those of transformers' layers too."""
         for layer in self.layers:
-            layer.pack()
-        self._product.pack()
+            layer.prepack()
+        self._logits.prepack()
         if all(isinstance(layer, FusedLayer) for layer in self.layers):
             self.model.layers = nn.ModuleList()  # else every weight would be held twice
 
     def queries(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor:
-        """Rotated queries (R, H, d) of a layer's input."""
+        """Rotated queries (T, H, d) of a layer's input."""
         return self.layers[index].queries(hidden, rotary)
 
     def keys(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor:
-        """Rotated keys (R, H_kv, d) of a layer's input; nothing is stored."""
+        """Rotated keys (T, H_kv, d) of a layer's input. Nothing is written to the cache."""
         return self.layers[index].keys(hidden, rotary)
 
     def norm(self, hidden: Tensor) -> Tensor:
-        """(R, D) of the last layer's output (R, D): what the head makes logits of."""
+        """The final norm (T, D) of the last layer's output (T, D): the head's input."""
         return self.model.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(R, vocab) of the last layer's output (R, D)."""
-        return self._product(self.model.norm(hidden))
+        """(T, vocab) of the last layer's output (T, D)."""
+        return self._logits(self.model.norm(hidden))
+
+
+class _RotaryEmbedding(nn.Module):
+    """The constructor that all rotary embeddings of transformers share."""
+
+    def __init__(self, config: PretrainedConfig) -> None: ...
+
+
+def _text_key(key: str) -> str | None:
+    if key in HEAD_KEYS:
+        return "lm_head.weight"
+    match = TEXT_KEY.match(key)
+    return match[1] if match else None

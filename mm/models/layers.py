@@ -1,19 +1,20 @@
-"""Decoder layers on packed rows: transformers' own, or the same arithmetic in fewer calls where we know the layer.
+"""Decoder layers over packed tokens: transformers' own, or the same arithmetic in fewer calls for known layers.
 
-A step of a small or heavily batched model on a CPU spends its time in calls, not in products. `FusedLayer` computes
-what Llama's, Mistral's and Qwen2's layers do with one product for queries, keys and values, one for gate and up, and
-rotation, cache write and attention in one kernel. Any other layer runs as transformers wrote it.
+A decoding step of a small or heavily batched model on a CPU spends its time in calls, not in products. `FusedLayer`
+computes the layers of Llama, Mistral and Qwen2 with one product for queries, keys and values, one for gate and up, and
+one kernel for rotation, cache write and attention. Any other layer runs as transformers wrote it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from mm.models.attention import Attention, AttentionMetadata, Rotary, rotate
-from mm.models.linear import PackedProduct, pack_linears
+from mm.models.linear import PackedLinear, bias_of, prepack_linears
 
 FUSED = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer"}
@@ -21,27 +22,64 @@ FUSED = frozenset(
 """Layers that are: RMS norm, attention with optional biases on q, k, v, residual, RMS norm, gated MLP, residual."""
 
 
-class Layer(Protocol):
-    """One decoder layer over packed rows."""
+class DecoderLayers(Protocol):
+    """A language model as the engine drives it: layer by layer, over the packed tokens of a step."""
 
-    def __call__(self, hidden: Tensor, batch: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
-        """(R, D) to (R, D)."""
+    @property
+    def num_layers(self) -> int: ...
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """(T,) ids to (T, D) embeddings."""
+        ...
+
+    def rotary(self, positions: Tensor) -> Rotary:
+        """cos and sin of positions (P, T)."""
+        ...
+
+    def layer(
+        self, index: int, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention
+    ) -> Tensor:
+        """(T, D) to (T, D). The layer's keys and values are written to the cache."""
+        ...
+
+    def queries(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated queries (T, H, d) of a layer's input."""
+        ...
+
+    def keys(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated keys (T, H_kv, d) of a layer's input."""
+        ...
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The final norm (T, D)."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(T, vocab) of the last layer's output (T, D)."""
+        ...
+
+
+class Layer(Protocol):
+    """One decoder layer over packed tokens."""
+
+    def __call__(self, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
+        """(T, D) to (T, D)."""
         ...
 
     def queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
-        """Rotated queries (R, H, d) of the layer's input."""
+        """Rotated queries (T, H, d) of the layer's input."""
         ...
 
     def keys(self, hidden: Tensor, rotary: Rotary) -> Tensor:
-        """Rotated keys (R, H_kv, d) of the layer's input; nothing is stored."""
+        """Rotated keys (T, H_kv, d) of the layer's input. Nothing is written to the cache."""
         ...
 
     def compile(self) -> None:
-        """Put the work beside attention through torch.compile."""
+        """Put the work before and after attention through torch.compile."""
         ...
 
-    def pack(self) -> None:
-        """Lay weights out as they are multiplied fastest; the module's own are used no more."""
+    def prepack(self) -> None:
+        """Repack weights into oneDNN's blocked format and free the originals."""
         ...
 
 
@@ -53,27 +91,28 @@ def build_layer(module: nn.Module, index: int, head_dim: int) -> Layer:
 
 
 class ModuleLayer:
-    """transformers' layer, called as it is; our attention function does the rest."""
+    """transformers' layer, called as it is. Our attention function does the rest."""
 
     def __init__(self, module: nn.Module, head_dim: int) -> None:
-        self._module: Any = module
+        self._module = module
         self._head_dim = head_dim
 
-    def __call__(self, hidden: Tensor, batch: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
+    def __call__(self, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
         cos_sin = tuple(part.to(hidden.dtype).unsqueeze(0) for part in rotary)
-        return self._module(
+        outputs: Tensor = self._module(
             hidden.unsqueeze(0),
             attention_mask=None,
             position_embeddings=cos_sin,
-            mm_batch=batch,
+            mm_metadata=metadata,
             mm_attention=attention,
-        ).squeeze(0)
+        )
+        return outputs.squeeze(0)
 
     def compile(self) -> None:
-        """Does nothing: our attention stands in the middle of the module."""
+        """Does nothing: our attention is called in the middle of the module."""
 
-    def pack(self) -> None:
-        pack_linears(self._module)
+    def prepack(self) -> None:
+        prepack_linears(self._module)
 
     def queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
         return self._rotated("q", hidden, rotary)
@@ -82,47 +121,78 @@ class ModuleLayer:
         return self._rotated("k", hidden, rotary)
 
     def _rotated(self, which: str, hidden: Tensor, rotary: Rotary) -> Tensor:
-        inner = self._module.self_attn
-        project, norm = getattr(inner, f"{which}_proj"), getattr(inner, f"{which}_norm", nn.Identity())
-        heads = project(self._module.input_layernorm(hidden)).unflatten(-1, (-1, self._head_dim))
-        return rotate(norm(heads), *rotary)
+        inner = self._module.get_submodule("self_attn")
+        project = inner.get_submodule(f"{which}_proj")
+        norm = cast(nn.Module, getattr(inner, f"{which}_norm", nn.Identity()))
+        projected: Tensor = project(self._module.get_submodule("input_layernorm")(hidden))
+        return rotate(norm(projected.unflatten(-1, (-1, self._head_dim))), *rotary)
+
+
+class _SelfAttention(Protocol):
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+
+class _Mlp(Protocol):
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act_fn: Callable[[Tensor], Tensor]
+
+
+class _RmsNorm(Protocol):
+    weight: Tensor
+    variance_epsilon: float
+
+
+class _LlamaLayer(Protocol):
+    """The parts of transformers' layer that `FusedLayer` takes over."""
+
+    self_attn: _SelfAttention
+    mlp: _Mlp
+    input_layernorm: _RmsNorm
+    post_attention_layernorm: _RmsNorm
 
 
 class FusedLayer:
     """The same in nine calls. The module's weights become views of the joined ones, so none is held twice."""
 
-    def __init__(self, module: Any, index: int, head_dim: int) -> None:
+    def __init__(self, module: nn.Module, index: int, head_dim: int) -> None:
         self._index, self._head_dim = index, head_dim
-        inner, mlp = module.self_attn, module.mlp
+        layer = cast(_LlamaLayer, module)
+        inner, mlp = layer.self_attn, layer.mlp
         self._num_queries = inner.q_proj.out_features
         self._qkv = _join(inner.q_proj, inner.k_proj, inner.v_proj)
         self._gate_up = _join(mlp.gate_proj, mlp.up_proj)
-        self._out, self._down = PackedProduct(inner.o_proj.weight), PackedProduct(mlp.down_proj.weight)
+        self._out, self._down = PackedLinear(inner.o_proj.weight), PackedLinear(mlp.down_proj.weight)
         self._activation = mlp.act_fn
         self._norms = [
-            (norm.weight, norm.variance_epsilon) for norm in (module.input_layernorm, module.post_attention_layernorm)
+            (norm.weight, norm.variance_epsilon) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
+        self._before, self._after = self._before_attention, self._after_attention
 
-    def __call__(self, hidden: Tensor, batch: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
-        seen = attention.attend(self._index, self._before(hidden), batch, rotary)
-        return self._after(hidden, seen)
+    def __call__(self, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
+        attended = attention.attend(self._index, self._before(hidden), metadata, rotary)
+        return self._after(hidden, attended)
 
-    def _before(self, hidden: Tensor) -> Tensor:
-        """(R, D) to queries, keys and values (R, H + 2 * H_kv, d)."""
+    def _before_attention(self, hidden: Tensor) -> Tensor:
+        """(T, D) to queries, keys and values (T, H + 2 * H_kv, d)."""
         return self._qkv(self._norm(hidden, 0)).unflatten(-1, (-1, self._head_dim))
 
-    def _after(self, hidden: Tensor, seen: Tensor) -> Tensor:
-        hidden = self._out.added_to(hidden, seen.flatten(1))
+    def _after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = self._out.add_to(hidden, attended.flatten(1))
         gate, up = self._gate_up(self._norm(hidden, 1)).chunk(2, dim=-1)
-        return self._down.added_to(hidden, self._activation(gate).mul_(up))
+        return self._down.add_to(hidden, self._activation(gate).mul_(up))
 
-    def pack(self) -> None:
-        for product in (self._qkv, self._gate_up, self._out, self._down):
-            product.pack()
+    def prepack(self) -> None:
+        for linear in (self._qkv, self._gate_up, self._out, self._down):
+            linear.prepack()
 
     def compile(self) -> None:
-        self._before = torch.compile(self._before, dynamic=True)
-        self._after = torch.compile(self._after, dynamic=True)
+        self._before = torch.compile(self._before_attention, dynamic=True)
+        self._after = torch.compile(self._after_attention, dynamic=True)
 
     def queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
         return self._rotated(slice(0, self._num_queries), hidden, rotary)
@@ -140,10 +210,11 @@ class FusedLayer:
         return nn.functional.rms_norm(hidden, (hidden.shape[-1],), weight, epsilon)
 
 
-def _join(*parts: nn.Linear) -> PackedProduct:
-    """With their weights and biases one below the other; the parts keep views."""
+def _join(*parts: nn.Linear) -> PackedLinear:
+    """One layer with the outputs of all parts. The parts keep views of its weight and bias."""
     weight = torch.cat([part.weight.data for part in parts])
-    bias = None if parts[0].bias is None else torch.cat([part.bias.data for part in parts])
+    biases = [bias_of(part) for part in parts]
+    bias = None if biases[0] is None else torch.cat([part.bias.data for part in parts])
     at = 0
     for part in parts:
         stop = at + part.out_features
@@ -151,4 +222,4 @@ def _join(*parts: nn.Linear) -> PackedProduct:
         if bias is not None:
             part.bias = nn.Parameter(bias[at:stop], requires_grad=False)
         at = stop
-    return PackedProduct(weight, bias)
+    return PackedLinear(weight, bias)

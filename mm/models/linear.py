@@ -1,22 +1,23 @@
-"""Products with a weight that never changes, in the layout that is fastest for it.
+"""Linear layers whose weights never change, with the weights in the format that the machine multiplies fastest.
 
-On x86 CPUs torch multiplies float32 through MKL, which reads the weight as it stands. oneDNN reads one that was laid
-out for it once, on AMD's processors 2 to 3 times as fast from two rows on (`python -m demos.bench.products`). The
-operators are those that torch.compile puts in place of frozen linear layers.
+On x86 CPUs torch multiplies float32 through MKL, which reads the weight as it is stored. oneDNN multiplies by a weight
+in its own blocked format. On AMD's processors that is 2 to 3 times as fast for two inputs or more
+(`python -m demos.bench.products`). The operators are those that torch.compile puts in place of frozen linear layers.
 """
 
 from __future__ import annotations
 
 import platform
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-ROWS = 8
-"""For how many rows the layout is chosen; any number may be multiplied."""
+NUM_INPUTS = 8
+"""The number of inputs for which the blocked format is chosen. Any number may be multiplied."""
 
 
-class PackedProduct:
+class PackedLinear:
     """x W^T + b.
 
     Args:
@@ -32,57 +33,71 @@ class PackedProduct:
     def num_outputs(self) -> int:
         return self._weight.shape[0]
 
-    def pack(self) -> None:
-        """Lay the weight out anew, where that is faster. The weight as it was is let go."""
+    def prepack(self) -> None:
+        """Repack the weight into oneDNN's blocked format where that is faster, and free the original."""
         if not self._is_packed and is_packable(self._weight):
-            self._weight, self._is_packed = torch.ops.mkldnn._reorder_linear_weight(self._weight.detach(), ROWS), True
+            packed = torch.ops.mkldnn._reorder_linear_weight(self._weight.detach(), NUM_INPUTS)
+            self._weight, self._is_packed = cast(Tensor, packed), True
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """(R, in) to (R, out)."""
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """(T, in) to (T, out)."""
         if self._is_packed:
-            return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
-        return nn.functional.linear(rows, self._weight, self._bias)
+            outputs = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+            return cast(Tensor, outputs)
+        return nn.functional.linear(inputs, self._weight, self._bias)
 
-    def added_to(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """(R, out): the product of rows (R, in), which has no bias, added to hidden (R, out)."""
+    def add_to(self, hidden: Tensor, inputs: Tensor) -> Tensor:
+        """hidden + x W^T, (T, out), for a layer without a bias. `hidden` stays as it is.
+
+        Args:
+            hidden: (T, out).
+            inputs: (T, in).
+        """
         if self._is_packed:
-            return torch.ops.mkldnn._linear_pointwise.binary(rows, hidden, self._weight, None, "add")
-        return torch.addmm(hidden, rows, self._weight.t())
+            outputs = torch.ops.mkldnn._linear_pointwise.binary(inputs, hidden, self._weight, None, "add")
+            return cast(Tensor, outputs)
+        return torch.addmm(hidden, inputs, self._weight.t())
 
-    def part(self, rows: Tensor, outputs: slice) -> Tensor:
-        """(R, n): only some outputs."""
+    def part(self, inputs: Tensor, outputs: slice) -> Tensor:
+        """(T, n): only some of the outputs."""
         if self._is_packed:
-            return self(rows)[:, outputs]
-        return nn.functional.linear(rows, self._weight[outputs], None if self._bias is None else self._bias[outputs])
+            return self(inputs)[:, outputs]
+        return nn.functional.linear(inputs, self._weight[outputs], None if self._bias is None else self._bias[outputs])
 
 
-class PackedLinear(nn.Module):
-    """A linear layer that is trained no more."""
+class PackedLinearModule(nn.Module):
+    """A `PackedLinear` in the place of an `nn.Linear` that is not trained any more."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.product = PackedProduct(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
-        self.product.pack()
+        bias = bias_of(linear)
+        self.linear = PackedLinear(linear.weight.detach(), None if bias is None else bias.detach())
+        self.linear.prepack()
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.product(rows)
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear(inputs)
 
 
-def pack_linears(module: nn.Module) -> None:
-    """Replace the linear layers of a module that is trained no more, where that is faster."""
+def prepack_linears(module: nn.Module) -> None:
+    """Replace the linear layers of a module that is not trained any more, where packed ones are faster."""
     for name, child in list(module.named_children()):
         if type(child) is nn.Linear and is_packable(child.weight):
-            setattr(module, name, PackedLinear(child))
+            setattr(module, name, PackedLinearModule(child))
         else:
-            pack_linears(child)
+            prepack_linears(child)
+
+
+def bias_of(linear: nn.Linear) -> Tensor | None:
+    """The bias; torch declares it as always present."""
+    return cast("Tensor | None", linear.bias)
 
 
 def is_packable(weight: Tensor) -> bool:
-    """Whether oneDNN takes such a weight on this machine."""
+    """Whether oneDNN has a blocked format for the weight on this machine."""
     if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
     if not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )

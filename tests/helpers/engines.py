@@ -95,7 +95,7 @@ def assert_idle(engine: LLMEngine) -> None:
     assert not engine.has_work
     stats = engine.stats
     assert (stats.num_running, stats.num_waiting, stats.num_waiting_tokens) == (0, 0, 0)
-    assert engine.cache.num_free_slots == engine.limits.max_num_seqs
+    assert engine.cache.num_free_seqs == engine.limits.max_num_seqs
     engine.cache.check(engine.prefixes.held)
     assert stats.kv_used_bytes == stats.kv_idle_bytes
     assert stats.kv_usage == 0

@@ -17,7 +17,7 @@ class Alone:
     def __init__(self, language, num_rows: int) -> None:
         self.language = language
         shape = language.kv_cache_spec
-        self.cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(num_rows), num_slots=1)
+        self.cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(num_rows), max_num_seqs=1)
         self._pass = ModelRunner(language, build_attention(self.cache))
         self._slot = self.cache.allocate()
 

@@ -1,1 +1,1 @@
-"""Attention backends over the block cache."""
+"""Attention backends over the paged KV cache."""

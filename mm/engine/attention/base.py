@@ -1,6 +1,8 @@
-"""Which attention backend serves a cache."""
+"""What an attention backend is, and which one serves a cache."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 
@@ -9,7 +11,13 @@ from mm.engine.kv_cache.blocks import KVCache
 from mm.models.attention import Attention
 
 
-def build_attention(cache: KVCache) -> Attention:
+class AttentionBackend(Attention, Protocol):
+    """Attention over one KV cache."""
+
+    cache: KVCache
+
+
+def build_attention(cache: KVCache) -> AttentionBackend:
     """The fastest backend for the cache's device and dtype."""
     if cache.shape.device.type == "cpu" and cache.shape.dtype in (torch.float32, torch.bfloat16):
         from mm.engine.attention.cpu import CpuAttention

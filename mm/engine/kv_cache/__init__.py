@@ -1,1 +1,1 @@
-"""Keys and values in blocks, and prefixes that requests share."""
+"""The paged KV cache, and the prefix cache on top of it."""

@@ -1,15 +1,15 @@
-"""Keys and values of every sequence, in blocks. Everything that touches the cache's layout or counts its bytes is here.
+"""The paged KV cache: keys and values of every sequence, in blocks. Only this file knows the layout and counts bytes.
 
-A block holds `block_size` rows of one layer and belongs to no layer until it is given out: one pool for all of them.
-So a token that is dropped at layer K frees memory which any sequence may use in any layer, below K too; with a pool per
-layer the lower ones would run full while the upper ones stand empty. Keys and values are two tensors.
+A block holds `block_size` tokens of one layer. All layers share one pool of blocks, so a block belongs to no layer
+until it is allocated. A token that a reducer drops at layer K therefore frees memory for any sequence in any layer.
+With a pool per layer, the lower pools would run full while the upper ones stand empty. Keys and values are two tensors.
 
-A sequence lives in a slot. Layers that hold the same rows form a segment; `lengths[layer, slot]` says how many, and
-`block_tables[layer, slot]` which blocks hold them. A token's slot in the cache and its rotary position are different
-things.
+Each sequence has an index. `lengths[layer, seq_index]` is the number of tokens that a layer holds for it, and
+`block_tables[layer, seq_index]` lists the blocks that hold them. A slot is the place of one token in the flattened pool
+(block * block_size + offset). It has nothing to do with the token's rotary position.
 
-Blocks are shared by counting references: prefixes that several sequences begin with, and the prompt of several answers.
-Whoever writes into a block that is not its own alone gets a copy of it first.
+Blocks are shared by reference counts: between sequences with a common prefix, and between the `n` sequences of one
+request. A sequence that writes into a shared block first gets a copy of it.
 """
 
 from __future__ import annotations
@@ -20,46 +20,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm.data.arrays import BoolArray, IntArray, to_tensor
 from mm.errors import EngineError
 from mm.models.kv_cache_spec import KVCacheSpec
 
 
 class OutOfBlocks(EngineError):
-    """There are too few free blocks; the scheduler makes room and tries again."""
+    """There are too few free blocks. The scheduler frees some and tries again."""
 
 
 class KVCache:
-    """The pool, and the tables of the sequences that live in it.
+    """The pool of blocks, and the block tables of the sequences in it.
 
     Args:
+        shape: What one token of the model takes.
         num_blocks: Size of the pool.
-        num_slots: Sequences at a time.
+        max_num_seqs: Number of sequences that can be held at a time.
 
     Attributes:
         keys, values: (num_blocks, block_size, num_heads, head_dim).
-        block_tables: (num_layers, num_slots, W) int32, block ids; only the first ceil(length / block_size) count.
-        lengths: (num_layers, num_slots) int64, rows held.
+        block_tables: (num_layers, max_num_seqs, W) int32 block ids. Only the first ceil(length / block_size) are valid.
+        lengths: (num_layers, max_num_seqs) int64, tokens held.
     """
 
-    def __init__(self, shape: KVCacheSpec, *, num_blocks: int, num_slots: int) -> None:
+    def __init__(self, shape: KVCacheSpec, *, num_blocks: int, max_num_seqs: int) -> None:
         self.shape = shape
         size = (num_blocks, shape.block_size, shape.num_heads, shape.head_dim)
         self.keys = torch.empty(size, dtype=shape.dtype, device=shape.device)
         self.values = torch.empty(size, dtype=shape.dtype, device=shape.device)
         self.num_blocks = num_blocks
-        self.block_tables = np.zeros((shape.num_layers, num_slots, 8), dtype=np.int32)
-        self.lengths = np.zeros((shape.num_layers, num_slots), dtype=np.int64)
+        self.block_tables = np.zeros((shape.num_layers, max_num_seqs, 8), dtype=np.int32)
+        self.lengths = np.zeros((shape.num_layers, max_num_seqs), dtype=np.int64)
         self._references = np.zeros(num_blocks, dtype=np.int32)
-        self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # a stack; low ids are given out first
+        self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # a stack: low ids are allocated first
         self._num_free = num_blocks
-        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._free_seqs = list(range(max_num_seqs - 1, -1, -1))
         self._layers = np.arange(shape.num_layers)
 
-    # ── slots ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
-    def num_free_slots(self) -> int:
-        return len(self._free_slots)
+    def num_free_seqs(self) -> int:
+        """How many more sequences can be allocated."""
+        return len(self._free_seqs)
 
     @property
     def num_free_blocks(self) -> int:
@@ -67,177 +70,175 @@ class KVCache:
 
     @property
     def num_used_bytes(self) -> int:
-        """Bytes of all blocks that somebody holds; a shared one counts once."""
+        """Bytes of all blocks that are referenced. A shared block counts once."""
         return (self.num_blocks - self._num_free) * self.shape.block_bytes
 
     def allocate(self) -> int:
-        """A free slot, empty."""
-        slot = self._free_slots.pop()
-        self.lengths[:, slot] = 0
-        return slot
+        """Take a free sequence index. The sequence holds no tokens yet."""
+        seq_index = self._free_seqs.pop()
+        self.lengths[:, seq_index] = 0
+        return seq_index
 
-    def free(self, slot: int) -> None:
-        """Give back the slot and every block that nobody else holds."""
+    def free(self, seq_index: int) -> None:
+        """Release a sequence: its index, and every block that nothing else references."""
         for layer in range(self.shape.num_layers):
-            self.drop_reference(self.blocks(layer, slot))
-        self.lengths[:, slot] = 0
-        self._free_slots.append(slot)
+            self.drop_reference(self.blocks(layer, seq_index))
+        self.lengths[:, seq_index] = 0
+        self._free_seqs.append(seq_index)
 
-    def blocks(self, layer: int, slot: int) -> np.ndarray:
-        """Ids of the blocks that hold a slot's rows in a layer, in order; a view."""
-        return self.block_tables[layer, slot, : self.shape.num_blocks(int(self.lengths[layer, slot]))]
+    def blocks(self, layer: int, seq_index: int) -> IntArray:
+        """Ids of the blocks that hold a sequence's tokens in a layer, in order. The result is a view."""
+        return self.block_tables[layer, seq_index, : self.shape.num_blocks(int(self.lengths[layer, seq_index]))]
 
-    def held_bytes(self, slot: int) -> int:
-        """Bytes of all blocks in a slot's tables, shared ones included."""
-        per_layer = -(-self.lengths[:, slot] // self.shape.block_size)
-        return int(per_layer.sum()) * self.shape.block_bytes
+    # ── tokens ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+    def num_blocks_for(self, seq_index: int, num_tokens: int) -> int:
+        """Free blocks that `append_slots` of all layers by `num_tokens` takes, including copies of shared blocks."""
+        size, lengths = self.shape.block_size, self.lengths[:, seq_index]
+        more = int((-(-(lengths + num_tokens) // size)).sum() - (-(-lengths // size)).sum())
+        return more + len(self._shared_tails(seq_index, self._layers)) if num_tokens else 0
 
-    def num_blocks_for(self, slot: int, num_rows: int) -> int:
-        """Free blocks that `append_slots` of all layers by `num_rows` takes, copies of shared blocks included."""
-        size, lengths = self.shape.block_size, self.lengths[:, slot]
-        more = int((-(-(lengths + num_rows) // size)).sum() - (-(-lengths // size)).sum())
-        return more + len(self._shared_tails(slot, self._layers)) if num_rows else 0
-
-    def append_slots(self, slot: int, num_rows: int, start: int = 0, stop: int | None = None) -> None:
-        """Make room for `num_rows` rows behind those that layers start..stop hold, and count them as held.
+    def append_slots(self, seq_index: int, num_tokens: int, start: int = 0, stop: int | None = None) -> None:
+        """Allocate slots for `num_tokens` new tokens in layers start..stop, and count them as held.
 
         Raises:
-            OutOfBlocks: Nothing was changed.
+            OutOfBlocks: There are too few free blocks. Nothing was changed.
         """
         layers = self._layers[start:stop]
-        size, lengths = self.shape.block_size, self.lengths[layers, slot]
-        held, wanted = -(-lengths // size), -(-(lengths + num_rows) // size)
-        tails = self._shared_tails(slot, layers)
+        size, lengths = self.shape.block_size, self.lengths[layers, seq_index]
+        held, wanted = -(-lengths // size), -(-(lengths + num_tokens) // size)
+        tails = self._shared_tails(seq_index, layers)
         num_new = int((wanted - held).sum())
         if num_new + len(tails) > self._num_free:
             raise OutOfBlocks(f"{num_new + len(tails)} blocks are needed and {self._num_free} are free")
-        self._unshare(slot, tails)
+        self._unshare(seq_index, tails)
         if num_new:
             self._widen(int(wanted.max()))
             ids, at = self._take(num_new), 0
             for layer, old, new in zip(layers.tolist(), held.tolist(), wanted.tolist(), strict=True):
-                self.block_tables[layer, slot, old:new] = ids[at : at + new - old]
+                self.block_tables[layer, seq_index, old:new] = ids[at : at + new - old]
                 at += new - old
-        self.lengths[layers, slot] = lengths + num_rows
+        self.lengths[layers, seq_index] = lengths + num_tokens
 
-    def num_blocks_for_each(self, slots: np.ndarray) -> int:
-        """Free blocks that `append_slot_each` has to find; sequences that share a last block may need
-        fewer."""
-        lengths, shared = self._tails(slots)
+    def num_blocks_for_each(self, seq_indices: IntArray) -> int:
+        """Upper bound of the blocks that `append_slot_each` takes. Sequences that share a last block may need fewer."""
+        lengths, shared = self._tails(seq_indices)
         return int((lengths % self.shape.block_size == 0).sum() + shared.sum())
 
-    def append_slot_each(self, slots: np.ndarray) -> None:
-        """`append_slots` of every layer of many slots by one row each, as decoding does it.
+    def append_slot_each(self, seq_indices: IntArray) -> None:
+        """Allocate one slot in every layer for each of many sequences, as a decoding step needs it.
 
         Raises:
-            OutOfBlocks: Nothing was changed.
+            OutOfBlocks: There are too few free blocks. Nothing was changed.
         """
-        lengths, shared = self._tails(slots)
+        lengths, shared = self._tails(seq_indices)
         layers, which = np.nonzero(lengths % self.shape.block_size == 0)
         num_shared = int(shared.sum())
         if len(layers) + num_shared > self._num_free:
             raise OutOfBlocks(f"{len(layers) + num_shared} blocks are needed and {self._num_free} are free")
         if num_shared:
             for i in np.flatnonzero(shared.any(axis=0)).tolist():
-                # Asked again: a block that two of them share is the second one's own once the first has left it.
-                self._unshare(int(slots[i]), self._shared_tails(int(slots[i]), self._layers))
+                # Looked up again: a block shared by two of them belongs to the second alone once the first left it.
+                seq_index = int(seq_indices[i])
+                self._unshare(seq_index, self._shared_tails(seq_index, self._layers))
         if len(layers):
-            places = lengths[layers, which] // self.shape.block_size
-            self._widen(int(places.max()) + 1)
-            self.block_tables[layers, slots[which], places] = self._take(len(layers))
-        self.lengths[:, slots] = lengths + 1
+            columns = lengths[layers, which] // self.shape.block_size
+            self._widen(int(columns.max()) + 1)
+            self.block_tables[layers, seq_indices[which], columns] = self._take(len(layers))
+        self.lengths[:, seq_indices] = lengths + 1
 
-    def _tails(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(num_layers, n) lengths, and whether the last block is partly filled and held by others too."""
+    def _tails(self, seq_indices: IntArray) -> tuple[IntArray, BoolArray]:
+        """(num_layers, n) lengths, and whether the last block is partly filled and shared."""
         size = self.shape.block_size
-        lengths = self.lengths[:, slots]
-        last = self.block_tables[self._layers[:, None], slots, np.maximum(lengths - 1, 0) // size]
+        lengths = self.lengths[:, seq_indices]
+        last = self.block_tables[self._layers[:, None], seq_indices, np.maximum(lengths - 1, 0) // size]
         return lengths, (lengths % size != 0) & (self._references[last] > 1)
 
-    def truncate(self, slot: int, layer: int, length: int) -> None:
-        """Forget a layer's rows from `length` on."""
+    def truncate(self, seq_index: int, layer: int, length: int) -> None:
+        """Keep only the first `length` tokens of a layer."""
         kept = self.shape.num_blocks(length)
-        self.drop_reference(self.blocks(layer, slot)[kept:])
-        self.lengths[layer, slot] = length
+        self.drop_reference(self.blocks(layer, seq_index)[kept:])
+        self.lengths[layer, seq_index] = length
 
-    def keep_tokens(self, slot: int, layer: int, rows: Tensor) -> None:
-        """Keep only `rows` (ascending indices) of those that a layer holds, densely, in their order.
+    def keep_tokens(self, seq_index: int, layer: int, tokens: Tensor) -> None:
+        """Keep only some of a layer's tokens, in their order and without gaps.
 
-        Blocks before the first row that goes stay as they are, shared or not.
+        Blocks before the first removed token stay as they are, shared or not.
+
+        Args:
+            tokens: (n,) int64, ascending indices of the tokens to keep.
 
         Raises:
-            OutOfBlocks: Shared blocks have to be copied and there is no room; nothing was changed.
+            OutOfBlocks: Shared blocks have to be copied and too few are free. Nothing was changed.
         """
-        kept, size = rows.cpu().numpy(), self.shape.block_size
+        kept, size = tokens.cpu().numpy(), self.shape.block_size
         moved = np.flatnonzero(kept != np.arange(len(kept)))
         if not len(moved):
-            return self.truncate(slot, layer, len(kept))
+            return self.truncate(seq_index, layer, len(kept))
         start = int(moved[0]) // size * size
         num_new = self.shape.num_blocks(len(kept) - start)
-        own = int((self._references[self.blocks(layer, slot)[start // size :]] == 1).sum())
+        own = int((self._references[self.blocks(layer, seq_index)[start // size :]] == 1).sum())
         if num_new > self._num_free + own:
             raise OutOfBlocks(f"{num_new} blocks are needed and {self._num_free + own} are free")
         flat_keys, flat_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
-        source = torch.from_numpy(self.slot_mapping(layer, slot)[kept[start:]]).to(self.keys.device)
+        source = to_tensor(self.slot_mapping(layer, seq_index)[kept[start:]], self.keys.device)
         keys, values = flat_keys[source], flat_values[source]
-        self.truncate(slot, layer, start)
-        self.append_slots(slot, len(kept) - start, layer, layer + 1)
-        target = torch.from_numpy(self.slot_mapping(layer, slot, start)).to(self.keys.device)
+        self.truncate(seq_index, layer, start)
+        self.append_slots(seq_index, len(kept) - start, layer, layer + 1)
+        target = to_tensor(self.slot_mapping(layer, seq_index, start), self.keys.device)
         flat_keys[target], flat_values[target] = keys, values
 
-    def keep_accepted(self, slot: int, count: int, path: Sequence[int]) -> None:
-        """Of a slot's last `count` rows keep those of `path`, in every layer, densely.
+    def keep_accepted(self, seq_index: int, count: int, path: Sequence[int]) -> None:
+        """Of a sequence's last `count` tokens keep those on the accepted path, in every layer and without gaps.
 
-        For rows that one `append_slots` made room for: their blocks are the slot's own.
+        These tokens have to come from one `append_slots`, so that their blocks belong to the sequence alone.
 
         Args:
-            path: Ascending, counted from the first of these rows.
+            path: Ascending indices, counted from the first of these tokens.
         """
-        base = self.lengths[:, slot] - count
+        base = self.lengths[:, seq_index] - count
         if path[-1] != len(path) - 1:
             source, target = (
-                torch.from_numpy(self._slot_mapping_after(slot, base, rows)).to(self.keys.device)
-                for rows in (np.array(path), np.arange(len(path)))
+                to_tensor(self._slot_mapping_from(seq_index, base, offsets), self.keys.device)
+                for offsets in (np.array(path), np.arange(len(path)))
             )
             for pool in (self.keys.flatten(0, 1), self.values.flatten(0, 1)):
                 pool[target] = pool[source]
-        self._cut(slot, base + len(path))
+        self._truncate_each(seq_index, base + len(path))
 
-    def _slot_mapping_after(self, slot: int, base: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """(layers * n,) places of the rows that lie `rows` behind each layer's `base`."""
-        size, at = self.shape.block_size, base[:, None] + rows
-        blocks = self.block_tables[self._layers[:, None], slot, at // size].astype(np.int64)
+    def _slot_mapping_from(self, seq_index: int, base: IntArray, offsets: IntArray) -> IntArray:
+        """(num_layers * n,) slots of the tokens `base[layer] + offsets` of each layer."""
+        size, at = self.shape.block_size, base[:, None] + offsets
+        blocks = self.block_tables[self._layers[:, None], seq_index, at // size].astype(np.int64)
         return (blocks * size + at % size).ravel()
 
-    def _cut(self, slot: int, lengths: np.ndarray) -> None:
-        """Forget each layer's rows from `lengths` on."""
-        size, held = self.shape.block_size, -(-self.lengths[:, slot] // self.shape.block_size)
+    def _truncate_each(self, seq_index: int, lengths: IntArray) -> None:
+        """Keep only the first `lengths[layer]` tokens of each layer."""
+        size, held = self.shape.block_size, -(-self.lengths[:, seq_index] // self.shape.block_size)
         wanted = -(-lengths // size)
         for layer in np.flatnonzero(held > wanted).tolist():
-            self.drop_reference(self.block_tables[layer, slot, wanted[layer] : held[layer]])
-        self.lengths[:, slot] = lengths
+            self.drop_reference(self.block_tables[layer, seq_index, wanted[layer] : held[layer]])
+        self.lengths[:, seq_index] = lengths
 
-    def slot_mapping(self, layer: int, slot: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """(n,) int64: where in the flattened pool (num_blocks * block_size rows) rows start..stop of a layer are."""
+    def slot_mapping(self, layer: int, seq_index: int, start: int = 0, stop: int | None = None) -> IntArray:
+        """(n,) int64: the slots of tokens start..stop of a layer in the flattened pool (num_blocks * block_size)."""
         size = self.shape.block_size
-        rows = np.arange(start, int(self.lengths[layer, slot]) if stop is None else stop)
-        return self.block_tables[layer, slot, rows // size].astype(np.int64) * size + rows % size
+        tokens = np.arange(start, int(self.lengths[layer, seq_index]) if stop is None else stop)
+        return self.block_tables[layer, seq_index, tokens // size].astype(np.int64) * size + tokens % size
 
     # ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def fork(self, slot: int) -> int:
-        """A new slot that holds the same rows by reference."""
+    def fork(self, seq_index: int) -> int:
+        """A new sequence that references the same blocks."""
         copy = self.allocate()
-        self.block_tables[:, copy] = self.block_tables[:, slot]
-        self.lengths[:, copy] = self.lengths[:, slot]
+        self.block_tables[:, copy] = self.block_tables[:, seq_index]
+        self.lengths[:, copy] = self.lengths[:, seq_index]
         for layer in range(self.shape.num_layers):
             self.add_reference(self.blocks(layer, copy))
         return copy
 
-    def share(self, slot: int, ids: np.ndarray) -> None:
-        """Begin an empty slot with whole blocks that are held elsewhere.
+    def share(self, seq_index: int, ids: IntArray) -> None:
+        """Begin an empty sequence with full blocks that are referenced elsewhere too.
 
         Args:
             ids: (num_layers, n) block ids.
@@ -245,16 +246,16 @@ class KVCache:
         if not ids.shape[1]:
             return
         self._widen(ids.shape[1])
-        self.block_tables[:, slot, : ids.shape[1]] = ids
-        self.lengths[:, slot] = ids.shape[1] * self.shape.block_size
+        self.block_tables[:, seq_index, : ids.shape[1]] = ids
+        self.lengths[:, seq_index] = ids.shape[1] * self.shape.block_size
         self.add_reference(ids.ravel())
 
-    def add_reference(self, ids: np.ndarray) -> None:
-        """Hold blocks once more. An id may be named once per call."""
+    def add_reference(self, ids: IntArray) -> None:
+        """Add a reference to each block. An id may occur only once per call."""
         self._references[ids] += 1
 
-    def drop_reference(self, ids: np.ndarray) -> None:
-        """Hold blocks once less; those that nobody holds any more are free."""
+    def drop_reference(self, ids: IntArray) -> None:
+        """Drop a reference to each block. Blocks without references become free."""
         if not len(ids):
             return
         self._references[ids] -= 1
@@ -262,58 +263,61 @@ class KVCache:
         self._free[self._num_free : self._num_free + len(gone)] = gone
         self._num_free += len(gone)
 
-    def num_references(self, ids: np.ndarray) -> np.ndarray:
+    def num_references(self, ids: IntArray) -> IntArray:
         return self._references[ids]
 
     @property
-    def references(self) -> np.ndarray:
-        """(num_blocks,) how often each block is held; not to be written."""
+    def references(self) -> IntArray:
+        """(num_blocks,) reference counts. Read only."""
         return self._references
 
-    def _take(self, count: int) -> np.ndarray:
+    def _take(self, count: int) -> IntArray:
         self._num_free -= count
         ids = self._free[self._num_free : self._num_free + count][::-1].copy()
         self._references[ids] = 1
         return ids
 
-    def _shared_tails(self, slot: int, layers: np.ndarray) -> np.ndarray:
-        """Layers whose last block is partly filled and held by others too: it has to be copied before it is written."""
-        lengths = self.lengths[layers, slot]
+    def _shared_tails(self, seq_index: int, layers: IntArray) -> IntArray:
+        """Layers whose last block is partly filled and shared. It has to be copied before it is written."""
+        lengths = self.lengths[layers, seq_index]
         partial = lengths % self.shape.block_size != 0
-        last = self.block_tables[layers, slot, np.maximum(lengths - 1, 0) // self.shape.block_size]
+        last = self.block_tables[layers, seq_index, np.maximum(lengths - 1, 0) // self.shape.block_size]
         return layers[partial & (self._references[last] > 1)]
 
-    def _unshare(self, slot: int, layers: np.ndarray) -> None:
+    def _unshare(self, seq_index: int, layers: IntArray) -> None:
+        """Copy the last block of some layers, so that the sequence can write into it."""
         if not len(layers):
             return
-        last = (self.lengths[layers, slot] - 1) // self.shape.block_size
-        shared, own = self.block_tables[layers, slot, last], self._take(len(layers))
-        source, target = torch.from_numpy(shared.astype(np.int64)), torch.from_numpy(own.astype(np.int64))
-        self.keys[target.to(self.keys.device)] = self.keys[source.to(self.keys.device)]
-        self.values[target.to(self.values.device)] = self.values[source.to(self.values.device)]
+        last = (self.lengths[layers, seq_index] - 1) // self.shape.block_size
+        shared, own = self.block_tables[layers, seq_index, last], self._take(len(layers))
+        device = self.keys.device
+        source, target = to_tensor(shared.astype(np.int64), device), to_tensor(own.astype(np.int64), device)
+        self.keys[target] = self.keys[source]
+        self.values[target] = self.values[source]
         self._references[shared] -= 1
-        self.block_tables[layers, slot, last] = own
+        self.block_tables[layers, seq_index, last] = own
 
     def _widen(self, num_columns: int) -> None:
+        """Make the block tables at least `num_columns` wide."""
         width = self.block_tables.shape[2]
         if num_columns > width:
             wider = np.zeros((*self.block_tables.shape[:2], max(num_columns, 2 * width)), dtype=np.int32)
             wider[:, :, :width] = self.block_tables
             self.block_tables = wider
 
-    def check(self, shared: np.ndarray | None = None) -> None:
-        """Assert that every reference is accounted for; for tests.
+    def check(self, shared: IntArray | None = None) -> None:
+        """Assert that the reference counts and the free list are right. Tests and leak checks call this.
 
         Args:
-            shared: Ids held by others than slots, once per hold.
+            shared: Block ids that something other than a sequence references, once per reference.
         """
         counted = np.zeros_like(self._references)
-        for slot in range(self.lengths.shape[1]):
+        for seq_index in range(self.lengths.shape[1]):
             for layer in range(self.shape.num_layers):
-                np.add.at(counted, self.blocks(layer, slot), 1)
+                np.add.at(counted, self.blocks(layer, seq_index), 1)
         if shared is not None:
             np.add.at(counted, shared, 1)
         free = self._free[: self._num_free]
-        assert np.array_equal(counted, self._references), "references do not equal the holds"
+        assert np.array_equal(counted, self._references), "the reference counts are wrong"
         assert len(np.unique(free)) == self._num_free == int((counted == 0).sum()), "the free list is wrong"
-        assert not counted[free].any(), "a free block is held"
+        assert not counted[free].any(), "a free block is referenced"

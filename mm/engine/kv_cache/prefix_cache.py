@@ -1,9 +1,9 @@
-"""Blocks that a later prompt may begin with: the second question about a picture does not prefill it again.
+"""Automatic prefix caching: a prompt begins with the blocks that earlier prompts left in the cache.
 
-A block is named by everything its rows depend on: the blocks before it, token ids, positions and, for visual rows, the
-content of their item as encoder and reducer left it. Only whole blocks are shared. An entry holds one block per layer;
-it costs nothing that could be used otherwise, since the scheduler takes entries nobody uses, oldest first, when it
-needs room.
+A block hash covers everything that the block's keys and values depend on: the hash of the block before it, token ids,
+positions, and for visual tokens the content of their item after encoder and reducer. Only full blocks are shared. An
+entry references one block per layer. Entries take only memory that nothing else needs: the scheduler evicts unused
+entries, least recently used first, when blocks run short.
 """
 
 from __future__ import annotations
@@ -15,56 +15,61 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mm.data.arrays import IntArray
 from mm.engine.kv_cache.blocks import KVCache
 
-Name = bytes
+BlockHash = bytes
+"""16 bytes that stand for a full block and every block before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockHasher:
-    """What the rows of a sequence depend on, as far as they may be shared.
+    """What the keys and values of a sequence depend on, as far as blocks may be shared.
 
     Attributes:
-        token_ids: (n,) int64; visual rows hold the placeholder.
+        token_ids: (n,) int64. Visual tokens hold the placeholder.
         positions: (P, n) int64.
         items: Keys of the visual items, in order.
-        item_of_row: (n,) int64, which item a visual row belongs to, -1 for text.
+        item_of_token: (n,) int64, the item that a visual token belongs to, and -1 for text.
         salt: Sequences with different salts never share.
     """
 
-    token_ids: np.ndarray
-    positions: np.ndarray
+    token_ids: IntArray
+    positions: IntArray
     items: Sequence[str]
-    item_of_row: np.ndarray
+    item_of_token: IntArray
     salt: str = ""
 
-    def names(self, block_size: int) -> list[Name]:
-        """One per whole block; each contains those before it."""
-        name = hashlib.blake2b(f"salt:{self.salt}".encode(), digest_size=16).digest()
-        names = []
+    def block_hashes(self, block_size: int) -> list[BlockHash]:
+        """One hash per full block, in order. Each covers the blocks before it too."""
+        block_hash = hashlib.blake2b(f"salt:{self.salt}".encode(), digest_size=16).digest()
+        hashes: list[BlockHash] = []
         for start in range(0, len(self.token_ids) - block_size + 1, block_size):
-            rows = slice(start, start + block_size)
-            digest = hashlib.blake2b(name, digest_size=16)
-            digest.update(self.token_ids[rows].tobytes())
-            digest.update(np.ascontiguousarray(self.positions[:, rows]).tobytes())
-            for item in np.unique(self.item_of_row[rows]).tolist():
+            tokens = slice(start, start + block_size)
+            digest = hashlib.blake2b(block_hash, digest_size=16)
+            digest.update(self.token_ids[tokens].tobytes())
+            digest.update(np.ascontiguousarray(self.positions[:, tokens]).tobytes())
+            for item in np.unique(self.item_of_token[tokens]).tolist():
                 if item >= 0:
                     digest.update(f"|{self.items[item]}".encode())
-            name = digest.digest()
-            names.append(name)
-        return names
+            block_hash = digest.digest()
+            hashes.append(block_hash)
+        return hashes
 
 
 class PrefixCache:
-    """Entries over one `KVCache`, least recently used first.
+    """Block hashes to blocks of one `KVCache`, least recently used first.
 
     Args:
         enabled: False finds and stores nothing.
+
+    Attributes:
+        num_queries, num_hits: Prompt tokens that were looked up, and those of them that were found.
     """
 
     def __init__(self, cache: KVCache, *, enabled: bool = True) -> None:
         self._cache, self._enabled = cache, enabled
-        self._entries: OrderedDict[Name, np.ndarray] = OrderedDict()
+        self._entries: OrderedDict[BlockHash, IntArray] = OrderedDict()
         self._is_held = np.zeros(cache.num_blocks, dtype=bool)
         self.num_queries = 0
         self.num_hits = 0
@@ -79,68 +84,76 @@ class PrefixCache:
 
     @property
     def num_idle_bytes(self) -> int:
-        """Bytes of the blocks that nothing but an entry holds. May be read by any thread."""
+        """Bytes of the blocks that only an entry references. Any thread may read this."""
         return self._num_idle * self._cache.shape.block_bytes
 
     @property
     def _num_idle(self) -> int:
         return int((self._is_held & (self._cache.references == 1)).sum())
 
-    def match(self, names: Sequence[Name]) -> np.ndarray:
-        """(num_layers, n) block ids of the longest known beginning. They stay only while something retains them."""
-        found = []
-        for name in names:
-            if name not in self._entries:
+    def match(self, hashes: Sequence[BlockHash]) -> IntArray:
+        """(num_layers, n) block ids of the longest cached prefix. They stay valid only while something references them.
+
+        Args:
+            hashes: Block hashes of the prompt, in order.
+        """
+        found: list[IntArray] = []
+        for block_hash in hashes:
+            if block_hash not in self._entries:
                 break
-            found.append(self._entries[name])
+            found.append(self._entries[block_hash])
         # From the end, so that a block is never older than those that are found through it.
-        for name in reversed(names[: len(found)]):
-            self._entries.move_to_end(name)
+        for block_hash in reversed(hashes[: len(found)]):
+            self._entries.move_to_end(block_hash)
         return np.stack(found, axis=1) if found else np.zeros((self._cache.shape.num_layers, 0), dtype=np.int32)
 
-    def count(self, num_rows: int, num_found: int) -> None:
-        """Count a prompt's rows and those of them that were found."""
-        self.num_queries += num_rows
+    def count(self, num_tokens: int, num_found: int) -> None:
+        """Count a prompt's tokens and those of them that were found."""
+        self.num_queries += num_tokens
         self.num_hits += num_found
 
-    def put(self, slot: int, names: Sequence[Name]) -> None:
-        """Remember a slot's first blocks, as many as there are names, in every layer."""
+    def put(self, seq_index: int, hashes: Sequence[BlockHash]) -> None:
+        """Store a sequence's first blocks in every layer, as many as there are hashes."""
         if not self._enabled:
             return
-        for i in range(len(names) - 1, -1, -1):
-            if names[i] in self._entries:
-                self._entries.move_to_end(names[i])
+        for i in range(len(hashes) - 1, -1, -1):
+            if hashes[i] in self._entries:
+                self._entries.move_to_end(hashes[i])
                 continue
-            ids = self._cache.block_tables[:, slot, i].copy()
+            ids = self._cache.block_tables[:, seq_index, i].copy()
             self._cache.add_reference(ids)
-            self._entries[names[i]] = ids
+            self._entries[hashes[i]] = ids
             self._is_held[ids] = True
 
     def make_room(self, num_blocks: int) -> bool:
-        """Drop entries that only this cache holds until so many blocks are free; whether that came about."""
+        """Evict entries that no sequence uses until `num_blocks` blocks are free. Whether that succeeded.
+
+        Where it cannot succeed, nothing is evicted.
+        """
         if self._cache.num_free_blocks >= num_blocks:
             return True
         if self._cache.num_free_blocks + self._num_idle < num_blocks:
-            return False  # nothing is forgotten in vain
-        for name in list(self._entries):
-            ids = self._entries[name]
+            return False
+        for block_hash in list(self._entries):
+            ids = self._entries[block_hash]
             if (self._cache.num_references(ids) == 1).all():
                 self._release(ids)
-                del self._entries[name]
+                del self._entries[block_hash]
                 if self._cache.num_free_blocks >= num_blocks:
                     return True
         return False
 
     def clear(self) -> None:
+        """Evict every entry."""
         for ids in self._entries.values():
             self._release(ids)
         self._entries.clear()
 
-    def _release(self, ids: np.ndarray) -> None:
+    def _release(self, ids: IntArray) -> None:
         self._is_held[ids] = False
         self._cache.drop_reference(ids)
 
     @property
-    def held(self) -> np.ndarray:
-        """Every block id held, for `KVCache.check`."""
+    def held(self) -> IntArray:
+        """Every block id that an entry references, for `KVCache.check`."""
         return np.concatenate([np.zeros(0, dtype=np.int32), *self._entries.values()])

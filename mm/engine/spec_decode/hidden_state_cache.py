@@ -11,7 +11,7 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor
 
-from mm.engine.kv_cache.prefix_cache import Name
+from mm.engine.kv_cache.prefix_cache import BlockHash
 
 Kept = tuple[Tensor, dict[str, Tensor]]
 """Rows (k,) of an answer, and their states (k, D) by name."""
@@ -27,13 +27,13 @@ class StateCache:
 
     def __init__(self, max_bytes: int, block_size: int) -> None:
         self._size = block_size
-        self._blocks: LRUCache[Name, Mapping[str, Tensor]] = LRUCache(max_bytes, getsizeof=_num_bytes)
+        self._blocks: LRUCache[BlockHash, Mapping[str, Tensor]] = LRUCache(max_bytes, getsizeof=_num_bytes)
 
     @property
     def num_bytes(self) -> int:
         return int(self._blocks.currsize)
 
-    def put(self, names: Sequence[Name], kept: Sequence[Kept]) -> None:
+    def put(self, names: Sequence[BlockHash], kept: Sequence[Kept]) -> None:
         """Remember the whole blocks of a prompt, as far as there are names.
 
         Args:
@@ -55,7 +55,7 @@ class StateCache:
             if _num_bytes(entry) <= self._blocks.maxsize:
                 self._blocks[names[block]] = {**known, **entry}
 
-    def get(self, names: Sequence[Name], wanted: Collection[str]) -> Kept | None:
+    def get(self, names: Sequence[BlockHash], wanted: Collection[str]) -> Kept | None:
         """The states that are wanted of the longest known beginning; None where its first block is not known."""
         found: list[Mapping[str, Tensor]] = []
         for name in names:

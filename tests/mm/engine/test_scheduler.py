@@ -45,7 +45,7 @@ class Line:
     def __post_init__(self) -> None:
         limits = SchedulerConfig(max_num_seqs=self.max_num_seqs, max_batch_tokens=self.max_batch_tokens, max_wait_s=30)
         blocks = LAYERS * SHAPE.num_blocks(self.num_rows)
-        self.cache = KVCache(SHAPE, num_blocks=blocks, num_slots=self.max_num_seqs)
+        self.cache = KVCache(SHAPE, num_blocks=blocks, max_num_seqs=self.max_num_seqs)
         self.prefixes = PrefixCache(self.cache)
         self.scheduler = Scheduler(self.cache, self.prefixes, limits, clock=lambda: self.now)
         self._order = 0
@@ -66,7 +66,7 @@ class Line:
         )
         job.hooks = {1: None} if whole else {}  # type: ignore[dict-item]
         answer = Sequence(job=job, sampler=None, output=Length(), order=self._order)  # type: ignore[arg-type]
-        answer.prefix = job.names(SIZE)
+        answer.prefix = job.block_hashes(SIZE)
         self._order += 1
         self.lengths[answer] = num_answer
         self.scheduler.add(answer)
@@ -173,7 +173,7 @@ def test_admission_waits_for_free_blocks_and_keeps_one_more_for_each():
     two = line.arrive(13, 6)  # 4 of the 4 free blocks of a layer: one of them is the first one's next
     assert line.step().answers == [one]
     assert two.slot is None
-    assert line.cache.num_free_slots == line.max_num_seqs - 1
+    assert line.cache.num_free_seqs == line.max_num_seqs - 1
     fits = line.arrive(2, 1)
     line.leave(two)
     assert set(line.step().answers) == {one, fits}

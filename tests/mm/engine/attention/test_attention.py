@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from mm.engine.attention.cpu import FEW_ROWS, CpuAttention
+from mm.engine.attention.cpu import MAX_QUERY_LEN, CpuAttention
 from mm.engine.attention.gather import GatherAttention
 from mm.engine.kv_cache.blocks import KVCache
 from mm.models.attention import AttentionMetadata, rotate
@@ -39,7 +39,7 @@ class Case:
             block_size=size,
         )
         held = [rng.choice([0, 1, size - 1, size, size + 1, 37]) for _ in range(rng.randint(1, 6))]
-        self.counts = [rng.choice([1, 1, 1, 2, 5, FEW_ROWS, FEW_ROWS + 1, 40]) for _ in held]
+        self.counts = [rng.choice([1, 1, 1, 2, 5, MAX_QUERY_LEN, MAX_QUERY_LEN + 1, 40]) for _ in held]
         self.held, self.order = held, rng.sample(range(len(held)), len(held))
         self.masks = {i: self.tree(n) for i, n in enumerate(self.counts) if n > 1 and rng.random() < 0.5}
         self.past = [self.draw(n, 2 * self.num_kv) for n in held]
@@ -51,7 +51,7 @@ class Case:
         return torch.randn(num_rows, num_heads, self.dim, generator=self.generator).to(self.shape.dtype)
 
     def tree(self, count: int) -> Tensor:
-        """Each row sees itself and the ancestors of a random earlier row."""
+        """Each token sees itself and the ancestors of a random earlier token."""
         mask = torch.eye(count, dtype=torch.bool)
         for row in range(1, count):
             parent = int(torch.randint(-1, row, (1,), generator=self.generator))
@@ -60,24 +60,24 @@ class Case:
         return mask
 
     def cache(self, layer: int) -> tuple[KVCache, AttentionMetadata]:
-        """One layer filled with the past rows, with room for the new ones; NaN wherever nobody wrote."""
+        """One layer that holds the past tokens, with slots for the new ones. Everything else is NaN."""
         blocks = NUM_LAYERS * sum(self.shape.num_blocks(n + m) + 1 for n, m in zip(self.held, self.counts, strict=True))
-        cache = KVCache(self.shape, num_blocks=blocks, num_slots=len(self.held))
+        cache = KVCache(self.shape, num_blocks=blocks, max_num_seqs=len(self.held))
         cache.keys.fill_(torch.nan)
         cache.values.fill_(torch.nan)
         np.random.default_rng(len(self.rows)).shuffle(cache._free)
-        slots = {i: cache.allocate() for i in self.order}
+        seqs = {i: cache.allocate() for i in self.order}
         for i in self.order:
-            cache.append_slots(slots[i], self.held[i])
-            places = torch.from_numpy(cache.slot_mapping(layer, slots[i]))
-            cache.keys.flatten(0, 1)[places] = self.past[i][:, : self.num_kv]
-            cache.values.flatten(0, 1)[places] = self.past[i][:, self.num_kv :]
+            cache.append_slots(seqs[i], self.held[i])
+            slots = torch.from_numpy(cache.slot_mapping(layer, seqs[i]))
+            cache.keys.flatten(0, 1)[slots] = self.past[i][:, : self.num_kv]
+            cache.values.flatten(0, 1)[slots] = self.past[i][:, self.num_kv :]
         for i in reversed(self.order):
-            cache.append_slots(slots[i], self.counts[i])
-        return cache, AttentionMetadata.of([slots[i] for i in range(len(self.held))], self.counts, self.masks)
+            cache.append_slots(seqs[i], self.counts[i])
+        return cache, AttentionMetadata.of([seqs[i] for i in range(len(self.held))], self.counts, self.masks)
 
     def expected(self, rotary: bool) -> Tensor:
-        """(R, H, d) by definition, one row and one head at a time."""
+        """(T, H, d) by definition, one token and one head at a time."""
         query, key, value = self.rows.split([self.num_heads, self.num_kv, self.num_kv], dim=1)
         if rotary:
             query, key = (turned(states, *self.rotary).to(self.shape.dtype) for states in (query, key))
@@ -120,7 +120,7 @@ def test_ragged_batches_equal_plain_sums(backend, heads, dtype):
 
 
 @pytest.mark.parametrize("backend", [GatherAttention, CpuAttention])
-def test_the_comparison_notices_a_wrong_mask_and_a_lost_row(backend):
+def test_the_comparison_notices_a_wrong_mask(backend):
     case = Case(3, HEADS[0], torch.float32)
     case.counts, case.masks = [5] * len(case.held), {}
     case.rows = case.draw(5 * len(case.held), case.num_heads + 2 * case.num_kv)
@@ -138,32 +138,34 @@ def test_keys_and_values_are_written_where_the_tables_say(backend):
     backend(cache).attend(1, case.rows.clone(), batch, None)
     _, key, value = case.rows.split([case.num_heads, case.num_kv, case.num_kv], dim=1)
     touched = []
-    for slot, first, count in zip(batch.slots.tolist(), batch.firsts.tolist(), batch.counts.tolist(), strict=True):
-        length = int(cache.lengths[1, slot])
-        places = torch.from_numpy(cache.slot_mapping(1, slot, length - count, length))
-        assert torch.equal(cache.keys.flatten(0, 1)[places], key[first : first + count])
-        assert torch.equal(cache.values.flatten(0, 1)[places], value[first : first + count])
-        touched.append(places)
+    for seq, first, count in zip(
+        batch.seq_indices.tolist(), batch.query_starts.tolist(), batch.query_lens.tolist(), strict=True
+    ):
+        length = int(cache.lengths[1, seq])
+        slots = torch.from_numpy(cache.slot_mapping(1, seq, length - count, length))
+        assert torch.equal(cache.keys.flatten(0, 1)[slots], key[first : first + count])
+        assert torch.equal(cache.values.flatten(0, 1)[slots], value[first : first + count])
+        touched.append(slots)
     rest = torch.ones(before.flatten(0, 1).shape[0], dtype=torch.bool)
     rest[torch.cat(touched)] = False
     assert torch.equal(cache.keys.flatten(0, 1)[rest].view(torch.int16), before.flatten(0, 1)[rest].view(torch.int16))
 
 
 def test_several_threads_give_what_one_gives():
-    """Enough rows that the loops share them out."""
+    """Enough tokens that the kernel shares them between threads."""
     shape = KVCacheSpec(
         num_layers=1, num_heads=2, head_dim=16, dtype=torch.float32, device=torch.device("cpu"), block_size=16
     )
     num, length = 6, 1500
-    cache = KVCache(shape, num_blocks=num * shape.num_blocks(length), num_slots=num)
+    cache = KVCache(shape, num_blocks=num * shape.num_blocks(length), max_num_seqs=num)
     generator = torch.Generator().manual_seed(0)
     cache.keys.normal_(generator=generator)
     cache.values.normal_(generator=generator)
-    slots = [cache.allocate() for _ in range(num)]
-    for slot in slots:
-        cache.append_slots(slot, length)
+    seqs = [cache.allocate() for _ in range(num)]
+    for seq in seqs:
+        cache.append_slots(seq, length)
     rows = torch.randn(num, 8, 16, generator=generator)
-    attention, batch = CpuAttention(cache), AttentionMetadata.of(slots, [1] * num)
+    attention, batch = CpuAttention(cache), AttentionMetadata.of(seqs, [1] * num)
     one = attention.attend(0, rows.clone(), batch, None)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -202,8 +204,8 @@ def test_a_prompt_equals_transformers_attention():
         rows = torch.cat([part.view(num_rows, -1, 8) for part in parts], dim=1)
         shape = KVCacheSpec(num_layers=1, num_heads=2, head_dim=8, dtype=torch.float32, device=torch.device("cpu"))
         for backend in (GatherAttention, CpuAttention):
-            cache = KVCache(shape, num_blocks=4, num_slots=1)
-            slot = cache.allocate()
-            cache.append_slots(slot, num_rows)
-            out = backend(cache).attend(0, rows.clone(), AttentionMetadata.of([slot], [num_rows]), (cos[0], sin[0]))
+            cache = KVCache(shape, num_blocks=4, max_num_seqs=1)
+            seq = cache.allocate()
+            cache.append_slots(seq, num_rows)
+            out = backend(cache).attend(0, rows.clone(), AttentionMetadata.of([seq], [num_rows]), (cos[0], sin[0]))
             torch.testing.assert_close(layer.o_proj(out.flatten(1)), theirs[0], atol=1e-5, rtol=1e-5)

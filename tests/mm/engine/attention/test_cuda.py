@@ -1,6 +1,6 @@
-"""The GPU's backend and its recorded steps, run on a CPU: torch's varlen kernel and its graphs have stand-ins.
+"""The GPU backend and its recorded steps on a CPU, with plain versions of torch's varlen kernel and CUDA graphs.
 
-What is ours is tested: where rows lie in the cache, and that a recorded step reads nothing but its own tensors.
+The tests cover slots and block tables, and that a recorded step reads nothing but its own tensors.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def varlen(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    starts: Tensor,
+    query_start_loc: Tensor,
     starts_k: None,
-    most_rows: int,
-    most_length: int,
+    max_query_len: int,
+    max_seq_len: int,
     *,
     window_size: tuple[int, int],
     enable_gqa: bool,
@@ -42,9 +42,9 @@ def varlen(
     assert window_size == (-1, 0)
     output = torch.empty_like(query)
     for i, length in enumerate(seqused_k.tolist()):
-        first, stop = starts[i].item(), starts[i + 1].item()
-        assert stop - first <= most_rows
-        assert length <= most_length
+        first, stop = query_start_loc[i].item(), query_start_loc[i + 1].item()
+        assert stop - first <= max_query_len
+        assert length <= max_seq_len
         rows = query[first:stop].double().transpose(0, 1)
         group = query.shape[1] // keys.shape[2]
         assert enable_gqa == (group > 1)
@@ -68,8 +68,8 @@ def kernel(monkeypatch):
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_gathering_for_ragged_batches(seed):
     rng = np.random.default_rng(seed)
-    backends = [VarlenAttention(KVCache(SHAPE, num_blocks=400, num_slots=6)) for _ in range(1)]
-    backends.append(GatherAttention(KVCache(SHAPE, num_blocks=400, num_slots=6)))  # type: ignore[arg-type]
+    backends = [VarlenAttention(KVCache(SHAPE, num_blocks=400, max_num_seqs=6)) for _ in range(1)]
+    backends.append(GatherAttention(KVCache(SHAPE, num_blocks=400, max_num_seqs=6)))  # type: ignore[arg-type]
     slots = [[backend.cache.allocate() for _ in range(5)] for backend in backends]
     for turn in range(6):
         chosen = rng.permutation(5)[: rng.integers(1, 6)]
@@ -79,7 +79,7 @@ def test_equals_gathering_for_ragged_batches(seed):
         results = []
         for backend, mine in zip(backends, slots, strict=True):
             batch = AttentionMetadata.of([mine[i] for i in chosen], counts)
-            for slot, count in zip(batch.slots.tolist(), counts, strict=True):
+            for slot, count in zip(batch.seq_indices.tolist(), counts, strict=True):
                 backend.cache.append_slots(slot, count)
             rotary = angles.cos(), angles.sin()
             results.append([backend.attend(layer, rows.clone(), batch, rotary) for layer in range(3)])
@@ -98,7 +98,7 @@ def test_the_trial_agrees_with_itself_and_notices_a_kernel_that_is_off(monkeypat
 
 
 class DecoderLayers:
-    """Three made-up layers that mix attention into their rows."""
+    """Three made-up layers that mix attention into their hidden states."""
 
     num_layers, vocab_size = 3, 11
 
@@ -142,12 +142,14 @@ def prompts(layers: DecoderLayers) -> list[Tensor]:
     return [layers.embed(torch.randint(0, 11, (count,), generator=rng)) for count in (1, 4, 7, 15, 3)]
 
 
-@pytest.mark.parametrize("most", [3, 4, 8])
-def test_recorded_steps_equal_launched_ones(most):
+@pytest.mark.parametrize("max_num_seqs", [3, 4, 8])
+def test_recorded_steps_equal_launched_ones(max_num_seqs):
     """Also for batches that are smaller than their bucket, and larger than the largest."""
     layers = DecoderLayers()
-    caches = [KVCache(SHAPE, num_blocks=300, num_slots=6) for _ in range(2)]
-    graphs = DecodeGraphs(layers, VarlenAttention(caches[1]), most=most, width=10, record=recorder())
+    caches = [KVCache(SHAPE, num_blocks=300, max_num_seqs=6) for _ in range(2)]
+    graphs = DecodeGraphs(
+        layers, VarlenAttention(caches[1]), max_num_seqs=max_num_seqs, max_num_blocks=10, record=recorder()
+    )
     graphs.record_all()
     passes = [ModelRunner(layers, GatherAttention(caches[0])), ModelRunner(layers, VarlenAttention(caches[1]), graphs)]
     slots = [[cache.allocate() for _ in range(5)] for cache in caches]
@@ -169,14 +171,14 @@ def test_recorded_steps_equal_launched_ones(most):
     for mine in slots[1]:
         caches[1].free(mine)
     caches[1].check()
-    assert caches[1].num_used_bytes == SHAPE.num_layers * SHAPE.block_bytes  # the filler's
+    assert caches[1].num_used_bytes == SHAPE.num_layers * SHAPE.block_bytes  # of the padding sequence
 
 
-def test_fillers_touch_nobody(monkeypatch):
-    """Rows that fill a bucket up write to a sequence of their own."""
+def test_padding_writes_to_its_own_sequence():
+    """Tokens that pad a bucket leave every other sequence alone."""
     layers = DecoderLayers()
-    cache = KVCache(SHAPE, num_blocks=60, num_slots=6)
-    graphs = DecodeGraphs(layers, VarlenAttention(cache), most=4, width=10, record=recorder())
+    cache = KVCache(SHAPE, num_blocks=60, max_num_seqs=6)
+    graphs = DecodeGraphs(layers, VarlenAttention(cache), max_num_seqs=4, max_num_blocks=10, record=recorder())
     other = cache.allocate()
     cache.append_slots(other, 6)
     keys = cache.keys.flatten(0, 1)
@@ -197,11 +199,11 @@ class DropOdd:
         return torch.arange(0, view.visual.shape[0], 2)
 
 
-def test_places_are_asked_for_again_behind_a_drop():
+def test_slots_are_looked_up_again_after_a_pruning_layer():
     layers = DecoderLayers()
     results = []
     for backend in (GatherAttention, VarlenAttention):
-        cache = KVCache(SHAPE, num_blocks=60, num_slots=2)
+        cache = KVCache(SHAPE, num_blocks=60, max_num_seqs=2)
         nobody = torch.zeros(8, dtype=torch.bool)
         hooks: dict = {1: DropOdd()}
         drops = PruneState(
@@ -218,6 +220,6 @@ def test_places_are_asked_for_again_behind_a_drop():
 
 
 def test_no_graphs_without_a_kernel_that_reads_block_tables():
-    cache = KVCache(SHAPE, num_blocks=60, num_slots=2)
-    assert build_graphs(DecoderLayers(), GatherAttention(cache), most=4, width=4) is None
+    cache = KVCache(SHAPE, num_blocks=60, max_num_seqs=2)
+    assert build_graphs(DecoderLayers(), GatherAttention(cache), max_num_seqs=4, max_num_blocks=4) is None
     assert cuda_attention.TOLERANCE < 0.1

@@ -1,4 +1,4 @@
-"""The block cache against a plain model of it: dicts of lists of row stamps."""
+"""The KV cache against a plain model of it: dicts of lists of token stamps."""
 
 import random
 
@@ -17,87 +17,91 @@ SHAPE = KVCacheSpec(
 
 
 class Twin:
-    """A cache and what it should hold. Every row bears a stamp that is used once."""
+    """A cache and what it should hold. Every token has a stamp of its own."""
 
-    def __init__(self, *, num_blocks: int, num_slots: int) -> None:
-        self.cache = KVCache(SHAPE, num_blocks=num_blocks, num_slots=num_slots)
+    def __init__(self, *, num_blocks: int, max_num_seqs: int) -> None:
+        self.cache = KVCache(SHAPE, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
         self.prefixes = PrefixCache(self.cache)
-        self.rows: dict[int, list[list[int]]] = {}
+        self.tokens: dict[int, list[list[int]]] = {}
         self.entries: dict[bytes, list[list[int]]] = {}
         self._stamp = 0
 
-    def open(self) -> int:
-        slot = self.cache.allocate()
-        self.rows[slot] = [[] for _ in range(LAYERS)]
-        return slot
+    def allocate(self) -> int:
+        seq = self.cache.allocate()
+        self.tokens[seq] = [[] for _ in range(LAYERS)]
+        return seq
 
-    def close(self, slot: int) -> None:
-        self.cache.free(slot)
-        del self.rows[slot]
+    def free(self, seq: int) -> None:
+        self.cache.free(seq)
+        del self.tokens[seq]
 
-    def grow(self, slot: int, count: int, start: int = 0, stop: int = LAYERS) -> None:
-        self.cache.append_slots(slot, count, start, stop)
+    def append(self, seq: int, count: int, start: int = 0, stop: int = LAYERS) -> None:
+        self.cache.append_slots(seq, count, start, stop)
         for layer in range(start, stop):
-            self._write(slot, layer, count)
+            self._write(seq, layer, count)
 
-    def grow_each(self, slots: list[int]) -> None:
-        self.cache.append_slot_each(np.array(slots))
-        for slot in slots:
+    def append_each(self, seqs: list[int]) -> None:
+        self.cache.append_slot_each(np.array(seqs))
+        for seq in seqs:
             for layer in range(LAYERS):
-                self._write(slot, layer, 1)
+                self._write(seq, layer, 1)
 
-    def _write(self, slot: int, layer: int, count: int) -> None:
+    def _write(self, seq: int, layer: int, count: int) -> None:
         stamps = list(range(self._stamp, self._stamp + count))
         self._stamp += count
-        held = self.rows[slot][layer]
-        places = torch.from_numpy(self.cache.slot_mapping(layer, slot, len(held)))
+        held = self.tokens[seq][layer]
+        slots = torch.from_numpy(self.cache.slot_mapping(layer, seq, len(held)))
         values = torch.tensor(stamps, dtype=torch.float32)[:, None, None].expand(-1, 1, 2)
-        self.cache.keys.flatten(0, 1)[places] = values
-        self.cache.values.flatten(0, 1)[places] = -values
+        self.cache.keys.flatten(0, 1)[slots] = values
+        self.cache.values.flatten(0, 1)[slots] = -values
         held.extend(stamps)
 
-    def shrink(self, slot: int, layer: int, length: int) -> None:
-        self.cache.truncate(slot, layer, length)
-        del self.rows[slot][layer][length:]
+    def truncate(self, seq: int, layer: int, length: int) -> None:
+        self.cache.truncate(seq, layer, length)
+        del self.tokens[seq][layer][length:]
 
-    def keep_rows(self, slot: int, layer: int, rows: list[int]) -> None:
-        self.cache.keep_tokens(slot, layer, torch.tensor(rows, dtype=torch.int64))
-        self.rows[slot][layer] = [self.rows[slot][layer][i] for i in rows]
+    def keep_tokens(self, seq: int, layer: int, rows: list[int]) -> None:
+        self.cache.keep_tokens(seq, layer, torch.tensor(rows, dtype=torch.int64))
+        self.tokens[seq][layer] = [self.tokens[seq][layer][i] for i in rows]
 
-    def keep_path(self, slot: int, count: int, path: list[int]) -> None:
-        self.cache.keep_accepted(slot, count, path)
-        for rows in self.rows[slot]:
+    def keep_accepted(self, seq: int, count: int, path: list[int]) -> None:
+        self.cache.keep_accepted(seq, count, path)
+        for rows in self.tokens[seq]:
             rows[len(rows) - count :] = [rows[len(rows) - count + i] for i in path]
 
-    def fork(self, slot: int) -> int:
-        copy = self.cache.fork(slot)
-        self.rows[copy] = [list(layer) for layer in self.rows[slot]]
+    def fork(self, seq: int) -> int:
+        copy = self.cache.fork(seq)
+        self.tokens[copy] = [list(layer) for layer in self.tokens[seq]]
         return copy
 
-    def put(self, slot: int, name: bytes) -> None:
-        """Remember a slot's first block, as the engine does for blocks that are full in every layer."""
-        self.prefixes.put(slot, [name])
-        self.entries[name] = [layer[:SIZE] for layer in self.rows[slot]]
+    def put(self, seq: int, name: bytes) -> None:
+        """Store a sequence's first block, as the engine does for blocks that are full in every layer."""
+        self.prefixes.put(seq, [name])
+        self.entries[name] = [layer[:SIZE] for layer in self.tokens[seq]]
 
-    def adopt(self, slot: int, name: bytes) -> None:
-        self.cache.share(slot, self.prefixes.match([name]))
-        self.rows[slot] = [list(layer) for layer in self.entries[name]]
+    def share(self, seq: int, name: bytes) -> None:
+        self.cache.share(seq, self.prefixes.match([name]))
+        self.tokens[seq] = [list(layer) for layer in self.entries[name]]
 
-    def contents(self, slot: int, layer: int) -> tuple[list[int], list[int]]:
-        places = torch.from_numpy(self.cache.slot_mapping(layer, slot))
-        keys, values = self.cache.keys.flatten(0, 1)[places], self.cache.values.flatten(0, 1)[places]
+    def contents(self, seq: int, layer: int) -> tuple[list[int], list[int]]:
+        slots = torch.from_numpy(self.cache.slot_mapping(layer, seq))
+        keys, values = self.cache.keys.flatten(0, 1)[slots], self.cache.values.flatten(0, 1)[slots]
         return keys[:, 0, 1].int().tolist(), (-values[:, 0, 0]).int().tolist()
+
+    def held_bytes(self, seq: int) -> int:
+        """Bytes of all blocks in a sequence's tables, shared ones included."""
+        return sum(len(self.cache.blocks(layer, seq)) for layer in range(LAYERS)) * SHAPE.block_bytes
 
     def compare(self) -> None:
         self.cache.check(self.prefixes.held)
-        for slot, layers in self.rows.items():
+        for seq, layers in self.tokens.items():
             for layer, stamps in enumerate(layers):
-                assert self.contents(slot, layer) == (stamps, stamps)
+                assert self.contents(seq, layer) == (stamps, stamps)
         for name, layers in self.entries.items():
             ids = self.prefixes.match([name])
             for layer, stamps in enumerate(layers):
                 assert self.cache.keys[int(ids[layer, 0]), :, 0, 0].int().tolist() == stamps
-        held = {int(i) for slot in self.rows for layer in range(LAYERS) for i in self.cache.blocks(layer, slot)}
+        held = {int(i) for seq in self.tokens for layer in range(LAYERS) for i in self.cache.blocks(layer, seq)}
         held |= set(self.prefixes.held.tolist())
         assert self.cache.num_used_bytes == len(held) * SIZE * 2 * 2 * 4
         assert self.cache.num_free_blocks == self.cache.num_blocks - len(held)
@@ -105,7 +109,7 @@ class Twin:
 
 def snapshot(cache: KVCache) -> tuple:
     free = cache._free[: cache.num_free_blocks].tolist()
-    tables = [cache.blocks(layer, slot).tolist() for layer in range(LAYERS) for slot in range(cache.lengths.shape[1])]
+    tables = [cache.blocks(layer, seq).tolist() for layer in range(LAYERS) for seq in range(cache.lengths.shape[1])]
     memory = (part.view(torch.int32).clone() for part in (cache.keys, cache.values))  # bits: memory may hold NaN
     return free, tables, cache.lengths.tolist(), cache.references.tolist(), *memory
 
@@ -117,54 +121,68 @@ def assert_unchanged(before: tuple, after: tuple) -> None:
 
 
 def act(twin: Twin, rng: random.Random) -> str:
-    """One random operation; its name. One that finds no room has to leave everything as it was."""
-    cache, slots = twin.cache, sorted(twin.rows)
-    kinds = ["open", "grow", "grow", "grow", "each", "range", "shrink", "keep", "fork", "put", "adopt", "room", "close"]
+    """One random operation; its name. One that runs out of blocks has to leave everything as it was."""
+    cache, seqs = twin.cache, sorted(twin.tokens)
+    kinds = [
+        "allocate",
+        "append",
+        "append",
+        "append",
+        "each",
+        "range",
+        "truncate",
+        "keep",
+        "fork",
+        "put",
+        "share",
+        "room",
+        "free",
+    ]
     kind = rng.choice(kinds)
-    slot = rng.choice(slots) if slots else None
+    seq = rng.choice(seqs) if seqs else None
     layer = rng.randrange(LAYERS)
     before = snapshot(cache)
     try:
-        if kind == "open" and cache.num_free_slots:
-            twin.open()
-        elif kind == "adopt" and twin.entries and cache.num_free_slots:
-            twin.adopt(twin.open(), rng.choice(sorted(twin.entries)))
+        if kind == "allocate" and cache.num_free_seqs:
+            twin.allocate()
+        elif kind == "share" and twin.entries and cache.num_free_seqs:
+            twin.share(twin.allocate(), rng.choice(sorted(twin.entries)))
         elif kind == "room":
             if rng.random() < 0.1:
                 twin.prefixes.make_room(rng.randrange(cache.num_blocks))
                 twin.entries = {name: rows for name, rows in twin.entries.items() if name in twin.prefixes._entries}
-        elif slot is None:
+        elif seq is None:
             return "nothing"
-        elif kind == "grow":
+        elif kind == "append":
             count = rng.choice([0, 1, 1, 2, 3, 5, 9, 17])
-            if cache.num_blocks_for(slot, count) <= cache.num_free_blocks:
-                twin.grow(slot, count)  # as `blocks_for` promises
+            if cache.num_blocks_for(seq, count) <= cache.num_free_blocks:
+                twin.append(seq, count)  # as `num_blocks_for` promises
             else:
                 with pytest.raises(OutOfBlocks):
-                    twin.grow(slot, count)
+                    twin.append(seq, count)
                 raise OutOfBlocks
         elif kind == "each":
-            some = rng.sample(slots, rng.randint(1, len(slots)))
+            some = rng.sample(seqs, rng.randint(1, len(seqs)))
             if cache.num_blocks_for_each(np.array(some)) <= cache.num_free_blocks:
-                twin.grow_each(some)
+                twin.append_each(some)
             else:
                 with pytest.raises(OutOfBlocks):
-                    twin.grow_each(some)
+                    twin.append_each(some)
                 raise OutOfBlocks
         elif kind == "range":
             start = rng.randrange(LAYERS)
-            twin.grow(slot, rng.randrange(12), start, rng.randrange(start, LAYERS) + 1)
-        elif kind == "shrink":
-            twin.shrink(slot, layer, rng.randint(0, len(twin.rows[slot][layer])))
+            twin.append(seq, rng.randrange(12), start, rng.randrange(start, LAYERS) + 1)
+        elif kind == "truncate":
+            twin.truncate(seq, layer, rng.randint(0, len(twin.tokens[seq][layer])))
         elif kind == "keep":
-            held = len(twin.rows[slot][layer])
-            twin.keep_rows(slot, layer, sorted(rng.sample(range(held), rng.randint(0, held))))
-        elif kind == "fork" and cache.num_free_slots:
-            twin.fork(slot)
-        elif kind == "put" and len(twin.entries) < 6 and min(map(len, twin.rows[slot])) >= SIZE:
-            twin.put(slot, f"{twin._stamp}-{rng.random()}".encode())
-        elif kind == "close":
-            twin.close(slot)
+            held = len(twin.tokens[seq][layer])
+            twin.keep_tokens(seq, layer, sorted(rng.sample(range(held), rng.randint(0, held))))
+        elif kind == "fork" and cache.num_free_seqs:
+            twin.fork(seq)
+        elif kind == "put" and len(twin.entries) < 6 and min(map(len, twin.tokens[seq])) >= SIZE:
+            twin.put(seq, f"{twin._stamp}-{rng.random()}".encode())
+        elif kind == "free":
+            twin.free(seq)
         else:
             return "nothing"
     except OutOfBlocks:
@@ -177,65 +195,68 @@ def test_ten_thousand_operations_equal_a_plain_model():
     seen: dict[str, int] = {}
     for seed in range(10):
         rng = random.Random(seed)
-        twin = Twin(num_blocks=rng.choice([24, 60, 150]), num_slots=6)
+        twin = Twin(num_blocks=rng.choice([24, 60, 150]), max_num_seqs=6)
         for _ in range(1000):
             kind = act(twin, rng)
             seen[kind] = seen.get(kind, 0) + 1
             twin.compare()
-        for slot in list(twin.rows):
-            twin.close(slot)
+        for seq in list(twin.tokens):
+            twin.free(seq)
         twin.prefixes.clear()
         twin.cache.check()
         assert twin.cache.num_used_bytes == 0
-        assert twin.cache.num_free_slots == 6
+        assert twin.cache.num_free_seqs == 6
     assert (
-        min(seen.get(kind, 0) for kind in ("grow", "each", "range", "shrink", "keep", "fork", "put", "adopt", "close"))
+        min(
+            seen.get(kind, 0)
+            for kind in ("append", "each", "range", "truncate", "keep", "fork", "put", "share", "free")
+        )
         > 50
     )
     assert seen["out of blocks"] > 100
 
 
-def test_writing_behind_a_fork_leaves_the_other_alone():
-    twin = Twin(num_blocks=40, num_slots=4)
-    one = twin.open()
-    twin.grow(one, 6)
+def test_appending_to_a_fork_leaves_the_other_alone():
+    twin = Twin(num_blocks=40, max_num_seqs=4)
+    one = twin.allocate()
+    twin.append(one, 6)
     other = twin.fork(one)
     used = twin.cache.num_used_bytes
     assert used == LAYERS * 2 * SHAPE.block_bytes
-    assert twin.cache.held_bytes(other) == used
+    assert twin.held_bytes(other) == used
     assert twin.cache.num_blocks_for(other, 1) == LAYERS  # a copy of each layer's last block
-    twin.grow(other, 1)
-    twin.grow(one, 2)
+    twin.append(other, 1)
+    twin.append(one, 2)
     twin.compare()
     assert twin.contents(one, 0)[0][:6] == twin.contents(other, 0)[0][:6]
     assert twin.contents(one, 0)[0][6] != twin.contents(other, 0)[0][6]
     shared = np.intersect1d(twin.cache.blocks(2, one), twin.cache.blocks(2, other))
-    assert len(shared) == 1  # the whole block stays shared, the last one is each one's own
+    assert len(shared) == 1  # the full block stays shared, and each has a last block of its own
 
 
 def test_evicting_from_a_fork_leaves_the_other_alone():
-    twin = Twin(num_blocks=40, num_slots=4)
-    one = twin.open()
-    twin.grow(one, 14)
+    twin = Twin(num_blocks=40, max_num_seqs=4)
+    one = twin.allocate()
+    twin.append(one, 14)
     other = twin.fork(one)
-    twin.keep_rows(other, 1, [0, 1, 2, 3, 4, 6, 13])
+    twin.keep_tokens(other, 1, [0, 1, 2, 3, 4, 6, 13])
     twin.compare()
     assert len(twin.contents(one, 1)[0]) == 14
     assert twin.cache.blocks(1, one)[0] == twin.cache.blocks(1, other)[0]  # nothing moved in it
     assert twin.cache.num_used_bytes == (LAYERS * 4 + 1) * SHAPE.block_bytes
 
 
-def test_rows_that_find_no_room_are_not_lost():
-    """Both hold the same four blocks: keeping rows of one needs copies, and there is no block left for them."""
-    twin = Twin(num_blocks=LAYERS * 4, num_slots=2)
-    one = twin.open()
-    twin.grow(one, 16)
+def test_tokens_are_not_lost_when_blocks_run_out():
+    """Both hold the same four blocks. Keeping tokens of one needs copies, and there is no block left for them."""
+    twin = Twin(num_blocks=LAYERS * 4, max_num_seqs=2)
+    one = twin.allocate()
+    twin.append(one, 16)
     other = twin.fork(one)
     before = snapshot(twin.cache)
     with pytest.raises(OutOfBlocks):
-        twin.keep_rows(other, 0, [1, 2, 3])
+        twin.keep_tokens(other, 0, [1, 2, 3])
     assert_unchanged(before, snapshot(twin.cache))
-    twin.keep_rows(other, 0, list(range(9)))  # a beginning needs none
+    twin.keep_tokens(other, 0, list(range(9)))  # a prefix needs no copy
     twin.compare()
 
 
@@ -243,40 +264,40 @@ def test_rows_that_find_no_room_are_not_lost():
 def test_dropping_three_quarters_frees_what_arithmetic_says(layer):
     num_text, num_visual = 8, 64
     whole, less = num_text + num_visual, num_text + num_visual // 4
-    twin = Twin(num_blocks=2 * LAYERS * whole // SIZE, num_slots=3)
-    full, cut = twin.open(), twin.open()
-    twin.grow(full, whole)
-    twin.grow(cut, whole, 0, layer)
-    twin.grow(cut, less, layer, LAYERS)
+    twin = Twin(num_blocks=2 * LAYERS * whole // SIZE, max_num_seqs=3)
+    full, cut = twin.allocate(), twin.allocate()
+    twin.append(full, whole)
+    twin.append(cut, whole, 0, layer)
+    twin.append(cut, less, layer, LAYERS)
     token_bytes = 2 * 2 * 4
-    assert twin.cache.held_bytes(full) == LAYERS * whole * token_bytes
+    assert twin.held_bytes(full) == LAYERS * whole * token_bytes
     saved = (LAYERS - layer) * (num_visual * 3 // 4) * token_bytes
-    assert twin.cache.held_bytes(full) - twin.cache.held_bytes(cut) == saved
+    assert twin.held_bytes(full) - twin.held_bytes(cut) == saved
     assert twin.cache.num_free_blocks * SHAPE.block_bytes == saved
     # One pool: what the layers above do not use serves the layers below, down to the last block.
-    third = twin.open()
-    twin.grow(third, saved // token_bytes, 0, 1)
+    third = twin.allocate()
+    twin.append(third, saved // token_bytes, 0, 1)
     assert twin.cache.num_free_blocks == 0
     twin.compare()
 
 
 def test_tables_grow_with_the_longest_sequence():
-    twin = Twin(num_blocks=200, num_slots=2)
-    one, two = twin.open(), twin.open()
-    twin.grow(one, 5)
-    twin.grow(two, 120)
-    twin.grow(one, 3)
+    twin = Twin(num_blocks=200, max_num_seqs=2)
+    one, two = twin.allocate(), twin.allocate()
+    twin.append(one, 5)
+    twin.append(two, 120)
+    twin.append(one, 3)
     twin.compare()
 
 
 def test_the_check_notices_a_leak_and_a_double_hold():
-    twin = Twin(num_blocks=20, num_slots=2)
-    slot = twin.open()
-    twin.grow(slot, 5)
-    twin.cache.add_reference(twin.cache.blocks(0, slot)[:1])
-    with pytest.raises(AssertionError, match="references"):
+    twin = Twin(num_blocks=20, max_num_seqs=2)
+    seq = twin.allocate()
+    twin.append(seq, 5)
+    twin.cache.add_reference(twin.cache.blocks(0, seq)[:1])
+    with pytest.raises(AssertionError, match="reference counts"):
         twin.cache.check()
-    twin.cache.drop_reference(twin.cache.blocks(0, slot)[:1].copy())
+    twin.cache.drop_reference(twin.cache.blocks(0, seq)[:1].copy())
     twin.cache.check()
     twin.cache._num_free -= 1
     with pytest.raises(AssertionError, match="free list"):
@@ -293,34 +314,34 @@ def test_the_check_notices_a_leak_and_a_double_hold():
         ((8, 8), 9, (list(range(9)), [0, 8])),
     ],
 )
-def test_of_drafted_rows_those_on_the_accepted_path_stay(held, count, paths):
-    """Each answer has its own length and path; one layer holds fewer rows, as where a reducer dropped some."""
-    twin = Twin(num_blocks=80, num_slots=4)
-    slots = [twin.open() for _ in held]
-    for slot, length in zip(slots, held, strict=True):
-        twin.grow(slot, length)
-        twin.keep_rows(slot, 2, list(range(0, length, 2)))
-    for slot in slots:
-        twin.grow(slot, count)
-    for slot, path in zip(slots, paths, strict=True):
-        twin.keep_path(slot, count, path)
-    for slot, length, path in zip(slots, held, paths, strict=True):
+def test_of_drafted_tokens_those_on_the_accepted_path_stay(held, count, paths):
+    """Each sequence has its own length and path. One layer holds fewer tokens, as where a reducer dropped some."""
+    twin = Twin(num_blocks=80, max_num_seqs=4)
+    seqs = [twin.allocate() for _ in held]
+    for seq, length in zip(seqs, held, strict=True):
+        twin.append(seq, length)
+        twin.keep_tokens(seq, 2, list(range(0, length, 2)))
+    for seq in seqs:
+        twin.append(seq, count)
+    for seq, path in zip(seqs, paths, strict=True):
+        twin.keep_accepted(seq, count, path)
+    for seq, length, path in zip(seqs, held, paths, strict=True):
         kept = [length, length, -(-length // 2), length]
-        assert twin.cache.lengths[:, slot].tolist() == [rows + len(path) for rows in kept]
+        assert twin.cache.lengths[:, seq].tolist() == [rows + len(path) for rows in kept]
     twin.compare()
 
 
 def test_accepted_paths_between_all_else():
-    """Rounds of random trees on growing slots, one of which begins with shared blocks."""
+    """Random trees on growing sequences, one of which begins with shared blocks."""
     rng = random.Random(3)
-    twin = Twin(num_blocks=400, num_slots=4)
-    first = twin.open()
-    twin.grow(first, SIZE)
+    twin = Twin(num_blocks=400, max_num_seqs=4)
+    first = twin.allocate()
+    twin.append(first, SIZE)
     twin.put(first, b"shared")
-    second = twin.open()
-    twin.adopt(second, b"shared")
+    second = twin.allocate()
+    twin.share(second, b"shared")
     for _ in range(60):
-        slot, count = rng.choice([first, second]), rng.randint(1, 9)
-        twin.grow(slot, count)
-        twin.keep_path(slot, count, [0, *sorted(rng.sample(range(1, count), rng.randint(0, count - 1)))])
+        seq, count = rng.choice([first, second]), rng.randint(1, 9)
+        twin.append(seq, count)
+        twin.keep_accepted(seq, count, [0, *sorted(rng.sample(range(1, count), rng.randint(0, count - 1)))])
         twin.compare()

@@ -30,7 +30,7 @@ from mm.engine.spec_decode.drafters.eagle.head import load_draft_head
 from mm.engine.spec_decode.drafters.eagle.layer import DraftLayer, last_of
 from mm.engine.spec_decode.drafters.eagle.tree_builder import EagleSession, Guesser
 from mm.errors import InvalidOption
-from mm.models.linear import pack_linears
+from mm.models.linear import prepack_linears
 from mm.plugins.drafter import NO_DRAFT, Draft, DraftBudget, DraftTarget, Observation
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class LoadedEagle:
         folder = drafter_folder(options.weights, target.name)
         embedding = target.embed(torch.arange(target.vocab_size, device=target.device)).clone()
         self.network = load_draft_head(folder, embedding, target.head_weight).requires_grad_(False)
-        pack_linears(self.network)
+        prepack_linears(self.network)
         taps = self.network.config.taps
         self.needs = frozenset({"last_hidden", *(f"hidden:{layer}" for layer in taps)})
         self._layer = DraftLayer(
@@ -135,12 +135,12 @@ class LoadedEagle:
     @property
     def num_sessions(self) -> int:
         """Answers that hold rows in the drafter's cache."""
-        return self._options.max_sessions - self._layer.cache.num_free_slots
+        return self._options.max_sessions - self._layer.cache.num_free_seqs
 
     # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def open(self, prompt: Prompt, *, private: bool = False) -> EagleSession:
-        slot = self._layer.cache.allocate() if self._layer.cache.num_free_slots else None
+        slot = self._layer.cache.allocate() if self._layer.cache.num_free_seqs else None
         if slot is None:
             log.warning("no slot for a draft session: max_sessions=%d", self._options.max_sessions)
         return EagleSession(prompt, slot)

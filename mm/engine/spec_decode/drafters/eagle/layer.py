@@ -31,7 +31,7 @@ class DraftLayer:
             num_layers=1, num_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=dtype, device=device
         )
         self.network = network
-        self.cache = KVCache(shape, num_blocks=max(1, num_bytes // shape.block_bytes), num_slots=num_slots)
+        self.cache = KVCache(shape, num_blocks=max(1, num_bytes // shape.block_bytes), max_num_seqs=num_slots)
         self._attention = build_attention(self.cache)
         self._table = rotary(torch.arange(1024, device=device), config.head_dim, config.rope_theta)
 

@@ -23,5 +23,5 @@ def test_each_number_of_rows_is_run_once_before_the_first_answer_and_leaves_noth
     monkeypatch.setattr(network, "finish", lambda inputs, seen: counts.append(len(inputs)) or finish(inputs, seen))
     layer.warm()
     assert counts == list(range(1, most + 1))
-    assert layer.cache.num_free_slots == 2
+    assert layer.cache.num_free_seqs == 2
     assert layer.cache.num_free_blocks == layer.cache.num_blocks
