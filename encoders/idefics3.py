@@ -1,14 +1,13 @@
-"""Idefics3 and SmolVLM: the vision tower and its pixel-shuffling connector, and nothing else of a checkpoint.
+"""Idefics3 and SmolVLM: the vision tower and the pixel-shuffling connector of a checkpoint.
 
-Pictures go through the checkpoint's own image processor, which cuts a large one into rows and columns of square crops
-and adds the whole at a crop's size. In float32 the tokens equal `get_image_features` of transformers bit by bit for the
-same batch. It does not know prompts, tags or reducers. Clips are not taken.
+Pictures go through the checkpoint's image processor. It cuts a large picture into rows and columns of square crops and
+adds the whole picture at the size of one crop. In float32 the tokens are bit-equal to `get_image_features` of
+transformers for the same batch. Clips are not supported.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,24 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from torch import Tensor
+from transformers import AutoModel
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
+from encoders.checkpoint_encoder import CheckpointEncoder
 from encoders.helpers.auxiliary_features import cell_means, observed_in_block
 from encoders.helpers.batches import in_groups
-from encoders.helpers.fingerprint import fingerprint
-from encoders.helpers.text import TextEmbeddings
 from mm.data.media import Image, Video
 from mm.data.tokens import VisualTokens
 from mm.errors import MediaError
-from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
 from mm.plugins.features import ATTENTION_RECEIVED, TEXT_EMBEDDINGS, TOWER_FEATURES, TOWER_KEYS
 
-MODEL_TYPES = ("idefics3", "smolvlm")
-
 MAX_BATCH_CROPS = 32
-"""Crops per forward pass; a picture of more goes alone. Up to so many, all pictures of one call are one batch."""
+"""Crops per forward. Up to this number, the pictures of one call are one batch. A larger picture is one by itself."""
 
 TOWER_KEY = re.compile(r"^(?:model\.)?vision_model\.(.+)$")
 CONNECTOR_KEY = re.compile(r"^(?:model\.)?connector\.(.+)$")
@@ -41,21 +36,21 @@ CONNECTOR_KEY = re.compile(r"^(?:model\.)?connector\.(.+)$")
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """One picture as the tower reads it.
+    """One picture as the tower's input.
 
     Attributes:
-        pixels: (crops, 3, S, S), row by row, the whole picture last.
-        layout: Rows and columns of crops; None when there is the whole only.
+        pixels: (crops, 3, S, S), row by row. The last one is the whole picture.
+        layout: Numbers of rows and columns of crops. None if the whole picture is the only one.
     """
 
     pixels: Tensor
     layout: tuple[int, int] | None
 
 
-class Idefics3Encoder:
+class Idefics3Encoder(CheckpointEncoder):
     """Pictures to the tokens that an Idefics3 or SmolVLM decoder was trained on, crop by crop.
 
-    The tower has no [CLS]. Auxiliary features are computed when asked for, from its last block, within each crop; a
+    The tower has no [CLS]. Auxiliary features are computed on request, from the last block and within each crop. A
     token has the mean over the patches that the connector joins.
 
     Args:
@@ -66,38 +61,21 @@ class Idefics3Encoder:
         BadCheckpoint: The folder is no such checkpoint, or lacks weights.
     """
 
+    checkpoint_types = ("idefics3", "smolvlm")
     provides: frozenset[str] = frozenset({ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS})
     kinds: frozenset[str] = frozenset({"image"})
 
     def __init__(
         self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        path = find(folder)
-        model_type = read_config(path)["model_type"]
-        if model_type not in MODEL_TYPES:
-            raise BadCheckpoint(str(path), f"is of model_type {model_type!r}, not one of {', '.join(MODEL_TYPES)}")
-        self.config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
-        self.processor: Any = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        self.device, self.dtype = torch.device(device), dtype
-        self.tower, self.connector = _load(path, self.config, self.device, dtype)
-        self._text = functools.cache(lambda: TextEmbeddings(path, self.device))
-        self.fingerprint: str = self._fingerprint(path, model_type)
-
-    def embed_text(self, text: str) -> Tensor:
-        """(T, D) float32: the text's tokens as the decoder embeds them."""
-        return self._text()(text)
-
-    def _fingerprint(self, path: Path, model_type: str) -> str:
-        settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
-        weights = [
-            *self.tower.state_dict(prefix="tower.").items(),
-            *self.connector.state_dict(prefix="connector.").items(),
-        ]
-        config = (path / "config.json").read_text()
-        return fingerprint(model_type, config, settings, str(self.dtype), tensors=weights)
+        super().__init__(folder, device, dtype)
+        self.tower: Any = self.load(lambda: AutoModel.from_config(self.config.vision_config), TOWER_KEY)
+        # SmolVLM's connector is a copy of this one.
+        self.connector = self.load(lambda: Idefics3Connector(self.config), CONNECTOR_KEY)
+        self.finish({"tower": self.tower, "connector": self.connector})
 
     def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
-        """One `VisualTokens` per picture, in order; the steps of its grid are its crops.
+        """One `VisualTokens` per picture, in order. The steps of its grid are its crops.
 
         Raises:
             MediaError: A clip.
@@ -116,7 +94,7 @@ class Idefics3Encoder:
 
     def preprocess(self, image: Image) -> Crops:
         """The picture's crops by the checkpoint's own image processor."""
-        found = self.processor(
+        found = self.image_processor(
             images=[image.pixels], input_data_format="channels_last", return_row_col_info=True, return_tensors="pt"
         )
         rows, columns = found["rows"][0][0], found["cols"][0][0]
@@ -158,15 +136,3 @@ def _per_picture(planes: dict[str, Tensor], pictures: Sequence[Crops]) -> list[d
     counts = [len(picture.pixels) for picture in pictures]
     split = zip(*(plane.split(counts) for plane in planes.values()), strict=True)
     return [dict(zip(planes, parts, strict=True)) for parts in split]
-
-
-def _load(path: Path, config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:
-    with torch.device("meta"):
-        tower: Any = AutoModel.from_config(config.vision_config)
-        # SmolVLM's connector is a copy of this one.
-        connector = Idefics3Connector(config)
-    fill_buffers(tower, device)
-    for module, pattern in ((tower, TOWER_KEY), (connector, CONNECTOR_KEY)):
-        tensors = read_tensors(path, lambda key, found=pattern: match[1] if (match := found.match(key)) else None)
-        load_module(module, tensors, dtype=dtype, device=str(device), folder=path)
-    return tower.eval(), connector.eval()

@@ -1,18 +1,15 @@
-"""LLaVA: the vision tower and the projector of a LLaVA checkpoint, and nothing else of it.
+"""LLaVA: the vision tower and the projector of a LLaVA checkpoint.
 
-Reads only these tensors, so that an encoder process never holds the language model. The tower is whichever class
-transformers has for the checkpoint's `vision_config`, the projector is transformers' own, pictures go through the
-checkpoint's own image processor: in float32 the tokens equal `LlavaForConditionalGeneration.get_image_features` bit by
-bit for the same batch. It does not know prompts, placeholders or reducers.
+The tower is the class that transformers has for the checkpoint's `vision_config`. The projector is transformers' own,
+and pictures go through the checkpoint's image processor. In float32 the tokens are bit-equal to
+`LlavaForConditionalGeneration.get_image_features` for the same batch.
 
-A clip is encoded when config.json has `video_token_id` and `frame_pool_size`: each frame goes through tower and
+Clips are supported if config.json has `video_token_id` and `frame_pool_size`. Each frame goes through tower and
 projector like an image, then neighbouring tokens are averaged.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from encoders.checkpoint_encoder import CheckpointEncoder, Rename
 from encoders.helpers.auxiliary_features import cell_means, observed_in_block
 from encoders.helpers.batches import in_batches
-from encoders.helpers.fingerprint import fingerprint
 from encoders.helpers.merging import merged_tokens, run_blocks
-from encoders.helpers.text import TextEmbeddings
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import IncompatiblePlugin, MediaError
-from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
 from mm.plugins.features import (
     ATTENTION_RECEIVED,
     BLOCK_KEYS,
@@ -44,23 +39,24 @@ from mm.plugins.features import (
 from mm.plugins.reducer import InTower
 
 MAX_BATCH = 16
-"""Pictures per forward pass. Up to so many images of one call are one batch, as in `generate` of transformers."""
+"""Pictures per forward. Up to this number, the images of one call are one batch, as in `generate` of transformers."""
 
 SEQUENTIAL_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
-"""Towers whose hidden state l needs the first l blocks only, and is not replaced by a normalised one at the end."""
+"""Towers whose hidden state l is the output of block l. Blocks above the deepest feature layer need not be loaded."""
 
 TOWER_KEY = re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)$")
 PROJECTOR_KEY = re.compile(r"^(?:model\.)?multi_modal_projector\.(.+)$")
 
 
-class LlavaEncoder:
-    """Images, and clips where the checkpoint takes them, to the tokens its decoder was trained on.
+class LlavaEncoder(CheckpointEncoder):
+    """Images, and clips if the checkpoint supports them, to the visual tokens that its decoder was trained on.
 
-    Auxiliary features are computed when asked for, from the block that the embeddings come from; where they come from
-    several layers, the deepest. Softmax is over all keys, [CLS] among them. For clips it is averaged over the pooled
-    cells.
+    Auxiliary features are computed on request. They come from the block that the embeddings come from, or from the
+    deepest of several. The softmax of attention is over all keys, [CLS] included. For clips, auxiliary features are
+    averaged over the pooled cells.
 
-    The class's `provides` and `kinds` are what a checkpoint may have; an instance's are what this one has.
+    `provides` and `kinds` of the class are what a checkpoint may have. Those of an instance are what its checkpoint
+    has.
 
     Args:
         folder: A LLaVA checkpoint: a local folder, a shipped model's name or a hub name.
@@ -70,6 +66,7 @@ class LlavaEncoder:
         BadCheckpoint: The folder is no LLaVA checkpoint, or lacks weights.
     """
 
+    checkpoint_types = ("llava",)
     provides: frozenset[str] = frozenset(
         {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS, BLOCK_KEYS}
     )
@@ -78,21 +75,16 @@ class LlavaEncoder:
     def __init__(
         self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        path = find(folder)
-        if read_config(path)["model_type"] != "llava":
-            raise BadCheckpoint(str(path), f"is of model_type {read_config(path)['model_type']!r}, not 'llava'")
-        self.config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
-        self.processor: Any = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        self.device = torch.device(device)
+        super().__init__(folder, device, dtype)
         self._layers = _feature_layers(self.config)
-        self.tower, self.projector = _load(path, self.config, self.device, dtype)
+        self.tower: Any = self.load(lambda: AutoModel.from_config(self.config.vision_config), TOWER_KEY, _renamer)
+        self.projector = self.load(lambda: LlavaMultiModalProjector(self.config), PROJECTOR_KEY, _renamer)
+        self.finish({"tower": self.tower, "projector": self.projector})
         self._pool: int = getattr(self.config, "frame_pool_size", None) or 0
         takes_clips = self._pool > 0 and getattr(self.config, "video_token_id", None) is not None
         self.kinds = frozenset({"image", "video"} if takes_clips else {"image"})
         self._has_cls = _has_cls(self.tower)
         self.provides = self._provided()
-        self._text = functools.cache(lambda: TextEmbeddings(path, self.device))
-        self.fingerprint: str = self._fingerprint(path, dtype)
 
     def _provided(self) -> frozenset[str]:
         found = {TOWER_FEATURES, TEXT_EMBEDDINGS}
@@ -103,32 +95,23 @@ class LlavaEncoder:
         return frozenset(found)
 
     def _first_token(self) -> int:
-        """Where the tokens for the projector begin among the tower's."""
+        """Index of the first token of the tower that goes to the projector."""
         return 1 if self.config.vision_feature_select_strategy == "default" else 0
-
-    def embed_text(self, text: str) -> Tensor:
-        """(T, D) float32: the text's tokens as the decoder embeds them."""
-        return self._text()(text)
-
-    def _fingerprint(self, path: Path, dtype: torch.dtype) -> str:
-        settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
-        weights = [
-            *self.tower.state_dict(prefix="tower.").items(),
-            *self.projector.state_dict(prefix="projector.").items(),
-        ]
-        return fingerprint("llava", (path / "config.json").read_text(), settings, str(dtype), tensors=weights)
 
     def encode(
         self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset(), merging: InTower | None = None
     ) -> list[VisualTokens]:
-        """One `VisualTokens` per item, in order. The images are one batch (up to `MAX_BATCH`), each clip is another.
+        """One `VisualTokens` per item, in order.
+
+        The images are one batch (up to `MAX_BATCH`). The frames of each clip are another.
 
         Args:
-            merging: Merges tokens inside the tower.
+            needs: Auxiliary features to compute.
+            merging: A reducer that merges tokens inside the tower.
 
         Raises:
             MediaError: A clip for a checkpoint without clips.
-            IncompatiblePlugin: A clip, whose frames are pooled on their grid, with `merging`.
+            IncompatiblePlugin: A clip with `merging`. Its frames are pooled, which needs every cell of the grid.
             CapacityError: The device has no memory for one picture.
         """
         for item in items:
@@ -149,8 +132,8 @@ class LlavaEncoder:
             {name: plane[i] for name, plane in outputs.items() if name != "embeddings"} for i in range(len(pixels))
         ]
         return [
-            VisualTokens.full(embeddings, grid, kind, seen)
-            for embeddings, seen in zip(outputs["embeddings"], aux_features, strict=True)
+            VisualTokens.full(embeddings, grid, kind, found)
+            for embeddings, found in zip(outputs["embeddings"], aux_features, strict=True)
         ]
 
     def _encode_merging(
@@ -190,8 +173,8 @@ class LlavaEncoder:
         return join_frames(self._encode_pictures(list(frames), "video", needs), self._pool)
 
     def preprocess(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """uint8 RGB (H, W, 3) pictures to the tower's (B, 3, h, w), by the checkpoint's own image processor."""
-        return self.processor(images=list(pictures), input_data_format="channels_last", return_tensors="pt")[
+        """uint8 RGB (H, W, 3) pictures to (B, 3, h, w) for the tower, by the checkpoint's image processor."""
+        return self.image_processor(images=list(pictures), input_data_format="channels_last", return_tensors="pt")[
             "pixel_values"
         ]
 
@@ -216,13 +199,13 @@ class LlavaEncoder:
             outputs[TOWER_FEATURES] = features.float().mT
         if taps:
             block, states = _blocks(self.tower)[deepest - 1], output.hidden_states[deepest - 1]
-            seen = observed_in_block(block, states, taps, self._has_cls)
-            outputs |= {name: plane[..., first:] for name, plane in seen.items()}
+            observed = observed_in_block(block, states, taps, self._has_cls)
+            outputs |= {name: plane[..., first:] for name, plane in observed.items()}
         return outputs
 
 
 def join_frames(frames: Sequence[VisualTokens], pool: int) -> VisualTokens:
-    """One clip of encoded frames, `pool` x `pool` neighbouring tokens averaged; at a border, those that exist."""
+    """One clip from its encoded frames. Each `pool` x `pool` neighbouring tokens are averaged, fewer at a border."""
     _, height, width = frames[0].grid
     embeddings = cell_means(torch.stack([frame.embeddings.T for frame in frames]), height, width, pool)
     _, channels, height_out, width_out = embeddings.shape
@@ -237,29 +220,20 @@ def join_frames(frames: Sequence[VisualTokens], pool: int) -> VisualTokens:
 
 
 def _feature_layers(config: Any) -> list[int]:
-    """Indices into the tower's hidden states, all positive; drops the blocks behind the deepest from `config`."""
-    vision, asked = config.vision_config, config.vision_feature_layer
+    """Indices into the tower's hidden states, all positive. Removes the blocks above the deepest from `config`."""
+    vision, given = config.vision_config, config.vision_feature_layer
     num_states = vision.num_hidden_layers + 1
-    layers = [layer % num_states for layer in ([asked] if isinstance(asked, int) else asked)]
+    layers = [layer % num_states for layer in ([given] if isinstance(given, int) else given)]
     if vision.model_type in SEQUENTIAL_TOWERS:
         vision.num_hidden_layers = max(*layers, 1)
     return layers
 
 
-def _load(path: Path, config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:
-    with torch.device("meta"):
-        tower, projector = AutoModel.from_config(config.vision_config), LlavaMultiModalProjector(config)
-    for module, pattern in ((tower, TOWER_KEY), (projector, PROJECTOR_KEY)):
-        tensors = read_tensors(path, _renamer(module, pattern))
-        fill_buffers(module, device)
-        load_module(module, tensors, dtype=dtype, device=str(device), folder=path)
-    return tower.eval(), projector.eval()
+def _renamer(module: nn.Module, pattern: re.Pattern[str]) -> Rename:
+    """Checkpoint key to the module's own name, or None for weights that the module does not have.
 
-
-def _renamer(module: nn.Module, pattern: re.Pattern[str]):
-    """Checkpoint key to the module's own name, or None for what the module does not have.
-
-    Checkpoints nest the tower's weights under `vision_model.` or not, and so do transformers' classes, by version.
+    Some checkpoints nest the tower's weights under `vision_model.` and some do not. The same holds for the classes of
+    different transformers versions.
     """
     own = {re.sub(r"^vision_model\.", "", name): name for name in module.state_dict()}
 

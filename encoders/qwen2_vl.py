@@ -1,26 +1,24 @@
-"""Qwen2-VL and Qwen2.5-VL: the vision tower with its 2 x 2 merger, and nothing else of a checkpoint.
+"""Qwen2-VL and Qwen2.5-VL: the vision tower of a checkpoint with its 2 x 2 merger.
 
-Reads only these tensors, so that an encoder process never holds the language model. Pictures go through the
-checkpoint's own image and video processors, which keep each item's shape: the grid differs from item to item, and
-several items are one packed row of patches. In float32 the tokens equal `get_image_features` and `get_video_features`
-of transformers bit by bit for the same batch. It does not know prompts, placeholders or reducers.
+Pictures go through the checkpoint's image and video processors, which keep each item's aspect ratio. So the grid
+differs from item to item, and the patches of several items are packed into one sequence. In float32 the tokens are
+bit-equal to `get_image_features` and `get_video_features` of transformers for the same batch.
 
-A clip's frames are joined by `temporal_patch_size` (two) to one step in time; an odd last frame is repeated.
+Each `temporal_patch_size` (two) frames of a clip are one step in time. An odd last frame is repeated.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoVideoProcessor
+from torch import Tensor, nn
+from transformers import AutoVideoProcessor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
@@ -28,38 +26,36 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from encoders.checkpoint_encoder import CheckpointEncoder
 from encoders.helpers.auxiliary_features import mean_attention
 from encoders.helpers.batches import in_groups
-from encoders.helpers.fingerprint import fingerprint
-from encoders.helpers.text import TextEmbeddings
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import MediaError
-from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
 from mm.plugins.features import ATTENTION_RECEIVED, TEXT_EMBEDDINGS, TOWER_FEATURES, TOWER_KEYS
 
 TOWERS: dict[str, Any] = {
     "qwen2_vl": Qwen2VisionTransformerPretrainedModel,
     "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel,
 }
-"""model_type to the class of its tower, merger included."""
+"""model_type to the class of its tower, which includes the merger."""
 
 MAX_BATCH_PATCHES = 32768
-"""Patches per forward pass; a larger item goes alone. Up to so many, all images of one call are one batch, and all its
-clips another, as in `generate` of transformers."""
+"""Patches per forward. Up to this number, the images of one call are one batch and its clips another, as in `generate`
+of transformers. A larger item is a batch by itself."""
 
 MAX_ASPECT = 200
-"""Longest over shortest side that the processors take."""
+"""Longest over shortest side that the processors accept."""
 
 TOWER_KEY = re.compile(r"^(?:model\.)?visual\.(.+)$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patches:
-    """One item as the tower reads it.
+    """One item as the tower's input.
 
     Attributes:
-        pixels: (t * h * w, channels of a patch), in the tower's own order.
+        pixels: (t * h * w, channels of a patch), in the order that the tower uses.
         grid: Patches along time, height and width, before the merger.
     """
 
@@ -67,11 +63,11 @@ class Patches:
     grid: Grid
 
 
-class Qwen2VLEncoder:
+class Qwen2VLEncoder(CheckpointEncoder):
     """Images and clips of any size to the tokens that a Qwen2-VL or Qwen2.5-VL decoder was trained on.
 
-    The tower has no [CLS]. Auxiliary features are computed when asked for, from the last block that sees whole frames,
-    within each step in time; a token has the mean over the patches that the merger joins.
+    The tower has no [CLS]. Auxiliary features are computed on request, within each step in time. They come from the
+    last block whose attention covers whole frames. A token has the mean over the patches that the merger joins.
 
     Args:
         folder: A checkpoint: a local folder or a hub name.
@@ -81,36 +77,18 @@ class Qwen2VLEncoder:
         BadCheckpoint: The folder is no such checkpoint, or lacks weights.
     """
 
+    checkpoint_types = tuple(TOWERS)
     provides: frozenset[str] = frozenset({ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS})
     kinds: frozenset[str] = frozenset({"image", "video"})
 
     def __init__(
         self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        path = find(folder)
-        model_type = read_config(path)["model_type"]
-        if model_type not in TOWERS:
-            raise BadCheckpoint(str(path), f"is of model_type {model_type!r}, not one of {', '.join(TOWERS)}")
-        self.config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
-        self.image_processor: Any = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        self.video_processor: Any = AutoVideoProcessor.from_pretrained(path, local_files_only=True)
-        self.device, self.dtype = torch.device(device), dtype
-        self.tower = _load(path, self.config, self.device, dtype)
+        super().__init__(folder, device, dtype)
+        self.video_processor: Any = AutoVideoProcessor.from_pretrained(self.path, local_files_only=True)
+        self.tower: Any = self.load(lambda: TOWERS[self.model_type]._from_config(self.config.vision_config), TOWER_KEY)
         self._merge: int = self.config.vision_config.spatial_merge_size
-        self._text = functools.cache(lambda: TextEmbeddings(path, self.device))
-        self.fingerprint: str = self._fingerprint(path, model_type)
-
-    def embed_text(self, text: str) -> Tensor:
-        """(T, D) float32: the text's tokens as the decoder embeds them."""
-        return self._text()(text)
-
-    def _fingerprint(self, path: Path, model_type: str) -> str:
-        settings = [
-            json.dumps(processor.to_dict(), sort_keys=True, default=str)
-            for processor in (self.image_processor, self.video_processor)
-        ]
-        config = (path / "config.json").read_text()
-        return fingerprint(model_type, config, *settings, str(self.dtype), tensors=self.tower.state_dict().items())
+        self.finish({"tower": self.tower}, self.video_processor)
 
     def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
         """One `VisualTokens` per item, in order. Images are batched together, clips are batched together.
@@ -129,13 +107,13 @@ class Qwen2VLEncoder:
         ]
 
     def image_patches(self, image: Image) -> Patches:
-        """The picture by the checkpoint's own image processor."""
+        """The picture's patches, by the checkpoint's image processor."""
         _check_aspect(image.pixels.shape[:2], "image")
         found = self.image_processor(images=[image.pixels], input_data_format="channels_last", return_tensors="pt")
         return Patches(pixels=found["pixel_values"], grid=_grid(found["image_grid_thw"]))
 
     def clip_patches(self, clip: Video) -> Patches:
-        """All frames of the clip by the checkpoint's own video processor; it chooses none of its own."""
+        """The patches of all frames of the clip, by the checkpoint's video processor. It samples no frames itself."""
         _check_aspect(clip.frames.shape[1:3], "video")
         found = self.video_processor(
             videos=[clip.frames], do_sample_frames=False, input_data_format="channels_last", return_tensors="pt"
@@ -146,7 +124,7 @@ class Qwen2VLEncoder:
         """Clip time that one step of the grid stands for: `second_per_grid_ts` of transformers."""
         return self.video_processor.temporal_patch_size * clip.duration_s / len(clip.frames)
 
-    def _encode(self, items: Sequence[Patches], needs: frozenset[str]):
+    def _encode(self, items: Sequence[Patches], needs: frozenset[str]) -> Iterator[tuple[Patches, dict[str, Tensor]]]:
         taps = needs & {ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES}
         forward = functools.partial(self._forward_observed, taps=taps) if taps else self._forward
         outputs = in_groups(forward, items, [len(item.pixels) for item in items], MAX_BATCH_PATCHES)
@@ -169,7 +147,7 @@ class Qwen2VLEncoder:
             planes[TOWER_FEATURES] = output.last_hidden_state.float()
         order = window_order(self.tower, grids)
         merged = {name: plane.unflatten(0, (-1, self._merge**2)).mean(dim=1) for name, plane in planes.items()}
-        # The tower keeps tokens in windows until the merger; what it returns is in raster order.
+        # Inside the tower, tokens are ordered by windows. Its output is in raster order.
         found = {name: plane if order is None else plane[torch.argsort(order)] for name, plane in merged.items()}
         return self._per_item({"embeddings": output.pooler_output} | found, items)
 
@@ -191,15 +169,6 @@ class Qwen2VLEncoder:
         return VisualTokens.full(output["embeddings"], grid, kind, aux_features, seconds_per_step=seconds_per_step)
 
 
-def _load(path: Path, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    with torch.device("meta"):
-        tower = TOWERS[config.model_type]._from_config(config.vision_config)
-    tensors = read_tensors(path, lambda key: match[1] if (match := TOWER_KEY.match(key)) else None)
-    fill_buffers(tower, device)
-    load_module(tower, tensors, dtype=dtype, device=str(device), folder=path)
-    return tower.eval()
-
-
 def _grid(grid_thw: Tensor) -> Grid:
     steps, height, width = grid_thw[0].tolist()
     return steps, height, width
@@ -210,20 +179,22 @@ def _check_aspect(sides: Sequence[int], kind: Kind) -> None:
         raise MediaError("bad_aspect", kind, MAX_ASPECT)
 
 
-def window_order(tower: Any, grids: Tensor) -> Tensor | None:
-    """(N,) int64: which merged token stands at each place inside the tower; None where they are in raster order."""
+def window_order(tower: nn.Module, grids: Tensor) -> Tensor | None:
+    """(N,) int64: the raster index of each merged token in the tower's order; None if that is the raster order."""
     if not hasattr(tower, "window_size"):
         return None
-    index, _ = get_vision_window_index(grids, tower.spatial_merge_size, tower.window_size, tower.patch_size)
+    sizes = cast(Any, tower)
+    index, _ = get_vision_window_index(grids, sizes.spatial_merge_size, sizes.window_size, sizes.patch_size)
     return index.to(grids.device)
 
 
 def observed_in_packed_block(
-    tower: Any, index: int, hidden: Tensor, grids: Tensor, names: Set[str]
+    tower: nn.Module, index: int, hidden: Tensor, grids: Tensor, names: Set[str]
 ) -> dict[str, Tensor]:
     """The named auxiliary features (P, ...) float32 of all patches, from the input (P, D) of the block `index`."""
-    attention = tower.blocks[index].attn
-    states = attention.qkv(tower.blocks[index].norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
+    block = cast(Any, tower).blocks[index]
+    attention = block.attn
+    states = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
     queries, keys, _ = states.unbind(dim=1)
     found = {TOWER_KEYS: keys.float().mean(dim=1)} if TOWER_KEYS in names else {}
     if ATTENTION_RECEIVED in names:

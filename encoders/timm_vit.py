@@ -1,7 +1,7 @@
-"""Any ViT of timm as a tower: patch tokens, without prefix tokens and without a projector.
+"""Any ViT of timm as an encoder: its patch tokens, without prefix tokens such as [CLS] and without a projector.
 
-The width is the tower's own: for studies of reducers and for models that bring their own projector. Pictures go through
-the model's own data configuration. The one file that needs timm, and only when an encoder is built.
+Use it for image embeddings (`mm embed`) and for studies of reducers. The width of the tokens is the tower's. Pictures
+go through the evaluation transform that timm has for the model. timm is imported when an encoder is built.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ MAX_BATCH = 16
 
 
 class TimmEncoder:
-    """Patch tokens of a timm ViT: one image is one grid, a clip is the grids of its frames.
+    """Patch tokens of a timm ViT. An image is one grid of tokens, and a clip is one grid per frame.
 
-    Hosts reducers inside the tower where its blocks are timm's plain ones.
+    Reducers inside the tower are supported if the blocks are timm's standard ones.
 
     Args:
-        model_name: As `timm.list_models()` writes it.
-        pretrained: Download timm's weights; otherwise they come from `checkpoint`, or are random.
-        checkpoint: File of weights.
+        model_name: A name from `timm.list_models()`.
+        pretrained: Download timm's weights.
+        checkpoint: File of weights. With neither this nor `pretrained` the weights are random, and
+            `has_random_weights` is true; that is of use for tests only.
         device, dtype: Where and in what the tower computes.
-        image_size: Side in pixels, where the model can be built for another than its own.
+        image_size: Side in pixels. By default the model's own.
 
     Raises:
         InvalidOption: timm has no such model, or it is no ViT.
@@ -73,10 +74,11 @@ class TimmEncoder:
     def encode(
         self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset(), merging: InTower | None = None
     ) -> list[VisualTokens]:
-        """One `VisualTokens` per item, in order; all pictures and frames of a call share batches.
+        """One `VisualTokens` per item, in order. All pictures and frames of a call share batches.
 
         Args:
-            merging: Merges tokens inside the tower, in each frame by itself.
+            needs: Auxiliary features to compute.
+            merging: A reducer that merges tokens inside the tower, in each frame by itself.
 
         Raises:
             CapacityError: The device has no memory for one picture.

@@ -1,12 +1,13 @@
 """What towers observe for reducers, computed from one block's queries and keys.
 
-Only the rows that are wanted: a full attention map would turn off the fused attention, and with it bit equality.
+Only the needed part of the attention map is computed. Asking a tower for the full map would turn off its fused
+attention, and its outputs would no longer be bit-equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Set
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mm.plugins.features import ATTENTION_RECEIVED, CLS_ATTENTION, TOWER_KEYS
 
 CHUNK = 256
-"""Query rows at a time for column means: (heads, 256, P) scores are held."""
+"""Queries per step of `mean_attention`, which holds (heads, 256, P) scores."""
 
 
 def attention_row(query: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -51,15 +52,16 @@ def key_means(keys: Tensor) -> Tensor:
     return torch.mean(keys.float(), dim=1).mT
 
 
-def observed_in_block(block: Any, hidden: Tensor, names: Set[str], has_cls: bool) -> dict[str, Tensor]:
+def observed_in_block(block: nn.Module, hidden: Tensor, names: Set[str], has_cls: bool) -> dict[str, Tensor]:
     """The named features (B, ..., P) float32 of a block as in CLIP, SigLIP and Idefics3, from its input (B, P, D)."""
-    attention, states = block.self_attn, block.layer_norm1(hidden)
+    modules = cast(Any, block)
+    attention, states = modules.self_attn, modules.layer_norm1(hidden)
     keys = attention.k_proj(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
     found = {TOWER_KEYS: key_means(keys)} if TOWER_KEYS in names else {}
-    rows = names & {CLS_ATTENTION, ATTENTION_RECEIVED}
-    if rows:
-        asking = states[:, :1] if has_cls else states
-        queries = attention.q_proj(asking).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+    wanted = names & {CLS_ATTENTION, ATTENTION_RECEIVED}
+    if wanted:
+        sources = states[:, :1] if has_cls else states
+        queries = attention.q_proj(sources).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
         received = (attention_row if has_cls else mean_attention)(queries, keys, attention.scale)
-        found |= dict.fromkeys(rows, received)
+        found |= dict.fromkeys(wanted, received)
     return found

@@ -24,7 +24,7 @@ Output = TypeVar("Output")
 def in_batches(forward: Callable[[Tensor], dict[str, Tensor]], pixels: Tensor, max_batch: int) -> dict[str, Tensor]:
     """`forward` of all `pixels` (B, ...), at most `max_batch` at a time, results joined along the first axis.
 
-    When the device runs out of memory the batch is halved and tried again.
+    When the device runs out of memory, the batch is halved and tried again.
 
     Raises:
         CapacityError: A batch of one does not fit either.
@@ -48,12 +48,13 @@ def in_batches(forward: Callable[[Tensor], dict[str, Tensor]], pixels: Tensor, m
 def in_groups(
     forward: Callable[[Sequence[Item]], list[Output]], items: Sequence[Item], sizes: Sequence[int], max_size: int
 ) -> list[Output]:
-    """`forward` of items of unequal size, neighbours together up to `max_size`; one result per item, in order.
+    """`forward` of items of unequal size; one result per item, in order.
 
-    A larger item goes alone. When the device runs out of memory the group is halved and tried again.
+    Neighbours are batched together up to `max_size`. A larger item is a batch of its own. When the device runs out of
+    memory, the batch is halved and tried again.
 
     Raises:
-        CapacityError: A group of one does not fit either.
+        CapacityError: A batch of one does not fit either.
     """
     outputs: list[Output] = []
     waiting = deque(_groups(sizes, max_size))
@@ -86,7 +87,7 @@ def _unless_out_of_memory(forward: Callable[[Input], Output], batch: Input) -> O
     try:
         return forward(batch)
     except torch.OutOfMemoryError:
-        # The exception holds the frames, and they hold tensors: memory is given back after this clause, not inside.
+        # The exception holds stack frames, and these hold tensors. Memory is free only after this clause.
         pass
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Names an encoder by its content, for cache keys."""
+"""A hash that names an encoder by its content, for cache keys."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mm.media.hashing import framed_hash
 def fingerprint(*parts: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Hash of `parts` and of the weights' names, shapes, dtypes and bytes.
 
-    The bytes and not the file's size and time: replicas on several hosts agree, and a checkpoint that is trained on in
-    place gets another name. Costs about half a second per gigabyte of tower, once.
+    It reads the bytes, and not the file's size and time. So replicas on several hosts agree, and a checkpoint that is
+    overwritten by further training gets another hash. It takes about half a second per gigabyte of tower, once.
     """
     digest = blake3()
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):

@@ -1,17 +1,17 @@
 """Towers whose blocks let a reducer merge tokens between attention and MLP.
 
-The loop is ours, since libraries' towers have no place for it; what a block computes is its own modules'. Attention is
-the fused one, with the logarithm of each token's size added to its scores.
+The towers of libraries cannot host a reducer between attention and MLP, so the loop over the blocks is written here.
+Each block still computes with its own modules. Attention is the fused one, with the logarithm of each token's size
+added to its scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.data.media import Kind
 from mm.data.tokens import Grid, VisualTokens
@@ -20,22 +20,22 @@ from mm.plugins.apply import plugin_errors
 from mm.plugins.features import TOWER_FEATURES
 from mm.plugins.reducer import InTower, Matched
 
-Attend = Callable[[Any, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""Block, hidden (B, n, D) and a bias (B, 1, 1, n) for each key's scores, to hidden (B, n, D) behind the attention and
-its keys (B, H, n, dh)."""
+Attend = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""A block, hidden states (B, n, D) and a bias (B, 1, 1, n) on each key's scores, to the hidden states (B, n, D) after
+the attention and the keys (B, H, n, dh)."""
 
-FeedForward = Callable[[Any, Tensor], Tensor]
-"""Block and hidden behind the attention to hidden behind the block."""
+FeedForward = Callable[[nn.Module, Tensor], Tensor]
+"""A block and the hidden states after its attention, to the hidden states after the block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """What is left of a batch of pictures, in reading order of the patches that stand for the tokens.
+    """The tokens that are left of a batch of pictures, in raster order of their anchors.
 
     Attributes:
-        hidden: (B, m, D), without tokens that are no patches.
-        anchors: (B, m) int64, the patch whose place each token has.
-        sizes: (B, m) float32, how many patches each stands for.
+        hidden: (B, m, D). Prefix tokens such as [CLS] are left out.
+        anchors: (B, m) int64, the patch whose position each token has.
+        sizes: (B, m) float32, the number of patches that each token stands for.
     """
 
     hidden: Tensor
@@ -44,12 +44,20 @@ class Merged:
 
 
 def run_blocks(
-    blocks: Sequence[Any], hidden: Tensor, num_prefix: int, merging: InTower, attend: Attend, feed_forward: FeedForward
+    blocks: Sequence[nn.Module],
+    hidden: Tensor,
+    num_prefix: int,
+    merging: InTower,
+    attend: Attend,
+    feed_forward: FeedForward,
 ) -> Merged:
-    """All `blocks` on (B, num_prefix + patches, D), merging in each what `merging` matches.
+    """Run all `blocks` on hidden states (B, num_prefix + patches, D), and merge in each block what `merging` matches.
+
+    Args:
+        num_prefix: Tokens before the patches, such as [CLS]. They are never merged.
 
     Raises:
-        ReducerFault: It failed, or matched what cannot be merged.
+        ReducerFault: `merging` failed, or matched what cannot be merged.
     """
     num_tokens, name = hidden.shape[1], type(merging).__name__
     with plugin_errors(name, "in the tower"):
@@ -63,18 +71,18 @@ def run_blocks(
             with plugin_errors(name, "in the tower"):
                 matched = merging.match(keys.float().mean(dim=1), count, num_prefix)
                 _check(matched, hidden.shape[1], count, name)
-            hidden, sizes = _carried_out(matched.slots, hidden, sizes, matched.anchors.shape[1])
+            hidden, sizes = _merge(matched.slots, hidden, sizes, matched.anchors.shape[1])
             anchors = anchors.gather(1, matched.anchors)
         hidden = feed_forward(block, hidden)
     return _in_order(hidden, anchors, sizes, num_prefix)
 
 
-def _carried_out(slots: Tensor, hidden: Tensor, sizes: Tensor, num_left: int) -> tuple[Tensor, Tensor]:
-    """Means weighted by size, in float32."""
+def _merge(slots: Tensor, hidden: Tensor, sizes: Tensor, num_left: int) -> tuple[Tensor, Tensor]:
+    """Means of the tokens of each slot, weighted by size and computed in float32, and the new sizes."""
     totals = sizes.new_zeros(len(sizes), num_left).scatter_add_(1, slots, sizes)
-    places = slots.unsqueeze(-1).expand_as(hidden)
+    targets = slots.unsqueeze(-1).expand_as(hidden)
     sums = sizes.new_zeros(len(sizes), num_left, hidden.shape[2])
-    sums.scatter_add_(1, places, hidden.float() * sizes.unsqueeze(-1))
+    sums.scatter_add_(1, targets, hidden.float() * sizes.unsqueeze(-1))
     return (sums / totals.unsqueeze(-1)).to(hidden.dtype), totals
 
 
@@ -86,14 +94,14 @@ def _in_order(hidden: Tensor, anchors: Tensor, sizes: Tensor, num_prefix: int) -
 
 
 def _check(matched: Matched, num_tokens: int, count: int, owner: str) -> None:
-    """Shapes here; that each slot has its anchor, in one look at the device."""
+    """Refuse wrong shapes and slots without their anchor. The device is waited for once or twice, not per value."""
     num_left = num_tokens - count
     if matched.slots.shape[1] != num_tokens or matched.anchors.shape[1] != num_left:
-        raise ReducerFault(owner, f"left {matched.anchors.shape[1]} of {num_tokens} tokens, but was to merge {count}")
+        raise ReducerFault(owner, f"left {matched.anchors.shape[1]} of {num_tokens} tokens, but had to merge {count}")
     slots, anchors = matched.slots, matched.anchors
     fits = (slots >= 0).all() & (slots < num_left).all() & (anchors >= 0).all() & (anchors < num_tokens).all()
     if not fits or not (slots.gather(1, anchors) == torch.arange(num_left, device=slots.device)).all():
-        raise ReducerFault(owner, "matched tokens with a slot that is none, or that another token stands for")
+        raise ReducerFault(owner, "matched tokens with a slot that does not exist, or whose anchor is in another slot")
 
 
 def merged_tokens(
@@ -104,9 +112,12 @@ def merged_tokens(
     features: Tensor,
     needs: frozenset[str],
 ) -> VisualTokens:
-    """One item of T pictures, each of (m, D) embeddings and its (anchors, sizes), on a grid of (T, h, w) cells.
+    """The visual tokens of one item of T pictures after merging.
 
     Args:
+        embeddings: (m, D) of each picture.
+        merged: Anchors and sizes, (m,) each, of each picture.
+        grid: (T, h, w), cells before merging.
         features: (T m, d), the tokens before the projector: auxiliary features where `needs` names them.
     """
     _, _, width = grid

@@ -1,7 +1,7 @@
-"""The question as the decoder embeds it, for reducers that ask which tokens bear on it.
+"""The question as the decoder embeds it, for query-aware reducers.
 
-Reads the rows of the question's tokens out of the checkpoint's file, so that an encoder process holds no language
-weights for it.
+The embeddings of the question's tokens are read from the checkpoint's file one by one, so an encoder process holds no
+language weights.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ EMBEDDING_KEY = re.compile(r"(?:^|\.)embed_tokens\.weight$")
 
 
 class TextEmbeddings:
-    """Text to rows of the checkpoint's embedding matrix.
+    """Embeds texts with the checkpoint's tokenizer and matrix of token embeddings.
 
     Args:
         folder: A checkpoint with its tokenizer.
-        device: Where the rows go.
+        device: Where the embeddings are put.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class TextEmbeddings:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def __call__(self, text: str) -> Tensor:
-        """(T, D) float32; no rows for no text.
+        """(T, D) float32, one row per token of the text. T is 0 for an empty text.
 
         Raises:
             BadCheckpoint: The checkpoint has no matrix of token embeddings.

@@ -185,7 +185,7 @@ def test_another_model_type_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(checkpoint.BadCheckpoint, match="'llama', not 'llava'"):
+    with pytest.raises(checkpoint.BadCheckpoint, match="'llama', not one of llava"):
         LlavaEncoder(tmp_path / "other")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from encoders.helpers.merging import _carried_out, run_blocks
+from encoders.helpers.merging import _merge, run_blocks
 from mm.errors import InvalidOption, ReducerFault
 from mm.plugins.reducer import Matched
 from mm.plugins.registry import create
@@ -18,7 +18,7 @@ VALUES = torch.arange(1.0, 9).reshape(1, 8, 1)
 
 def merged(sizes: torch.Tensor, num_prefix: int) -> tuple[Matched, list[float], list[float]]:
     matched = match(KEYS, 2, num_prefix)
-    values, left = _carried_out(matched.slots, VALUES, sizes, 6)
+    values, left = _merge(matched.slots, VALUES, sizes, 6)
     return matched, values.flatten().tolist(), left.flatten().tolist()
 
 

@@ -1,0 +1,103 @@
+"""What the encoders of Hugging Face checkpoints share: reading configuration, processor and weights.
+
+Only the tensors of the modules that an encoder names are read, so an encoder process never holds the language model.
+Nothing here knows an architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor
+
+from encoders.helpers.fingerprint import fingerprint
+from encoders.helpers.text import TextEmbeddings
+from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
+
+Rename = Callable[[str], str | None]
+"""A key of the checkpoint to the module's own name, or None for tensors of other modules."""
+
+
+class CheckpointEncoder:
+    """Base of encoders that belong to one or several `model_type`s of transformers.
+
+    A subclass names them in `checkpoint_types`. Its `__init__` loads its modules with `load` and then calls `finish`.
+
+    Args:
+        folder: A checkpoint: a local folder, a shipped model's name or a hub name.
+        device, dtype: Where and in what the tower computes.
+
+    Raises:
+        BadCheckpoint: The folder holds no such checkpoint.
+    """
+
+    checkpoint_types: ClassVar[tuple[str, ...]]
+    fingerprint: str
+
+    def __init__(
+        self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.path = find(folder)
+        self.model_type: str = read_config(self.path)["model_type"]
+        if self.model_type not in self.checkpoint_types:
+            allowed = ", ".join(self.checkpoint_types)
+            raise BadCheckpoint(str(self.path), f"is of model_type {self.model_type!r}, not one of {allowed}")
+        self.device, self.dtype = torch.device(device), dtype
+        self.config: Any = AutoConfig.from_pretrained(self.path, local_files_only=True)
+        self.image_processor: Any = AutoImageProcessor.from_pretrained(self.path, local_files_only=True)
+        self._text = functools.cache(lambda: TextEmbeddings(self.path, self.device))
+
+    def embed_text(self, text: str) -> Tensor:
+        """(T, D) float32: the text's tokens as the decoder embeds them."""
+        return self._text()(text)
+
+    def load(
+        self,
+        build: Callable[[], nn.Module],
+        key: re.Pattern[str],
+        rename: Callable[[nn.Module, re.Pattern[str]], Rename] | None = None,
+    ) -> nn.Module:
+        """A module of the checkpoint with its weights, ready for inference.
+
+        Args:
+            build: Builds the module; called where tensors have no memory.
+            key: Matches the keys of its tensors; the first group is the name inside the module.
+            rename: Maps keys where that is not enough.
+
+        Raises:
+            BadCheckpoint: A weight is missing, left over, or of another shape.
+        """
+        with torch.device("meta"):
+            module = build()
+        names = by_first_group(key) if rename is None else rename(module, key)
+        tensors = read_tensors(self.path, names)
+        fill_buffers(module, self.device)
+        load_module(module, tensors, dtype=self.dtype, device=str(self.device), folder=self.path)
+        return module.eval()
+
+    def finish(self, modules: dict[str, nn.Module], *processors: Any) -> None:
+        """Compute the fingerprint, once all modules are loaded.
+
+        Args:
+            modules: All modules, by name.
+            processors: Processors of transformers that are used beside the one for images.
+        """
+        settings = [
+            json.dumps(processor.to_dict(), sort_keys=True, default=str)
+            for processor in (self.image_processor, *processors)
+        ]
+        weights = [item for name, module in modules.items() for item in module.state_dict(prefix=f"{name}.").items()]
+        config = (self.path / "config.json").read_text()
+        self.fingerprint = fingerprint(self.model_type, config, *settings, str(self.dtype), tensors=weights)
+
+
+def by_first_group(key: re.Pattern[str]) -> Rename:
+    """Keys that `key` matches, renamed to its first group."""
+    return lambda name: match[1] if (match := key.match(name)) else None
