@@ -11,6 +11,7 @@
     ├── PluginError             at build, or when a request names a plugin
     │   ├── UnknownPlugin
     │   ├── MissingPackage
+    │   ├── BrokenPlugin        it is registered, but cannot be imported or built
     │   ├── InvalidOption
     │   ├── IncompatiblePlugin
     │   ├── ReducerNotAllowed   the operator does not let requests use it
@@ -191,6 +192,24 @@ class MissingPackage(PluginError):
             f"the {self.kind} {self.name!r} needs the package {self.package!r}, which is not installed; "
             "pip install 'mm-serving[all]' brings what ours need"
         )
+
+
+class BrokenPlugin(PluginError):
+    """A plugin is registered, but it cannot be imported or built. Only who names it meets this error.
+
+    Args:
+        reason: What is wrong, fit for callers of a server.
+        detail: The text of the plugin's own exception, which may hold paths; for the operator.
+    """
+
+    code = "broken_plugin"
+
+    def __init__(self, kind: str, name: str, reason: str, detail: str = "") -> None:
+        super().__init__(kind, name, reason, detail)
+        self.kind, self.name, self.reason, self.detail = kind, name, reason, detail
+
+    def __str__(self) -> str:
+        return f"the {self.kind} {self.name!r} cannot be used: {self.reason}"
 
 
 class InvalidOption(PluginError):

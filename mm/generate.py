@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,7 +15,6 @@ from mm.engine.engine import LLMEngine
 from mm.engine.loop import OutputQueue
 from mm.engine.sequence import EngineRequest
 from mm.errors import MmError
-from mm.plugins.reducer import Reducer
 from mm.plugins.spec import build_reducer
 
 
@@ -32,7 +30,7 @@ def answer(
         ContextTooLong, InvalidRequest, MediaError: Before the first event.
     """
     feed = OutputQueue()
-    job = engine.submit(request, encoded, feed, reducer_of(reducer), reducer)
+    job = engine.submit(request, encoded, feed, build_reducer(reducer), reducer)
     yield from engine.events(job, feed)
 
 
@@ -71,7 +69,11 @@ def generate_batch(
                     try:
                         encoded = done.result()
                         feed, spec = OutputQueue(), encoded.reducer
-                        running[number] = engine.submit(request, encoded.items, feed, reducer_of(spec), spec), feed, []
+                        running[number] = (
+                            engine.submit(request, encoded.items, feed, build_reducer(spec), spec),
+                            feed,
+                            [],
+                        )
                     except MmError as error:
                         yield number, error
                 engine.step()
@@ -99,9 +101,3 @@ def _drained(feed: OutputQueue, events: list[Event]) -> list[Event] | MmError | 
         else:
             raise error
     return None
-
-
-@functools.lru_cache(maxsize=256)
-def reducer_of(spec: str) -> Reducer:
-    """The reducer of a specification; immutable, so one object serves all requests."""
-    return build_reducer(spec)

@@ -1,12 +1,12 @@
-"""What reducers share: token budgets, ordered selection, the base classes, `none` and the pipeline.
+"""What reducers share: token budgets, ordered selection, checks of options, base classes, and `none`.
 
-Knows tensors and `mm.core`, never a model. Carrying a decision out is `mm.plugins.apply.apply`.
+Nothing here knows a model. `mm.plugins.apply.apply` carries a decision out.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal
 
@@ -16,8 +16,7 @@ from torch import Tensor
 from mm.data.media import Kind
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import InvalidOption
-from mm.plugins.apply import apply, plugin_errors
-from mm.plugins.reducer import Count, ReduceContext, Reducer, Reduction, Stage
+from mm.plugins.reducer import Count, ReduceContext, Reduction, Stage
 
 Rounding = Literal["half_up", "half_even", "floor", "floor_complement", "ceil"]
 
@@ -135,18 +134,23 @@ def int_option(owner: str, option: str, value: object, low: int, high: int) -> i
     return value
 
 
+class BaseReducer:
+    """What most reducers declare. A subclass declares `acts_at` and whatever differs."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    query_aware: ClassVar[bool] = False
+    count: ClassVar[Count] = "fixed"
+
+
 @dataclass(frozen=True, kw_only=True)
-class BudgetReducer:
+class BudgetReducer(BaseReducer):
     """A reducer that keeps a fixed share of the tokens. Subclasses write `select`.
 
     Attributes:
         keep_ratio: Tokens kept / tokens in, in (0, 1].
     """
 
-    stage: ClassVar[Stage] = Stage.PRE_LLM
-    needs: ClassVar[frozenset[str]] = frozenset()
-    query_aware: ClassVar[bool] = False
-    count: ClassVar[Count] = "fixed"
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.PRE_LLM,)
     rounding: ClassVar[Rounding] = "half_up"
     keep_ratio: float = 0.25
 
@@ -179,134 +183,23 @@ class ScoreReducer(BudgetReducer):
         raise NotImplementedError
 
 
-@dataclass(frozen=True, kw_only=True)
-class InsideReducer:
-    """A reducer that acts inside the decoder: what the encoder hands over stays as it is."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    query_aware: ClassVar[bool] = True
-    count: ClassVar[Count] = "fixed"
-
-    def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
-        return num_tokens
-
-    def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
-        return keep_all(tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoReduction:
-    """Keep every token: the reference every reducer is measured against."""
-
-    stage: ClassVar[Stage] = Stage.PRE_LLM
-    needs: ClassVar[frozenset[str]] = frozenset()
-    query_aware: ClassVar[bool] = False
-    count: ClassVar[Count] = "fixed"
-
-    def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
-        return num_tokens
-
-    def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
-        return keep_all(tokens)
-
-
-ORDER = tuple(Stage)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """Several reducers, one after the other: each sees what the one before it left.
-
-    Attributes:
-        stages: At least one reducer, in the order in which tokens meet them. Pipelines among them are unfolded.
+class PrefillReducer(BaseReducer):
+    """A reducer that drops tokens inside the decoder, at the input of some layers. Subclasses write `layers` and
+    `in_prefill`, see `mm.plugins.reducer.InPrefill`.
     """
 
-    stages: tuple[Reducer, ...] = ()
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.IN_PREFILL,)
+    query_aware: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.stages, list | tuple) or not self.stages:
-            raise InvalidOption(
-                "pipeline", "stages", f"has to be a tuple of reducers, got {self.stages!r}; write a + b"
-            )
-        for stage in self.stages:
-            if not isinstance(stage, Reducer):
-                raise InvalidOption("pipeline", "stages", f"takes only reducers, got {stage!r}")
-        flat = (inner for stage in self.stages for inner in (stage.stages if isinstance(stage, Pipeline) else (stage,)))
-        object.__setattr__(self, "stages", tuple(flat))
-        order = [ORDER.index(stage.stage) for stage in self.stages]
-        if order != sorted(order):
-            names = " + ".join(f"{type(stage).__name__} ({stage.stage.value})" for stage in self.stages)
-            message = f"are in an order in which tokens do not meet them: {names}; put earlier stages first"
-            raise InvalidOption("pipeline", "stages", message)
-        self._check_grids()
 
-    def _check_grids(self) -> None:
-        removing = [stage for stage in self.stages if not isinstance(stage, NoReduction)]
-        for stage in removing[1:]:
-            if getattr(stage, "needs_grid", False):
-                message = (
-                    f"put {type(stage).__name__}, which needs every cell of the grid, behind "
-                    f"{type(removing[0]).__name__}, which removes some; let it come first"
-                )
-                raise InvalidOption("pipeline", "stages", message)
+@dataclass(frozen=True, kw_only=True)
+class NoReduction(BaseReducer):
+    """Keep every token: the reference every reducer is measured against."""
 
-    @property
-    def stage(self) -> Stage:
-        """Of the first reducer."""
-        return self.stages[0].stage
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset().union(*(stage.needs for stage in self.stages))
-
-    @property
-    def query_aware(self) -> bool:
-        return any(stage.query_aware for stage in self.stages)
-
-    @property
-    def count(self) -> Count:
-        return "fixed" if all(stage.count == "fixed" for stage in self.stages) else "bounded"
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.PRE_LLM,)
 
     def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
-        for stage in self.stages:
-            num_tokens = stage.plan(num_tokens, grid, kind)
         return num_tokens
 
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
-        total, num_tokens = keep_all(tokens), tokens.num_tokens
-        aux_features = dict(context.aux_features)
-        for stage in self.stages:
-            with plugin_errors(type(stage).__name__, "before the decoder"):
-                reduction = stage.after_encode(tokens, replace(context, aux_features=aux_features))
-            aux_features = {
-                name: _follow(plane, reduction.keep, tokens.num_tokens) for name, plane in aux_features.items()
-            }
-            tokens = replace(apply(reduction, tokens, type(stage).__name__), aux_features=aux_features)
-            total = _compose(total, reduction, tokens, num_tokens)
-        return total
-
-
-def _follow(plane: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
-    """The auxiliary features of the kept tokens: their own, also where others were merged into them."""
-    per_token = plane.dim() > 0 and plane.shape[-1] == num_tokens
-    return plane.index_select(-1, keep) if per_token else plane
-
-
-def _compose(first: Reduction, then: Reduction, left: VisualTokens, num_tokens: int) -> Reduction:
-    """One decision about `num_tokens` tokens that equals `first` and `then`, which leave the tokens `left`."""
-    merged = first.merge is not None or then.merge is not None
-    resized = first.sizes is not None or then.sizes is not None
-    return Reduction(
-        keep=first.keep.index_select(0, then.keep),
-        # Sparse again, so that a row that is not finite spoils only the mean it is part of.
-        merge=(_weights(then, first.keep.shape[0]) @ _weights(first, num_tokens)).to_sparse() if merged else None,
-        sizes=left.sizes if resized else None,
-        protected=left.protected,
-    )
-
-
-def _weights(reduction: Reduction, num_tokens: int) -> Tensor:
-    """(k, num_tokens) float32: the decision as a dense matrix; a selection has a single 1 in each row."""
-    if reduction.merge is not None:
-        return (reduction.merge.to_dense() if reduction.merge.is_sparse else reduction.merge).float()
-    return torch.nn.functional.one_hot(reduction.keep, num_tokens).float()
+        return keep_all(tokens)

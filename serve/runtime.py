@@ -16,7 +16,7 @@ from mm.data.request import Request
 from mm.data.tokens import Encoded
 from mm.engine.stats import EngineStats
 from mm.errors import CapacityError
-from mm.plugins.spec import build_reducer, canonical_spec
+from mm.plugins.spec import reducer_spec
 from serve.config import ServeConfig
 
 INLINE_BYTES = 1024 * 1024
@@ -103,7 +103,7 @@ def needs_encoder(request: Request) -> bool:
 
 
 def default_reducer(config: ServeConfig) -> str:
-    return canonical_spec(build_reducer(config.model.reducer))
+    return reducer_spec(config.model.reducer).canonical
 
 
 class EncoderHalf(Protocol):

@@ -24,8 +24,8 @@ from mm.data.tokens import Encoded
 from mm.encode.pipeline import encode
 from mm.engine.sequence import EngineRequest, OutputSink
 from mm.engine.stats import EngineStats
-from mm.generate import reducer_of
 from mm.media import prepare_decoder
+from mm.plugins.spec import build_reducer
 from serve.config import ServeConfig
 from serve.runtime import Features, Load, LocalRuntime, default_reducer
 
@@ -184,7 +184,7 @@ class DecoderStage:
     async def _submitted(
         self, request: Request, encoded: Sequence[Encoded], reducer: str, sink: OutputSink
     ) -> AsyncIterator[None]:
-        submit = functools.partial(self._engine.submit, request, encoded, sink, reducer_of(reducer), reducer)
+        submit = functools.partial(self._engine.submit, request, encoded, sink, build_reducer(reducer), reducer)
         work = asyncio.get_running_loop().run_in_executor(self._prepare, submit)
         try:
             job = await asyncio.shield(work)

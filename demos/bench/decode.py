@@ -33,8 +33,8 @@ from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
 from mm.encode.pipeline import encode
 from mm.engine.loop import OutputQueue
-from mm.generate import reducer_of
 from mm.models.checkpoint import find
+from mm.plugins.spec import build_reducer
 
 QUESTION = "What is in the picture, and where is it?"
 
@@ -50,7 +50,7 @@ def our_steps(
     ]
     feeds = [OutputQueue() for _ in requests]
     for request, feed in zip(requests, feeds, strict=True):
-        engine.submit(request, encode(request, model.encode_parts).items, feed, reducer_of("none"), "none")
+        engine.submit(request, encode(request, model.encode_parts).items, feed, build_reducer("none"), "none")
     steps, model_s, step_s = [], 0.0, 0.0
     while engine.has_work:
         before, start = engine.stats, clock()

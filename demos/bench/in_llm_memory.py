@@ -27,7 +27,7 @@ from mm.engine.cache_pruning import evict
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.model_runner import Chunk, ModelRunner, PruneState
 from mm.models.language import LanguageModel
-from mm.plugins.capabilities import inner_stages
+from mm.plugins.capabilities import in_decode, in_prefill
 from mm.plugins.spec import build_reducer
 
 NUM_VISUAL, NUM_BEFORE, NUM_BEHIND = 3000, 30, 200
@@ -94,8 +94,7 @@ def build_prompt(width: int) -> Prompt:
 
 def prefill(language: LanguageModel, prompt: Prompt, cache: KVCache, spec: str) -> tuple[int, int]:
     """Largest tensor in bytes, and visual tokens left behind the last layer at which some were dropped."""
-    prefills, evictors = inner_stages(build_reducer(spec))
-    hooks = {layer: stage for stage in prefills for layer in stage.layers(language.num_layers)}
+    hooks = {layer: stage for stage in in_prefill(build_reducer(spec)) for layer in stage.layers(language.num_layers)}
     visual = prompt.is_visual.nonzero().squeeze(1)
     drops = PruneState(
         hooks=hooks,
@@ -108,7 +107,7 @@ def prefill(language: LanguageModel, prompt: Prompt, cache: KVCache, spec: str) 
     chunk = Chunk(slot=slot, embeddings=prompt.embeddings, positions=prompt.positions, drops=drops if hooks else None)
     with Largest() as largest:
         ModelRunner(language, build_attention(cache)).run([chunk])
-        evict(cache, slot, prompt, chunk, evictors)
+        evict(cache, slot, prompt, chunk, in_decode(build_reducer(spec)))
     cache.free(slot)
     if chunk.error is not None:
         raise chunk.error

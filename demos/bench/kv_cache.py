@@ -29,8 +29,8 @@ from mm.api import build_request
 from mm.data.request import Request
 from mm.encode.pipeline import encode
 from mm.engine.loop import OutputQueue
-from mm.generate import reducer_of
 from mm.models.checkpoint import find
+from mm.plugins.spec import build_reducer
 
 QUESTIONS = ("What is in the picture, and where is it?", "How many squares are there, and which one is red?")
 KEEP = 0.25
@@ -38,7 +38,7 @@ KEEP = 0.25
 
 def submit(model: mm.Model, request: Request, reducer: str) -> OutputQueue:
     feed = OutputQueue()
-    model.engine.submit(request, encode(request, model.encode_parts).items, feed, reducer_of(reducer), reducer)
+    model.engine.submit(request, encode(request, model.encode_parts).items, feed, build_reducer(reducer), reducer)
     return feed
 
 

@@ -26,8 +26,8 @@ from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
 from mm.encode.pipeline import encode
 from mm.engine.loop import OutputQueue
-from mm.generate import reducer_of
 from mm.models.checkpoint import find
+from mm.plugins.spec import build_reducer
 from serve.evaluation.report import markdown
 
 METHODS = (
@@ -69,7 +69,7 @@ def throughput(model: mm.Model, reducer: str, args: argparse.Namespace, round_nu
         while waiting and len(running) < args.in_flight:
             request, items = waiting.pop()
             running.append(OutputQueue())
-            engine.submit(request, items, running[-1], reducer_of(reducer), reducer)
+            engine.submit(request, items, running[-1], build_reducer(reducer), reducer)
         engine.step()
         running = [feed for feed in running if not _is_over(feed)]
     done = time.process_time()

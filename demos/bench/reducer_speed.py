@@ -35,7 +35,7 @@ from mm.data.tokens import Encoded, VisualTokens
 from mm.engine.loop import OutputQueue
 from mm.media import MediaBudget, image_from_array
 from mm.plugins.apply import apply
-from mm.plugins.capabilities import inner_stages
+from mm.plugins.capabilities import in_prefill
 from mm.plugins.features import ATTENTION_RECEIVED, CLS_ATTENTION, TOWER_FEATURES, TOWER_KEYS
 from mm.plugins.reducer import ReduceContext, Stage
 from mm.plugins.registry import get, names
@@ -59,7 +59,7 @@ def cpu_s(run: Callable[[], object]) -> float:
 def methods() -> list[str]:
     """All but those that act inside the tower: what they cost and save is in the tower's own time."""
     found = [name for name in names("reducer") if name not in NO_METHOD]
-    return [name for name in found if getattr(get("reducer", name), "stage", None) is not Stage.IN_VIT]
+    return [name for name in found if Stage.IN_VIT not in get("reducer", name).acts_at]
 
 
 # ── selection against prefill ─────────────────────────────────────────────────────────────────────────────────────────
@@ -141,8 +141,7 @@ def bench_select(repeats: int) -> dict[str, Any]:
         rows = []
         for method in methods():
             reducer = build_reducer(spec_of(method, KEEP_RATIO, THRESHOLD))
-            inside, _ = inner_stages(reducer)
-            if not inside:
+            if not in_prefill(reducer):
                 chosen = selection_s(method, repeats)
                 rows.append(row(method, chosen, kept_s + chosen, full_s, 1 - ideal))
             elif method in INSIDE:

@@ -54,7 +54,7 @@ from mm.errors import IncompatiblePlugin, InvalidOption
 from mm.media import MediaBudget, decode_image, decode_video
 from mm.models.checkpoint import find, weights_hash
 from mm.plugins.apply import reduce_tokens
-from mm.plugins.capabilities import tower_stage
+from mm.plugins.capabilities import in_tower
 from mm.plugins.features import BLOCK_KEYS, TEXT_EMBEDDINGS
 from mm.plugins.spec import build_reducer
 from pruning.base import NoReduction
@@ -122,14 +122,14 @@ class Bench:
 
     def encode(self, item: Item, reducer: Any, needs: frozenset[str]) -> VisualTokens:
         """By the tower, in which a reducer of that stage merges."""
-        merging = tower_stage(reducer)
+        merging = in_tower(reducer)
         hosted: dict[str, Any] = {} if merging is None else {"merging": merging}
         return self.encoder.encode([self.medium(item)], needs, **hosted)[0]
 
     def tokens(self, item: Item, reducer: Any) -> VisualTokens:
         """The item's tokens, with the auxiliary features that the reducer needs; shared unless the tower merges."""
         needs = reducer.needs
-        if tower_stage(reducer) is not None:
+        if in_tower(reducer) is not None:
             return self.encode(item, reducer, needs)
         if item.media_index not in self._tokens:
             self._tokens[item.media_index] = self.encode(item, NoReduction(), self._needs)
@@ -144,7 +144,7 @@ class Bench:
     def reduced(self, request: Request, tokens: VisualTokens, reducer: Any) -> Encoded:
         text = self.encoder.embed_text(question(request)) if TEXT_EMBEDDINGS in reducer.needs else None
         # What a tower has merged is reduced already: it left what was planned.
-        return Encoded(tokens=tokens if tower_stage(reducer) else reduce_tokens(reducer, tokens, text))
+        return Encoded(tokens=tokens if in_tower(reducer) else reduce_tokens(reducer, tokens, text))
 
     def answers(self, items: Sequence[Item], spec: str) -> dict[str, tuple[str, int, int]]:
         """Per item the answer, and its visual tokens in and kept; many at a time."""
@@ -167,7 +167,7 @@ class Bench:
 
     def encode_s(self, items: Sequence[Item], reducer: Any, repeats: int) -> float:
         """Median CPU seconds of the tower for one of the items; measured once for what several methods ask of it."""
-        key = reducer.needs, tower_stage(reducer)
+        key = reducer.needs, in_tower(reducer)
         if key not in self._encode_s:
             runs = []
             for turn in range(repeats + 1):

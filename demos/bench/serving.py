@@ -39,8 +39,8 @@ from demos.train.data.scenes import draw_scene, sample_scene
 from mm.api import build_request
 from mm.encode.pipeline import encode
 from mm.engine.loop import OutputQueue
-from mm.generate import reducer_of
 from mm.models.checkpoint import find
+from mm.plugins.spec import build_reducer
 
 WORDS = (
     "what",
@@ -113,7 +113,7 @@ def serve_ours(model: mm.Model, asks: list[Ask]) -> None:
             request = build_request(
                 ask.text, images=ask.pictures, max_new_tokens=ask.num_tokens, temperature=0, ignore_eos=True
             )
-            engine.submit(request, encode(request, model.encode_parts).items, feed, reducer_of("none"), "none")
+            engine.submit(request, encode(request, model.encode_parts).items, feed, build_reducer("none"), "none")
             running[feed] = ask
         engine.step()
         for feed, ask in list(running.items()):

@@ -26,11 +26,11 @@ from mm.encode.policy import resolve_reducer
 from mm.errors import MediaError, ReducerFault
 from mm.media import MediaBudget, content_hash, decode, fetch_item
 from mm.plugins.apply import reduce_tokens
-from mm.plugins.capabilities import tower_stage
+from mm.plugins.capabilities import in_tower
 from mm.plugins.encoder import ReadsText
 from mm.plugins.features import TEXT_EMBEDDINGS
 from mm.plugins.reducer import Reducer
-from mm.plugins.spec import canonical_spec, encode_spec
+from mm.plugins.spec import ReducerSpec
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class LoadedMedia:
     """
 
     items: tuple[LoadedItem, ...]
-    reducer: Reducer
+    reducer: ReducerSpec
     question: str = ""
 
 
@@ -88,19 +88,19 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
     Raises:
         MediaError, PluginError: As `encode`.
     """
-    reducer = resolve_reducer(request.vision, parts)
+    spec = resolve_reducer(request.vision, parts)
     budget = budget or MediaBudget(parts.limits)
     frames = request.vision.frames or parts.frames
-    asked = question(request) if TEXT_EMBEDDINGS in reducer.needs else ""
+    asked = question(request) if TEXT_EMBEDDINGS in spec.capabilities.needs else ""
     key_of = functools.partial(
         cache_key,
         fingerprint=parts.encoder.fingerprint,
-        reducer_spec=encode_spec(reducer),
+        reducer_spec=spec.before_decoder,
         tenant=request.cache_salt,
         question=asked,
     )
     items = tuple(_load_item(item, frames, budget, parts, key_of) for item in request.media)
-    return LoadedMedia(items=items, reducer=reducer, question=asked)
+    return LoadedMedia(items=items, reducer=spec, question=asked)
 
 
 def question(request: Request) -> str:
@@ -146,7 +146,7 @@ def encode_loaded(loaded: LoadedMedia, parts: EncodeParts) -> EncodedMedia:
             )
             for item in loaded.items
         ),
-        reducer=canonical_spec(loaded.reducer),
+        reducer=loaded.reducer.canonical,
     )
 
 
@@ -154,17 +154,17 @@ def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: Enco
     """The tokens of `fresh` by key; what went well is cached."""
     if not fresh:
         return {}
-    start = time.perf_counter()
+    start, reducer = time.perf_counter(), loaded.reducer.plugin
     pixels = [cast(Image | Video, item.content) for item in fresh.values()]
-    batch, fault = _run_tower(pixels, loaded.reducer, parts)
+    batch, fault = _run_tower(pixels, reducer, parts)
     text = None
-    if TEXT_EMBEDDINGS in loaded.reducer.needs:
+    if TEXT_EMBEDDINGS in reducer.needs:
         text = cast(ReadsText, parts.encoder).embed_text(loaded.question)
     encode_s = (time.perf_counter() - start) / len(fresh)
     encoded: dict[str, Encoded] = {}
     for item, tokens in zip(fresh.values(), batch, strict=True):
         start = time.perf_counter()
-        kept, item_fault = (tokens, fault) if fault else _reduce(loaded.reducer, tokens, text, parts.policy.on_error)
+        kept, item_fault = (tokens, fault) if fault else _reduce(reducer, tokens, text, parts.policy.on_error)
         timings = EncodeTimings(load_s=item.load_s, encode_s=encode_s, reduce_s=time.perf_counter() - start)
         key = "" if item_fault else item.key
         encoded[item.key] = Encoded(tokens=kept, timings=timings, key=key, fault=item_fault)
@@ -175,7 +175,7 @@ def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: Enco
 
 def _run_tower(pixels: Sequence[Image | Video], reducer: Reducer, parts: EncodeParts) -> tuple[list[VisualTokens], str]:
     """The items' tokens, and what a reducer inside the tower did wrong if the policy keeps all tokens then."""
-    merging = tower_stage(reducer)
+    merging = in_tower(reducer)
     hosted: dict[str, Any] = {} if merging is None else {"merging": merging}
     try:
         return parts.encoder.encode(pixels, needs=reducer.needs, **hosted), ""

@@ -6,41 +6,40 @@ from mm.config import ReducerPolicy
 from mm.data.request import VisionOptions
 from mm.encode.parts import EncodeParts
 from mm.errors import ReducerNotAllowed
-from mm.plugins.capabilities import check_compatible, least_keep_ratio
-from mm.plugins.reducer import Reducer
-from mm.plugins.spec import build_reducer, canonical_spec, parse_spec
+from mm.plugins.capabilities import check_compatible
+from mm.plugins.spec import ReducerSpec, reducer_spec
 
 
-def resolve_reducer(vision: VisionOptions, parts: EncodeParts) -> Reducer:
-    """The reducer a request asks for, or the default one.
+def resolve_reducer(vision: VisionOptions, parts: EncodeParts) -> ReducerSpec:
+    """The reducer that a request names, or the default one. Called once per request; the result is passed on.
 
     Raises:
-        PluginError: It is unknown, has bad options, or cannot work with this encoder.
+        PluginError: It is unknown or broken, has wrong options, is not allowed, or cannot work with this encoder.
     """
-    reducer = build_reducer(vision.reducer or parts.reducer, vision.keep_ratio)
+    spec = reducer_spec(vision.reducer or parts.reducer, vision.keep_ratio)
     if vision.reducer is not None or vision.keep_ratio is not None:
-        check_allowed(reducer, parts.policy)
-    check_compatible(reducer, parts.encoder, parts.host)
-    return reducer
+        check_allowed(spec, parts.policy)
+    check_compatible(spec.plugin, parts.encoder, parts.host)
+    return spec
 
 
-def check_allowed(reducer: Reducer, policy: ReducerPolicy) -> None:
-    """Refuse what the operator does not let requests ask for.
+def check_allowed(spec: ReducerSpec, policy: ReducerPolicy) -> None:
+    """Refuse what the operator does not let requests name.
 
     Raises:
-        ReducerNotAllowed: Says what is allowed.
+        ReducerNotAllowed: Names what is allowed.
     """
-    for name, _ in parse_spec(canonical_spec(reducer)):
-        if policy.allowed and name not in policy.allowed:
+    for part in spec.parts:
+        if policy.allowed and part.name not in policy.allowed:
             raise ReducerNotAllowed(
-                f"requests to this server may not use the reducer {name!r}; allowed: {', '.join(policy.allowed)}"
+                f"requests to this server may not use the reducer {part.name!r}; allowed: {', '.join(policy.allowed)}"
             )
     if policy.min_keep_ratio is None:
         return
-    least = least_keep_ratio(reducer)
+    least = spec.capabilities.least_keep_ratio
     if least is None or least < policy.min_keep_ratio:
-        told = "an unknown share" if least is None else f"{least:g}"
+        share = "an unknown share" if least is None else f"{least:g}"
         raise ReducerNotAllowed(
-            f"{canonical_spec(reducer)} keeps {told} of the visual tokens at worst; requests to this server may not go "
+            f"{spec.canonical} keeps {share} of the visual tokens at worst; requests to this server may not go "
             f"below {policy.min_keep_ratio:g}"
         )

@@ -41,7 +41,7 @@ from mm.engine.spec_decode.verifier import Rows, TreeVerification, verify
 from mm.engine.stats import Counters, EngineStats
 from mm.engine.summary import summary
 from mm.errors import CapacityError, DeadlineExceeded, EngineError, MmError, ReducerFault
-from mm.plugins.capabilities import positions_of
+from mm.plugins.capabilities import capabilities_of
 from mm.plugins.reducer import Reducer
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class LLMEngine:
         """
         self._check_room()
         prompt = self.family.splice(request.messages, [item.tokens for item in encoded])
-        prompt = with_positions(prompt, request.vision.positions or positions_of(reducer))
+        prompt = with_positions(prompt, request.vision.positions or capabilities_of(reducer).positions)
         max_new_tokens = answer_length(request, prompt, self.family.max_context_tokens, self.cache)
         samplers = self.samplers.make(request.sampling, prompt)
         before = time.perf_counter()

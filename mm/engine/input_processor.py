@@ -9,7 +9,7 @@ from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.model_runner import layers_of
 from mm.engine.sequence import EngineRequest
 from mm.errors import ContextTooLong, InvalidRequest, ReducerFault
-from mm.plugins.capabilities import inner_stages
+from mm.plugins.capabilities import in_decode, in_prefill
 from mm.plugins.reducer import Reducer
 
 
@@ -67,8 +67,8 @@ def add_hooks(job: EngineRequest, reducer: Reducer, num_layers: int, *, on_error
     """
     if not job.prompt.is_visual.any():
         return
-    prefill, job.evictors = inner_stages(reducer)
-    for stage in prefill:
+    job.evictors = in_decode(reducer)
+    for stage in in_prefill(reducer):
         try:
             layers = layers_of(stage, num_layers)
         except ReducerFault as error:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from mm.data.tokens import VisualTokens
 from mm.errors import MmError, ReducerFault
-from mm.plugins.reducer import ReduceContext, Reducer, Reduction
+from mm.plugins.capabilities import acts_before_decoder, acts_outside_decoder, plans_tokens
+from mm.plugins.reducer import BeforeDecoder, ReduceContext, Reducer, Reduction
 
 ROW_SUM_TOLERANCE = 1e-3
 
@@ -29,11 +31,16 @@ def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tenso
     Raises:
         ReducerFault: The reducer broke its promise (see `apply`), or kept another number of tokens than its plan says.
     """
+    if not acts_outside_decoder(reducer):
+        return tokens.without_aux_features()
     name = type(reducer).__name__
     context = ReduceContext(aux_features=tokens.aux_features, text_embeddings=text_embeddings)
+    reduced, planned = tokens.without_aux_features(), tokens.num_tokens
     with plugin_errors(name, "before the decoder"):
-        reduced = apply(reducer.after_encode(tokens, context), tokens, name)
-        planned = reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind)
+        if acts_before_decoder(reducer):
+            reduced = apply(cast(BeforeDecoder, reducer).after_encode(tokens, context), tokens, name)
+        for part in plans_tokens(reducer):
+            planned = part.plan(planned, tokens.grid, tokens.kind)
     kept = reduced.num_tokens
     if kept > planned or (kept < planned and reducer.count == "fixed"):
         raise ReducerFault(name, f"kept {kept} of {tokens.num_tokens} tokens, but its plan says {planned}")

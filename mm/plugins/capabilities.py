@@ -1,86 +1,166 @@
-"""What plugins need of each other, and what that means for a request."""
+"""What a reducer is able to do and what it needs, derived from its declaration. The only module that reads it.
+
+The parts of a pipeline are reducers themselves. Each function here looks at the parts, so a pipeline needs no rules of
+its own.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Protocol, cast, get_args
 
+from mm.data.media import Kind
 from mm.data.tokens import Positions
 from mm.errors import IncompatiblePlugin, InvalidOption
-from mm.plugins.encoder import Encoder
-from mm.plugins.features import (
-    BLOCK_KEYS,
-    TEXT_EMBEDDINGS,
-    TOWER_FEATURES,
-)
-from mm.plugins.reducer import (
-    InDecode,
-    InPrefill,
-    InTower,
-    Reducer,
-    Stage,
-)
+from mm.plugins.features import BLOCK_KEYS, TEXT_EMBEDDINGS, TOWER_FEATURES
+from mm.plugins.reducer import BeforeDecoder, Count, InDecode, InPrefill, InTower, PlansTokens, Reducer, Stage
+
+OUTSIDE_DECODER = (Stage.IN_VIT, Stage.TEMPORAL, Stage.PRE_LLM)
+"""The stages whose result is what the encoder hands over: encoded features depend on them, and on no later stage."""
+
+BEFORE_DECODER = (Stage.TEMPORAL, Stage.PRE_LLM)
+
+KINDS: frozenset[Kind] = frozenset(get_args(Kind))
 
 
-def check_compatible(reducer: Reducer, encoder: Encoder, host: str) -> None:
-    """Refuse a reducer that needs what the encoder does not supply.
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a reducer does and needs, its parts taken together.
 
-    Raises:
-        IncompatiblePlugin: Names what is missing.
+    Attributes:
+        stages: Where it acts, in the order in which a token meets the stages.
+        needs: Names of the auxiliary features that the encoder has to supply.
+        kinds: Media that at least one of its parts reduces.
+        query_aware: Whether the result depends on the question.
+        count: "fixed" when the number of kept tokens is known beforehand, "bounded" when there is an upper bound.
+        needs_grid: Whether every cell of the grid has to be present.
+        positions: "compact" where the tokens that are left are numbered anew.
+        trained: Whether it has weights of its own.
+        least_keep_ratio: Tokens kept / tokens in, at worst; None where it depends on the picture or the question.
     """
-    missing = sorted(reducer.needs - encoder.provides)
-    if missing:
-        raise IncompatiblePlugin(type(reducer).__name__, host, missing)
-    if (merging := tower_stage(reducer)) is not None:
-        lost = sorted(reducer.needs - BEHIND_MERGING) + ([BLOCK_KEYS] if BLOCK_KEYS not in encoder.provides else [])
-        if lost:
-            behind = [f"{name} with {type(merging).__name__} in its tower" for name in lost]
-            raise IncompatiblePlugin(type(reducer).__name__, host, behind)
+
+    stages: tuple[Stage, ...]
+    needs: frozenset[str]
+    kinds: frozenset[Kind]
+    query_aware: bool
+    count: Count
+    needs_grid: bool
+    positions: Positions
+    trained: bool
+    least_keep_ratio: float | None
 
 
-BEHIND_MERGING = frozenset({BLOCK_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS})
-"""What an encoder supplies, of what it provides, when tokens were merged inside its tower."""
+def capabilities_of(reducer: Reducer) -> Capabilities:
+    """What a reducer does and needs."""
+    parts = parts_of(reducer)
+    acting = {stage for part in parts for stage in part.acts_at}
+    return Capabilities(
+        stages=tuple(stage for stage in Stage if stage in acting),
+        needs=frozenset[str]().union(*(part.needs for part in parts)),
+        kinds=frozenset[Kind]().union(*(getattr(part, "kinds", KINDS) for part in parts)),
+        query_aware=any(part.query_aware for part in parts),
+        count="fixed" if all(part.count == "fixed" for part in parts) else "bounded",
+        needs_grid=any(getattr(part, "needs_grid", False) for part in parts),
+        positions="compact" if any(getattr(part, "positions", "kept") == "compact" for part in parts) else "kept",
+        trained=any(getattr(part, "trained", False) for part in parts),
+        least_keep_ratio=_least_keep_ratio(parts),
+    )
 
 
-def tower_stage(reducer: Reducer) -> InTower | None:
-    """The reducer that acts inside the tower, if there is one.
+def parts_of(reducer: Reducer) -> tuple[Reducer, ...]:
+    """The reducers of a pipeline in order, or the one there is."""
+    parts: tuple[Reducer, ...] | None = getattr(reducer, "stages", None)
+    return parts or (reducer,)
+
+
+def in_tower(reducer: Reducer) -> InTower | None:
+    """The part that acts inside the vision tower, if there is one.
 
     Raises:
         InvalidOption: There are several.
     """
-    inside: list[Any] = [stage for stage in flat_stages(reducer) if stage.stage is Stage.IN_VIT]
+    inside = [part for part in parts_of(reducer) if Stage.IN_VIT in part.acts_at]
     if len(inside) > 1:
         raise InvalidOption("pipeline", "stages", "take one reducer inside the tower, not several")
-    return inside[0] if inside else None
+    return cast(InTower, inside[0]) if inside else None
 
 
-def flat_stages(reducer: Reducer) -> tuple[Reducer, ...]:
-    """The reducers of a pipeline, or the one there is."""
-    return tuple(getattr(reducer, "stages", None) or (reducer,))
+def before_decoder(reducer: Reducer) -> tuple[BeforeDecoder, ...]:
+    """The parts that act after the projector and before the decoder, in order."""
+    return tuple(cast(BeforeDecoder, part) for part in parts_of(reducer) if acts_before_decoder(part))
 
 
-def inner_stages(reducer: Reducer) -> tuple[tuple[InPrefill, ...], tuple[InDecode, ...]]:
-    """The reducers that act inside the decoder: in prefill, and on the cache. One may be both."""
-    stages: tuple[Any, ...] = flat_stages(reducer)
-    return (
-        tuple(stage for stage in stages if hasattr(stage, "in_prefill")),
-        tuple(stage for stage in stages if hasattr(stage, "prefill_done")),
-    )
+def in_prefill(reducer: Reducer) -> tuple[InPrefill, ...]:
+    """The parts that drop tokens inside the decoder, in order."""
+    return tuple(cast(InPrefill, part) for part in parts_of(reducer) if Stage.IN_PREFILL in part.acts_at)
 
 
-def positions_of(reducer: Reducer) -> Positions:
-    """What the reducer wants of the positions behind what it drops: "compact" where one of its stages says so."""
-    asked = (getattr(stage, "positions", "kept") for stage in flat_stages(reducer))
-    return "compact" if "compact" in asked else "kept"
+def in_decode(reducer: Reducer) -> tuple[InDecode, ...]:
+    """The parts that evict entries from the KV cache, in order."""
+    return tuple(cast(InDecode, part) for part in parts_of(reducer) if Stage.IN_DECODE in part.acts_at)
 
 
-def least_keep_ratio(reducer: Reducer) -> float | None:
-    """Tokens kept / tokens in, at worst; None where it depends on the picture or the question."""
-    least, side = 1.0, 100
-    for stage in flat_stages(reducer):
-        ratio = getattr(stage, "keep_ratio", None)
-        if ratio is None and stage.count == "fixed":
-            ratio = stage.plan(side**2, (1, side, side)) / side**2
+def plans_tokens(reducer: Reducer) -> tuple[PlansTokens, ...]:
+    """The parts that have a `plan`, in order: those that act before the decoder or inside the tower."""
+    return tuple(cast(PlansTokens, part) for part in parts_of(reducer) if acts_outside_decoder(part))
+
+
+def acts_before_decoder(reducer: Reducer) -> bool:
+    """Whether it decides about an item's tokens after the projector."""
+    return any(stage in BEFORE_DECODER for stage in reducer.acts_at)
+
+
+def acts_outside_decoder(reducer: Reducer) -> bool:
+    """Whether what the encoder hands over depends on the reducer."""
+    return any(stage in OUTSIDE_DECODER for stage in reducer.acts_at)
+
+
+def _least_keep_ratio(parts: tuple[Reducer, ...]) -> float | None:
+    least = 1.0
+    for part in parts:
+        ratio = _keep_ratio(part)
         if ratio is None:
             return None
         least *= ratio
     return least
+
+
+def _keep_ratio(part: Reducer) -> float | None:
+    """Of one reducer: its option of that name, or what it plans of a large picture."""
+    ratio: float | None = getattr(part, "keep_ratio", None)
+    if ratio is None and part.count == "fixed" and all(stage in OUTSIDE_DECODER for stage in part.acts_at):
+        side = 100
+        ratio = cast(PlansTokens, part).plan(side**2, (1, side, side)) / side**2
+    return ratio
+
+
+SUPPLIED_AFTER_MERGING = frozenset({BLOCK_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS})
+"""The auxiliary features that an encoder still supplies when tokens are merged inside its tower."""
+
+
+class ProvidesFeatures(Protocol):
+    """What the compatibility check reads of an encoder, or of an encoder's class."""
+
+    @property
+    def provides(self) -> frozenset[str]: ...
+
+
+def check_compatible(reducer: Reducer, encoder: ProvidesFeatures, host: str) -> None:
+    """Refuse a reducer that needs what the encoder does not supply.
+
+    Args:
+        host: Names the encoder in the error.
+
+    Raises:
+        IncompatiblePlugin: Names what is missing.
+        InvalidOption: Several of its parts act inside the tower.
+    """
+    needs = frozenset[str]().union(*(part.needs for part in parts_of(reducer)))
+    missing = sorted(needs - encoder.provides)
+    if missing:
+        raise IncompatiblePlugin(type(reducer).__name__, host, missing)
+    if (merging := in_tower(reducer)) is not None:
+        lost = sorted(needs - SUPPLIED_AFTER_MERGING) + ([BLOCK_KEYS] if BLOCK_KEYS not in encoder.provides else [])
+        if lost:
+            after = [f"{name} with {type(merging).__name__} in its tower" for name in lost]
+            raise IncompatiblePlugin(type(reducer).__name__, host, after)

@@ -1,4 +1,16 @@
-"""What a reducer promises, at each stage where one may act."""
+"""The protocols of reducers: what each declares, and the methods it has for each stage where it acts.
+
+A reducer declares once, in `acts_at`, at which stages it acts. The methods follow from that:
+
+| stage                 | protocol        | methods                                  |
+|-----------------------|-----------------|------------------------------------------|
+| IN_VIT                | `InTower`       | plan, merges, match                      |
+| TEMPORAL, PRE_LLM     | `BeforeDecoder` | plan, after_encode                       |
+| IN_PREFILL            | `InPrefill`     | layers, in_prefill                       |
+| IN_DECODE             | `InDecode`      | prefill_done                             |
+
+`mm.plugins.capabilities` derives everything else from the declaration.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +28,7 @@ Count = Literal["fixed", "bounded"]
 
 
 class Stage(Enum):
-    """Where a reducer acts, in the order a token meets them."""
+    """Where a reducer acts, in the order in which a token meets the stages."""
 
     IN_VIT = "in_vit"
     TEMPORAL = "temporal"
@@ -25,13 +37,93 @@ class Stage(Enum):
     IN_DECODE = "in_decode"
 
 
+METHODS: dict[Stage, tuple[str, ...]] = {
+    Stage.IN_VIT: ("plan", "merges", "match"),
+    Stage.TEMPORAL: ("plan", "after_encode"),
+    Stage.PRE_LLM: ("plan", "after_encode"),
+    Stage.IN_PREFILL: ("layers", "in_prefill"),
+    Stage.IN_DECODE: ("prefill_done",),
+}
+"""The methods that a reducer has for each stage where it acts."""
+
+HOOKS = {Stage.PRE_LLM: "after_encode", Stage.IN_PREFILL: "in_prefill", Stage.IN_DECODE: "prefill_done"}
+"""Methods that no reducer has without the stage: a forgotten declaration is an error, not a method that never runs."""
+
+
+@runtime_checkable
+class Reducer(Protocol):
+    """Fewer visual tokens out of many. Immutable; its options are its dataclass fields.
+
+    This is what every reducer declares. The protocols below add the methods of each stage. Most reducers declare by
+    class variables. Four more are optional:
+
+        kinds: What it reduces, "image", "video" or both (the default). Items of another kind stay as they are.
+        needs_grid: True where every cell of the grid has to be present, so that no other reducer may come first.
+        positions: "compact" where the tokens that are left have to be numbered anew; "kept" is the default.
+        trained: True where it has weights of its own.
+
+    Attributes:
+        acts_at: The stages where it acts, in the order of `Stage`.
+        needs: Names of the auxiliary features that the encoder has to supply.
+        query_aware: Whether the result depends on the question.
+        count: "fixed" when `plan` is exact, "bounded" when it is an upper bound.
+    """
+
+    @property
+    def acts_at(self) -> tuple[Stage, ...]: ...
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def query_aware(self) -> bool: ...
+
+    @property
+    def count(self) -> Count: ...
+
+
+def declaration_problem(plugin: type[object]) -> str:
+    """What is wrong with the declaration of a reducer's class; empty where nothing is.
+
+    A pipeline derives its stages from its parts, by a property, which cannot be checked on the class.
+    """
+    declared = getattr(plugin, "acts_at", None)
+    if isinstance(declared, property):
+        return ""
+    if not isinstance(declared, tuple) or not all(isinstance(stage, Stage) for stage in declared) or not declared:
+        return f"has to declare acts_at as a tuple of stages, not {declared!r}"
+    absent = [flag for flag in ("needs", "query_aware", "count") if not hasattr(plugin, flag)]
+    if absent:
+        return f"does not declare {absent[0]!r}"
+    stages: list[Stage] = list(declared)
+    if stages != [stage for stage in Stage if stage in stages]:
+        return "has to name its stages in acts_at once each, in the order of mm.plugins.reducer.Stage"
+    return _method_problem(plugin, stages)
+
+
+def _method_problem(plugin: type[object], stages: list[Stage]) -> str:
+    """A stage without its methods, or a method whose stage is not declared and which would never be called."""
+    for stage in stages:
+        for method in METHODS[stage]:
+            if not callable(getattr(plugin, method, None)):
+                return f"acts at {stage.value} and has no method {method!r}"
+    called = {method for stage in stages for method in METHODS[stage]}
+    for stage, method in HOOKS.items():
+        if method not in called and callable(getattr(plugin, method, None)):
+            return f"has the method {method!r}, but does not declare that it acts at {stage.value}"
+    return ""
+
+
+# ── before the decoder ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """A reducer's decision about the N tokens of one item. The engine applies it to every per-token plane.
+    """A reducer's decision about the N tokens of one item. `mm.plugins.apply` carries it out.
 
     Attributes:
         keep: (k,) int64, ascending and unique: the kept tokens, or the anchors of merged ones.
-        merge: (k, N) sparse or dense weights, rows summing to 1, or None when kept tokens stay as they are.
+        merge: (k, N) sparse or dense weights whose rows sum to 1, or None when kept tokens stay as they are.
         sizes: (k,) float32, how many original tokens each stands for; None gathers the input's.
         protected: (k,) bool, kept tokens that later stages have to keep too; None gathers the input's.
     """
@@ -47,44 +139,20 @@ class ReduceContext:
     """What a reducer may know beside the tokens.
 
     Attributes:
-        aux_features: What the tower observed, by the names in `Reducer.needs`.
+        aux_features: What the encoder supplies beside the tokens, by the names in `Reducer.needs`.
         text_embeddings: (T, D), the question's tokens as the decoder embeds them; for reducers that need
-            `TEXT_EMBEDDINGS`. No rows where nothing was asked.
+            `TEXT_EMBEDDINGS`. (0, D) where the question is empty.
     """
 
-    aux_features: Mapping[str, Tensor] = field(default_factory=dict)
+    aux_features: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     text_embeddings: Tensor | None = None
 
 
-@runtime_checkable
-class Reducer(Protocol):
-    """Fewer visual tokens out of many. Immutable; options are its dataclass fields.
-
-    The four flags are class variables of most reducers; a pipeline derives them from its stages. Two more are optional:
-    `kinds`, what it reduces ("image", "video" or both, the default; items of another kind stay as they are), and
-    `needs_grid`, true where every cell of the grid has to be there, so that no other reducer may come first.
-
-    Attributes:
-        stage: Where it acts.
-        needs: Names of the auxiliary features it must be given.
-        query_aware: Whether the result depends on the question.
-        count: "fixed" when `plan` is exact, "bounded" when it is an upper bound.
-    """
-
-    @property
-    def stage(self) -> Stage: ...
-
-    @property
-    def needs(self) -> frozenset[str]: ...
-
-    @property
-    def query_aware(self) -> bool: ...
-
-    @property
-    def count(self) -> Count: ...
+class PlansTokens(Reducer, Protocol):
+    """A reducer that knows how many tokens it keeps, before anything is encoded."""
 
     def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
-        """Tokens kept of `num_tokens`, before anything is encoded.
+        """How many of `num_tokens` are kept.
 
         Args:
             grid: Cells of the unreduced item; None takes the tokens as one row.
@@ -92,9 +160,16 @@ class Reducer(Protocol):
         """
         ...
 
+
+class BeforeDecoder(PlansTokens, Protocol):
+    """A reducer of the stages TEMPORAL and PRE_LLM: after the projector and before the decoder."""
+
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
-        """Decide about one item's tokens, after the projector and before the decoder."""
+        """Decide about one item's tokens. Must not change its arguments."""
         ...
+
+
+# ── inside the vision tower ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,22 +177,22 @@ class Matched:
     """Which tokens of a batch become one. They become their mean, weighted by how many patches each stands for.
 
     Attributes:
-        slots: (B, n) int64, where each of n tokens goes among the m that are left.
-        anchors: (B, m) int64, which of the n tokens each of these stands in the place of; it is among its own.
+        slots: (B, n) int64, for each of n tokens its index among the m that are left.
+        anchors: (B, m) int64, for each token that is left the token whose position it takes; one of those it merges.
     """
 
     slots: Tensor
     anchors: Tensor
 
 
-class InTower(Protocol):
+class InTower(PlansTokens, Protocol):
     """A reducer of the stage IN_VIT: merges tokens in the tower's blocks, between attention and MLP."""
 
     def merges(self, num_patches: int, num_blocks: int) -> tuple[int, ...]:
-        """How many tokens each block merges away, so that all pictures of a batch keep equally many.
+        """How many tokens each block merges away. The same for all pictures of a batch.
 
         Raises:
-            InvalidOption: It cannot be done in so many blocks.
+            InvalidOption: So few blocks cannot merge so much.
         """
         ...
 
@@ -127,13 +202,26 @@ class InTower(Protocol):
         Args:
             keys: (B, n, dh) float32, averaged over heads.
             num_merged: How many tokens fewer are left.
-            num_prefix: Tokens in front that are no patches, [CLS] among them; they stay as they are, in front.
+            num_prefix: Leading tokens that are no patches, [CLS] among them. They are not merged and stay in front.
         """
         ...
 
 
+# ── inside the decoder ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 class PrefillView(Protocol):
-    """What a reducer sees of one prompt at the input of a decoder layer; see `mm.engine.model_runner.PrefillView`."""
+    """What a reducer sees of one prompt at the input of a decoder layer.
+
+    Attributes:
+        layer: The layer about to run, of `num_layers`.
+        hidden: (n, D), the prompt's tokens that are left.
+        visual: (V,) int64, which of these n are visual.
+        origins: (V,) int64, which of the prompt's visual tokens these are, counted over all its items.
+        items: (V,) int64, which item each of them belongs to.
+        item_sizes: Per item, visual tokens that entered the decoder.
+        protected: (V,) bool, those that an earlier stage of the reducer wants kept.
+    """
 
     layer: int
     num_layers: int
@@ -145,33 +233,43 @@ class PrefillView(Protocol):
     protected: Tensor
 
     @property
-    def num_rows(self) -> int: ...
+    def num_rows(self) -> int:
+        """n."""
+        ...
 
-    def attention_rows(self, rows: Tensor, layer: int | None = None) -> Tensor: ...
+    def attention_rows(self, rows: Tensor, layer: int | None = None) -> Tensor:
+        """(H, r, V) float32: attention of a few tokens `rows` (r,) int64 to the visual ones, without a full map.
 
-    def keys(self) -> Tensor: ...
+        Args:
+            layer: The layer about to run (the default), or the one before it.
+        """
+        ...
+
+    def keys(self) -> Tensor:
+        """(n, H_kv, d): this layer's rotated keys."""
+        ...
 
 
-class InPrefill(Protocol):
-    """A reducer of the stage IN_PREFILL: drops visual rows at the input of some decoder layers."""
+class InPrefill(Reducer, Protocol):
+    """A reducer of the stage IN_PREFILL: drops visual tokens at the input of some decoder layers."""
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        """At the input of which of `num_layers` layers it is asked, ascending; not 0."""
+        """At the input of which of `num_layers` layers `in_prefill` is called, ascending; not 0."""
         ...
 
     def in_prefill(self, layer: int, view: PrefillView) -> Tensor:
-        """(k,) int64, ascending: which of `view.visual` stay, in this layer and all above."""
+        """(k,) int64, ascending: which of `view.visual` stay, in this layer and all later ones."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheView:
-    """What a reducer sees of one prompt in the cache, layer by layer.
+    """What a reducer sees of one prompt in the KV cache, layer by layer.
 
     Attributes:
-        lengths: Rows that each layer holds.
-        visual: (V,) int64 per layer, which of these rows are visual.
-        origins: (V,) int64 per layer, which of the prompt's visual rows these are, counted over all its items.
+        lengths: Cache entries that each layer holds.
+        visual: (V,) int64 per layer, which of these entries are visual.
+        origins: (V,) int64 per layer, which of the prompt's visual tokens these are, counted over all its items.
     """
 
     lengths: tuple[int, ...]
@@ -179,9 +277,9 @@ class CacheView:
     origins: tuple[Tensor, ...]
 
 
-class InDecode(Protocol):
-    """A reducer of the stage IN_DECODE: evicts rows from the cache once the prompt is in."""
+class InDecode(Reducer, Protocol):
+    """A reducer of the stage IN_DECODE: evicts entries from the KV cache after prefill."""
 
     def prefill_done(self, view: CacheView) -> Mapping[int, Tensor]:
-        """Layer to (k,) int64 rows of its cache that stay, ascending; layers not named keep all."""
+        """Layer to (k,) int64, the entries of its cache that stay, ascending. Layers not named keep all."""
         ...

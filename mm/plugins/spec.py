@@ -1,107 +1,209 @@
-"""The text form of reducers and drafters."""
+"""The text form of reducers and drafters, and what it means.
+
+    spec   = part (" + " part)*
+    part   = name [":" option "=" value ("," option "=" value)*]
+    value  = JSON, or a plain word
+
+Several reducers make a pipeline, several drafters a hybrid. `reducer_spec` and `drafter_spec` parse a text, build the
+plugin and derive its canonical form. They do so once per distinct text and keep the result, so a request that names a
+known text costs one look-up. They load the plugins that the text names, and no others.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import json
 import re
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
-from mm.errors import InvalidOption, PluginError
-from mm.plugins.capabilities import flat_stages
+from mm.errors import BrokenPlugin, InvalidOption, MmError
+from mm.plugins import registry
+from mm.plugins.capabilities import Capabilities, acts_outside_decoder, capabilities_of
 from mm.plugins.drafter import Drafter
-from mm.plugins.reducer import (
-    Reducer,
-    Stage,
-)
-from mm.plugins.registry import PluginKind, create, get, names, options_of
+from mm.plugins.reducer import Reducer
+from mm.plugins.registry import PluginKind, create, get, options_of
+
+CACHED_SPECS = 512
+"""Distinct texts that are remembered, of reducers and of drafters each. Clients choose the texts: hence the bound."""
 
 COMMA = re.compile(r",(?![^\[]*\])")
 """Between options, not inside a list."""
 
+OptionValue = bool | int | float | str | list["OptionValue"] | dict[str, "OptionValue"] | None
+"""JSON."""
 
-def _value(text: str) -> Any:
+PluginT = TypeVar("PluginT", Reducer, Drafter)
+
+
+class Part(NamedTuple):
+    """One plugin that a text names, with its options as they are written."""
+
+    name: str
+    options: Mapping[str, OptionValue]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spec(Generic[PluginT]):
+    """What a text means. One object per distinct text, shared by all requests that give it.
+
+    Attributes:
+        text: As it was given.
+        parts: The plugins it names, in order.
+        canonical: One text per distinct configuration: every option written out, in order of name. For cache keys,
+            metrics and answers. Parses to an equal plugin.
+        plugin: The plugin that was built; immutable.
+    """
+
+    text: str
+    parts: tuple[Part, ...]
+    canonical: str
+    plugin: PluginT
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReducerSpec(Spec[Reducer]):
+    """What a reducer's text means.
+
+    Attributes:
+        before_decoder: Canonical text of the parts that act before the decoder, "none" where there are none. Encoded
+            features depend on it and not on the rest.
+        capabilities: What the reducer does and needs.
+    """
+
+    before_decoder: str
+    capabilities: Capabilities
+
+
+def parse_spec(text: str) -> tuple[Part, ...]:
+    """The parts of a text, in order. Loads no plugin.
+
+    Raises:
+        InvalidOption: The text does not follow the grammar.
+    """
+    return tuple(_parse_part(part.strip(), text) for part in text.split("+"))
+
+
+def _parse_part(part: str, text: str) -> Part:
+    name, _, tail = part.partition(":")
+    options: dict[str, OptionValue] = {}
+    for item in filter(None, (piece.strip() for piece in COMMA.split(tail))):
+        option, equals, value = (piece.strip() for piece in item.partition("="))
+        if not equals or not option or not value:
+            raise InvalidOption(name or text, item, "is not of the form option=value")
+        if option in options:
+            raise InvalidOption(name, option, "is given twice")
+        options[option] = _value(value)
+    if not name.strip():
+        raise InvalidOption(text, "name", "is missing; write name:option=value, joined by ' + '")
+    return Part(name.strip(), options)
+
+
+def _value(text: str) -> OptionValue:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def parse_spec(spec: str) -> list[tuple[str, dict[str, Any]]]:
-    """The (name, options) pairs of a specification, in order.
-
-    Raises:
-        InvalidOption: The text does not follow the grammar.
-    """
-    return [_parse_one(part.strip(), spec) for part in spec.split("+")]
-
-
-def _parse_one(part: str, spec: str) -> tuple[str, dict[str, Any]]:
-    name, _, tail = part.partition(":")
-    options: dict[str, Any] = {}
-    for item in filter(None, (piece.strip() for piece in COMMA.split(tail))):
-        option, equals, value = item.partition("=")
-        if not equals or not option.strip() or not value.strip():
-            raise InvalidOption(name or spec, item, "is not of the form option=value")
-        if option.strip() in options:
-            raise InvalidOption(name, option.strip(), "is given twice")
-        options[option.strip()] = _value(value.strip())
-    if not name.strip():
-        raise InvalidOption(spec, "name", "is missing; write name:option=value, joined by ' + '")
-    return name.strip(), options
-
-
-def build_reducer(spec: str, keep_ratio: float | None = None) -> Reducer:
-    """The reducer, or the pipeline of several, that `spec` describes.
+def reducer_spec(text: str, keep_ratio: float | None = None) -> ReducerSpec:
+    """The reducer, or the pipeline of several, that `text` describes.
 
     Args:
-        spec: See the module docstring.
-        keep_ratio: Overrides the option of that name; only for a specification of one reducer.
+        keep_ratio: Replaces the option of that name. Only for a text that names one reducer.
 
     Raises:
-        UnknownPlugin, InvalidOption: As `create`.
+        PluginError: A name is unknown or its plugin is broken, or an option is wrong.
     """
-    parts = parse_spec(spec)
+    return _reducer_spec(text, keep_ratio)
+
+
+@functools.lru_cache(maxsize=CACHED_SPECS, typed=True)
+def _reducer_spec(text: str, keep_ratio: float | None) -> ReducerSpec:
+    parts = parse_spec(text)
     if keep_ratio is not None:
-        if len(parts) > 1:
-            raise InvalidOption(
-                spec, "keep_ratio", "is ambiguous for several reducers; write it inside the specification"
-            )
-        name, options = parts[0]
-        if "keep_ratio" not in options_of(get("reducer", name)):
-            raise InvalidOption(name, "keep_ratio", "does not exist: this reducer has no such budget")
-        parts = [(name, options | {"keep_ratio": keep_ratio})]
-    reducers = [create("reducer", name, **options) for name, options in parts]
-    return reducers[0] if len(reducers) == 1 else create("reducer", "pipeline", stages=tuple(reducers))
+        parts = _with_keep_ratio(parts, text, keep_ratio)
+    reducers: list[Reducer] = []
+    written: list[str] = []
+    for part in parts:
+        with _errors_of("reducer", part.name):
+            reducers.append(create("reducer", part.name, **part.options))
+            written.append(_written(part.name, reducers[-1]))
+    plugin = reducers[0] if len(reducers) == 1 else create("reducer", "pipeline", stages=tuple(reducers))
+    with _errors_of("reducer", text):
+        capabilities = capabilities_of(plugin)
+        outside = [acts_outside_decoder(reducer) for reducer in reducers]
+    return ReducerSpec(
+        text=text,
+        parts=parts,
+        canonical=" + ".join(written),
+        plugin=plugin,
+        before_decoder=" + ".join(itertools.compress(written, outside)) or "none",
+        capabilities=capabilities,
+    )
 
 
-def build_drafter(spec: str) -> Drafter:
-    """The drafter, or the hybrid of several, that `spec` describes.
+def _with_keep_ratio(parts: tuple[Part, ...], text: str, keep_ratio: float) -> tuple[Part, ...]:
+    part, *others = parts
+    if others:
+        raise InvalidOption(text, "keep_ratio", "is ambiguous for several reducers; write it inside the specification")
+    if "keep_ratio" not in options_of(get("reducer", part.name)):
+        raise InvalidOption(part.name, "keep_ratio", "does not exist: this reducer has no such budget")
+    return (Part(part.name, {**part.options, "keep_ratio": keep_ratio}),)
+
+
+@functools.lru_cache(maxsize=CACHED_SPECS)
+def drafter_spec(text: str) -> Spec[Drafter]:
+    """The drafter, or the hybrid of several, that `text` describes.
 
     Raises:
-        UnknownPlugin, InvalidOption: As `create`.
+        PluginError: As `reducer_spec`.
     """
-    drafters = [create("drafter", name, **options) for name, options in parse_spec(spec)]
-    return drafters[0] if len(drafters) == 1 else create("drafter", "hybrid", stages=tuple(drafters))
+    parts = parse_spec(text)
+    drafters: list[Drafter] = []
+    written: list[str] = []
+    for part in parts:
+        with _errors_of("drafter", part.name):
+            drafters.append(create("drafter", part.name, **part.options))
+            written.append(_written(part.name, drafters[-1]))
+    plugin = drafters[0] if len(drafters) == 1 else create("drafter", "hybrid", stages=tuple(drafters))
+    return Spec(text=text, parts=parts, canonical=" + ".join(written), plugin=plugin)
 
 
-def canonical_spec(plugin: Any, kind: PluginKind = "reducer") -> str:
-    """One text per distinct configuration, for cache keys and metrics. Parses back to an equal plugin."""
-    stages = getattr(plugin, "stages", None)
-    if stages is not None:
-        return " + ".join(canonical_spec(stage, kind) for stage in stages)
-    for name in names(kind):
-        if get(kind, name) is type(plugin):
-            options = {option: getattr(plugin, option) for option in options_of(type(plugin))}
-            tail = ",".join(f"{option}={_written(value)}" for option, value in sorted(options.items()))
-            return f"{name}:{tail}" if tail else name
-    raise PluginError(f"{type(plugin).__qualname__} is not registered as a {kind}")
+@contextlib.contextmanager
+def _errors_of(kind: PluginKind, name: str) -> Iterator[None]:
+    """Make what a plugin's own code raises while it is built an error that names the plugin."""
+    try:
+        yield
+    except MmError:
+        raise
+    except Exception as error:
+        reason = f"building it raised {type(error).__name__}"
+        raise BrokenPlugin(kind, name, reason, str(error)) from error
 
 
-def _written(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+def _written(name: str, plugin: object) -> str:
+    """Canonical text of one part, from the built plugin: constructors convert values, such as 1 to 1.0."""
+    options = sorted(options_of(type(plugin)))
+    tail = ",".join(f"{option}={json.dumps(getattr(plugin, option), separators=(',', ':'))}" for option in options)
+    return f"{name}:{tail}" if tail else name
 
 
-def encode_spec(reducer: Reducer) -> str:
-    """Canonical text of what happens to an item's tokens before the decoder: all that encoded features depend on."""
-    outside = [stage for stage in flat_stages(reducer) if stage.stage not in (Stage.IN_PREFILL, Stage.IN_DECODE)]
-    return " + ".join(canonical_spec(stage) for stage in outside) or "none"
+def refresh() -> None:
+    """Forget built plugins and read the installed distributions again."""
+    registry.refresh()
+    _reducer_spec.cache_clear()
+    drafter_spec.cache_clear()
+
+
+def build_reducer(text: str, keep_ratio: float | None = None) -> Reducer:
+    """The plugin of `reducer_spec`."""
+    return reducer_spec(text, keep_ratio).plugin
+
+
+def build_drafter(text: str) -> Drafter:
+    """The plugin of `drafter_spec`."""
+    return drafter_spec(text).plugin

@@ -21,8 +21,8 @@ class ClipReducer(BudgetReducer):
     Subclasses write `decide`, and `num_kept` where it is not the budget.
     """
 
-    stage: ClassVar[Stage] = Stage.TEMPORAL
-    kinds: ClassVar[frozenset[str]] = frozenset({"video"})
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.TEMPORAL,)
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"video"})
     needs_grid: ClassVar[bool] = True
 
     def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:

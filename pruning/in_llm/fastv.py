@@ -10,18 +10,17 @@ Differs   from the paper's text, which averages received attention over all rows
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from mm.errors import InvalidOption
-from mm.plugins.reducer import PrefillView, Stage
-from pruning.base import InsideReducer, budget, ratio_option
+from mm.plugins.reducer import PrefillView
+from pruning.base import PrefillReducer, budget, ratio_option
 from pruning.helpers.ranking import keep_best, last_row_scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(InsideReducer):
+class FastV(PrefillReducer):
     """Keep what the question attends to (FastV).
 
     Attributes:
@@ -29,7 +28,6 @@ class FastV(InsideReducer):
         layer: The first layer that sees fewer tokens; at least 1.
     """
 
-    stage: ClassVar[Stage] = Stage.IN_PREFILL
     keep_ratio: float = 0.5
     layer: int = 2
 

@@ -52,7 +52,7 @@ class MustDrop:
         at_layers: At whose inputs tokens are filtered; empty takes the depths of the paper, 3, 7, 11 and 15 of 32.
     """
 
-    stage: ClassVar[Stage] = Stage.PRE_LLM
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.PRE_LLM, Stage.IN_PREFILL, Stage.IN_DECODE)
     query_aware: ClassVar[bool] = True
     count: ClassVar[Count] = "bounded"
     window: int = 3

@@ -12,19 +12,18 @@ Differs   from the authors' code: original positions stay (theirs counts anew af
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mm.errors import InvalidOption
-from mm.plugins.reducer import PrefillView, Stage
-from pruning.base import InsideReducer, budget, int_option, ratio_option
+from mm.plugins.reducer import PrefillView
+from pruning.base import PrefillReducer, budget, int_option, ratio_option
 from pruning.helpers.ranking import keep_best, last_row_scores, layers_option, spread
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(InsideReducer):
+class PyramidDrop(PrefillReducer):
     """Fewer visual tokens at each of several depths (PyramidDrop).
 
     Attributes:
@@ -34,7 +33,6 @@ class PyramidDrop(InsideReducer):
         at_layers: At whose inputs, one per stage; empty spreads the stages evenly over the decoder.
     """
 
-    stage: ClassVar[Stage] = Stage.IN_PREFILL
     keep_ratio: float = 0.125
     num_stages: int = 3
     at_layers: tuple[int, ...] = ()

@@ -11,18 +11,17 @@ Differs   from the paper: nothing known; all items of a request are ranked toget
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from mm.errors import InvalidOption
-from mm.plugins.reducer import PrefillView, Stage
-from pruning.base import InsideReducer, budget, ratio_option
+from mm.plugins.reducer import PrefillView
+from pruning.base import PrefillReducer, budget, ratio_option
 from pruning.helpers.ranking import keep_best, last_row_scores, layers_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheduled(InsideReducer):
+class Scheduled(PrefillReducer):
     """A share of the visual tokens per layer, ranked by the last row's attention (what `mm tune` finds).
 
     Attributes:
@@ -30,7 +29,6 @@ class Scheduled(InsideReducer):
         at_layers: At whose inputs tokens are dropped, ascending.
     """
 
-    stage: ClassVar[Stage] = Stage.IN_PREFILL
     keep_ratios: tuple[float, ...] = (0.5, 0.25)
     at_layers: tuple[int, ...] = (1, 2)
 

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from mm.data.media import Kind
-from mm.data.tokens import Grid, VisualTokens
+from mm.data.tokens import Grid
 from mm.errors import InvalidOption
 from mm.plugins.features import BLOCK_KEYS
-from mm.plugins.reducer import Count, Matched, ReduceContext, Reduction, Stage
-from pruning.base import budget, keep_all, ratio_option, unit_rows
+from mm.plugins.reducer import Matched, Stage
+from pruning.base import BaseReducer, budget, ratio_option, unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMe:
+class ToMe(BaseReducer):
     """Merge what is alike, block by block, inside the tower (ToMe).
 
     Attributes:
@@ -40,10 +40,8 @@ class ToMe:
         slope: Where tokens are merged: 0 evenly, -1 mostly in the first blocks, 1 mostly in the last.
     """
 
-    stage: ClassVar[Stage] = Stage.IN_VIT
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.IN_VIT,)
     needs: ClassVar[frozenset[str]] = frozenset({BLOCK_KEYS})
-    query_aware: ClassVar[bool] = False
-    count: ClassVar[Count] = "fixed"
     keep_ratio: float = 0.5
     slope: float = 0.0
 
@@ -76,10 +74,6 @@ class ToMe:
     def match(self, keys: Tensor, num_merged: int, num_prefix: int) -> Matched:
         """See `mm.plugins.reducer.InTower`."""
         return match(keys, num_merged, num_prefix)
-
-    def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
-        """Nothing is left to do behind the tower."""
-        return keep_all(tokens)
 
 
 def schedule(num_blocks: int, merged_per_block: int, slope: float) -> list[int]:

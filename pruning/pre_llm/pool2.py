@@ -16,18 +16,15 @@ from torch import Tensor
 
 from mm.data.media import Kind
 from mm.data.tokens import Grid, VisualTokens
-from mm.plugins.reducer import Count, ReduceContext, Reduction, Stage
-from pruning.base import keep_all, merge_means
+from mm.plugins.reducer import ReduceContext, Reduction, Stage
+from pruning.base import BaseReducer, keep_all, merge_means
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool2:
+class Pool2(BaseReducer):
     """Average every 2 x 2 neighbouring tokens."""
 
-    stage: ClassVar[Stage] = Stage.PRE_LLM
-    needs: ClassVar[frozenset[str]] = frozenset()
-    query_aware: ClassVar[bool] = False
-    count: ClassVar[Count] = "fixed"
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.PRE_LLM,)
     needs_grid: ClassVar[bool] = True
 
     def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:

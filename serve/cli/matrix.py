@@ -1,6 +1,7 @@
-"""Which reducer works with which model: built and checked as a server would, without loading any weights.
+"""Which reducer works with which model family: built and checked as a server would, without loading any weights.
 
-A family's class says what its checkpoints may supply; one that supplies less is found out when it is loaded.
+An encoder's class declares what its checkpoints may supply. A checkpoint that supplies less is refused when it is
+loaded.
 """
 
 from __future__ import annotations
@@ -8,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mm.errors import MmError, PluginError
-from mm.plugins.capabilities import check_compatible, flat_stages
-from mm.plugins.registry import get, names
-from mm.plugins.spec import build_reducer
+from mm.data.media import Kind
+from mm.errors import IncompatiblePlugin, PluginError
+from mm.plugins.capabilities import check_compatible
+from mm.plugins.encoder import Encoder
+from mm.plugins.registry import get, names, reason_of
+from mm.plugins.spec import ReducerSpec, reducer_spec
 
-KINDS = ("image", "video")
+KINDS: tuple[Kind, ...] = ("image", "video")
 NOT_LISTED = frozenset({"pipeline"})
 """Made of others, and does what they do."""
-
-HOOKS = {"in_prefill": "in_prefill", "prefill_done": "in_decode"}
-"""A method's hook inside the decoder, and the stage it means."""
 
 
 def support_matrix() -> list[dict[str, Any]]:
@@ -27,43 +27,45 @@ def support_matrix() -> list[dict[str, Any]]:
     `families` has, by family, `kinds` (what of it the reducer acts on) and `missing` (why it is refused, where it is).
     A reducer that cannot be built or imported has `unavailable` instead of all that.
     """
-    encoders = {name: get("encoder", name) for name in names("family")}
+    encoders = _encoders()
     return [_row(name, encoders) for name in names("reducer") if name not in NOT_LISTED]
 
 
-def _row(name: str, encoders: dict[str, Any]) -> dict[str, Any]:
+def _encoders() -> dict[str, type[Encoder]]:
+    """The encoder of each family. A family whose encoder cannot be imported has no column."""
+    found: dict[str, type[Encoder]] = {}
+    for name in names("family"):
+        try:
+            found[name] = get("encoder", name)
+        except PluginError:
+            continue
+    return found
+
+
+def _row(name: str, encoders: dict[str, type[Encoder]]) -> dict[str, Any]:
     try:
-        reducer = build_reducer(name)
-    except MmError as error:
-        return {"name": name, "unavailable": str(error)}
+        spec = reducer_spec(name)
+    except PluginError as error:
+        return {"name": name, "unavailable": reason_of(error)}
+    able = spec.capabilities
     return {
         "name": name,
-        "stages": stages_of(reducer),
-        "kinds": [kind for kind in KINDS if kind in _kinds(reducer)],
-        "needs": sorted(reducer.needs),
-        "query_aware": bool(reducer.query_aware),
-        "trained": bool(getattr(reducer, "trained", False)),
-        "families": {family: _support(reducer, encoder, family) for family, encoder in encoders.items()},
+        "stages": [stage.value for stage in able.stages],
+        "kinds": [kind for kind in KINDS if kind in able.kinds],
+        "needs": sorted(able.needs),
+        "query_aware": able.query_aware,
+        "trained": able.trained,
+        "families": {family: _support(spec, encoder, family) for family, encoder in encoders.items()},
     }
 
 
-def stages_of(reducer: Any) -> list[str]:
-    """Every stage at which a reducer does something, in the order a token meets them."""
-    found = dict.fromkeys(stage.stage.value for stage in flat_stages(reducer))
-    found |= dict.fromkeys(stage for hook, stage in HOOKS.items() if hasattr(reducer, hook))
-    return list(found)
-
-
-def _kinds(reducer: Any) -> frozenset[str]:
-    return frozenset(getattr(reducer, "kinds", KINDS))
-
-
-def _support(reducer: Any, encoder: Any, family: str) -> dict[str, Any]:
+def _support(spec: ReducerSpec, encoder: Any, family: str) -> dict[str, Any]:
+    """One cell. The encoder is a class, whose class variables say what its checkpoints may supply."""
     try:
-        check_compatible(reducer, encoder, family)
+        check_compatible(spec.plugin, encoder, family)
     except PluginError as error:
-        return {"kinds": [], "missing": list(getattr(error, "missing", None) or [str(error)])}
-    kinds = [kind for kind in KINDS if kind in _kinds(reducer) & frozenset(encoder.kinds)]
+        return {"kinds": [], "missing": list(error.missing) if isinstance(error, IncompatiblePlugin) else [str(error)]}
+    kinds = [kind for kind in KINDS if kind in spec.capabilities.kinds & frozenset(encoder.kinds)]
     takes = ", ".join(sorted(encoder.kinds))
     return {"kinds": kinds, "missing": [] if kinds else [f"input other than {takes}"]}
 

@@ -25,7 +25,6 @@ from mm.encode.pipeline import encode
 from mm.engine.engine import LLMEngine
 from mm.engine.loop import OutputQueue
 from mm.errors import InvalidRequest
-from mm.generate import reducer_of
 from mm.media import MediaBudget, decode_image, decode_video
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.spec import build_reducer
@@ -128,7 +127,7 @@ def compare(model: Model, job: Comparison, kind: Kind, reducers: Sequence[str]) 
         request = build_request(job.prompt, **media, **options)
         encoded = encode(request, model.encode_parts)
         feed, written = _Watching(model.engine), encoded.reducer
-        running = model.engine.submit(request, encoded.items, feed, reducer_of(written), written)
+        running = model.engine.submit(request, encoded.items, feed, build_reducer(written), written)
         answer = collect(model.engine.events(running, feed))
         if not turn:
             continue  # the first answer pays for what is done once per process

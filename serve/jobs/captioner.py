@@ -32,9 +32,8 @@ from mm.engine.engine import LLMEngine
 from mm.engine.loop import OutputQueue
 from mm.engine.sequence import EngineRequest
 from mm.errors import MmError, RequestError
-from mm.generate import reducer_of
 from mm.media import MediaBudget, content_hash, fetch
-from mm.plugins.spec import build_reducer, canonical_spec
+from mm.plugins.spec import build_reducer, reducer_spec
 from serve.jobs.discover import Item
 from serve.jobs.job import CaptionJob
 from serve.jobs.results import Version
@@ -92,7 +91,7 @@ class LocalCaptioner:
         """
         # No feature cache: every file is seen once, and equal files share a caption already.
         config = replace(job.model, cache_bytes=0)
-        reducer = canonical_spec(build_reducer(config.reducer))
+        reducer = reducer_spec(config.reducer).canonical
         parts, engine = build_encode_parts(config), build_engine(config)
         return cls(parts=parts, engine=engine, reducer=reducer, num_threads=config.num_threads)
 
@@ -105,7 +104,7 @@ class LocalCaptioner:
 
     def answer(self, request: Request, encoded: abc.Sequence[Encoded]) -> Answering:
         feed = OutputQueue()
-        taken = self.engine.submit(request, encoded, feed, reducer_of(self.reducer), self.reducer)
+        taken = self.engine.submit(request, encoded, feed, build_reducer(self.reducer), self.reducer)
         return _InEngine(self.engine, taken, feed)
 
     def step(self) -> bool:

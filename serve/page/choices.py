@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm.config import ModelConfig, SpeculationLimits
+from mm.errors import PluginError
 from mm.models.checkpoint import find
 from mm.plugins.registry import describe, get, names
 
@@ -125,6 +126,9 @@ def with_drafters(config: ModelConfig) -> ModelConfig:
 
 
 def _weights(drafter: str) -> str | None:
-    """The folder that a trained drafter looks for."""
-    plugin = get("drafter", drafter)
-    return getattr(plugin, "weights", None) if plugin.trained is True else None
+    """The folder that a trained drafter looks for; None for one that is broken, or needs no weights."""
+    try:
+        plugin = get("drafter", drafter)
+    except PluginError:
+        return None
+    return getattr(plugin, "weights", None) if getattr(plugin, "trained", False) is True else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,11 @@ from hypothesis import strategies as st
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import InvalidOption
 from mm.plugins.apply import reduce_tokens as reduce_by_context
-from mm.plugins.capabilities import flat_stages
+from mm.plugins.capabilities import acts_before_decoder, capabilities_of, in_decode, in_prefill, parts_of
 from mm.plugins.features import ATTENTION_RECEIVED, CLS_ATTENTION, TOWER_FEATURES, TOWER_KEYS
-from mm.plugins.reducer import ReduceContext, Reducer, Stage
+from mm.plugins.reducer import CacheView, ReduceContext, Reducer, Stage, declaration_problem
 from mm.plugins.registry import create, get, names, options_of
-from mm.plugins.spec import build_reducer, canonical_spec
+from mm.plugins.spec import build_reducer, reducer_spec
 from pruning.base import BudgetReducer, budget
 
 PIPELINES = [
@@ -27,10 +29,12 @@ PIPELINES = [
     "uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5",
     "random:keep_ratio=0.7,seed=5 + uniform:keep_ratio=0.3 + none",
 ]
-IN_TOWER = [name for name in names("reducer") if getattr(get("reducer", name), "stage", None) is Stage.IN_VIT]
-BEHIND = [name for name in names("reducer") if name not in ("pipeline", *IN_TOWER)]
-BUDGETED = [name for name in BEHIND if "keep_ratio" in options_of(get("reducer", name))]
-SPECS = BEHIND + PIPELINES
+ALONE = [name for name in names("reducer") if name != "pipeline"]
+IN_TOWER = [name for name in ALONE if Stage.IN_VIT in get("reducer", name).acts_at]
+AFTER_TOWER = [name for name in ALONE if acts_before_decoder(build_reducer(name))]
+IN_DECODER = [name for name in ALONE if {Stage.IN_PREFILL, Stage.IN_DECODE} & {*get("reducer", name).acts_at}]
+BUDGETED = [name for name in AFTER_TOWER if "keep_ratio" in options_of(get("reducer", name))]
+SPECS = AFTER_TOWER + PIPELINES
 GRIDS: list[Grid] = [(1, 1, 1), (1, 1, 2), (1, 1, 7), (1, 16, 16), (3, 5, 7), (8, 8, 8), (1, 27, 27)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTH = 32
@@ -49,11 +53,11 @@ def make(grid: Grid, seed: int = 0, dtype: torch.dtype = torch.float32) -> Visua
     return VisualTokens.full(embeddings, grid, "image" if t == 1 else "video", aux_features)
 
 
-def reduce_tokens(reducer: Reducer, tokens: VisualTokens) -> VisualTokens:
+def reduce_tokens(reducer: Any, tokens: VisualTokens) -> VisualTokens:
     return reduce_by_context(reducer, tokens, QUESTION)
 
 
-def planned(reducer: Reducer, tokens: VisualTokens) -> int:
+def planned(reducer: Any, tokens: VisualTokens) -> int:
     return reducer.plan(tokens.num_tokens, tokens.grid, tokens.kind)
 
 
@@ -67,20 +71,28 @@ def spec(request) -> str:
 
 
 @pytest.fixture
-def reducer(spec: str) -> Reducer:
+def reducer(spec: str) -> Any:
     return build_reducer(spec)
 
 
-def test_has_the_shape_of_a_reducer(reducer, spec):
+@pytest.mark.parametrize("spec", [*ALONE, *PIPELINES, "uniform + mustdrop + fastv:layer=9"])
+def test_what_every_reducer_declares(spec):
+    resolved = reducer_spec(spec)
+    reducer = resolved.plugin
     assert isinstance(reducer, Reducer)
-    assert isinstance(reducer.stage, Stage)
+    assert all(isinstance(stage, Stage) for stage in reducer.acts_at)
     assert isinstance(reducer.needs, frozenset)
     assert isinstance(reducer.query_aware, bool)
     assert reducer.count in ("fixed", "bounded")
     assert dataclasses.is_dataclass(reducer)
     with pytest.raises(dataclasses.FrozenInstanceError):
         reducer.anything = 1
-    assert build_reducer(canonical_spec(reducer)) == reducer
+    assert build_reducer(resolved.canonical) == reducer
+    assert reducer_spec(resolved.canonical).canonical == resolved.canonical
+    assert resolved.capabilities == capabilities_of(reducer)
+    assert not any(problem for part in parts_of(reducer) if (problem := declaration_problem(type(part))))
+    part_of_spec = reducer_spec(resolved.before_decoder)
+    assert not {Stage.IN_PREFILL, Stage.IN_DECODE} & {*part_of_spec.capabilities.stages} or "mustdrop" in spec
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -167,7 +179,7 @@ def test_the_budget_is_exact(name, keep_ratio):
         tokens = make(grid)
         num_kept = reduce_tokens(reducer, tokens).num_tokens
         assert num_kept <= planned(reducer, tokens)
-        if isinstance(reducer, BudgetReducer) and reducer.stage is Stage.PRE_LLM:
+        if isinstance(reducer, BudgetReducer) and reducer.acts_at == (Stage.PRE_LLM,):
             assert num_kept == budget(tokens.num_tokens, keep_ratio, reducer.rounding)
 
 
@@ -175,9 +187,9 @@ def test_composes_with_every_other(reducer):
     tokens = make((1, 9, 9))
     for other in SPECS:
         then = build_reducer(other)
-        if {reducer.stage, then.stage} != {Stage.PRE_LLM}:
+        if {reducer.acts_at[0], then.acts_at[0]} != {Stage.PRE_LLM}:
             continue
-        if any(getattr(stage, "needs_grid", False) for stage in flat_stages(then)) and reducer != build_reducer("none"):
+        if any(getattr(stage, "needs_grid", False) for stage in parts_of(then)) and reducer != build_reducer("none"):
             with pytest.raises(InvalidOption, match="every cell of the grid"):
                 create("reducer", "pipeline", stages=(reducer, then))
             continue
@@ -215,7 +227,7 @@ def test_values_that_are_not_finite_spoil_no_other_token(reducer, bad, share):
     grid=st.tuples(st.integers(1, 5), st.integers(0, 13), st.integers(0, 13)),
     seed=st.integers(0, 99),
     dtype=st.sampled_from(DTYPES),
-    name=st.sampled_from(BEHIND),
+    name=st.sampled_from(AFTER_TOWER),
     keep_ratio=st.sampled_from([0.01, 0.1, 0.3, 0.5, 0.77, 1.0]),
     kind=st.sampled_from(["image", "video"]),
 )
@@ -230,7 +242,7 @@ def test_any_shape_dtype_kind_and_budget(grid, seed, dtype, name, keep_ratio, ki
     assert torch.isfinite(out.sizes).all()
 
 
-def _gathered(reducer: Reducer, tokens: VisualTokens) -> dict[str, torch.Tensor]:
+def _gathered(reducer: Any, tokens: VisualTokens) -> dict[str, torch.Tensor]:
     indices = reduce_tokens(reducer, tokens).indices
     return {name: plane[..., indices] for name, plane in tokens.aux_features.items()}
 
@@ -278,3 +290,109 @@ def test_no_gradient_is_recorded(reducer):
     tokens.embeddings.requires_grad_(True)
     reduction = reducer.after_encode(tokens, ReduceContext(aux_features=tokens.aux_features, text_embeddings=QUESTION))
     assert not any(plane.requires_grad for plane in (reduction.merge, reduction.sizes) if plane is not None)
+
+
+# ── inside the decoder ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(kw_only=True)
+class Prompted:
+    """A prompt of a few text tokens, two items and a question, as a reducer sees it at the input of a layer."""
+
+    layer: int
+    num_layers: int
+    item_sizes: tuple[int, ...]
+    visual: torch.Tensor
+    origins: torch.Tensor
+    items: torch.Tensor
+    protected: torch.Tensor
+    num_rows: int
+    seed: int = 0
+
+    @classmethod
+    def whole(cls, layer: int, num_layers: int, item_sizes: tuple[int, ...], seed: int) -> Prompted:
+        num_visual = sum(item_sizes)
+        drawn = torch.rand(num_visual, generator=torch.Generator().manual_seed(seed))
+        return cls(
+            layer=layer,
+            num_layers=num_layers,
+            item_sizes=item_sizes,
+            visual=torch.arange(3, 3 + num_visual),
+            origins=torch.arange(num_visual),
+            items=torch.repeat_interleave(torch.arange(len(item_sizes)), torch.tensor(item_sizes)),
+            protected=drawn < 0.1,
+            num_rows=num_visual + 8,
+            seed=seed,
+        )
+
+    def after(self, keep: torch.Tensor, layer: int) -> Prompted:
+        return dataclasses.replace(
+            self,
+            layer=layer,
+            visual=torch.arange(3, 3 + len(keep)),
+            origins=self.origins[keep],
+            items=self.items[keep],
+            protected=self.protected[keep],
+            num_rows=self.num_rows - len(self.visual) + len(keep),
+        )
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return torch.randn(self.num_rows, WIDTH, generator=torch.Generator().manual_seed(self.seed))
+
+    def attention_rows(self, rows: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+        assert layer is None or layer in (self.layer, self.layer - 1), "only these two layers can be asked for"
+        drawn = torch.Generator().manual_seed(self.seed + self.layer)
+        return torch.rand(4, len(rows), len(self.visual), generator=drawn) / self.num_rows
+
+    def keys(self) -> torch.Tensor:
+        return self.hidden.unflatten(1, (2, -1))
+
+
+@pytest.mark.parametrize("name", IN_DECODER)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    num_layers=st.integers(10, 33),
+    item_sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_inside_the_decoder(name, num_layers, item_sizes, seed):
+    """What is kept is ascending, unique and never nothing; the same at every call; evictions keep valid entries."""
+    reducer = build_reducer(name)
+    view = Prompted.whole(1, num_layers, tuple(item_sizes), seed)
+    planes = {0: (view.visual, view.origins, view.num_rows)}
+    for dropping in in_prefill(reducer):
+        layers = dropping.layers(num_layers)
+        assert list(layers) == sorted(set(layers))
+        assert all(0 < layer < num_layers for layer in layers)
+        for layer in layers:
+            view = dataclasses.replace(view, layer=layer)
+            keep = dropping.in_prefill(layer, view)
+            assert keep.dtype is torch.int64
+            assert 0 < len(keep) <= len(view.visual)
+            assert torch.equal(keep, keep.unique())
+            assert keep[-1] < len(view.visual)
+            assert torch.equal(dropping.in_prefill(layer, view), keep)
+            view = view.after(keep, layer)
+            planes[layer] = view.visual, view.origins, view.num_rows
+    held = [planes[max(at for at in planes if at <= layer)] for layer in range(num_layers)]
+    cache = CacheView(
+        lengths=tuple(length for _, _, length in held),
+        visual=tuple(visual for visual, _, _ in held),
+        origins=tuple(origins for _, origins, _ in held),
+    )
+    for evicting in in_decode(reducer):
+        for layer, stays in evicting.prefill_done(cache).items():
+            assert stays.dtype is torch.int64
+            assert torch.equal(stays, stays.unique())
+            assert 0 < len(stays) <= cache.lengths[layer]
+            assert stays[-1] < cache.lengths[layer]
+            text = set(range(cache.lengths[layer])) - set(cache.visual[layer].tolist())
+            assert text <= set(stays.tolist()), "text was evicted"
+
+
+@pytest.mark.parametrize("name", [name for name in IN_DECODER if name not in AFTER_TOWER])
+def test_what_acts_inside_the_decoder_alone_leaves_encoded_tokens_as_they_are(name):
+    tokens = make((1, 9, 9))
+    assert same(reduce_tokens(build_reducer(name), tokens), tokens)
+    assert not hasattr(build_reducer(name), "after_encode"), "a method that does nothing"

@@ -27,6 +27,7 @@ from demos.bench.reducer_figures import (
 )
 from demos.bench.reducers import Timed, done_before, probes
 from mm.data.tokens import VisualTokens
+from mm.plugins.capabilities import acts_outside_decoder
 from mm.plugins.reducer import ReduceContext, Stage
 from mm.plugins.spec import build_reducer
 from serve.evaluation.items import read_test_set
@@ -38,12 +39,11 @@ ALL = sorted({*methods_for("image"), *methods_for("video")})
 def test_every_method_has_a_specification_at_each_of_its_ratios(method: str) -> None:
     for ratio in ratios_of(method):
         reducer = build_reducer(spec_of(method, ratio, 0.01))
-        if ratio == 1.0 and reducer.stage is Stage.PRE_LLM and not reducer.needs:
+        if ratio == 1.0 and reducer.acts_at == (Stage.PRE_LLM,) and not reducer.needs:
             tokens = VisualTokens.full(torch.randn(64, 8), (1, 8, 8), "image")
             assert len(reducer.after_encode(tokens, ReduceContext()).keep) == 64
-        planned = reducer.plan(256, (1, 16, 16))
-        outside = reducer.stage in (Stage.PRE_LLM, Stage.TEMPORAL, Stage.IN_VIT)
-        if outside and reducer.count == "fixed" and method != "none":
+        if acts_outside_decoder(reducer) and reducer.count == "fixed" and method != "none":
+            planned = reducer.plan(256, (1, 16, 16))
             assert planned == pytest.approx(max(256 * ratio, 1), abs=1) or method in ("evs", "vidcom2")
 
 

@@ -14,8 +14,8 @@ from mm.data.tokens import Encoded
 from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
 from mm.engine.sequence import EngineRequest
-from mm.generate import reducer_of
 from mm.plugins.reducer import CacheView, Reducer
+from mm.plugins.spec import build_reducer
 
 
 class Recorder:
@@ -58,7 +58,7 @@ class Question:
 
     request: Request
     encoded: Sequence[Encoded] = ()
-    reducer: Reducer = field(default_factory=lambda: reducer_of("none"))
+    reducer: Reducer = field(default_factory=lambda: build_reducer("none"))
 
     def put_to(self, engine: LLMEngine) -> tuple[EngineRequest, Recorder]:
         sink = Recorder()

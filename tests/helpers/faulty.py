@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mm.plugins.reducer import Reduction, Stage
-from pruning.base import InsideReducer, keep_all
+from pruning.base import BaseReducer, keep_all
 
 HOWS = ("raises", "nan", "duplicates", "outside", "nothing", "empty")
 
@@ -32,11 +32,14 @@ def bad_rows(how: str, num_rows: int) -> Tensor | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outer(InsideReducer):
+class Outer(BaseReducer):
     """At fault before the decoder."""
 
-    stage: ClassVar[Stage] = Stage.PRE_LLM
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.PRE_LLM,)
     how: str = "raises"
+
+    def plan(self, num_tokens: int, *_: object) -> int:
+        return num_tokens
 
     def after_encode(self, tokens, context) -> Reduction:
         if self.how == "nan":
@@ -47,10 +50,10 @@ class Outer(InsideReducer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inner(InsideReducer):
-    """At fault inside the decoder, behind a layer at which it does well."""
+class Inner(BaseReducer):
+    """At fault inside the decoder, after a layer at which it does well."""
 
-    stage: ClassVar[Stage] = Stage.IN_PREFILL
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.IN_PREFILL,)
     how: str = "raises"
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
@@ -64,10 +67,10 @@ class Inner(InsideReducer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Late(InsideReducer):
+class Late(BaseReducer):
     """At fault when the prompt is in."""
 
-    stage: ClassVar[Stage] = Stage.IN_DECODE
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.IN_DECODE,)
     how: str = "raises"
 
     def prefill_done(self, view) -> Mapping[int, Tensor] | None:
@@ -76,10 +79,10 @@ class Late(InsideReducer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compact(InsideReducer):
+class Compact(BaseReducer):
     """Keeps every other token and wants its positions counted anew."""
 
-    stage: ClassVar[Stage] = Stage.PRE_LLM
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.PRE_LLM,)
     positions: ClassVar[str] = "compact"
 
     def plan(self, num_tokens: int, *_: object) -> int:

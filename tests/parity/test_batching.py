@@ -25,7 +25,6 @@ from mm.encode.pipeline import encode
 from mm.engine.engine import LLMEngine
 from mm.engine.sequence import EngineRequest
 from mm.errors import IncompatiblePlugin
-from mm.generate import reducer_of
 from mm.models.checkpoint import find
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.registry import get, names, options_of
@@ -112,7 +111,7 @@ def request(rng: random.Random, reducer: str) -> Request:
 def question(rng: random.Random, model: mm.Model) -> Question:
     spec = rng.choice([*REDUCERS, *["none"] * 4, EVICTS])
     asked = request(rng, spec)
-    reducer: Any = KeepEverySecond(rng.choice([0, 1])) if spec == EVICTS else reducer_of(spec)
+    reducer: Any = KeepEverySecond(rng.choice([0, 1])) if spec == EVICTS else build_reducer(spec)
     return Question(request=asked, encoded=encode(asked, model.encode_parts).items, reducer=reducer)
 
 

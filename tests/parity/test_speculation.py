@@ -28,7 +28,7 @@ STAGES = ("pre_llm", "in_prefill", "in_decode")
 REDUCERS = [
     name
     for name in plugins.names("reducer")
-    if name != "pipeline" and plugins.get("reducer", name).stage.value in STAGES
+    if name != "pipeline" and plugins.get("reducer", name).acts_at[0].value in STAGES
 ]
 QUESTIONS = (
     "Describe the picture.",

@@ -13,9 +13,10 @@ from mm.errors import InvalidOption, ReducerFault
 from mm.plugins.apply import reduce_tokens
 from mm.plugins.reducer import ReduceContext, Reduction, Stage
 from mm.plugins.registry import create
-from mm.plugins.spec import build_reducer, canonical_spec
-from pruning.base import Pipeline, ScoreReducer
+from mm.plugins.spec import build_reducer, reducer_spec
+from pruning.base import ScoreReducer
 from pruning.in_llm.fastv import FastV
+from pruning.pipeline import Pipeline
 from pruning.pre_llm.divprune import DivPrune
 from pruning.pre_llm.uniform import Uniform
 
@@ -24,7 +25,7 @@ from pruning.pre_llm.uniform import Uniform
 class PairMeans:
     """Merges neighbours two by two; its sizes add up. `sparse` says how it writes the weights."""
 
-    stage: ClassVar[Stage] = Stage.PRE_LLM
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.PRE_LLM,)
     needs: ClassVar[frozenset[str]] = frozenset()
     query_aware: ClassVar[bool] = True
     count: ClassVar[str] = "bounded"
@@ -83,7 +84,7 @@ def test_equals_its_stages_one_after_the_other(stages):
     assert merges or torch.equal(at_once.embeddings, tokens.embeddings[at_once.indices])
 
 
-def test_aux_features_follows_the_tokens():
+def test_aux_features_follow_the_tokens():
     tokens = some_tokens()
     pipeline = Pipeline(stages=(Uniform(keep_ratio=0.5), ByFeature(keep_ratio=0.25)))
     first = Uniform(keep_ratio=0.5).after_encode(tokens, ReduceContext()).keep
@@ -97,21 +98,22 @@ def test_flags_follow_from_the_stages():
     assert pipeline.needs == {"cls_attention"}
     assert pipeline.query_aware
     assert pipeline.count == "bounded"
-    assert pipeline.stage is Stage.PRE_LLM
+    assert pipeline.acts_at == (Stage.PRE_LLM,)
     fixed = build_reducer("uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5")
     assert (fixed.count, fixed.query_aware, fixed.needs) == ("fixed", False, frozenset())
     assert fixed.plan(256) == 64
 
 
 def test_the_specification_names_an_equal_pipeline():
-    pipeline = build_reducer("uniform:keep_ratio=0.5 + divprune + none")
-    assert build_reducer(canonical_spec(pipeline)) == pipeline
+    spec = reducer_spec("uniform:keep_ratio=0.5 + divprune + none")
+    pipeline = spec.plugin
+    assert build_reducer(spec.canonical) == pipeline
     nested = Pipeline(stages=(Pipeline(stages=pipeline.stages[:2]), pipeline.stages[2]))
     assert nested == pipeline
 
 
 def test_a_ratio_means_the_same_however_it_is_written():
-    assert canonical_spec(create("reducer", "uniform", keep_ratio=1)) == canonical_spec(Uniform(keep_ratio=1.0))
+    assert reducer_spec("uniform:keep_ratio=1").canonical == reducer_spec("uniform", 1.0).canonical
 
 
 @pytest.mark.parametrize("stages", [(), None, 3, "uniform", ("uniform",), (Uniform(), object())])
@@ -122,7 +124,7 @@ def test_bad_stages_are_refused(stages):
 
 def test_an_order_in_which_tokens_do_not_meet_them_is_refused():
     inside = FastV(keep_ratio=0.5)
-    assert Pipeline(stages=(Uniform(keep_ratio=0.5), inside)).stage is Stage.PRE_LLM
+    assert Pipeline(stages=(Uniform(keep_ratio=0.5), inside)).acts_at == (Stage.PRE_LLM, Stage.IN_PREFILL)
     with pytest.raises(InvalidOption, match="put earlier stages first"):
         Pipeline(stages=(inside, Uniform(keep_ratio=0.5)))
 

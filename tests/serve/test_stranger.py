@@ -16,14 +16,14 @@ from typing import ClassVar
 
 import torch
 
-from mm.plugins.registry import Count, Reduction, Stage
+from mm.plugins.reducer import Count, Reduction, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class EveryNth:
     """Keep every n-th token (a stranger's)."""
 
-    stage: ClassVar[Stage] = Stage.PRE_LLM
+    acts_at: ClassVar[tuple[Stage, ...]] = (Stage.PRE_LLM,)
     needs: ClassVar[frozenset[str]] = frozenset()
     query_aware: ClassVar[bool] = False
     count: ClassVar[Count] = "fixed"

@@ -9,7 +9,7 @@ from mm.engine.model_runner import LAST_HIDDEN
 from mm.engine.spec_decode.controller import Controller
 from mm.errors import IncompatiblePlugin
 from mm.plugins.drafter import Drafter, DraftTarget, LoadedDrafter
-from mm.plugins.spec import build_drafter, canonical_spec
+from mm.plugins.spec import drafter_spec
 
 
 @dataclass(eq=False)
@@ -36,7 +36,8 @@ def load_source(spec: str, family: Any, controller: Controller) -> DrafterInstan
         MmError: There is none of that name, or it does not fit the model.
         IncompatiblePlugin: It needs what this engine does not have.
     """
-    drafter = build_drafter(spec)
+    resolved = drafter_spec(spec)
+    drafter = resolved.plugin
     loaded = drafter.load(target_of(family))
     needs: frozenset[str] = getattr(loaded, "needs", drafter.needs)
     states = frozenset(need for need in needs if need == LAST_HIDDEN or need.startswith("hidden:"))
@@ -47,7 +48,7 @@ def load_source(spec: str, family: Any, controller: Controller) -> DrafterInstan
     if unknown:
         raise IncompatiblePlugin(spec, "this engine", sorted(unknown))
     return DrafterInstance(
-        spec=canonical_spec(drafter, "drafter"),
+        spec=resolved.canonical,
         drafter=drafter,
         loaded=loaded,
         controller=controller,

@@ -27,7 +27,7 @@ from mm.engine.spec_decode.metrics import SpecDecodeStats
 from mm.engine.spec_decode.spec_state import SpecState, StepResult, observation, parts_of, prompt_seen
 from mm.errors import InvalidRequest, MmError
 from mm.plugins.drafter import NO_DRAFT, DraftBudget
-from mm.plugins.spec import build_drafter, canonical_spec
+from mm.plugins.spec import drafter_spec
 
 if TYPE_CHECKING:
     from mm.models.language import LanguageModel
@@ -65,7 +65,7 @@ class SpecDecoder:
         self.stats = SpecDecodeStats(num_accepted_per_position=[0] * limits.max_draft_tokens)
         sources = [load_source(spec, family, Controller(self.times)) for spec in limits.offered]
         self._sources = {source.spec: source for source in sources}
-        self._default = canonical_spec(build_drafter(limits.drafter), "drafter")
+        self._default = drafter_spec(limits.drafter).canonical
         self._num_served = 1
         self._speaking = [source for source in self._sources.values() if source.spec != "none"]
 
@@ -121,7 +121,7 @@ class SpecDecoder:
         if spec is None:
             return self._sources[self._default]
         try:
-            wanted = canonical_spec(build_drafter(spec), "drafter")
+            wanted = drafter_spec(spec).canonical
         except MmError as error:
             raise InvalidRequest(f"speculation.drafter: {error}", "speculation.drafter") from None
         if wanted not in self._sources:

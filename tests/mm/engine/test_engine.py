@@ -17,8 +17,8 @@ from mm.encode.pipeline import encode
 from mm.engine.engine import LLMEngine
 from mm.engine.loop import OutputQueue
 from mm.errors import CapacityError, DeadlineExceeded, EngineError, InvalidRequest, ReducerFault
-from mm.generate import reducer_of
 from mm.plugins.reducer import Stage
+from mm.plugins.spec import build_reducer
 from tests.helpers.checkpoints import random_llava
 from tests.helpers.engines import KeepEverySecond, Question, Recorder, answer_alone, assert_idle, build, run_until
 
@@ -38,7 +38,7 @@ def ask(model):
         ]
         plain = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
         request = mm.api.build_request(text, images=images, **plain | options)
-        found = reducer_of(reducer) if isinstance(reducer, str) else reducer
+        found = build_reducer(reducer) if isinstance(reducer, str) else reducer
         return Question(request=request, encoded=encode(request, model.encode_parts).items, reducer=found)
 
     return make

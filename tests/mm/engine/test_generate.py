@@ -166,7 +166,7 @@ def test_remote_media_are_off_by_default(model):
 
 def test_an_encoder_that_lacks_the_features_refuses_the_reducer(model):
     class Hungry:
-        stage = Stage.PRE_LLM
+        acts_at = (Stage.PRE_LLM,)
         needs = frozenset({"moonlight"})
 
     with pytest.raises(IncompatiblePlugin, match="moonlight"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import replace
 
 import pytest
@@ -16,12 +15,11 @@ from mm.encode.policy import check_allowed, resolve_reducer
 from mm.engine.input_processor import with_positions
 from mm.errors import ContextTooLong, InvalidRequest, ReducerFault, ReducerNotAllowed
 from mm.models.family import splice
-from mm.plugins import registry as plugins
 from mm.plugins.apply import reduce_tokens
-from mm.plugins.capabilities import positions_of
-from mm.plugins.spec import build_reducer
+from mm.plugins.spec import build_reducer, reducer_spec
 from pruning.in_vit.tome import ToMe
 from tests.helpers.checkpoints import random_qwen2_5_vl
+from tests.helpers.distributions import registered
 from tests.helpers.faulty import ENTRY_POINTS, HOWS
 from tests.parity.test_generate import picture, png
 
@@ -31,19 +29,10 @@ OPTIONS = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True, "logprobs"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def strangers():
+def strangers(tmp_path_factory):
     """Registers the reducers of tests/helpers/faulty.py beside ours."""
-    ours = importlib.metadata.entry_points
-    points = [importlib.metadata.EntryPoint(name, value, "mm.reducers") for name, value in ENTRY_POINTS.items()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            plugins.importlib.metadata,
-            "entry_points",
-            lambda **by: [*ours(**by), *points] if by.get("group") == "mm.reducers" else ours(**by),
-        )
-        plugins._entry_points.cache_clear()
+    with registered(tmp_path_factory.mktemp("strangers"), "reducer", ENTRY_POINTS):
         yield
-    plugins._entry_points.cache_clear()
 
 
 def load(on_error: OnError = "fail"):
@@ -118,7 +107,7 @@ def test_the_operator_s_limits():
 
 @pytest.mark.parametrize(("spec", "least"), [("none", "1"), ("pyramiddrop", "0.125"), ("mustdrop", "an unknown share")])
 def test_the_least_share_a_reducer_may_keep(spec, least):
-    reducer = build_reducer(spec)
+    reducer = reducer_spec(spec)
     check_allowed(reducer, ReducerPolicy(allowed=(spec,)))
     if spec != "none":
         with pytest.raises(ReducerNotAllowed, match=f"keeps {least} of"):
@@ -128,9 +117,9 @@ def test_the_least_share_a_reducer_may_keep(spec, least):
 def spliced(model, **options):
     request = mm.api.build_request(QUESTION["prompt"], images=QUESTION["images"], **options)
     encoded = encode(request, model.encode_parts).items
-    reducer = resolve_reducer(request.vision, model.encode_parts)
+    spec = resolve_reducer(request.vision, model.encode_parts)
     prompt = model.engine.family.splice(request.messages, [item.tokens for item in encoded])
-    return with_positions(prompt, request.vision.positions or positions_of(reducer))
+    return with_positions(prompt, request.vision.positions or spec.capabilities.positions)
 
 
 def test_compact_positions_count_what_is_left():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mm.errors import InvalidOption
-from mm.plugins.spec import build_reducer, canonical_spec
+from mm.plugins.spec import build_reducer, reducer_spec
 from pruning.base import budget
 from pruning.helpers.ranking import scaled, spread
 from pruning.in_llm.fastv import FastV
@@ -105,7 +105,7 @@ def test_layers_that_cannot_be_are_refused(layers):
 
 
 def test_a_list_survives_being_written():
-    reducer = build_reducer("pyramiddrop:at_layers=[2,4],num_stages=2,keep_ratio=0.25")
-    assert reducer == PyramidDrop(at_layers=(2, 4), num_stages=2, keep_ratio=0.25)
-    assert build_reducer(canonical_spec(reducer)) == reducer
-    assert build_reducer(canonical_spec(build_reducer("uniform + pyramiddrop"))).stages[1] == PyramidDrop()
+    spec = reducer_spec("pyramiddrop:at_layers=[2,4],num_stages=2,keep_ratio=0.25")
+    assert spec.plugin == PyramidDrop(at_layers=(2, 4), num_stages=2, keep_ratio=0.25)
+    assert build_reducer(spec.canonical) == spec.plugin
+    assert build_reducer(reducer_spec("uniform + pyramiddrop").canonical).stages[1] == PyramidDrop()

@@ -9,10 +9,10 @@ import pytest
 
 import serve.cli.matrix as matrix_module
 from mm.errors import PluginError
-from mm.plugins.capabilities import check_compatible
+from mm.plugins.capabilities import capabilities_of, check_compatible
 from mm.plugins.registry import get, names
-from mm.plugins.spec import build_reducer
-from serve.cli.matrix import aligned, matrix_table, stages_of, support_matrix
+from mm.plugins.spec import ReducerSpec, build_reducer, reducer_spec
+from serve.cli.matrix import aligned, matrix_table, support_matrix
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +64,20 @@ def test_a_family_that_lacks_something_is_refused_by_what_it_lacks(monkeypatch: 
 
 
 def test_one_that_cannot_be_built_is_told_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(name: str) -> Any:
+    def resolve(name: str) -> ReducerSpec:
         if name == "divprune":
             raise PluginError("it needs a package")
-        return build_reducer(name)
+        return reducer_spec(name)
 
-    monkeypatch.setattr(matrix_module, "build_reducer", build)
+    monkeypatch.setattr(matrix_module, "reducer_spec", resolve)
     table = matrix_table(support_matrix())
     assert "divprune: it needs a package" in table
     assert "\nuniform " in table
 
 
 def test_stages_of_a_pipeline_are_those_of_its_parts() -> None:
-    assert stages_of(build_reducer("uniform + fastv")) == ["pre_llm", "in_prefill"]
+    stages = capabilities_of(build_reducer("uniform + fastv")).stages
+    assert [stage.value for stage in stages] == ["pre_llm", "in_prefill"]
 
 
 def test_columns_line_up() -> None:
