@@ -147,6 +147,14 @@ def _build(model_name: str, pretrained: bool, checkpoint: str | Path | None, ima
         raise InvalidOption(
             "timm", "image_size", f"was {image_size}, but {model_name} cannot be built for it"
         ) from error
+    except Exception as error:  # of the hub's client, of torch and of safetensors, each with a tree of its own
+        if path:
+            reason = f"was {path!r}, which does not hold the weights of {model_name}: {type(error).__name__}"
+            raise InvalidOption("timm", "checkpoint", reason) from error
+        if pretrained:
+            reason = f"cannot be had for {model_name}: {type(error).__name__}; download them and give checkpoint=FILE"
+            raise InvalidOption("timm", "pretrained", reason) from error
+        raise
     patches = getattr(model, "patch_embed", None)
     if not (hasattr(model, "num_prefix_tokens") and getattr(patches, "grid_size", None)):
         raise InvalidOption(

@@ -15,12 +15,13 @@ from mm.errors import MmError
 from serve.cli.caption import caption
 from serve.cli.compare import compare
 from serve.cli.demo import demo
+from serve.cli.embed import embed
 from serve.cli.evaluate import evaluate
 from serve.cli.plugins import plugins
 from serve.cli.serve import serve
 from serve.cli.tune import tune
 
-COMMANDS = (plugins, serve, caption, compare, evaluate, tune, demo)
+COMMANDS = (plugins, serve, caption, compare, embed, evaluate, tune, demo)
 
 
 class _InOrder(click.Group):

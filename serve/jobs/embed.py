@@ -86,8 +86,7 @@ def run_embed(job: EmbedJob) -> int:
         raise JobError("no images or clips were found in: " + ", ".join(job.inputs))
     parts = build_encode_parts(job.model, job.encoder)
     if getattr(parts.encoder, "has_random_weights", False):
-        _warn(f"the weights of {parts.host} are random: its embeddings are for tests only; give pretrained=true or")
-        _warn("checkpoint=FILE for weights that mean something")
+        _warn(f"{parts.host} has random weights, for tests only; give pretrained=true or checkpoint=FILE")
     rows = list(_rows(found.items, job, parts))
     if rows:
         _write(job.out, rows, parts.host)

@@ -13,7 +13,7 @@ from mm.plugins.registry import KINDS, names
 from serve.cli.app import app, main
 from tests.serve.conftest import free_port
 
-COMMANDS = ["", "serve", "caption", "compare", "eval", "tune", "demo", "plugins"]
+COMMANDS = ["", "serve", "caption", "compare", "embed", "eval", "tune", "demo", "plugins"]
 
 HELP = """
 import sys, time
