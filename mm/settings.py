@@ -25,11 +25,12 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 class Bounds:
     """What a field says about itself; the arguments of `setting`."""
 
-    help: str
+    help: str = ""
     min: float | None = None
     max: float | None = None
     above: float | None = None
     choices: tuple[str, ...] = ()
+    max_chars: int | None = None
     cli: str | None = None
     flag: str | None = None
     hidden: bool = False
@@ -65,6 +66,7 @@ def setting(
     max: float | None = None,
     above: float | None = None,
     choices: tuple[str, ...] = (),
+    max_chars: int | None = None,
     cli: str | None = None,
     flag: str | None = None,
     hidden: bool = False,
@@ -77,15 +79,25 @@ def setting(
         min, max: Smallest and largest value that is allowed.
         above: A bound that the value has to exceed.
         choices: The texts that are allowed; not needed where the type is a `Literal`.
+        max_chars: Longest text over HTTP; there it cannot be empty either.
         cli: Public name, where it differs from the field's. "frames" makes `--frames`, `MM_FRAMES` and the key
             `frames`.
         flag: A choice that the option stands for: with `cli="lenient"` and `flag="keep_all"` the command line has
             `--lenient` without a value, which sets "keep_all".
-        hidden: Whether the command line leaves it out.
+        hidden: Whether the command line and HTTP leave it out.
         secret: Whether its value is never printed.
     """
     bounds = Bounds(
-        help=help, min=min, max=max, above=above, choices=choices, cli=cli, flag=flag, hidden=hidden, secret=secret
+        help=help,
+        min=min,
+        max=max,
+        above=above,
+        choices=choices,
+        max_chars=max_chars,
+        cli=cli,
+        flag=flag,
+        hidden=hidden,
+        secret=secret,
     )
     return cast(T, field(default=default, repr=not secret, metadata={KEY: bounds}))
 

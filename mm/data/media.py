@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mm.settings import setting
+
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
@@ -98,6 +100,6 @@ class FrameSampling:
         max_frames: Upper bound with `fps`. A clip that needs more frames is sampled evenly at this number.
     """
 
-    num_frames: int = 8
-    fps: float | None = None
-    max_frames: int = 32
+    num_frames: int = setting(8, min=1, help="Frames taken of a clip, evenly spread.")
+    fps: float | None = setting(None, above=0, max=1000, help="Frames per second taken of a clip.")
+    max_frames: int = setting(32, hidden=True, help="Upper bound with `fps`.")

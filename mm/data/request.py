@@ -1,4 +1,4 @@
-"""One request: messages, media, and what is asked of the answer."""
+"""One request: its messages, its media, and the options of its answer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from mm.data.media import FrameSampling, Kind, Media
 from mm.data.sampling_params import SamplingParams
 from mm.data.tokens import Positions
 from mm.errors import InvalidRequest
+from mm.settings import setting, settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class TextPart:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaPart:
-    """A place in a message where the request's `media[index]` stands."""
+    """Marks where in a message the request's `media[index]` belongs."""
 
     index: int
     kind: Kind
@@ -42,38 +43,45 @@ class VisionOptions:
         keep_ratio: Tokens kept / tokens in, for the one reducer named (or the default one).
         return_map: Report which tokens were kept.
         return_timings: Report the seconds of each stage.
-        frames: Which frames of clips are looked at; None takes the server's default.
-        positions: "kept" leaves every row where it stands in the unreduced prompt; "compact" counts anew what enters
-            the decoder, so that only that has to fit the context. None leaves it to the reducer, whose default is kept.
+        frames: Which frames of a clip the encoder gets; None takes the server's default.
+        positions: "kept" leaves each token the position that it has in the unreduced prompt. "compact" numbers the
+            tokens that enter the decoder anew, so that only they have to fit the context. None leaves the choice to the
+            reducer, whose default is "kept".
     """
 
-    reducer: str | None = None
-    keep_ratio: float | None = None
-    positions: Positions | None = None
-    return_map: bool = False
-    return_timings: bool = False
+    reducer: str | None = setting(
+        None, max_chars=500, help='Such as "divprune:keep_ratio=0.25"; the server\'s default if absent.'
+    )
+    keep_ratio: float | None = setting(None, above=0, max=1, help="Tokens kept / tokens in.")
+    positions: Positions | None = setting(
+        None, help="Whether positions are counted anew after dropped tokens; the reducer's choice if absent."
+    )
+    return_map: bool = setting(False, help="Report which tokens were kept.")
+    return_timings: bool = setting(False, help="Report how many seconds each stage took.")
     frames: FrameSampling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculationOptions:
-    """What a request asks of drafting, within what the operator allows. It changes how fast an answer comes, not what.
+    """What a request asks of drafting, as far as the operator allows it. It changes an answer's speed, not its text.
 
     Attributes:
         drafter: A drafter specification such as "copy" or "copy + recycle"; None takes the server's default.
-        max_draft_tokens: Drafted tokens per pass; 0 drafts nothing, None takes the server's limit.
+        max_draft_tokens: Drafted tokens per step; 0 drafts nothing, None takes the server's limit.
     """
 
-    drafter: str | None = None
-    max_draft_tokens: int | None = None
+    drafter: str | None = setting(
+        None, max_chars=500, help='One that the server allows, such as "copy", or "none"; its default if absent.'
+    )
+    max_draft_tokens: int | None = setting(
+        None, min=0, max=255, help="Drafted tokens per step, up to the server's limit; 0 drafts nothing."
+    )
 
     def __post_init__(self) -> None:
-        most = self.max_draft_tokens
-        if self.drafter is not None and not isinstance(self.drafter, str):
-            raise InvalidRequest("speculation.drafter has to be a drafter's name", "speculation.drafter")
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
-            name = "speculation.max_draft_tokens"
-            raise InvalidRequest(f"{name} was {most!r}; it has to be a whole number, at least 0", name)
+        for one in settings_of(type(self)):
+            if problem := one.problem(one.value_in(self)):
+                name = f"speculation.{one.name}"
+                raise InvalidRequest(f"{name} {problem}", name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""From bytes on the wire to a call whose media are at hand, without holding up the event loop."""
+"""Reads a request's body and fetches its media, without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mm.data.request import Request
 from mm.errors import InvalidRequest
 from mm.media import MediaBudget, fetch
 from serve.api.errors import PayloadTooLarge
-from serve.api.schema import parse_json
+from serve.api.parse import parse_json
 
 INLINE_BYTES = 64 * 1024
 """Bodies above this are parsed in a thread."""
@@ -24,7 +24,7 @@ async def read_json(http: HttpRequest, max_bytes: int) -> Any:
     """The request's body.
 
     Raises:
-        PayloadTooLarge: As soon as that is known.
+        PayloadTooLarge: It is too large; raised as soon as that is known.
         InvalidRequest: It is not JSON.
     """
     announced = http.headers.get("content-length", "")
@@ -41,14 +41,14 @@ async def read_json(http: HttpRequest, max_bytes: int) -> Any:
 
 
 async def with_media(request: Request, limits: MediaLimits, policy: SourcePolicy) -> Request:
-    """The request with every source resolved to its bytes.
+    """The request with the bytes of every media source.
 
     Raises:
         MediaError: A source is not allowed, too large or broken; names the field.
     """
     if not request.media:
         return request
-    # Whatever the operator allows elsewhere, nobody names a path of this machine over HTTP.
+    # Over HTTP nobody may name a path of this machine, whatever the policy allows elsewhere.
     policy = replace(policy, allow_paths=False)
     return replace(request, media=await asyncio.to_thread(_fetched, request.media, limits, policy))
 

@@ -1,13 +1,13 @@
-"""Exceptions to answers: the only place that knows which status code belongs to which error.
+"""Exceptions to HTTP responses: the only place that knows which status code belongs to which error.
 
-Messages of ours are written for callers; anything else becomes a fixed sentence, and the log has the rest.
+The messages of our own errors are written for clients. For any other error the client gets a fixed sentence, and the
+log has the traceback.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.exceptions import HTTPException
 
@@ -17,12 +17,13 @@ from mm.errors import (
     InvalidOption,
     InvalidRequest,
     MediaError,
+    MmError,
     PluginError,
     ReducerFault,
     RequestError,
     UnknownModel,
 )
-from serve.api.render import to_json
+from serve.api.render import JsonObject, to_json
 from serve.runtime import Unavailable
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ VISION_FIELDS = ("keep_ratio", "reducer", "num_frames", "fps")
 
 
 class PayloadTooLarge(RequestError):
-    """The body is larger than the server takes."""
+    """The body is larger than the server accepts."""
 
     code = "payload_too_large"
 
@@ -45,7 +46,7 @@ class PayloadTooLarge(RequestError):
 
 
 class Unauthorized(RequestError):
-    """No key, or a wrong one."""
+    """The request has no API key, or a wrong one."""
 
     code = "invalid_api_key"
 
@@ -54,8 +55,8 @@ class Unauthorized(RequestError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
-    """An error as callers see it."""
+class ErrorResponse:
+    """An error as the client sees it."""
 
     status: int
     type: str
@@ -65,7 +66,7 @@ class Failure:
     headers: dict[str, str] = field(default_factory=dict)
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> JsonObject:
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
@@ -74,8 +75,7 @@ class Failure:
         return to_json(self.body)
 
 
-STATUS: tuple[tuple[type[Exception], int, str], ...] = (
-    # first match counts
+STATUS: tuple[tuple[type[MmError], int, str], ...] = (
     (UnknownModel, 404, "NotFoundError"),
     (Unauthorized, 401, "authentication_error"),
     (PayloadTooLarge, 413, "invalid_request_error"),
@@ -86,33 +86,36 @@ STATUS: tuple[tuple[type[Exception], int, str], ...] = (
     (ReducerFault, 500, "server_error"),
     (PluginError, 400, "invalid_request_error"),
 )
+"""Status and type by error; the first class that fits counts."""
 
 
-def failure_of(error: BaseException, request_id: str = "-") -> Failure:
-    """What the caller is told about `error`. What is our fault is logged with its traceback."""
+def error_response(error: BaseException, request_id: str = "-") -> ErrorResponse:
+    """The response to `error`. Errors of the server are logged with their traceback."""
     if isinstance(error, HTTPException):
         return _http(error)
-    for kind, status, type_ in STATUS:
-        if isinstance(error, kind) and status < 500:
-            return _known(error, status, type_)
-        if isinstance(error, kind):
-            log.warning("request_id=%s status=%d error=%s", request_id, status, type(error).__name__, exc_info=error)
-            told = isinstance(error, CapacityError | ReducerFault)
-            return _known(error, status, type_) if told else _internal()
+    if isinstance(error, MmError):
+        for kind, status, type_ in STATUS:
+            if isinstance(error, kind):
+                if status >= 500:
+                    name = type(error).__name__
+                    log.warning("request_id=%s status=%d error=%s", request_id, status, name, exc_info=error)
+                return _known(error, status, type_)
     log.error("request_id=%s status=500 error=%s", request_id, type(error).__name__, exc_info=error)
     return _internal()
 
 
-def _known(error: Any, status: int, type_: str) -> Failure:
+def _known(error: MmError, status: int, type_: str) -> ErrorResponse:
     headers = {}
     if isinstance(error, CapacityError) and status in (429, 503):
         headers["Retry-After"] = str(error.retry_after_s)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return Failure(status=status, type=type_, code=error.code, message=str(error), param=_param(error), headers=headers)
+    return ErrorResponse(
+        status=status, type=type_, code=error.code, message=str(error), param=_param(error), headers=headers
+    )
 
 
-def _param(error: Any) -> str | None:
+def _param(error: MmError) -> str | None:
     if isinstance(error, InvalidRequest | MediaError | UnknownModel):
         return error.param
     if isinstance(error, InvalidOption) and error.option in VISION_FIELDS:
@@ -120,16 +123,16 @@ def _param(error: Any) -> str | None:
     return "vision.reducer" if isinstance(error, PluginError) else None
 
 
-def _internal() -> Failure:
-    return Failure(status=500, type="server_error", code="internal_error", message=INTERNAL)
+def _internal() -> ErrorResponse:
+    return ErrorResponse(status=500, type="server_error", code="internal_error", message=INTERNAL)
 
 
-def _http(error: HTTPException) -> Failure:
-    """Starlette's own refusals: unknown path, wrong method."""
+def _http(error: HTTPException) -> ErrorResponse:
+    """The response to an error of Starlette's own: an unknown path, or a wrong method."""
     message, code = {
         404: ("there is nothing at this path", "not_found"),
         405: ("this path does not take this method; see the Allow header", "method_not_allowed"),
     }.get(error.status_code, ("the request cannot be served", "invalid_request"))
     type_ = "NotFoundError" if error.status_code == 404 else "invalid_request_error"
     headers = dict(error.headers or {})
-    return Failure(status=error.status_code, type=type_, code=code, message=message, headers=headers)
+    return ErrorResponse(status=error.status_code, type=type_, code=code, message=message, headers=headers)

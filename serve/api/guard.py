@@ -1,6 +1,6 @@
-"""What surrounds every request: its id, the key, and the promise that whatever happens is answered in OpenAI's form.
+"""Middleware around every request: its id, the check of the API key, and an error response in OpenAI's form.
 
-Plain ASGI, so that streams pass through untouched.
+Plain ASGI, so that streamed responses are not buffered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api.errors import Failure, Unauthorized, failure_of
+from serve.api.errors import ErrorResponse, Unauthorized, error_response
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +24,10 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Guard:
-    """Request id, API key and last resort.
+    """Gives every request an id, checks its API key, and answers the errors that nothing else caught.
 
     Args:
-        api_keys: Keys that let a request in; none lets everyone in.
+        api_keys: Keys that clients may send; none lets every client in.
         echo_request_id: Whether to send `x-request-id` back; Ray Serve's proxy does that itself.
     """
 
@@ -45,7 +45,7 @@ class Guard:
         start = time.perf_counter()
         status = 0
         is_head = scope["method"] == "HEAD"
-        if is_head:  # routed as GET, and its answer's body held back
+        if is_head:  # routed as GET; the body of the response is dropped
             scope["method"] = "GET"
 
         async def send_with_id(message: Message) -> None:
@@ -60,14 +60,14 @@ class Guard:
 
         try:
             if self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
-                await _answer(failure_of(Unauthorized()), send_with_id)
+                await _send(error_response(Unauthorized()), send_with_id)
             else:
                 await self._app(scope, receive, send_with_id)
         except Exception as error:
-            failure = failure_of(error, request_id)
+            response = error_response(error, request_id)
             if status:
-                raise  # the answer has begun: all that is left is to break it off
-            await _answer(failure, send_with_id)
+                raise  # the response has begun, so the connection can only be closed
+            await _send(response, send_with_id)
         finally:
             log.info(
                 "request_id=%s method=%s path=%r status=%d seconds=%.3f",
@@ -81,7 +81,7 @@ class Guard:
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         offered = given.strip().encode() if scheme.lower() == "bearer" else b""
-        # Every key is compared, so that the time does not say which one was close.
+        # Every key is compared, so that the time does not reveal which one was close.
         return sum(hmac.compare_digest(offered, key) for key in self._keys) > 0
 
 
@@ -90,9 +90,9 @@ def _request_id(headers: Headers) -> str:
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-async def _answer(failure: Failure, send: Send) -> None:
-    content = failure.content
-    headers = {"content-type": "application/json", "content-length": str(len(content))} | failure.headers
+async def _send(response: ErrorResponse, send: Send) -> None:
+    content = response.content
+    headers = {"content-type": "application/json", "content-length": str(len(content))} | response.headers
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": failure.status, "headers": raw})
+    await send({"type": "http.response.start", "status": response.status, "headers": raw})
     await send({"type": "http.response.body", "body": content})

@@ -1,4 +1,4 @@
-"""Events to OpenAI's JSON: whole answers, chunks and usage. Pure functions; the same bytes wherever they run."""
+"""Events to OpenAI's JSON: whole completions, chunks and usage. Pure functions: equal events give equal bytes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from typing import Any
 
 from mm.data.outputs import Delta, Event, KeptMap, Summary, TokenLogprob, Usage
 
+JsonObject = dict[str, Any]
+"""A JSON object."""
+
 LEAST_LOGPROB = -9999.0
 """What OpenAI sends for a probability of 0, whose logarithm JSON cannot hold."""
 
 
 def to_json(value: Any) -> bytes:
-    """Compact UTF-8. A lone surrogate, which only an error message could quote, stays an escape."""
+    """Compact JSON in UTF-8. A lone surrogate, which only an error message can quote, stays an escape."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(
         "utf-8", "backslashreplace"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
-    """What every piece of one answer repeats."""
+class ResponseMeta:
+    """The fields that every chunk of one response repeats."""
 
     request_id: str
     model: str
     created: int
 
-    def fields(self, object_: str) -> dict[str, Any]:
+    def fields(self, object_: str) -> JsonObject:
         return {
             "id": f"chatcmpl-{self.request_id}",
             "object": object_,
@@ -37,8 +40,8 @@ class Head:
         }
 
 
-def usage_fields(usage: Usage) -> dict[str, Any]:
-    """Counts after reduction: what the decoder really saw."""
+def usage_fields(usage: Usage) -> JsonObject:
+    """The `usage` object. Prompt tokens are counted after reduction, as the decoder got them."""
     return {
         "prompt_tokens": usage.num_prompt_tokens,
         "completion_tokens": usage.num_completion_tokens,
@@ -55,9 +58,9 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
     }
 
 
-def vision_fields(summary: Summary, *, return_map: bool, return_timings: bool) -> dict[str, Any]:
-    """The `vision` object of an answer."""
-    fields: dict[str, Any] = {
+def vision_fields(summary: Summary, *, return_map: bool, return_timings: bool) -> JsonObject:
+    """The `vision` object of a response."""
+    fields: JsonObject = {
         "reducer": summary.reducer,
         "visual_tokens_in": summary.usage.num_visual_tokens_in,
         "visual_tokens_kept": summary.usage.num_visual_tokens_kept,
@@ -71,18 +74,18 @@ def vision_fields(summary: Summary, *, return_map: bool, return_timings: bool) -
     return fields
 
 
-def speculation_fields(usage: Usage) -> dict[str, Any]:
-    """The `speculation` object of an answer: passes with a draft, and how many tokens one gave, its own included."""
+def speculation_fields(usage: Usage) -> JsonObject:
+    """The `speculation` object of a response: the steps with a draft, and the tokens of one on average."""
     length = usage.mean_acceptance_length
     return {"drafts": usage.num_drafts, "mean_acceptance_length": length and round(length, 4)}
 
 
-def pieces(deltas: Sequence[Delta]) -> list[dict[str, Any]]:
-    """One choice's text in runs of tokens that were drafted and accepted, and of tokens that were not.
+def pieces(deltas: Sequence[Delta]) -> list[JsonObject]:
+    """One choice's text in runs: of tokens that were drafted and accepted, and of tokens that were not.
 
-    Text that was held back stands where the token came that made it safe to send.
+    Text that was held back belongs to the token after which it could be sent.
     """
-    runs: list[dict[str, Any]] = []
+    runs: list[JsonObject] = []
     for delta in deltas:
         piece = accepted_fields(len(delta.token_ids), delta.num_drafted)
         if runs and bool(runs[-1]["accepted_tokens"]) == bool(delta.num_drafted):
@@ -96,11 +99,11 @@ def accepted_fields(num_tokens: int, num_accepted: int) -> dict[str, int]:
     return {"tokens": num_tokens, "accepted_tokens": num_accepted}
 
 
-def _kept(item: KeptMap) -> dict[str, Any]:
+def _kept(item: KeptMap) -> JsonObject:
     return {"kind": item.kind, "grid": list(item.grid), "kept": list(item.kept)}
 
 
-def logprobs_fields(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+def logprobs_fields(logprobs: Sequence[TokenLogprob]) -> JsonObject:
     """The `logprobs` object of a choice or a chunk: an entry per generated token."""
     return {
         "content": [_logprob(token) | {"top_logprobs": [_logprob(other) for other in token.top]} for token in logprobs],
@@ -108,15 +111,20 @@ def logprobs_fields(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
     }
 
 
-def _logprob(token: TokenLogprob) -> dict[str, Any]:
+def _logprob(token: TokenLogprob) -> JsonObject:
     utf8 = None if token.utf8 is None else list(token.utf8)
     return {"token": token.token, "logprob": max(token.logprob, LEAST_LOGPROB), "bytes": utf8}
 
 
 def completion(
-    head: Head, events: Sequence[Event], *, return_map: bool, return_timings: bool, return_accepted: bool = False
-) -> dict[str, Any]:
-    """The answer to a request that does not stream."""
+    meta: ResponseMeta,
+    events: Sequence[Event],
+    *,
+    return_map: bool,
+    return_timings: bool,
+    return_accepted: bool = False,
+) -> JsonObject:
+    """The `chat.completion` object, for a request that does not stream."""
     texts: dict[int, list[str]] = {}
     reasons: dict[int, str | None] = {}
     logprobs: dict[int, list[TokenLogprob]] = {}
@@ -127,7 +135,7 @@ def completion(
                 logprobs.setdefault(event.choice, []).extend(event.logprobs)
             reasons[event.choice] = event.finish_reason or reasons.get(event.choice)
     summary = summary_of(events)
-    answer = head.fields("chat.completion") | {
+    body = meta.fields("chat.completion") | {
         "choices": [
             {
                 "index": choice,
@@ -143,8 +151,8 @@ def completion(
     if return_accepted:
         deltas = [event for event in events if isinstance(event, Delta)]
         runs = [pieces([delta for delta in deltas if delta.choice == choice]) for choice in sorted(texts)]
-        answer["speculation"] = speculation_fields(summary.usage) | {"pieces": runs}
-    return answer
+        body["speculation"] = speculation_fields(summary.usage) | {"pieces": runs}
+    return body
 
 
 def summary_of(events: Sequence[Event]) -> Summary:
@@ -154,14 +162,14 @@ def summary_of(events: Sequence[Event]) -> Summary:
 
 
 def chunk(
-    head: Head,
+    meta: ResponseMeta,
     choice: int,
-    delta: dict[str, Any],
+    delta: JsonObject,
     finish_reason: str | None = None,
     logprobs: Sequence[TokenLogprob] = (),
-) -> dict[str, Any]:
+) -> JsonObject:
     """One `chat.completion.chunk`."""
-    told = logprobs_fields(logprobs) if logprobs else None
-    return head.fields("chat.completion.chunk") | {
-        "choices": [{"index": choice, "delta": delta, "logprobs": told, "finish_reason": finish_reason}]
+    shown = logprobs_fields(logprobs) if logprobs else None
+    return meta.fields("chat.completion.chunk") | {
+        "choices": [{"index": choice, "delta": delta, "logprobs": shown, "finish_reason": finish_reason}]
     }

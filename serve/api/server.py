@@ -1,7 +1,8 @@
-"""The same application without Ray: one process, one port."""
+"""The HTTP application in one process, without Ray."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 
 import uvicorn
@@ -19,20 +20,20 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._on_ready = on_ready
 
-    async def startup(self, sockets: list | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started and self._on_ready is not None:
             self._on_ready()
 
 
 def run_in_process(config: ServeConfig, on_ready: Callable[[], None] | None = None) -> None:
-    """Load the model into this process and serve until SIGINT or SIGTERM; running requests may end first.
+    """Load the model into this process and serve until SIGINT or SIGTERM; running requests may finish first.
 
     Args:
-        on_ready: Called once the first request can be answered.
+        on_ready: Called when requests are accepted.
     """
     runtime = build_local_runtime(config)
-    # Streams are finite: on a stop they end by themselves, within the drain timeout, instead of being cut at once.
+    # On a stop, streams finish by themselves within the drain timeout instead of being cut at once.
     AppStatus.disable_automatic_graceful_drain()
     settings = uvicorn.Config(
         create_app(runtime, config),

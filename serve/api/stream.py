@@ -1,6 +1,6 @@
-"""Server-Sent Events: frames of an answer that comes piece by piece.
+"""Server-Sent Events: the chunks of a streamed response.
 
-One frame per delta, however the runtime batches them, so that both runtimes send the same bytes.
+Each delta becomes one chunk, however the runtime batches them, so that both runtimes send the same bytes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm.data.outputs import Delta, Event, Summary
-from serve.api.errors import Failure
-from serve.api.render import Head, accepted_fields, chunk, speculation_fields, to_json, usage_fields, vision_fields
-from serve.api.schema import ChatCall
+from serve.api.errors import ErrorResponse
+from serve.api.parse import ChatCall
+from serve.api.render import (
+    JsonObject,
+    ResponseMeta,
+    accepted_fields,
+    chunk,
+    speculation_fields,
+    to_json,
+    usage_fields,
+    vision_fields,
+)
 
 DONE = b"data: [DONE]\n\n"
 
@@ -22,19 +31,19 @@ def frame(value: Any) -> bytes:
 
 
 @dataclass(kw_only=True)
-class Framer:
-    """Turns the events of one request into frames; remembers what the last frames need."""
+class ChunkWriter:
+    """Writes the events of one request as frames, and keeps the counts that later frames need."""
 
-    head: Head
+    meta: ResponseMeta
     call: ChatCall
     num_prompt_tokens: int | None = None
     num_completion_tokens: int = 0
     failed: bool = field(default=False, init=False)
 
     def start(self) -> Iterator[bytes]:
-        """Each choice's role, before anything else."""
+        """The first frame of each choice, which has its role."""
         for choice in range(self.call.request.sampling.n):
-            yield self._frame(chunk(self.head, choice, {"role": "assistant", "content": ""}))
+            yield self._frame(chunk(self.meta, choice, {"role": "assistant", "content": ""}))
 
     def frames(self, events: Sequence[Event]) -> Iterator[bytes]:
         for event in events:
@@ -47,17 +56,17 @@ class Framer:
         self.num_completion_tokens += len(delta.token_ids)
         if delta.num_prompt_tokens is not None:
             self.num_prompt_tokens = delta.num_prompt_tokens
-        # A token whose text is held back still tells its log-probability, and who said it first.
+        # A token whose text is held back still has a log-probability, and may have been drafted.
         if delta.text or delta.logprobs or (self.call.return_accepted and delta.token_ids):
-            fields = chunk(self.head, delta.choice, {"content": delta.text}, None, delta.logprobs)
+            fields = chunk(self.meta, delta.choice, {"content": delta.text}, None, delta.logprobs)
             if self.call.return_accepted:
                 fields["speculation"] = accepted_fields(len(delta.token_ids), delta.num_drafted)
             yield self._frame(fields)
         if delta.finish_reason is not None:
-            yield self._frame(chunk(self.head, delta.choice, {}, delta.finish_reason))
+            yield self._frame(chunk(self.meta, delta.choice, {}, delta.finish_reason))
 
-    def _frame(self, fields: dict[str, Any]) -> bytes:
-        """A chunk with the counts so far, where they are asked for."""
+    def _frame(self, fields: JsonObject) -> bytes:
+        """A chunk, with the counts so far where the request asks for them."""
         if self.call.continuous_usage and self.num_prompt_tokens is not None:
             fields["usage"] = {
                 "prompt_tokens": self.num_prompt_tokens,
@@ -69,12 +78,12 @@ class Framer:
         return frame(fields)
 
     def _end(self, summary: Summary) -> Iterator[bytes]:
-        """The last chunk: no choices; usage and drafting when asked for, and what became of the visual tokens."""
+        """The last chunk, without choices: usage, visual tokens and drafting, where the request asks for them."""
         vision = self.call.request.vision
         wants_vision = vision.return_map or vision.return_timings or bool(self.call.request.media)
         if not (self.call.include_usage or wants_vision or self.call.return_accepted):
             return
-        last = self.head.fields("chat.completion.chunk") | {"choices": []}
+        last = self.meta.fields("chat.completion.chunk") | {"choices": []}
         if self.call.include_usage:
             last["usage"] = usage_fields(summary.usage)
         last["vision"] = vision_fields(summary, return_map=vision.return_map, return_timings=vision.return_timings)
@@ -84,23 +93,24 @@ class Framer:
 
 
 async def sse(
-    framer: Framer,
+    writer: ChunkWriter,
     first: Sequence[Event],
     rest: AsyncGenerator[list[Event]],
-    on_error: Callable[[BaseException], Failure],
+    on_error: Callable[[BaseException], ErrorResponse],
 ) -> AsyncIterator[bytes]:
-    """The body of a streamed answer whose first events have already come.
+    """The body of a streamed response.
 
     Args:
-        on_error: What the client is told about a failure in the middle; the status has already gone out.
+        first: The events that came before the status was sent.
+        on_error: The last frame for an error after that.
     """
     try:
-        yield b"".join([*framer.start(), *framer.frames(first)])
+        yield b"".join([*writer.start(), *writer.frames(first)])
         async for events in rest:
-            if frames := b"".join(framer.frames(events)):
+            if frames := b"".join(writer.frames(events)):
                 yield frames
     except Exception as error:
-        framer.failed = True
+        writer.failed = True
         yield frame(on_error(error).body)
     finally:
         await rest.aclose()

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import create_model
 
+from mm.data.sampling_params import SamplingParams
 from mm.errors import InvalidRequest, RequestError
+from mm.settings import setting
+from serve.api.fields import json_fields
+from serve.api.parse import parse_chat, parse_json
 from serve.api.render import to_json
-from serve.api.schema import IGNORED, NEUTRAL, ChatBody, parse_chat, parse_json
+from serve.api.schema import IGNORED, NEUTRAL, ChatBody
 from serve.config import ServeConfig
 
 CONFIG = ServeConfig()
@@ -111,3 +118,27 @@ def test_priority_and_salt_are_bounded(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest) as refused:
         parse(**{field: value})
     assert refused.value.param == field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a request as a dataclass declares them."""
+
+    share: float | None = setting(None, above=0, max=1, help="A share.")
+    ids: tuple[int, ...] = ()
+    inner: str = setting("x", hidden=True, help="Not for clients.")
+
+
+def test_a_declared_option_is_a_field_with_its_range_and_help() -> None:
+    schema = create_model("Body", **json_fields(Options)).model_json_schema()["properties"]  # type: ignore[call-overload]
+    assert set(schema) == {"share", "ids"}
+    assert schema["share"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    assert schema["share"]["description"] == "A share."
+    assert schema["ids"]["anyOf"][0] == {"type": "array", "items": {"type": "integer"}}
+
+
+def test_every_sampling_option_is_a_field_of_the_body() -> None:
+    options = {one.name for one in dataclasses.fields(SamplingParams)}
+    assert options - {"max_new_tokens"} <= set(ChatBody.model_fields)
+    assert parse(max_tokens=3).request.sampling.max_new_tokens == 3
+    assert parse(max_tokens=3, max_completion_tokens=4).request.sampling.max_new_tokens == 4

@@ -1,0 +1,223 @@
+"""Answers chat requests: admission, deadline, media, the runtime, and the response whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from sse_starlette import EventSourceResponse
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from mm.data.outputs import Delta, Event, Summary
+from mm.data.request import Request
+from mm.errors import CapacityError, DeadlineExceeded
+from serve.api.body import read_json, with_media
+from serve.api.errors import ErrorResponse, error_response
+from serve.api.metrics import Metrics
+from serve.api.parse import ChatCall, parse_chat
+from serve.api.render import ResponseMeta, completion, summary_of, to_json
+from serve.api.stream import ChunkWriter, sse
+from serve.config import ServeConfig
+from serve.runtime import Features, Runtime
+
+T = TypeVar("T")
+
+CLIENT_GONE = 499
+"""Never sent, since the client is gone; only for the log."""
+
+
+class Stream(EventSourceResponse):
+    """A streamed response that frees what it holds, also when the client is gone before its first byte."""
+
+    def __init__(self, content: AsyncIterator[bytes], held: contextlib.AsyncExitStack, **options: Any) -> None:
+        super().__init__(content, **options)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._held.aclose()
+
+
+class Chat:
+    """Answers chat requests."""
+
+    def __init__(self, runtime: Runtime, config: ServeConfig, metrics: Metrics) -> None:
+        self._runtime, self._config, self._metrics = runtime, config, metrics
+        self._in_flight = 0
+
+    async def answer(self, http: HttpRequest) -> Response:
+        """The response, whole or streamed. An error is returned as a response too."""
+        request_id = http.state.request_id
+        try:
+            async with self._admitted() as slot:
+                return await self._admit(http, request_id, slot)
+        except ClientDisconnect:
+            self._metrics.cancelled.labels(self._config.names[0]).inc()
+            return Response(status_code=CLIENT_GONE)
+        except Exception as error:
+            return http_response(self._error(error, request_id))
+
+    async def _admit(self, http: HttpRequest, request_id: str, slot: contextlib.AsyncExitStack) -> Response:
+        arrived = time.perf_counter()
+        deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
+        call = parse_chat(await read_json(http, self._config.max_body_bytes), request_id, self._config)
+        meta = ResponseMeta(request_id=request_id, model=call.model, created=int(time.time()))
+        headers = {"x-mm-ignored-fields": ", ".join(call.ignored)} if call.ignored else {}
+        if call.stream:
+            first, rest = await _unless_gone(http, self._begin(call, arrived, deadline))
+            slot.push_async_callback(rest.aclose)
+            chunks = self._body(ChunkWriter(meta=meta, call=call), first, rest, request_id)
+            return Stream(chunks, slot.pop_all(), headers=headers, sep="\n", send_timeout=self._config.send_timeout_s)
+        events = await _unless_gone(http, self._complete(call, arrived, deadline))
+        body = completion(
+            meta,
+            events,
+            return_map=call.request.vision.return_map,
+            return_timings=call.return_timings,
+            return_accepted=call.return_accepted,
+        )
+        return Response(to_json(body), media_type="application/json", headers=headers)
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[contextlib.AsyncExitStack]:
+        """Count the request as in flight until the context ends; a stream takes that over from the context.
+
+        Raises:
+            CapacityError: Too many requests are in flight.
+        """
+        if self._in_flight >= self._config.max_in_flight:
+            self._metrics.rejections.labels(self._config.names[0]).inc()
+            raise CapacityError("the server is busy; try again shortly")
+        async with contextlib.AsyncExitStack() as slot:
+            self._in_flight += 1
+            gauge = self._metrics.in_flight.labels(self._config.names[0])
+            gauge.inc()
+            slot.callback(self._leave)
+            yield slot
+
+    def _leave(self) -> None:
+        self._in_flight -= 1
+        self._metrics.in_flight.labels(self._config.names[0]).dec()
+
+    async def _prepared(self, call: ChatCall, deadline: float) -> tuple[Request, Features]:
+        request = await with_media(call.request, self._config.model.limits, self._config.model.sources)
+        self._metrics.requested(request)
+        features = await self._runtime.encode(request)
+        self._metrics.encoded(features)
+        # The engine also ends the request by itself, should the cancellation not reach it.
+        return replace(request, timeout_s=max(0.0, deadline - asyncio.get_running_loop().time())), features
+
+    async def _complete(self, call: ChatCall, arrived: float, deadline: float) -> list[Event]:
+        async with _until(deadline):
+            events = await self._runtime.complete(*await self._prepared(call, deadline))
+        summary = summary_of(events)
+        self._first_token(time.perf_counter() - arrived - summary.timings.decode_s)
+        self._finished(summary, _reasons(events), arrived)
+        return events
+
+    async def _begin(
+        self, call: ChatCall, arrived: float, deadline: float
+    ) -> tuple[list[Event], AsyncGenerator[list[Event]]]:
+        """The first events, awaited before the status is sent, and the rest."""
+        events = self._watched(call, arrived, deadline)
+        try:
+            return await anext(events), events
+        except BaseException:
+            await events.aclose()
+            raise
+
+    async def _watched(self, call: ChatCall, arrived: float, deadline: float) -> AsyncGenerator[list[Event]]:
+        """The runtime's events, with deadline and metrics."""
+        reasons: list[str] = []
+        started = False
+        async with _until(deadline):
+            request, features = await self._prepared(call, deadline)
+        # The runtime keeps the media until the first token, in case they have to be encoded again.
+        events = self._runtime.stream(request, features)
+        del request, features
+        try:
+            while True:
+                async with _until(deadline):
+                    batch = await anext(events, None)
+                if batch is None:
+                    return
+                if not started:
+                    started = True
+                    self._first_token(time.perf_counter() - arrived)
+                reasons += _reasons(batch)
+                if isinstance(batch[-1], Summary):
+                    self._finished(batch[-1], reasons, arrived)
+                yield batch
+        finally:
+            await events.aclose()
+
+    async def _body(
+        self, writer: ChunkWriter, first: list[Event], rest: AsyncGenerator[list[Event]], request_id: str
+    ) -> AsyncIterator[bytes]:
+        try:
+            async for frames in sse(writer, first, rest, lambda error: self._error(error, request_id)):
+                yield frames
+        except (asyncio.CancelledError, GeneratorExit):
+            self._metrics.cancelled.labels(self._config.names[0]).inc()
+            raise
+
+    def _first_token(self, seconds: float) -> None:
+        self._metrics.ttft.labels(self._config.names[0]).observe(seconds)
+
+    def _finished(self, summary: Summary, reasons: list[str], arrived: float) -> None:
+        self._metrics.finished(summary, reasons, time.perf_counter() - arrived)
+
+    def _error(self, error: BaseException, request_id: str) -> ErrorResponse:
+        response = error_response(error, request_id)
+        self._metrics.failed(response.status, response.code)
+        return response
+
+
+def _reasons(events: list[Event]) -> list[str]:
+    return [event.finish_reason for event in events if isinstance(event, Delta) and event.finish_reason]
+
+
+@contextlib.asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded("the request took longer than this server allows") from None
+
+
+async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client disconnects first.
+
+    Raises:
+        ClientDisconnect: The client disconnected first.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def http_response(error: ErrorResponse) -> Response:
+    return Response(error.content, error.status, error.headers, media_type="application/json")

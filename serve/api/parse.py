@@ -1,0 +1,193 @@
+"""A chat request's JSON to a `ChatCall`: names, types and ranges are checked, messages and options are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic_core
+from pydantic import BaseModel, ValidationError
+
+from mm.config import MediaLimits
+from mm.data.media import FrameSampling, MediaSource
+from mm.data.messages import parse_messages
+from mm.data.request import Request, SpeculationOptions, VisionOptions
+from mm.data.sampling_params import SamplingParams
+from mm.errors import InvalidRequest, UnknownModel, nearest
+from serve.api.fields import options_of
+from serve.api.schema import IGNORED, NEUTRAL, ChatBody, Speculation, StreamOptions, Vision
+from serve.config import ServeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatCall:
+    """A chat request that was checked.
+
+    Attributes:
+        request: For the engine; its media are sources that have not been fetched.
+        model: The served name in the request, which the response repeats.
+        ignored: Fields that were sent and have no effect here.
+    """
+
+    request: Request
+    model: str
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    return_timings: bool = False
+    return_accepted: bool = False
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[MediaSource, ...]:
+        return tuple(item for item in self.request.media if isinstance(item, MediaSource))
+
+
+def parse_json(body: bytes | bytearray) -> Any:
+    """The value of a JSON text in UTF-8, without NaN, lone surrogates or deep nesting.
+
+    Raises:
+        InvalidRequest: `invalid_json`.
+    """
+    try:
+        return pydantic_core.from_json(bytes(body), allow_inf_nan=False)
+    except ValueError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InvalidRequest(f"the body is not valid JSON: {reason}", None, "invalid_json") from None
+
+
+def parse_chat(body: Any, request_id: str, config: ServeConfig) -> ChatCall:
+    """The call that `body` describes.
+
+    Raises:
+        InvalidRequest: Names the field, what was given and what is allowed.
+        UnknownModel: No such model is served.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body has to be a JSON object", None, "invalid_json")
+    fields = {name: value for name, value in body.items() if value is not None}
+    ignored = _check_names(fields)
+    chat = _validated({name: value for name, value in fields.items() if name in ChatBody.model_fields})
+    if chat.model not in config.names:
+        raise UnknownModel(chat.model, config.names)
+    _check_messages(chat.messages)
+    messages, media = parse_messages(chat.messages)
+    sampling = _sampling(chat)
+    if sampling.n > config.max_choices:
+        raise InvalidRequest(f"n was {sampling.n}; the limit of this server is {config.max_choices}", "n")
+    options = chat.stream_options or StreamOptions()
+    request = Request(
+        request_id=request_id,
+        messages=messages,
+        media=media,
+        sampling=sampling,
+        vision=_vision(chat.vision or Vision(), config.model.limits),
+        speculation=SpeculationOptions(**_given(chat.speculation or Speculation(), SpeculationOptions)),
+        priority=chat.priority or 0,
+        cache_salt=chat.cache_salt or "",
+    )
+    return ChatCall(
+        request=request,
+        model=chat.model,
+        stream=bool(chat.stream),
+        include_usage=bool(options.include_usage),
+        continuous_usage=bool(options.continuous_usage_stats),
+        return_timings=request.vision.return_timings,
+        return_accepted=bool(chat.speculation and chat.speculation.return_accepted),
+        ignored=ignored,
+    )
+
+
+def _check_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the ignored fields. Refuses fields that would change the answer."""
+    ignored = []
+    for name, value in fields.items():
+        if name in ChatBody.model_fields:
+            continue
+        if name in IGNORED:
+            ignored.append(name)
+        elif name in NEUTRAL:
+            if not any(_same(value, neutral) for neutral in NEUTRAL[name]):
+                allowed = " or ".join(pydantic_core.to_json(neutral).decode() for neutral in NEUTRAL[name])
+                raise InvalidRequest(
+                    f"{name} is not supported by this server; leave it out or send {allowed}",
+                    name,
+                    "unsupported_parameter",
+                )
+        else:
+            known = [*ChatBody.model_fields, *NEUTRAL, *IGNORED]
+            raise InvalidRequest(
+                f"the field {name[:100]!r} is unknown{nearest(name[:100], known)}", name[:100], "unknown_parameter"
+            )
+    return tuple(sorted(ignored))
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _validated(fields: dict[str, Any]) -> ChatBody:
+    try:
+        return ChatBody.model_validate(fields)
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _invalid(error: ValidationError) -> InvalidRequest:
+    """The first error, in one sentence that names the field."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    param = _path(first["loc"], first["type"] == "extra_forbidden")
+    if first["type"] == "missing":
+        return InvalidRequest(f"{param} is missing", param, "missing_parameter")
+    if first["type"] == "extra_forbidden":
+        fields = list((Speculation if first["loc"][0] == "speculation" else Vision).model_fields)
+        hint, allowed = nearest(str(first["loc"][-1]), fields), ", ".join(fields)
+        return InvalidRequest(f"{param} is unknown{hint} (allowed: {allowed})", param, "unknown_parameter")
+    message = first["msg"].removeprefix("Input ").replace("should", "has to", 1)
+    return InvalidRequest(f"{param} {message}; it was {_shown(first['input'])}", param, "invalid_value")
+
+
+def _path(loc: tuple[int | str, ...], whole: bool) -> str:
+    """The field's path in the request, without pydantic's names for a union's members."""
+    known = Vision.model_fields | StreamOptions.model_fields | Speculation.model_fields
+    steps = [step for step in loc[1:] if whole or isinstance(step, int) or step in known]
+    return ".".join(str(step)[:100] for step in (loc[0], *steps))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_messages(messages: list[Any]) -> None:
+    """Refuse what `parse_messages` does not read although it changes the meaning."""
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise InvalidRequest("a message has to be an object with role and content", f"messages[{i}]")
+        for name in ("tool_calls", "function_call", "audio"):
+            if message.get(name):
+                param = f"messages[{i}].{name}"
+                raise InvalidRequest(f"{name} is not supported by this server", param, "unsupported_parameter")
+
+
+def _given(body: BaseModel, options: type) -> dict[str, Any]:
+    """The options of a dataclass that a body has values for."""
+    names = [one.name for one, _ in options_of(options) if one.name in type(body).model_fields]
+    return {name: value for name in names if (value := getattr(body, name)) is not None}
+
+
+def _sampling(chat: ChatBody) -> SamplingParams:
+    max_new_tokens = chat.max_completion_tokens or chat.max_tokens
+    return SamplingParams(max_new_tokens=max_new_tokens, **_given(chat, SamplingParams))
+
+
+def _vision(vision: BaseModel, limits: MediaLimits) -> VisionOptions:
+    options = _given(vision, VisionOptions)
+    frames = {name: options.pop(name) for name in ("num_frames", "fps") if name in options}
+    if len(frames) == 2:
+        raise InvalidRequest("give vision.num_frames or vision.fps, not both", "vision.fps")
+    if frames.get("num_frames", 1) > limits.max_sampled_frames:
+        message = f"vision.num_frames was {frames['num_frames']}; the limit is {limits.max_sampled_frames}"
+        raise InvalidRequest(message, "vision.num_frames")
+    return VisionOptions(**options, frames=FrameSampling(**frames) if frames else None)
