@@ -1,13 +1,13 @@
-"""OpenAI-style chat messages to our own.
+"""OpenAI-style chat messages to `Message`s.
 
-One reading of the message format for every way in: HTTP, Python and batch jobs. Media keep their order; content may be
-a string or a list of parts, and a part may carry explicit nulls beside its own field, as Arrow clients send them.
+HTTP, Python and batch jobs all read messages here. Media keep their order. Content may be a string or a list of parts.
+A part may carry explicit nulls beside its own field, as Arrow clients send them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from mm.data.media import Kind, MediaSource
 from mm.data.request import MediaPart, Message, TextPart
@@ -18,7 +18,7 @@ MEDIA_PARTS: dict[str, Kind] = {"image_url": "image", "video_url": "video"}
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[Message, ...], tuple[MediaSource, ...]]:
-    """Messages whose media parts index into the returned sources, in order of appearance.
+    """Messages, and the sources that their media parts index, in order of appearance.
 
     Raises:
         InvalidRequest: Names the offending field.
@@ -30,7 +30,7 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[Message
     return parsed, tuple(media)
 
 
-def _message(message: Mapping[str, Any], param: str, media: list[MediaSource]) -> Message:
+def _message(message: Mapping[str, object], param: str, media: list[MediaSource]) -> Message:
     role = message.get("role")
     if role not in ROLES:
         raise InvalidRequest(f"the role {role!r} is unknown; allowed: {', '.join(ROLES)}", f"{param}.role")
@@ -42,21 +42,23 @@ def _message(message: Mapping[str, Any], param: str, media: list[MediaSource]) -
         return Message(role=role, parts=(TextPart(text=content),))
     if not isinstance(content, Sequence) or not content:
         raise InvalidRequest("content has to be a string or a non-empty list of parts", f"{param}.content")
-    parts = tuple(_part(part, f"{param}.content[{i}]", media) for i, part in enumerate(content))
+    given = cast(Sequence[object], content)
+    parts = tuple(_part(part, f"{param}.content[{i}]", media) for i, part in enumerate(given))
     return Message(role=role, parts=parts)
 
 
-def _part(part: Any, param: str, media: list[MediaSource]) -> TextPart | MediaPart:
+def _part(part: object, param: str, media: list[MediaSource]) -> TextPart | MediaPart:
     if not isinstance(part, Mapping):
         raise InvalidRequest("a content part has to be an object with a type", param)
-    kind = part.get("type")
+    fields = cast(Mapping[str, object], part)
+    kind = fields.get("type")
     if kind == "text":
-        text = part.get("text")
+        text = fields.get("text")
         if not isinstance(text, str):
             raise InvalidRequest("a text part needs a string in text", f"{param}.text")
         return TextPart(text=text)
-    if kind in MEDIA_PARTS:
-        media.append(_source(part.get(kind), MEDIA_PARTS[kind], f"{param}.{kind}"))
+    if isinstance(kind, str) and kind in MEDIA_PARTS:
+        media.append(_source(fields.get(kind), MEDIA_PARTS[kind], f"{param}.{kind}"))
         return MediaPart(index=len(media) - 1, kind=MEDIA_PARTS[kind])
     allowed = ", ".join(("text", *MEDIA_PARTS))
     raise InvalidRequest(
@@ -64,8 +66,8 @@ def _part(part: Any, param: str, media: list[MediaSource]) -> TextPart | MediaPa
     )
 
 
-def _source(value: Any, kind: Kind, param: str) -> MediaSource:
-    url = value.get("url") if isinstance(value, Mapping) else value
+def _source(value: object, kind: Kind, param: str) -> MediaSource:
+    url = cast(Mapping[str, object], value).get("url") if isinstance(value, Mapping) else value
     if not isinstance(url, str) or not url:
         raise InvalidRequest(f'needs an object such as {{"url": "data:{kind}/...;base64,..."}}', param)
     return MediaSource(kind=kind, source=url, param=param)

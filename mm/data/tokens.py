@@ -12,7 +12,7 @@ from torch import Tensor
 from mm.data.media import Kind
 
 Positions = Literal["kept", "compact"]
-
+"""Whether tokens that a reducer keeps have their positions of the unreduced prompt, or are numbered anew."""
 
 Grid = tuple[int, int, int]
 """Tokens along time, height and width: (t, h, w). An image has t = 1, or one step per crop of it."""
@@ -20,20 +20,21 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTokens:
-    """Visual tokens of one item, as the decoder would receive them.
+    """The visual tokens of one item, in the form that the decoder receives.
 
     Attributes:
         embeddings: (N, D) in the model's dtype.
-        positions: (N, 3) int64, each token's (t, h, w) cell in `grid`, in ascending raster order; a merged
-            token has its anchor's.
-        sizes: (N,) float32, how many original tokens each one stands for.
-        grid: Cells of the unreduced item; N = t * h * w before reduction.
+        positions: (N, 3) int64, the (t, h, w) cell of each token in `grid`, in ascending raster order. A merged token
+            has the cell of its anchor.
+        sizes: (N,) float32, the number of original tokens that each token stands for.
+        grid: Cells of the unreduced item. N = t * h * w before reduction.
         kind: "image" or "video".
-        aux_features: What the tower observed, by name; per token where the last axis is N; dropped after reduction.
-        seconds_per_step: Clip time between two steps along t; None for an image, or where the family does not ask.
-        crops: Rows and columns of crops where the steps of an image are its crops, row by row, and then the whole
-            image at the crops' size; None where the grid is the image's own.
-        protected: (N,) bool, tokens that reducers inside the decoder have to keep; None protects none.
+        aux_features: Auxiliary features of the tower, by name (`mm.plugins.features`). Their last axis is N. They are
+            dropped after reduction.
+        seconds_per_step: Clip time between two steps along t. None for an image, and for families that do not use it.
+        crops: For an image that is cut into crops: the numbers of rows and columns of crops. The steps of `grid` are
+            then the crops, row by row, followed by the whole image at the size of one crop. Else None.
+        protected: (N,) bool, tokens that reducers inside the decoder have to keep. None protects no token.
     """
 
     embeddings: Tensor
@@ -41,7 +42,7 @@ class VisualTokens:
     sizes: Tensor
     grid: Grid
     kind: Kind
-    aux_features: Mapping[str, Tensor] = field(default_factory=dict)
+    aux_features: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     seconds_per_step: float | None = None
     crops: tuple[int, int] | None = None
     protected: Tensor | None = None
@@ -56,7 +57,11 @@ class VisualTokens:
         seconds_per_step: float | None = None,
         crops: tuple[int, int] | None = None,
     ) -> VisualTokens:
-        """Unreduced tokens of `embeddings` (t*h*w, D) in raster order."""
+        """Unreduced tokens from `embeddings` (t * h * w, D) in raster order.
+
+        Raises:
+            ValueError: The number of embeddings is another one than that of cells.
+        """
         t, h, w = grid
         if embeddings.shape[0] != t * h * w:
             raise ValueError(f"{embeddings.shape[0]} embeddings do not fill a grid of {grid}")
@@ -86,7 +91,7 @@ class VisualTokens:
 
     @property
     def indices(self) -> Tensor:
-        """(N,) int64: each token's raster index in the unreduced grid."""
+        """(N,) int64: the raster index of each token in the unreduced grid."""
         _, h, w = self.grid
         return (self.positions[:, 0] * h + self.positions[:, 1]) * w + self.positions[:, 2]
 
@@ -96,7 +101,7 @@ class VisualTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeTimings:
-    """Seconds of one item's stages in the encoder. A cache hit has zeros for what it skipped."""
+    """Seconds that one item took in each stage of the encoder. A cache hit has 0 for the stages that it skipped."""
 
     load_s: float = 0.0
     encode_s: float = 0.0
@@ -105,14 +110,15 @@ class EncodeTimings:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """One media item, ready to be spliced into a prompt: what travels from encoder to decoder.
+    """One encoded media item, ready to be spliced into a prompt.
 
     Attributes:
-        tokens: What is left of the item's tokens.
+        tokens: The tokens that the reducer kept.
         timings: Seconds of each stage for this item.
         cache_hit: Whether the feature cache held the tokens.
-        key: Names what the tokens depend on: content, encoder, reducer, tenant. Empty for tokens nobody may share.
-        fault: Why the reducer's work is missing, in a text for users. Empty when nothing went wrong.
+        key: Hash of all that the tokens depend on: content, encoder, reducer, tenant. Empty for tokens that must not be
+            shared.
+        fault: The reducer's error, if all tokens were kept because of it. Else empty.
         num_media_bytes: Size of the item's encoded file. 0 for pixels that were in memory.
     """
 
@@ -126,7 +132,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedMedia:
-    """All media of one request as the encoder leaves them: what every runtime hands to the decoder.
+    """All encoded media of one request. Every runtime hands this object from the encoder to the decoder.
 
     Attributes:
         items: One `Encoded` per media item of the request, in order.
@@ -148,15 +154,15 @@ class EncodedMedia:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What the decoder's first layer receives.
+    """The input of the decoder's first layer.
 
     Attributes:
-        token_ids: (L,) int64; visual rows hold the placeholder id.
+        token_ids: (L,) int64. Visual tokens have the id of the placeholder.
         embeddings: (L, D).
-        positions: (P, L) int64 with P = 1, or 3 for M-RoPE: the positions of the unreduced prompt at the kept rows,
-            unless they were made compact.
-        next_position: The position of the first generated token: where text behind the unreduced prompt goes on. With
-            M-RoPE a clip may have reached further in time.
+        positions: (P, L) int64 with P = 1, or 3 for M-RoPE. By default each token has its position in the unreduced
+            prompt; see `compact`.
+        next_position: Position of the first generated token. By default the one that follows the unreduced prompt. With
+            M-RoPE, tokens of a clip may have a larger position in time.
         is_visual: (L,) bool.
     """
 
@@ -171,7 +177,7 @@ class Prompt:
         return self.token_ids.shape[0]
 
     def compact(self) -> Prompt:
-        """The same rows at positions 0, 1, 2, ...; only where positions have one row."""
+        """The same tokens at positions 0, 1, 2, ... Only for prompts with P = 1."""
         assert self.positions.shape[0] == 1, "counting through positions in time, height and width loses the grid"
         positions = torch.arange(self.length, device=self.positions.device).unsqueeze(0)
         return replace(self, positions=positions, next_position=self.length)

@@ -1,7 +1,7 @@
-"""Encoded media items by content, in a memory budget.
+"""Encoded media items by content, within a limit of memory.
 
-A hit saves tower, projector and reducer. A key names everything an entry depends on: content, encoder, reducer, tenant,
-and the question where the reducer is told.
+A hit saves tower, projector and reducer. A key depends on everything that an entry depends on: content, encoder,
+reducer, tenant, and the question if the reducer reads it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from mm.media.hashing import framed_hash
 
 
 def cache_key(content_hash: str, fingerprint: str, reducer_spec: str, tenant: str = "", question: str = "") -> str:
-    """The key of one item as one encoder and one reducer leave it. Tenants with different names never share entries.
+    """The key of one item for one encoder and one reducer.
 
     Args:
-        question: What was asked, where the reducer is told.
+        tenant: Different tenants never share entries.
+        question: The user's text if the reducer reads it, else empty.
     """
     return framed_hash(
         "visual-tokens",
@@ -35,7 +36,7 @@ def cache_key(content_hash: str, fingerprint: str, reducer_spec: str, tenant: st
 
 @dataclass(frozen=True, kw_only=True)
 class CacheStats:
-    """Counts since the cache was made, and what it holds now."""
+    """Counts since the cache was made, and its present size."""
 
     hits: int = 0
     misses: int = 0
@@ -46,10 +47,10 @@ class CacheStats:
 
 
 class FeatureCache:
-    """The least recently used entries leave first; safe to share between threads.
+    """A cache that evicts the least recently used entries first. It may be shared between threads.
 
     Args:
-        max_bytes: Memory of all stored tensors together; 0 stores nothing. An item above it is not stored.
+        max_bytes: Memory of all stored tensors together. 0 stores nothing, and a larger item is not stored.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -59,7 +60,7 @@ class FeatureCache:
         self._hits = self._misses = self._bypassed = 0
 
     def get(self, key: str) -> Encoded | None:
-        """The stored item, marked as a hit, or None. Its tensors are shared between callers and must not be changed."""
+        """The stored item, marked as a hit, or None. Callers share its tensors and must not change them."""
         with self._lock:
             found = self._entries.get(key)
             self._hits += found is not None
@@ -73,15 +74,15 @@ class FeatureCache:
             with self._lock:
                 self._bypassed += 1
             return
-        # Copied outside the lock; a view would keep the whole batch it was cut from alive.
+        # A copy, since a view would keep the whole batch in memory. It is made outside the lock.
         stored = replace(value, tokens=_copy(value.tokens))
         with self._lock:
-            # Removed first: while it makes room, cachetools counts the old entry of the key beside the new one.
+            # The old entry is removed first. Otherwise cachetools counts both while it evicts others.
             self._entries.pop(key, None)
             self._entries[key] = stored
 
     def clear(self) -> None:
-        """Drop every entry; the counts stay."""
+        """Drop all entries. The counts are kept."""
         with self._lock:
             self._entries = _Counting(self.max_bytes, self._entries.evictions)
 
@@ -98,14 +99,18 @@ class FeatureCache:
             )
 
 
-class _Counting(LRUCache):
+class _Counting(LRUCache[str, Encoded]):
     def __init__(self, max_bytes: int, evictions: int = 0) -> None:
-        super().__init__(max_bytes, getsizeof=lambda value: encoded_bytes(value.tokens))
+        super().__init__(max_bytes, getsizeof=_size)
         self.evictions = evictions
 
     def popitem(self) -> tuple[str, Encoded]:
         self.evictions += 1
         return super().popitem()
+
+
+def _size(item: Encoded) -> int:
+    return encoded_bytes(item.tokens)
 
 
 def encoded_bytes(tokens: VisualTokens) -> int:

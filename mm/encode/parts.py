@@ -1,4 +1,4 @@
-"""What the encoder's half of a request needs."""
+"""What the encoder's half of a request needs, built once per process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from mm.plugins.encoder import Encoder
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeParts:
-    """What the encoder's half needs. `host` names the encoder in messages."""
+    """An encoder with its cache, defaults and limits.
+
+    Attributes:
+        host: Name of the encoder or model in error messages.
+        reducer: Text of the reducer for requests that name none.
+        frames: Frame sampling for requests that name none.
+        policy: What requests may do with reducers.
+    """
 
     encoder: Encoder
     cache: FeatureCache

@@ -1,6 +1,6 @@
 """Bytes to pixels, within limits.
 
-Names are loaded on first use: the video child imports this package and must not pull torch in with it.
+Names are imported on first use. The video child imports this package, has to start fast and must not import torch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mm.media' has no attribute {name!r}")
-    # Bound here, so that the next use does not come this way again.
+    # Kept, so that this function is called once per name.
     value = getattr(import_module(f"mm.media.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -1,7 +1,7 @@
-"""What a clip's first bytes say it is, and whether its container ends before its own declared end.
+"""The container format of a clip, and whether the clip is cut short, read from its bytes without a library.
 
-A look at bytes only: no library, no decoding. It runs before any decoder sees the clip, so playlists and scripts that
-would make a library open other files or addresses never reach one.
+This runs before any decoder gets the clip. So playlists and scripts, which would make a library open other files or
+addresses, never reach one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ FOREIGN_SIGNATURES = (
     b"\0\0\1\xb3",
     b"\x47\x40",
 )
-"""Playlists, FLV, Ogg, ASF, MPEG streams: readable elsewhere, refused here."""
+"""Signatures of playlists, FLV, Ogg, ASF and MPEG streams. These formats are refused."""
 
 
 def sniff(data: bytes) -> Container | None:
-    """The container these bytes start, or None."""
+    """The container format of a file that starts with `data`, or None if it is not supported."""
     if data[4:8] in MP4_FIRST_BOXES:
         return "mp4"
     if data.startswith(EBML):
@@ -39,12 +39,12 @@ def sniff(data: bytes) -> Container | None:
 
 
 def is_foreign(data: bytes) -> bool:
-    """Whether these bytes are a video or playlist format that others read and we refuse."""
+    """Whether `data` starts a known video or playlist format that is refused here."""
     return data.removeprefix(b"\xef\xbb\xbf").lstrip()[:8].startswith(FOREIGN_SIGNATURES)
 
 
 def is_cut_short(data: bytes, container: Container) -> bool:
-    """Whether the container announces more bytes than there are. Decoders mostly stop early in silence instead."""
+    """Whether the container declares more bytes than there are. Most decoders would stop early without an error."""
     if container == "mp4":
         return _mp4_end(data) > len(data)
     if container == "matroska":
@@ -55,7 +55,7 @@ def is_cut_short(data: bytes, container: Container) -> bool:
 
 
 def _mp4_end(data: bytes) -> int:
-    """Where the last media box ends. Unknown boxes end the walk: some writers leave padding behind."""
+    """Offset of the end of the last media box. An unknown box ends the search, since some writers append padding."""
     at = 0
     while at + 8 <= len(data) and data[at + 4 : at + 8] in (
         *MP4_FIRST_BOXES,
@@ -75,25 +75,25 @@ def _mp4_end(data: bytes) -> int:
 
 
 def _gif_end(data: bytes) -> int:
-    """Where the last block ends; past the data when a block is cut. A missing trailer is common and forgiven."""
+    """Offset of the end of the last block. Beyond the data if a block is cut. A missing trailer is allowed."""
     at = 13 + _gif_table_bytes(data, 10)
     while at < len(data) and data[at] in (0x21, 0x2C):  # extension, frame
         is_frame = data[at] == 0x2C
         at += 11 + _gif_table_bytes(data, at + 9) if is_frame else 2
-        while at < len(data) and data[at]:  # sub-blocks, each behind its length; an empty one ends them
+        while at < len(data) and data[at]:  # sub-blocks, each after its length; an empty one is the last
             at += 1 + data[at]
         at += 1
     return at
 
 
 def _gif_table_bytes(data: bytes, at: int) -> int:
-    """Size of the colour table that the flags at `at` announce."""
+    """Size of the colour table that the flags at offset `at` declare."""
     flags = data[at] if at < len(data) else 0
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _matroska_end(data: bytes) -> int:
-    """Where the segment ends, or 0 when it does not say (live recordings)."""
+    """Offset of the end of the segment, or 0 if its size is unknown, as in live recordings."""
     header_end = _ebml_end(data, len(EBML))
     if header_end is None or data[header_end : header_end + 4] != SEGMENT:
         return 0
@@ -101,9 +101,9 @@ def _matroska_end(data: bytes) -> int:
 
 
 def _ebml_end(data: bytes, at: int) -> int | None:
-    """End of the element whose size field is at `at`; None for an unknown size."""
+    """Offset of the end of the element whose size field is at `at`. None if the size is unknown."""
     first = data[at] if at < len(data) else 0
-    length = 9 - first.bit_length()  # the count of leading zero bits, plus one
+    length = 9 - first.bit_length()  # number of leading zero bits, plus one
     if not 1 <= length <= 8:
         return None
     field = int.from_bytes(data[at : at + length], "big") & ((1 << 7 * length) - 1)

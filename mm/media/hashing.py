@@ -1,7 +1,7 @@
-"""Names for media content, so that caches can look an item up before decoding it.
+"""Hashes of media content, so that caches can look up an item before it is decoded.
 
-Every part is type-tagged and length-framed: without that, a 30x150 and a 150x30 picture, or ("ab", "c") and ("a",
-"bc"), share a name (CVE-2025-46722 is this mistake).
+Each part is hashed with a tag of its type and with its length. Otherwise a 30x150 and a 150x30 picture, or the parts
+("ab", "c") and ("a", "bc"), would have the same hash, which was the fault in CVE-2025-46722.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ import struct
 import blake3
 import numpy as np
 
-from mm.data.media import FrameSampling, Kind
+from mm.data.media import FrameSampling, Kind, Pixels
 
 Part = bytes | str | int | float | None
 
 
 def content_hash(kind: Kind, data: bytes, frames: FrameSampling | None = None, decoder: str | None = None) -> str:
-    """Name of encoded bytes, and for clips of what is sampled from them and by which decoder: 64 hex digits."""
+    """Hash of an encoded file: 64 hex digits.
+
+    Args:
+        frames, decoder: For clips, which frames are sampled and by which decoder.
+    """
     sampling = (frames.num_frames, frames.fps, frames.max_frames) if frames else (None, None, None)
     return framed_hash("encoded", kind, decoder, *sampling, data)
 
 
-def pixel_hash(kind: Kind, pixels: np.ndarray, times_s: tuple[float, ...] = ()) -> str:
-    """Name of pixels that never were encoded bytes: 64 hex digits."""
+def pixel_hash(kind: Kind, pixels: Pixels, times_s: tuple[float, ...] = ()) -> str:
+    """Hash of pixels that were given in memory: 64 hex digits."""
     shape, body = pixels.shape, np.ascontiguousarray(pixels).tobytes()
     return framed_hash("pixels", kind, pixels.dtype.str, len(shape), *shape, len(times_s), *times_s, body)
 
 
 def framed_hash(*parts: Part) -> str:
-    """blake3-256 over tagged, length-framed parts: different tuples never feed it the same bytes."""
+    """blake3-256 over the tagged parts with their lengths: 64 hex digits."""
     digest = blake3.blake3()
     for part in parts:
         tag, body = _encode(part)

@@ -1,18 +1,20 @@
-"""Encoded pictures, and pictures already in memory, to `Image`.
+"""Encoded pictures, and pictures in memory, to `Image`.
 
-Pillow does the decoding; this file decides which formats it sees, checks sizes before anything is decoded, and
-defines what each pixel mode means in RGB.
+Pillow decodes. This file selects the formats, checks sizes before anything is decoded, and defines how each pixel mode
+becomes RGB.
 """
 
 from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from io import BytesIO
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image as PilImage
 from PIL import ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
@@ -21,7 +23,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from mm.data.media import Image
+from mm.data.media import Image, Pixels
 from mm.errors import InvalidRequest, MediaError
 from mm.media.hashing import content_hash, pixel_hash
 from mm.media.limits import MediaBudget
@@ -39,9 +41,9 @@ FOREIGN_SIGNATURES = (
     b"\xff\x0a",
     b"\xff\x4f\xff\x51",
 )
-"""TIFF, PDF, SVG, PSD, ICO, JPEG XL and JPEG 2000.
+"""Signatures of TIFF, PDF, SVG, PSD, ICO, JPEG XL and JPEG 2000.
 
-Readable elsewhere, refused here, and worth telling apart from damage.
+These formats are refused. Their error differs from that of a damaged file.
 """
 
 ORIENTATIONS = {
@@ -53,7 +55,7 @@ ORIENTATIONS = {
     7: PilImage.Transpose.TRANSVERSE,
     8: PilImage.Transpose.ROTATE_90,
 }
-"""EXIF orientation to what makes the picture upright."""
+"""EXIF orientation to the operation that makes the picture upright."""
 
 
 def decode_image(data: bytes, budget: MediaBudget) -> Image:
@@ -75,10 +77,10 @@ def decode_image(data: bytes, budget: MediaBudget) -> Image:
 
 
 def image_from_pil(picture: PilImage.Image, budget: MediaBudget) -> Image:
-    """A Pillow picture of any mode with a defined range, turned upright if it carries an EXIF orientation.
+    """A Pillow picture of any mode with a defined range, turned upright if it has an EXIF orientation.
 
     Raises:
-        InvalidRequest: Mode F, whose range nobody knows.
+        InvalidRequest: Mode F, whose range of values is not defined.
         MediaError: `undecodable` (a file opened lazily and damaged), or a limit of the budget.
     """
     if picture.mode == "F":
@@ -90,8 +92,8 @@ def image_from_pil(picture: PilImage.Image, budget: MediaBudget) -> Image:
     return Image(pixels=pixels, content_hash=pixel_hash("image", pixels))
 
 
-def image_from_array(pixels: np.ndarray, budget: MediaBudget) -> Image:
-    """A picture from uint8 (H, W, 3) RGB or (H, W) grey. The array is copied.
+def image_from_array(pixels: Pixels, budget: MediaBudget) -> Image:
+    """A picture from a uint8 array (H, W, 3) in RGB or (H, W) in grey. The array is copied.
 
     Raises:
         InvalidRequest: Another dtype or shape.
@@ -106,8 +108,8 @@ def image_from_array(pixels: np.ndarray, budget: MediaBudget) -> Image:
     return Image(pixels=rgb, content_hash=pixel_hash("image", rgb))
 
 
-def to_rgb(picture: PilImage.Image) -> np.ndarray:
-    """uint8 (H, W, 3). Transparent parts show white; 16-bit greys are scaled to 8 bits; palettes are looked up."""
+def to_rgb(picture: PilImage.Image) -> Pixels:
+    """uint8 (H, W, 3). Transparent parts become white, 16-bit greys are scaled to 8 bits, palettes are resolved."""
     if picture.mode.startswith("I"):
         return np.stack([_to_8_bits(np.asarray(picture))] * 3, axis=-1)
     if picture.mode not in ("RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB") or "transparency" in picture.info:
@@ -115,22 +117,22 @@ def to_rgb(picture: PilImage.Image) -> np.ndarray:
     return np.array(picture.convert("RGB"))
 
 
-def _to_8_bits(grey: np.ndarray) -> np.ndarray:
-    """0..65535 to 0..255, nearest. Pillow's own conversion clips everything above 255 to white."""
+def _to_8_bits(grey: npt.NDArray[np.integer[Any]]) -> Pixels:
+    """0..65535 to the nearest of 0..255. Pillow's own conversion would clip every value above 255 to white."""
     wide = np.clip(grey, 0, 65535).astype(np.uint32)
     return ((wide + 128) // 257).astype(np.uint8)
 
 
-def _on_white(picture: PilImage.Image) -> np.ndarray:
+def _on_white(picture: PilImage.Image) -> Pixels:
     canvas = PilImage.new("RGB", picture.size, (255, 255, 255))
     canvas.paste(picture.convert("RGB"), mask=picture.getchannel("A"))
     return np.array(canvas)
 
 
 def _plugin_for(data: bytes) -> type[ImageFile.ImageFile]:
-    """The one reader for these bytes.
+    """Pillow's reader for these bytes.
 
-    `PIL.Image.open` would try several and has a size limit of its own, which warns.
+    `PIL.Image.open` is not used: it would try several readers, and it has a size limit of its own, which warns.
     """
     if data.startswith(b"\xff\xd8\xff"):
         return JpegImageFile
@@ -149,10 +151,10 @@ def _plugin_for(data: bytes) -> type[ImageFile.ImageFile]:
 
 
 def _check_header(data: bytes, budget: MediaBudget) -> None:
-    """Refuse large WebP and GIF canvases before their readers, which allocate when they open, see them."""
+    """Refuse large WebP and GIF canvases. Their readers allocate memory as soon as they open a file."""
     width = height = 0
     if len(data) < 30:
-        return  # no canvas yet; the readers refuse it
+        return  # the header is cut; the readers refuse it
     if data[:3] == b"GIF":
         width, height = struct.unpack_from("<HH", data, 6)
     elif data[8:16] == b"WEBPVP8X":
@@ -179,9 +181,9 @@ def _transposed(picture: PilImage.Image, method: PilImage.Transpose) -> PilImage
 
 
 def _exif_orientation(exif: bytes) -> int:
-    """Orientation in the first directory, or 1.
+    """The orientation in the first directory, or 1.
 
-    Read by hand: Pillow's reader warns and raises on damaged blocks we need not care about.
+    Pillow's own reader is not used: it warns and raises on damage that has no effect on the orientation.
     """
     tiff = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
@@ -193,20 +195,20 @@ def _exif_orientation(exif: bytes) -> int:
             if (tag, kind) == (0x0112, 3):
                 return value
     except struct.error:
-        pass  # no EXIF block, or one that ends early: the picture itself may be fine
+        pass  # no EXIF block, or a damaged one; the picture itself may be intact
     return 1
 
 
 @contextmanager
-def _mapped_errors() -> Iterator[None]:
-    """Whatever the library raises becomes our fixed text, without the original chained to it.
+def _mapped_errors() -> Generator[None]:
+    """Replace what Pillow raises by a `MediaError` with a fixed text, and drop Pillow's warnings.
 
-    Its warnings are dropped.
+    The original error is not chained, since its text may hold paths.
     """
     reason = None
     try:
         with warnings.catch_warnings():
-            # Narrow on purpose: should two threads restore each other's filters, only Pillow's warnings are affected.
+            # Only for Pillow: two threads may restore each other's filters, and then other warnings are not affected.
             warnings.filterwarnings("ignore", module=r"PIL\.")
             yield
     except MediaError:

@@ -1,7 +1,4 @@
-"""The one budget that all media of a request draw from.
-
-It counts and refuses. It does not know where bytes come from or how they are decoded.
-"""
+"""The budget that all media of one request draw from. It counts, and refuses what exceeds a limit."""
 
 from __future__ import annotations
 
@@ -13,7 +10,11 @@ from mm.errors import MediaError
 
 
 class MediaBudget:
-    """What the media of one request may still use. Make one per request; safe to share between threads."""
+    """What the media of one request may still use.
+
+    Make one per request. Each item draws once: when it is fetched (item, bytes) and when it is decoded (pixels). It may
+    be shared between threads.
+    """
 
     def __init__(self, limits: MediaLimits) -> None:
         self.limits = limits
@@ -35,7 +36,7 @@ class MediaBudget:
             self._num_items[kind] += 1
 
     def check_bytes(self, kind: Kind, num_bytes: int) -> None:
-        """Refuse an encoded size without drawing it; for sizes that are announced or still growing.
+        """Refuse an encoded size without drawing it, for sizes that are declared or still growing.
 
         Raises:
             MediaError: `too_many_bytes`.
@@ -73,7 +74,7 @@ class MediaBudget:
             raise MediaError("bad_aspect", kind, self.limits.max_aspect)
 
     def take_pixels(self, kind: Kind, width: int, height: int, num_frames: int = 1) -> None:
-        """Draw the decoded pixels of one item, from its header and before decoding.
+        """Draw the decoded pixels of one item. Call it with the sizes of the header, before decoding.
 
         Raises:
             MediaError: `too_small`, `too_many_pixels` or `bad_aspect`.
@@ -86,7 +87,7 @@ class MediaBudget:
             self._num_pixels += num_pixels
 
     def take_frames(self, num_frames: int) -> None:
-        """Refuse more sampled frames of one clip than are handed on.
+        """Refuse a number of sampled frames of one clip.
 
         Raises:
             MediaError: `too_many_frames`.
@@ -95,10 +96,10 @@ class MediaBudget:
             raise MediaError("too_many_frames", "video", self.limits.max_sampled_frames)
 
     def take_duration(self, duration_s: float) -> None:
-        """Refuse a clip that is too long.
+        """Refuse the length of a clip.
 
         Raises:
             MediaError: `too_long`.
         """
-        if not duration_s <= self.limits.max_duration_s:  # written so that NaN is refused too
+        if not duration_s <= self.limits.max_duration_s:  # in this form NaN is refused too
             raise MediaError("too_long", "video", self.limits.max_duration_s)

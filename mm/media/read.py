@@ -19,7 +19,7 @@ from mm.media.limits import MediaBudget
 from mm.media.loading import decode, fetch_item
 
 NUM_SNIFFED = 64
-"""Bytes at a file's start that decide what it is."""
+"""Bytes at the start of a file that decide its kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,7 @@ def read_media(
     if kind is not None and kind not in get_args(Kind):
         raise InvalidRequest(f"kind was {kind!r}; it has to be 'image' or 'video'", "kind")
     budget = MediaBudget(limits or MediaLimits())
-    if not isinstance(media, bytes | str | Path | PilImage.Image | np.ndarray):
-        given = type(media).__name__
-        raise InvalidRequest(
-            f"cannot read a {given}; give a path, bytes, a data: URL, a PIL image or an array", "media"
-        )
+    _check_form(media)
     source = MediaSource(kind=kind or _guess(media, frames is not None), source=media)
     fetched = fetch_item(source, SourcePolicy(allow_paths=True), budget)
     if isinstance(fetched, MediaFile):
@@ -76,6 +72,12 @@ def read_media(
     if isinstance(fetched, Image):
         return MediaFrames(frames=fetched.pixels[None], times_s=(0.0,), duration_s=0.0)
     return MediaFrames(frames=fetched.frames, times_s=fetched.timestamps_s, duration_s=fetched.duration_s)
+
+
+def _check_form(media: object) -> None:
+    if not isinstance(media, bytes | str | Path | PilImage.Image | np.ndarray):
+        allowed = "a path, bytes, a data: URL, a PIL image or an array"
+        raise InvalidRequest(f"cannot read a {type(media).__name__}; give {allowed}", "media")
 
 
 def _sampling(num_frames: int | None, fps: float | None) -> FrameSampling | None:
@@ -87,7 +89,7 @@ def _sampling(num_frames: int | None, fps: float | None) -> FrameSampling | None
 
 
 def _guess(media: str | Path | bytes | PilImage.Image | Pixels, wants_frames: bool) -> Kind:
-    """What the item is by its first bytes. Where they say nothing, "image": decoding it gives the right error."""
+    """The kind of an item by its first bytes. "image" if they are unknown; decoding then gives the right error."""
     if isinstance(media, PilImage.Image | np.ndarray):
         return "image"
     container = sniff(_first_bytes(media))
@@ -104,7 +106,7 @@ def _first_bytes(media: str | Path | bytes) -> bytes:
             return base64.b64decode(payload[: len(payload) // 4 * 4])[:NUM_SNIFFED]
         return b""
     with contextlib.suppress(OSError, ValueError):
-        if Path(media).is_file():  # a pipe would be waited for
+        if Path(media).is_file():  # reading a pipe could block
             with open(media, "rb") as file:
                 return file.read(NUM_SNIFFED)
     return b""

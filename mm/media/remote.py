@@ -1,8 +1,8 @@
-"""Download from an http(s) address without letting the address choose where inside our network we connect.
+"""Download from an http(s) address, without access to hosts inside the operator's network.
 
-One parser reads each URL; its host is resolved once, every answer must be a public address, and the socket goes to
-the very address that was checked. Redirects go through the same door. No proxies, cookies, credentials or content
-decoding.
+Each URL is read by one parser. Its host is resolved once, every address of it has to be public, and the socket connects
+to an address that was checked. Redirects are checked in the same way. Proxies, cookies, credentials and content
+encodings are not used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 EMBEDS_IPV4 = tuple(
     ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")
 )
-"""IPv6 ranges that a gateway may translate to an IPv4 address of its own network."""
+"""IPv6 ranges that a gateway may translate to IPv4 addresses of its network."""
 
 
 def download(url: str, kind: Kind, policy: SourcePolicy, budget: MediaBudget) -> bytes:
@@ -58,7 +58,7 @@ def parse(url: str | httpx.URL, kind: Kind, policy: SourcePolicy) -> httpx.URL:
         MediaError: `bad_source` or `domain_not_allowed`.
     """
     text = str(url)
-    # Other parsers read a backslash as "/" and drop white space; refusing both leaves nothing to disagree about.
+    # Some parsers read a backslash as "/" and drop white space. With both refused, all parsers agree.
     if not text.isascii() or not text.isprintable() or any(c in text for c in '\\ "<>^`{|}'):
         raise MediaError("bad_source", kind)
     try:
@@ -76,7 +76,7 @@ def parse(url: str | httpx.URL, kind: Kind, policy: SourcePolicy) -> httpx.URL:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is reachable from the whole Internet, whichever way it is written."""
+    """Whether an IP address is reachable from the whole Internet, in any notation."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped:
@@ -87,7 +87,7 @@ def is_public(address: str) -> bool:
 
 
 def resolve(host: str, port: int, timeout_s: float) -> list[str]:
-    """Every address of `host`. The system's resolver has no time limit of its own, so it is waited for in a thread."""
+    """All addresses of `host`. The system's resolver has no timeout, so it runs in a thread."""
     found: list[str] = []
 
     def look_up() -> None:
@@ -103,7 +103,7 @@ def resolve(host: str, port: int, timeout_s: float) -> list[str]:
 
 
 def _get(url: httpx.URL, kind: Kind, budget: MediaBudget, deadline: float) -> bytes | httpx.URL:
-    """The body, or where we are sent instead."""
+    """The body, or the address of a redirect."""
     address = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
     headers = [
         ("Host", url.netloc.decode("ascii")),
@@ -149,7 +149,7 @@ def _tls() -> ssl.SSLContext:
 
 
 class _CheckedBackend(httpcore.NetworkBackend):
-    """Connects to checked addresses only, and gives every socket operation what is left of the download's time."""
+    """Connects to checked addresses only. Each socket operation gets the time that is left of the download's."""
 
     def __init__(self, kind: Kind, deadline: float) -> None:
         self._kind, self._deadline = kind, deadline
@@ -181,7 +181,7 @@ class _CheckedBackend(httpcore.NetworkBackend):
 
 
 class _DeadlineStream(httpcore.NetworkStream):
-    """A connection whose reads and writes together end at the deadline: a server that drips bytes gains nothing."""
+    """A connection that ends at the deadline, also when the server sends its bytes slowly."""
 
     def __init__(self, inner: httpcore.NetworkStream, deadline: float) -> None:
         self._inner, self._deadline = inner, deadline

@@ -1,6 +1,6 @@
-"""Which frames of a clip are looked at.
+"""Which frames of a clip are sampled.
 
-Plain numbers in and out; used inside the video child, so standard library only.
+The video child imports this file, so it uses the standard library only.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from collections.abc import Sequence
 
 
 def num_wanted(num_clip_frames: int, duration_s: float, num_frames: int, fps: float | None, max_frames: int) -> int:
-    """How many frames to take.
+    """Number of frames to sample: `num_frames`, or with `fps` the nearest integer to duration x fps.
 
-    `num_frames`, or duration x fps (nearest, at least 1, at most `max_frames`); never more than exist.
+    With `fps` it is at least 1 and at most `max_frames`. It never exceeds the number of frames of the clip.
     """
     if fps is not None:
-        # Clamped before int(): a hostile duration may be too large for any integer type.
+        # Clamped before int(), since a hostile duration may be infinite.
         num_frames = int(max(1.0, min(duration_s * fps + 0.5, max_frames)))
     return min(num_frames, num_clip_frames)
 
 
 def choose(times_s: Sequence[float], duration_s: float, num_wanted: int) -> list[int]:
-    """Indices of `num_wanted` different frames, ascending, evenly spread over the clip's time.
+    """Indices of `num_wanted` different frames, ascending and evenly spread over the clip's time.
 
-    The clip is cut into equal spans of time and the frame on screen at the centre of each span is taken. Where one
-    frame is on screen in several centres (variable frame rate), the next ones are taken, so the count always is what
-    was asked for.
+    The clip is cut into equal spans of time, and the frame on screen at the centre of each span is sampled. With a
+    variable frame rate one frame may be on screen at several centres. Then the frames that follow it are sampled
+    instead, so that the number of frames is always `num_wanted`.
 
     Args:
-        times_s: Ascending presentation times from the clip's start, one per frame.
+        times_s: Presentation time of each frame from the clip's start, ascending.
         duration_s: End of the last frame.
         num_wanted: 1 to len(times_s).
     """

@@ -1,7 +1,6 @@
-"""An item's encoded bytes: given, or from a path, a `data:` URL or an allowed http(s) address.
+"""The encoded bytes of an item, from a path, a `data:` URL or an allowed http(s) address.
 
-
-Sizes are checked before bytes are held. What the bytes are is not looked at: declared types are ignored.
+Sizes are checked before the bytes are read. Declared media types are ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def fetch(source: MediaSource, policy: SourcePolicy, budget: MediaBudget) -> bytes:
-    """The item's encoded bytes; draws one item and its bytes from the budget.
+    """The item's encoded bytes. Draws one item and its bytes from the budget.
 
     Raises:
         MediaError: `bad_source`, `file_not_found`, `remote_disabled`, `domain_not_allowed`, `fetch_failed`, `empty`,
@@ -57,11 +56,11 @@ def _read(item: MediaSource, policy: SourcePolicy, budget: MediaBudget) -> bytes
 
 
 def _read_path(path: Path, kind: Kind, policy: SourcePolicy, budget: MediaBudget) -> bytes:
-    """A regular file's bytes. Devices and pipes are refused: reading them may never end."""
+    """The bytes of a regular file. Devices and pipes are refused, since reading them may never end."""
     if not policy.allow_paths:
         raise MediaError("bad_source", kind)
     try:
-        # Not blocking, so that opening a pipe nobody writes to returns.
+        # O_NONBLOCK: opening a pipe that has no writer would block.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -75,7 +74,7 @@ def _read_path(path: Path, kind: Kind, policy: SourcePolicy, budget: MediaBudget
 def read_data_url(url: str, kind: Kind, budget: MediaBudget) -> bytes:
     """The bytes of `data:[type];base64,...`.
 
-    Strict: no white space, no URL-safe alphabet, no percent signs, full padding.
+    White space, percent signs, the URL-safe alphabet and missing padding are refused.
 
     Raises:
         MediaError: `bad_source`, or `too_many_bytes` before anything is decoded.

@@ -1,8 +1,8 @@
-"""Clips to `Video`, decoded by a process that can be killed.
+"""Clips to `Video`, decoded in a child process that can be killed.
 
-One child serves one clip. A spare one waits with its decoder imported, so a request does not pay for an interpreter's
-start (about 0.2 s); the next spare is started when one is taken. A child ends when our end of its pipe closes, so
-it cannot outlive us.
+A child decodes one clip. A spare child is kept that has imported its decoder, so a request need not wait for an
+interpreter to start (about 0.2 s). When it is taken, the next spare is started. A child ends when its pipe is closed,
+so it cannot outlive this process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from mm.config import MediaLimits, VideoDecoder
-from mm.data.media import FrameSampling, Video
+from mm.data.media import FrameSampling, Pixels, Video
 from mm.errors import MEDIA_REASONS, EngineError, InvalidRequest, MediaError
 from mm.media.containers import is_cut_short, is_foreign, sniff
 from mm.media.hashing import content_hash, pixel_hash
@@ -47,7 +47,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=_child_environment(),
-            start_new_session=True,  # a group of its own, which can be killed as a whole
+            start_new_session=True,  # a process group of its own, which can be killed as a whole
         )
         self.pipe_in, self.pipe_out = cast(BinaryIO, self.process.stdin), cast(BinaryIO, self.process.stdout)
         self.hit_deadline = False
@@ -58,24 +58,24 @@ class Child:
 
     def kill(self) -> None:
         """End the child and everything it started. Safe to call from another thread, and again."""
-        # Not reaped, so the number is still its own; `deadline` ends its timer before anyone calls `close`.
+        # The child is not reaped yet, so its id is its own. `deadline` ends its timer before `close` is called.
         if self.process.returncode is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> int:
-        """Kill, reap, close the pipes; the exit status, negative for a signal."""
+        """Kill and reap the child, close the pipes. Returns the exit status, which is negative for a signal."""
         self.kill()
         status = self.process.wait()
         for pipe in (self.pipe_in, self.pipe_out):
             try:
                 pipe.close()
-            except OSError:  # unsent bytes and nobody to read them
+            except OSError:  # there are unsent bytes, and the child is gone
                 continue
         return status
 
     @contextmanager
-    def deadline(self, seconds: float) -> Iterator[None]:
-        """Kill the child after so long, which also ends any read from it or write to it."""
+    def deadline(self, seconds: float) -> Generator[None]:
+        """Kill the child when the time is over. This also ends a blocked read from it or write to it."""
         timer = threading.Timer(seconds, self._expire)
         timer.daemon = True
         timer.start()
@@ -91,10 +91,10 @@ class Child:
 
 
 class ChildPool:
-    """Hands out fresh children and keeps one spare per decoder. Thread-safe.
+    """Starts children and keeps one spare per decoder. Thread-safe.
 
     Args:
-        command: What starts a child; the decoder's name is appended.
+        command: The command that starts a child. The decoder's name is appended.
     """
 
     def __init__(self, command: Sequence[str] = CHILD_COMMAND) -> None:
@@ -103,7 +103,7 @@ class ChildPool:
         self._spares: dict[str, Child] = {}
 
     def take(self, decoder: str) -> Child:
-        """A child that has not served anyone; the caller closes it. The next spare starts while this one works."""
+        """A child that has not decoded anything yet. The caller closes it. The next spare starts meanwhile."""
         with self._lock:
             spare, self._spares[decoder] = self._spares.get(decoder), self._start(decoder)
         if spare is not None and spare.is_alive:
@@ -129,7 +129,7 @@ class ChildPool:
             spare.close()
 
     def forget(self) -> None:
-        """Drop the spares without ending them: after a fork they belong to the other process."""
+        """Drop the spares without ending them. After a fork they belong to the parent process."""
         self._lock = threading.Lock()
         self._spares = {}
 
@@ -140,7 +140,7 @@ os.register_at_fork(after_in_child=_POOL.forget)
 
 
 def prepare_decoder(decoder: VideoDecoder = "pyav") -> None:
-    """Check that a decoder is installed and start its spare, so that the first clip does not wait.
+    """Check that a decoder is installed, and start its spare, so that the first clip need not wait.
 
     Raises:
         EngineError: It is not installed.
@@ -154,11 +154,14 @@ def prepare_decoder(decoder: VideoDecoder = "pyav") -> None:
 def decode_video(
     data: bytes, sampling: FrameSampling, budget: MediaBudget, decoder: str = "pyav", pool: ChildPool | None = None
 ) -> Video:
-    """Sample a clip's frames on its true presentation times. Pixels are taken as square; rotation is applied.
+    """Sample frames of a clip by their presentation times. Rotation is applied. Pixels are treated as square.
 
-    By count, the clip's duration is cut into `num_frames` equal spans and the frame on screen at the centre of each
-    is taken; by `fps`, into round(duration x fps) spans. All frames are different; a clip with fewer gives all it
-    has.
+    The clip's duration is cut into `num_frames` equal spans, or with `fps` into round(duration x fps) spans. The frame
+    on screen at the centre of each span is sampled. All frames are different, and a shorter clip gives all it has.
+
+    Args:
+        decoder: "pyav" or "decord".
+        pool: Where the child comes from. By default the pool of this process.
 
     Raises:
         InvalidRequest: The sampling asks for no frames.
@@ -181,10 +184,8 @@ def decode_video(
     return Video(frames=frames, timestamps_s=times_s, duration_s=duration_s, content_hash=name)
 
 
-def video_from_array(
-    frames: np.ndarray, timestamps_s: Sequence[float], duration_s: float, budget: MediaBudget
-) -> Video:
-    """A clip from uint8 (T, H, W, 3) RGB frames already in memory, with their ascending times in seconds.
+def video_from_array(frames: Pixels, timestamps_s: Sequence[float], duration_s: float, budget: MediaBudget) -> Video:
+    """A clip from uint8 RGB frames (T, H, W, 3) in memory, with their ascending times in seconds.
 
     The array is copied.
 
@@ -205,7 +206,7 @@ def video_from_array(
     return Video(frames=copy, timestamps_s=times_s, duration_s=float(duration_s), content_hash=name)
 
 
-def draw_video(frames: np.ndarray, duration_s: float, budget: MediaBudget) -> None:
+def draw_video(frames: Pixels, duration_s: float, budget: MediaBudget) -> None:
     """Draw a clip whose frames are in memory already.
 
     Raises:
@@ -236,17 +237,19 @@ def _check_container(data: bytes) -> None:
         raise MediaError("undecodable", "video")
 
 
-Decoded = tuple[np.ndarray, tuple[float, ...], float]
+Decoded = tuple[Pixels, tuple[float, ...], float]
+"""Frames, times and duration, as in `Video`."""
 
 
 def _converse(child: Child, data: bytes, sampling: FrameSampling, budget: MediaBudget) -> Decoded:
-    """Hand the clip over and collect the answer. What the child says is checked: the clip may have taken it over."""
+    """Send the clip to the child and receive its frames. Every message is checked: the clip may control the child."""
     _await_ready(child)
     with child.deadline(budget.limits.decode_wall_s):
         write_message(child.pipe_in, _request(sampling, budget.limits), data)
         plan = _next(child, "plan")
         width, height, num_frames, duration_s = _draw(plan, sampling, budget)
-        frames, times_s = None, []
+        frames: Pixels | None = None
+        times_s: list[float] = []
         for index in range(num_frames):
             header = _next(child, "frame")
             shape = (int(header["height"]), int(header["width"]), 3)
@@ -257,7 +260,8 @@ def _converse(child: Child, data: bytes, sampling: FrameSampling, budget: MediaB
             _read_into(child.pipe_out, frames[index])
             times_s.append(float(header["time_s"]))
         _next(child, "done")
-    return cast(np.ndarray, frames), tuple(times_s), duration_s
+    assert frames is not None, "a plan has at least one frame"
+    return frames, tuple(times_s), duration_s
 
 
 def _await_ready(child: Child) -> None:
@@ -269,10 +273,10 @@ def _await_ready(child: Child) -> None:
 
 
 def _request(sampling: FrameSampling, limits: MediaLimits) -> dict[str, Any]:
-    ask = {
+    request = {
         "num_frames": sampling.num_frames,
         "fps": sampling.fps,
-        # One more than is allowed, so that a clip that needs more is refused here and not thinned out there.
+        # One more than the limit, so that a clip that needs more frames is refused and not sampled with fewer.
         "max_frames": min(sampling.max_frames, limits.max_sampled_frames + 1),
         "max_pixels": limits.max_pixels,
         "max_decoded_frames": limits.max_decoded_frames,
@@ -282,14 +286,14 @@ def _request(sampling: FrameSampling, limits: MediaLimits) -> dict[str, Any]:
         "cpu_s": limits.decode_cpu_s,
         "memory_bytes": limits.decode_memory_bytes,
     }
-    return {"ask": ask, "limits": bounds}
+    return {"request": request, "limits": bounds}
 
 
 def _next(child: Child, expected: str) -> dict[str, Any]:
     """The next message's header.
 
     Raises:
-        MediaError: The child refuses the clip, or says something it should not.
+        MediaError: The child refuses the clip, or sends another message than expected.
         WireClosed: It ended.
     """
     header = read_header(child.pipe_out)
@@ -302,7 +306,7 @@ def _next(child: Child, expected: str) -> dict[str, Any]:
 
 
 def _draw(plan: dict[str, Any], sampling: FrameSampling, budget: MediaBudget) -> tuple[int, int, int, float]:
-    """The plan, once the budget has room for it; the decoder waits meanwhile with nothing decoded."""
+    """The plan, after it was drawn from the budget. The child has not decoded anything yet."""
     width, height, num_frames = (int(plan[name]) for name in ("width", "height", "num_frames"))
     duration_s = float(plan["duration_s"])
     wanted = sampling.num_frames if sampling.fps is None else sampling.max_frames
@@ -314,8 +318,8 @@ def _draw(plan: dict[str, Any], sampling: FrameSampling, budget: MediaBudget) ->
     return width, height, num_frames, duration_s
 
 
-def _read_into(pipe: BinaryIO, frame: np.ndarray) -> None:
-    """Fill one (H, W, 3) frame straight from the pipe."""
+def _read_into(pipe: BinaryIO, frame: Pixels) -> None:
+    """Fill one frame (H, W, 3) directly from the pipe."""
     view = frame.data.cast("B")
     if cast(Any, pipe).readinto(view) != len(view):
         raise WireClosed
@@ -326,11 +330,8 @@ def _reason_of_death(child: Child, status: int) -> str:
 
 
 def _child_environment() -> dict[str, str]:
-    """What Python needs to find the same packages, and nothing else: the child has no business with our secrets.
-
-    `os.environ` is handed on here, not read as configuration.
-    """
+    """The variables that Python needs to find the same packages, and no others, since they may hold secrets."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
     root = str(Path(__file__).parents[2])
-    # One thread each: a math library's pool would reserve memory that counts against the limit.
+    # The thread pool of a math library would reserve memory, which counts towards the limit.
     return {**kept, "PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]), "OPENBLAS_NUM_THREADS": "1"}

@@ -1,8 +1,8 @@
 """The process that decodes one clip and ends: `python -m mm.media.video_child DECODER`.
 
-It says "ready" once its decoder is imported, reads one request, gives up what it does not need (memory, CPU, time,
-files, sockets), and only then touches the clip. It must not import torch: a spare has to be ready in a fraction of a
-second and stay small.
+It imports its decoder, sends "ready" and reads one request. Then it limits its own memory, CPU time, wall time, files
+and sockets for good, and only then decodes the clip. It must not import torch: a spare child has to start fast and stay
+small.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import signal
 import sys
 from typing import Any, BinaryIO
 
-from mm.media.video_decoders import DECODERS, Ask, Decode, Frame, Plan, Refused
+from mm.media.video_decoders import DECODERS, Decode, DecodeRequest, Frame, Plan, Refused
 from mm.media.wire import OUT_OF_MEMORY_STATUS, WireClosed, read_exactly, read_header, write_message
 
 
 def main() -> None:
-    """Serve one request on stdin and stdout, then end without cleaning up: the clip may have left anything behind."""
+    """Serve one request on stdin and stdout. End without clean-up, since the clip may have damaged the process."""
     pipe_in, pipe_out = sys.stdin.buffer, _private_stdout()
     try:
         decode = DECODERS[sys.argv[1]]()
         write_message(pipe_out, {"type": "ready"})
-        request = read_header(pipe_in)  # ends here when the parent does
-        confine(request["limits"])
-        answer(decode, read_exactly(pipe_in, request["num_bytes"]), Ask(**request["ask"]), pipe_out)
+        header = read_header(pipe_in)  # fails when the parent is gone
+        confine(header["limits"])
+        data = read_exactly(pipe_in, header["num_bytes"])
+        send_frames(decode, data, DecodeRequest(**header["request"]), pipe_out)
     except (WireClosed, BrokenPipeError):
         os._exit(1)
     except MemoryError:
@@ -33,10 +34,10 @@ def main() -> None:
     os._exit(0)
 
 
-def answer(decode: Decode, data: bytes, ask: Ask, pipe_out: BinaryIO) -> None:
-    """Send the plan, the frames and `done`, or the reason why not. Nothing a library says leaves this process."""
+def send_frames(decode: Decode, data: bytes, request: DecodeRequest, pipe_out: BinaryIO) -> None:
+    """Send the plan, the frames and `done`, or the reason why not. No text of a library leaves this process."""
     try:
-        for item in decode(data, ask):
+        for item in decode(data, request):
             write_message(pipe_out, *_encoded(item))
         write_message(pipe_out, {"type": "done"})
     except (BrokenPipeError, WireClosed):
@@ -53,7 +54,7 @@ def answer(decode: Decode, data: bytes, ask: Ask, pipe_out: BinaryIO) -> None:
 
 
 def _has_memory() -> bool:
-    """Whether there is room left: a library that runs out of it may report any error."""
+    """Whether memory is left. A library that has none may raise any error."""
     try:
         bytearray(32 << 20)
     except MemoryError:
@@ -62,10 +63,9 @@ def _has_memory() -> bool:
 
 
 def confine(limits: dict[str, Any]) -> None:
-    """Bound this process for good: hard limits cannot be raised again.
+    """Limit this process for good; hard limits cannot be raised again.
 
-    No new file descriptor can be had, so neither a file nor a socket can be opened, whatever the clip talks its
-    decoder into.
+    No new file descriptor can be opened. So the decoder can open neither a file nor a socket, whatever the clip is.
     """
     cpu_s, memory_bytes = int(limits["cpu_s"]), int(limits["memory_bytes"])
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
@@ -74,13 +74,13 @@ def confine(limits: dict[str, Any]) -> None:
     _lower(resource.RLIMIT_CPU, cpu_s, cpu_s + 1)
     _lower(resource.RLIMIT_AS, memory_bytes, memory_bytes)
     _lower(resource.RLIMIT_NOFILE, highest, highest)
-    # The parent kills us at the same moment; this holds when the parent is gone.
+    # The parent kills this process at the same time. This is for the case that the parent is gone.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, float(limits["wall_s"]))
 
 
 def _lower(limit: int, soft: int, hard: int) -> None:
-    """Set a limit, or keep the one we were started under where that is tighter."""
+    """Set a limit, or keep the inherited one if that is lower."""
     inherited = resource.getrlimit(limit)[1]
     if inherited != resource.RLIM_INFINITY:
         soft, hard = min(soft, inherited), min(hard, inherited)
@@ -96,7 +96,7 @@ def _encoded(item: Plan | Frame) -> tuple[dict[str, Any], bytes | memoryview]:
 
 
 def _private_stdout() -> BinaryIO:
-    """Our pipe under another number, so that a library that prints cannot break the protocol."""
+    """The pipe under another descriptor, so that a library that prints to stdout cannot break the protocol."""
     pipe_out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return pipe_out

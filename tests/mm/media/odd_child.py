@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from mm.media import video_child
-from mm.media.video_decoders import DECODERS, Ask, Frame, Plan
+from mm.media.video_decoders import DECODERS, DecodeRequest, Frame, Plan
 
 
 def decoder(act: Callable[[bytes], object]) -> None:
     """Register a decoder that acts, then answers with one grey frame."""
 
-    def decode(data: bytes, ask: Ask) -> Iterator[Plan | Frame]:
+    def decode(data: bytes, request: DecodeRequest) -> Iterator[Plan | Frame]:
         act(data)
         yield Plan(16, 16, 1, 1.0)
         yield Frame(0.0, np.full((16, 16, 3), 127, np.uint8))
@@ -76,18 +76,18 @@ def chatter(data: bytes) -> None:
     os.write(1, b"a library that prints\n" * 100)
 
 
-def lying(data: bytes, ask: Ask) -> Iterator[Plan | Frame]:
+def lying(data: bytes, request: DecodeRequest) -> Iterator[Plan | Frame]:
     """Plans a small frame and sends a large one."""
     yield Plan(16, 16, 1, 1.0)
     yield Frame(0.0, np.zeros((4096, 4096, 3), np.uint8))
 
 
-def greedy(data: bytes, ask: Ask) -> Iterator[Plan | Frame]:
+def greedy(data: bytes, request: DecodeRequest) -> Iterator[Plan | Frame]:
     """Plans more frames than were asked for."""
     yield Plan(16, 16, 10**9, 1.0)
 
 
-def large(data: bytes, ask: Ask) -> Iterator[Plan | Frame]:
+def large(data: bytes, request: DecodeRequest) -> Iterator[Plan | Frame]:
     """120 MB, more than any pipe holds."""
     yield Plan(1000, 1000, 40, 40.0)
     for index in range(40):
