@@ -26,9 +26,9 @@ from mm.plugins.registry import get, names, options_of
 from mm.plugins.spec import build_reducer
 from serve.evaluation.intervals import NUM_RESAMPLES, SEED, Resamples, interval
 from serve.evaluation.items import Item, choose, read_test_set
-from serve.evaluation.local import LocalAnswerer
+from serve.evaluation.local import LocalBackend
 from serve.evaluation.report import markdown, progress
-from serve.evaluation.run import ask_all, num_asks
+from serve.evaluation.run import ask_items, num_questions
 
 NUM_FOLDS = 3
 READING = "read"
@@ -188,11 +188,11 @@ def told(result: dict) -> str:
 def usable(candidates: Sequence[str], model: str, items: Sequence[Item]) -> tuple[list[str], list[str]]:
     """Methods that this model can use, and why the others cannot."""
     good, problems = [], []
-    answerer = LocalAnswerer(ModelConfig(model=model, num_threads=1), num_frames=16, max_tokens=4)
+    backend = LocalBackend(ModelConfig(model=model, num_threads=1), num_frames=16, max_tokens=4)
     for name in candidates:
         try:
             build_reducer(f"{name}:keep_ratio=0.5")
-            ask_all(items[:1], {}, answerer, f"{name}:keep_ratio=0.5", control=False)
+            ask_items(items[:1], {}, backend, f"{name}:keep_ratio=0.5", control=False)
             good.append(name)
         except PluginError as error:
             problems.append(str(error))
@@ -212,12 +212,12 @@ def main() -> None:
     test_set = read_test_set(args.data)
     items = [item for item in choose(test_set, limit=args.limit) if item.kind == "image"]
     found, left_out = usable(args.method or methods(), args.model, items)
-    answerer = LocalAnswerer(ModelConfig(model=args.model, num_threads=1), num_frames=16, max_tokens=192)
+    backend = LocalBackend(ModelConfig(model=args.model, num_threads=1), num_frames=16, max_tokens=192)
     specs = ["none", *(f"{name}:keep_ratio={keep}" for keep in args.keep for name in found)]
     right = {}
-    with progress(num_asks(items, specs, control=False)) as advance:
+    with progress(num_questions(items, specs, control=False)) as advance:
         for spec in specs:
-            column = ask_all(items, {}, answerer, spec, control=False, advance=advance)
+            column = ask_items(items, {}, backend, spec, control=False, advance=advance)
             right[spec] = np.array(column.right)
     scorer, folds = Scorer(items), folds_of(items)
     budgets = [

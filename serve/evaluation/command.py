@@ -11,10 +11,10 @@ from pathlib import Path
 
 from mm.config import ModelConfig
 from mm.plugins.spec import build_reducer
-from serve.evaluation.asking import Answerer
+from serve.evaluation.client import Backend
 from serve.evaluation.items import EvaluationError, choose, read_test_set
 from serve.evaluation.report import progress, tables
-from serve.evaluation.run import answer_lines, ask_all, num_asks, result_of
+from serve.evaluation.run import answer_lines, ask_items, num_questions, result_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +53,21 @@ class Evaluation:
     max_tokens: int = 192
 
 
-def build_answerer(job: Evaluation) -> Answerer:
+def build_backend(job: Evaluation) -> Backend:
     """Load the model or reach the server.
 
     Raises:
         MmError: It cannot be done, or a reducer does not exist.
     """
     if job.url is None:
-        from serve.evaluation.local import LocalAnswerer
+        from serve.evaluation.local import LocalBackend
 
         for reducer in job.reducers:
             build_reducer(reducer)
-        return LocalAnswerer(job.model, num_frames=job.num_frames, max_tokens=job.max_tokens)
-    from serve.evaluation.remote import RemoteAnswerer
+        return LocalBackend(job.model, num_frames=job.num_frames, max_tokens=job.max_tokens)
+    from serve.evaluation.remote import RemoteBackend
 
-    return RemoteAnswerer(
+    return RemoteBackend(
         job.url,
         model=job.served_model,
         api_key=job.api_key,
@@ -77,8 +77,8 @@ def build_answerer(job: Evaluation) -> Answerer:
     )
 
 
-def run_evaluation(job: Evaluation, *, build: Callable[[Evaluation], Answerer] = build_answerer) -> None:
-    """Ask, count, write and print.
+def run_evaluation(job: Evaluation, *, build: Callable[[Evaluation], Backend] = build_backend) -> None:
+    """EvalRequest, count, write and print.
 
     Raises:
         MmError: Names what was given and what to do. Nothing has been written then.
@@ -88,13 +88,13 @@ def run_evaluation(job: Evaluation, *, build: Callable[[Evaluation], Answerer] =
     _check_writable([path for path in (job.json_file, job.answers_file) if path is not None])
     reducers: list[str | None] = [*dict.fromkeys(job.reducers)] or [None if job.url else job.model.reducer]
     by_id = test_set.by_id()
-    answerer = build(job)
+    backend = build(job)
     with (
-        contextlib.closing(answerer),
-        progress(num_asks(items, reducers, control=job.control), quiet=job.quiet) as advance,
+        contextlib.closing(backend),
+        progress(num_questions(items, reducers, control=job.control), quiet=job.quiet) as advance,
     ):
         columns = [
-            ask_all(items, by_id, answerer, reducer, control=job.control, suffix=job.suffix, advance=advance)
+            ask_items(items, by_id, backend, reducer, control=job.control, suffix=job.suffix, advance=advance)
             for reducer in reducers
         ]
     data = {
@@ -107,7 +107,7 @@ def run_evaluation(job: Evaluation, *, build: Callable[[Evaluation], Answerer] =
         "limit": job.limit,
         "suffix": job.suffix,
     }
-    result = result_of(items, columns, data=data, answerer=answerer.facts())
+    result = result_of(items, columns, data=data, backend=backend.metadata())
     if job.json_file is not None:
         job.json_file.write_text(json.dumps(result, indent=1) + "\n")
     if job.answers_file is not None:

@@ -9,11 +9,11 @@ from typing import Any
 import mm
 from mm.config import ModelConfig
 from mm.errors import RequestError
-from serve.evaluation.asking import Ask, Reply
+from serve.evaluation.client import EvalRequest, Reply
 from serve.evaluation.items import EvaluationError
 
 
-class LocalAnswerer:
+class LocalBackend:
     """A loaded model.
 
     Args:
@@ -27,7 +27,7 @@ class LocalAnswerer:
         self._config, self._num_frames, self._max_tokens = config, num_frames, max_tokens
         self._model = mm.Model(config)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {
             "model": self._config.model,
             "through": "this process",
@@ -38,8 +38,8 @@ class LocalAnswerer:
             "versions": {name: version(name) for name in ("mm-serving", "torch", "transformers")},
         }
 
-    def answers(self, asks: Iterable[Ask], reducer: str | None) -> Iterator[Reply]:
-        for ask in asks:
+    def answers(self, requests: Iterable[EvalRequest], reducer: str | None) -> Iterator[Reply]:
+        for ask in requests:
             options: dict[str, Any] = {"images": [ask.media]}
             if ask.kind == "video":
                 options = {"videos": [ask.media], "num_frames": self._num_frames}

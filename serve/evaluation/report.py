@@ -52,9 +52,9 @@ class _Lines:
 def tables(result: Mapping[str, Any]) -> str:
     """The result for people."""
     rows, columns = result["rows"], result["columns"]
-    data, answerer = result["data"], result["answerer"]
+    data, backend = result["data"], result["answerer"]
     asked = f"{data['num_items']} questions on {data['num_media']} media of {data['name']} ({data['sha256'][:12]})"
-    head = f"{answerer['model']} through {answerer['through']}: {asked}."
+    head = f"{backend['model']} through {backend['through']}: {asked}."
     parts = [head, _tasks(rows, columns), NOTE]
     if any(row["group"].startswith("objects=") for row in rows):
         parts += ["By number of objects:", _by_objects(rows, columns)]

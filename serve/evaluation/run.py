@@ -1,6 +1,6 @@
 """The evaluation: every item asked once per reducer, with its own medium and with another's, and the answers counted.
 
-    result = evaluate(items, answerer, reducers=["none", "divprune:keep_ratio=0.1"])
+    result = evaluate(items, backend, reducers=["none", "divprune:keep_ratio=0.1"])
 
 The control asks each question about the medium of the item that `swap_id` names: what is still answered right there
 was not seen but guessed. Nothing in a result depends on time, on the order of answers or on chance: two runs are
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.evaluation.asking import Answerer, Ask, Reply
+from serve.evaluation.client import Backend, EvalRequest, Reply
 from serve.evaluation.intervals import LEVEL, NUM_RESAMPLES, Resamples, Share
 from serve.evaluation.items import Item
 from serve.evaluation.scoring import is_right
@@ -32,7 +32,7 @@ class Column:
     """All that one reducer was asked.
 
     Attributes:
-        reducer: As it was given; None for the answerer's default.
+        reducer: As it was given; None for the backend's default.
         replies, right: By item, with its own medium.
         swapped_replies, swapped_right: With another's; None where there was no control.
     """
@@ -54,15 +54,15 @@ class Column:
         return sum(reply.num_visual_tokens_kept for reply in self.replies) / total if total else None
 
 
-def num_asks(items: Sequence[Item], reducers: Sequence[str | None], *, control: bool = True) -> int:
+def num_questions(items: Sequence[Item], reducers: Sequence[str | None], *, control: bool = True) -> int:
     """How many questions an evaluation will ask."""
     return len(reducers) * (len(items) + control * sum(item.swap_id is not None for item in items))
 
 
-def ask_all(
+def ask_items(
     items: Sequence[Item],
     by_id: Mapping[str, Item],
-    answerer: Answerer,
+    backend: Backend,
     reducer: str | None,
     *,
     control: bool = True,
@@ -76,9 +76,9 @@ def ask_all(
         suffix: Put after every question.
         advance: Called after every answer.
     """
-    own = _replies(items, {item.id: item for item in items}, answerer, reducer, suffix, advance)
+    own = _replies(items, {item.id: item for item in items}, backend, reducer, suffix, advance)
     swaps = {item.id: by_id[item.swap_id] for item in items if control and item.swap_id is not None}
-    swapped = _replies([item for item in items if item.id in swaps], swaps, answerer, reducer, suffix, advance)
+    swapped = _replies([item for item in items if item.id in swaps], swaps, backend, reducer, suffix, advance)
     return Column(
         reducer=reducer,
         replies=tuple(own[item.id] for item in items),
@@ -91,15 +91,15 @@ def ask_all(
 def _replies(
     items: Sequence[Item],
     media_of: Mapping[str, Item],
-    answerer: Answerer,
+    backend: Backend,
     reducer: str | None,
     suffix: str,
     advance: Advance,
 ) -> dict[str, Reply]:
     """Replies by id, asked medium by medium so that a feature cache is of use."""
     order = sorted(items, key=lambda item: media_of[item.id].media_index)
-    asks = (
-        Ask(
+    requests = (
+        EvalRequest(
             item_id=item.id,
             question=f"{item.question} {suffix}".strip(),
             media=media_of[item.id].media,
@@ -108,7 +108,7 @@ def _replies(
         for item in order
     )
     replies = {}
-    for item, reply in zip(order, answerer.answers(asks, reducer), strict=True):
+    for item, reply in zip(order, backend.answers(requests, reducer), strict=True):
         replies[item.id] = reply
         advance()
     return replies
@@ -170,13 +170,13 @@ def _share(share: Share) -> dict[str, Any]:
 
 
 def result_of(
-    items: Sequence[Item], columns: Sequence[Column], *, data: Mapping[str, Any], answerer: Mapping[str, Any]
+    items: Sequence[Item], columns: Sequence[Column], *, data: Mapping[str, Any], backend: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The whole result, JSON-ready; equal in two runs."""
     return {
         "format": FORMAT,
         "data": dict(data),
-        "answerer": dict(answerer),
+        "answerer": dict(backend),
         "interval": {"level": LEVEL, "resamples": NUM_RESAMPLES, "over": "media"},
         "columns": [
             {"reducer": c.reducer, "kept_share": None if c.kept_share is None else round(c.kept_share, 4)}

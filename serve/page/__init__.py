@@ -4,7 +4,9 @@ The page is a client of the public HTTP API and of nothing else; it does not kno
 It loads nothing from outside: see `launch.py` for what enforces that.
 
     launch.py    start what is needed and serve the page
-    page.py      components and handlers
+    page.py      which components there are, and which handler each calls
+    components.py  the inputs and outputs; form.py their values
+    handlers.py  what happens when something is used
     client.py    requests, replies and curl commands of the HTTP API
     media.py     what the page shows of an upload; samples.py offers ready ones
     overlay.py   a kept map as shapes over a picture

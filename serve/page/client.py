@@ -1,11 +1,11 @@
-"""The demo page's side of the public HTTP API: what is asked, what comes back, what went wrong.
+"""The demo page's client of the public HTTP API: questions, replies and errors.
 
-Knows `POST /v1/chat/completions` with its `vision` object and `GET /v1/models`; does not know how anything is shown.
+It uses `POST /v1/chat/completions` with its `vision` object, and `GET /v1/models`. It does not know how anything is
+shown.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import shlex
 import time
@@ -13,17 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-
 from mm.data.media import Kind
 from mm.data.outputs import KeptMap
 from mm.errors import MmError
-
-CONNECT_TIMEOUT_S = 5.0
+from serve.client import ServerClient, ServerError, media_part
 
 
 class ServerProblem(MmError):
-    """The server cannot be reached, refuses the request, or answers something else than the API promises."""
+    """The server cannot be reached, refuses the request, or returns something else than the API promises."""
 
     code = "server_problem"
 
@@ -37,7 +34,7 @@ class ServerProblem(MmError):
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """A file as it will be sent: its own bytes, never re-encoded."""
+    """A file as it is sent: its own bytes, not encoded again."""
 
     name: str
     mime: str
@@ -49,7 +46,7 @@ class Upload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class Question:
     """One question about one upload.
 
     Attributes:
@@ -59,7 +56,7 @@ class Ask:
         drafter: One that the server offers; None leaves the choice to it.
     """
 
-    question: str
+    text: str
     upload: Upload
     reducer: str = "none"
     keep_ratio: float | None = None
@@ -69,13 +66,12 @@ class Ask:
     temperature: float = 0.0
     max_tokens: int = 64
 
-    def payload(self, model: str, media_url: str | None = None) -> dict[str, Any]:
+    def body(self, model: str, media_url: str | None = None) -> dict[str, Any]:
         """The request's JSON object. `media_url` stands in for the data URL of the file."""
-        kind = f"{self.upload.kind}_url"
-        content = [
-            {"type": kind, kind: {"url": media_url or data_url(self.upload.mime, self.upload.data)}},
-            {"type": "text", "text": self.question},
-        ]
+        media = media_part(self.upload.kind, self.upload.mime, self.upload.data)
+        if media_url is not None:
+            media[f"{self.upload.kind}_url"] = {"url": media_url}
+        content = [media, {"type": "text", "text": self.text}]
         vision: dict[str, Any] = {"reducer": self.reducer, "return_map": True, "return_timings": True}
         if self.keep_ratio is not None:
             vision["keep_ratio"] = self.keep_ratio
@@ -95,7 +91,7 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A run of an answer's text whose tokens were all drafted and accepted, or all came from the model alone."""
+    """A run of an answer's text whose tokens were all drafted and accepted, or were all not drafted."""
 
     text: str
     num_tokens: int
@@ -104,7 +100,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What a server offers: a model, and who may draft for it, its default first."""
+    """What a server offers: a model, and its drafters, the default first."""
 
     model: str
     drafters: tuple[str, ...] = ()
@@ -112,17 +108,17 @@ class Offer:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What the server answered.
+    """The answer of a server.
 
     Attributes:
-        num_cached_tokens: Prompt tokens that the decoder still had; 0 also when the server does not report them.
+        num_cached_tokens: Prompt tokens found in the prefix cache; 0 also when the server does not report them.
         num_visual_tokens_in, num_visual_tokens_kept: None when the server does not report them.
         kept: One map per media item; empty when the server does not report them.
         pieces: The text in runs; empty when the server does not report them.
-        mean_acceptance_length: Tokens per pass that had a draft; None without any.
-        reducer_faults: What the reducer did wrong; its tokens were all kept.
+        mean_acceptance_length: Tokens per step with a draft; None without any.
+        reducer_faults: Errors of the reducer, after which all its tokens were kept.
         timings_s: Seconds by stage ("encode", "prefill", ...); empty when the server does not report them.
-        wall_s: Seconds from sending the request to having the answer, as seen from here.
+        wall_s: Seconds from sending the request to receiving the answer.
     """
 
     text: str
@@ -146,30 +142,21 @@ class Client:
     Args:
         url: The server's address, with or without a trailing `/v1`.
         api_key: Sent with every request, if given.
-        transport: How requests travel; tests hand in their own.
+        transport: Used in place of the network, by tests.
     """
 
     def __init__(
-        self,
-        url: str,
-        *,
-        api_key: str | None = None,
-        timeout_s: float = 600.0,
-        transport: httpx.BaseTransport | None = None,
+        self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0, transport: Any = None
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._has_key = api_key is not None
-        # No proxy or credentials from the environment: the page asks the server it was pointed to and nobody else.
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
-            transport=transport,
-            trust_env=False,
-        )
+        try:
+            self._client = ServerClient(f"{self.url}/v1", api_key=api_key, timeout_s=timeout_s, transport=transport)
+        except ServerError as error:
+            raise _problem(error, self.url) from None
 
     def close(self) -> None:
-        self._http.close()
+        self._client.close()
 
     def offer(self) -> Offer:
         """The first model of the server, and its drafters.
@@ -177,10 +164,11 @@ class Client:
         Raises:
             ServerProblem: There is no such server, or it offers no model.
         """
-        body = self._call("GET", "/v1/models")
         try:
-            card = body["data"][0]
+            card = self._client.models()["data"][0]
             return Offer(model=str(card["id"]), drafters=_drafters(card))
+        except ServerError as error:
+            raise _problem(error, self.url) from None
         except (LookupError, TypeError):
             raise ServerProblem(f"The server at {self.url} offers no model.") from None
 
@@ -192,57 +180,48 @@ class Client:
         """
         return self.offer().model
 
-    def ask(self, ask: Ask) -> Reply:
+    def ask(self, question: Question) -> Reply:
         """Send a question and wait for the whole answer.
 
         Raises:
             ServerProblem: See the class.
         """
-        payload = ask.payload(self.model())
+        body = question.body(self.model())
         start = time.perf_counter()
-        body = self._call("POST", "/v1/chat/completions", payload)
-        return parse_reply(body, time.perf_counter() - start)
+        try:
+            completion = self._client.complete(body)
+        except ServerError as error:
+            raise _problem(error, self.url) from None
+        return parse_reply(completion, time.perf_counter() - start)
 
-    def curl(self, ask: Ask) -> str:
+    def curl(self, question: Question) -> str:
         """The same question as a shell command.
 
         Raises:
             ServerProblem: The model's name cannot be learned.
         """
-        return curl_command(self.url, ask, self.model(), needs_key=self._has_key)
-
-    def _call(self, method: str, path: str, payload: dict[str, Any] | None = None) -> Any:
-        try:
-            response = self._http.request(method, path, json=payload)
-        except httpx.InvalidURL:
-            raise ServerProblem(f"{self.url!r} is not the address of a server.") from None
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol):
-            raise ServerProblem(
-                f"No server can be reached at {self.url}.", "Start one with `mm serve`, or point to another with --url."
-            ) from None
-        except httpx.TimeoutException:
-            raise ServerProblem(f"The server at {self.url} did not answer in time.") from None
-        except httpx.HTTPError:
-            raise ServerProblem(f"The connection to {self.url} broke before the answer was there.") from None
-        return _body(response, self.url)
+        return curl_command(self.url, question, self.model(), needs_key=self._has_key)
 
 
-def _body(response: httpx.Response, url: str) -> Any:
-    try:
-        body = response.json()
-    except ValueError:
-        body = None
-    if response.is_success and isinstance(body, dict):
-        return body
-    error = body.get("error") if isinstance(body, dict) else None
-    if isinstance(error, dict) and isinstance(error.get("message"), str):
-        facts = [f"status {response.status_code}", *(str(error[key]) for key in ("code", "param") if error.get(key))]
-        message = error["message"]
-        raise ServerProblem(f"{message[:1].upper()}{message[1:]}", f"({', '.join(facts)})")
-    raise ServerProblem(
-        f"The server at {url} answered with status {response.status_code} and without a message that can be read.",
-        "Is it an OpenAI-compatible server?",
-    )
+def _problem(error: ServerError, url: str) -> ServerProblem:
+    """The error in words for the page."""
+    if error.message:
+        facts = [
+            f"status {error.status}",
+            *(str(error.error[key]) for key in ("code", "param") if error.error.get(key)),
+        ]
+        return ServerProblem(f"{error.message[:1].upper()}{error.message[1:]}", f"({', '.join(facts)})")
+    texts = {
+        "address": (f"{url!r} is not the address of a server.", ""),
+        "unreachable": (
+            f"No server can be reached at {url}.",
+            "Start one with `mm serve`, or point to another with --url.",
+        ),
+        "timeout": (f"The server at {url} did not answer in time.", ""),
+        "broken": (f"The connection to {url} broke before the answer was there.", ""),
+    }
+    status = f"The server at {url} answered with status {error.status} and without a message that can be read."
+    return ServerProblem(*texts.get(error.reason, (status, "Is it an OpenAI-compatible server?")))
 
 
 def _drafters(card: Mapping[str, Any]) -> tuple[str, ...]:
@@ -296,24 +275,20 @@ def _kept_map(item: Any) -> KeptMap:
     return KeptMap(kind=item["kind"], grid=(t, h, w), kept=kept)
 
 
-def data_url(mime: str, data: bytes) -> str:
-    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
-
-
-def curl_command(url: str, ask: Ask, model: str, *, needs_key: bool = False) -> str:
+def curl_command(url: str, question: Question, model: str, *, needs_key: bool = False) -> str:
     """A command for a POSIX shell that reads the file from the current folder and asks the same.
 
     A key stays out of it: the command takes it from the variable MM_API_KEY.
     """
-    payload = ask.payload(model, f"data:{ask.upload.mime};base64,$MEDIA")
-    text = json.dumps(payload, indent=2, ensure_ascii=False)
+    body = question.body(model, f"data:{question.upload.mime};base64,$MEDIA")
+    text = json.dumps(body, indent=2, ensure_ascii=False)
     # Inside an unquoted here-document the shell reads \ ` and $; ours is the only $ that is meant.
     for special in "\\`$":
         text = text.replace(special, f"\\{special}")
     text = text.replace(r"\$MEDIA", "$MEDIA", 1)
     key = ' -H "Authorization: Bearer $MM_API_KEY"' if needs_key else ""
     return (
-        f"MEDIA=$(base64 < {shlex.quote(ask.upload.name)} | tr -d '\\n')\n"
+        f"MEDIA=$(base64 < {shlex.quote(question.upload.name)} | tr -d '\\n')\n"
         f"curl -sS {shlex.quote(url + '/v1/chat/completions')} -H 'Content-Type: application/json'{key} "
         f"--data-binary @- <<JSON\n{text}\nJSON\n"
     )

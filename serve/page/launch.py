@@ -188,14 +188,14 @@ def _own_server(config: ServeConfig) -> Iterator[str]:
 
 
 def _warm_up(client: Client) -> None:
-    """Ask once: the first answer after a start is slower, and on the page the full one always comes first."""
+    """Send one question: the first answer after a start is slower, and the page always asks for the full one first."""
     from PIL import Image
 
-    from serve.page.client import Ask, Upload
+    from serve.page.client import Question, Upload
 
     grey = io.BytesIO()
     Image.new("RGB", (64, 64), "grey").save(grey, "PNG")
-    client.ask(Ask(question="?", upload=Upload(name="grey.png", mime="image/png", data=grey.getvalue()), max_tokens=4))
+    client.ask(Question(text="?", upload=Upload(name="grey.png", mime="image/png", data=grey.getvalue()), max_tokens=4))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""What the page shows of an upload: the frames a model would look at, small enough for a page.
+"""The pictures that the page shows of an upload: the frames that a model gets, small enough for a page.
 
-The server gets the file as it is; nothing here changes what is asked.
+The server gets the file as it is; nothing here changes the question.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from PIL import Image as PilImage
 from mm.config import MediaLimits
 from mm.data.media import FrameSampling
 from mm.media import MediaBudget, decode_image, decode_video
-from serve.page.client import Upload, data_url
+from serve.client import data_url
+from serve.page.client import Upload
 
 IMAGE_SIDE_PX = 960
 FRAME_SIDE_PX = 400

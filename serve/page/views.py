@@ -21,7 +21,7 @@ def heading(server: str = "") -> str:
     """The page's first line; `server` is one of the two lines below."""
     return (
         '<div class="mm-head"><h1>mm</h1>'
-        f"<p>Ask about a picture or a clip, once with every visual token and once with fewer.</p>{server}</div>"
+        f"<p>Question about a picture or a clip, once with every visual token and once with fewer.</p>{server}</div>"
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve.evaluation.asking import Ask, Reply
+from serve.evaluation.client import EvalRequest, Reply
 from serve.evaluation.items import Item, with_swaps, write_test_set
 from tests.helpers.clips import clip_bytes
 
@@ -44,18 +44,18 @@ def make_items() -> list[Item]:
     return with_swaps(items)
 
 
-class FakeAnswerer:
+class FakeBackend:
     """Sees colors; says that everything is red when asked so; knows one reducer that makes it blind."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str | None, Ask]] = []
+        self.asked: list[tuple[str | None, EvalRequest]] = []
         self.closed = False
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {"model": "fake", "through": "a test"}
 
-    def answers(self, asks: Iterable[Ask], reducer: str | None) -> Iterator[Reply]:
-        for ask in asks:
+    def answers(self, requests: Iterable[EvalRequest], reducer: str | None) -> Iterator[Reply]:
+        for ask in requests:
             self.asked.append((reducer, ask))
             yield Reply(
                 text=self._text(ask, reducer),
@@ -66,7 +66,7 @@ class FakeAnswerer:
     def close(self) -> None:
         self.closed = True
 
-    def _text(self, ask: Ask, reducer: str | None) -> str:
+    def _text(self, ask: EvalRequest, reducer: str | None) -> str:
         if ask.kind == "video":
             return "short"
         if ask.question.startswith("Is it red?"):

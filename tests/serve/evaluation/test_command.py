@@ -11,7 +11,7 @@ import pytest
 import serve.cli.app as app_module
 import serve.evaluation.command as command
 from serve.evaluation.items import write_test_set
-from tests.serve.evaluation.conftest import FakeAnswerer
+from tests.serve.evaluation.conftest import FakeBackend
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def run(monkeypatch, capsys):
 def fake(monkeypatch):
     """The command, with a fake model in place of a loaded one."""
     defaults = command.run_evaluation.__kwdefaults__
-    monkeypatch.setitem(defaults, "build", lambda job: FakeAnswerer())
+    monkeypatch.setitem(defaults, "build", lambda job: FakeBackend())
 
 
 @pytest.mark.usefixtures("fake")

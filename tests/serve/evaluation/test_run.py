@@ -6,15 +6,15 @@ import dataclasses
 import itertools
 
 from serve.evaluation.report import tables
-from serve.evaluation.run import answer_lines, ask_all, num_asks, result_of
-from tests.serve.evaluation.conftest import FakeAnswerer
+from serve.evaluation.run import answer_lines, ask_items, num_questions, result_of
+from tests.serve.evaluation.conftest import FakeBackend
 
 
 def result(items, reducers=(None,), **options):
-    answerer, by_id = FakeAnswerer(), {item.id: item for item in items}
-    columns = [ask_all(items, by_id, answerer, reducer, **options) for reducer in reducers]
+    backend, by_id = FakeBackend(), {item.id: item for item in items}
+    columns = [ask_items(items, by_id, backend, reducer, **options) for reducer in reducers]
     data = {"name": "set", "sha256": "0" * 64, "num_items": len(items), "num_media": 6}
-    return result_of(items, columns, data=data, answerer=answerer.facts()), columns, answerer
+    return result_of(items, columns, data=data, backend=backend.metadata()), columns, backend
 
 
 def row(result, task, group="all"):
@@ -48,11 +48,11 @@ def test_pictures_of_many_objects_are_also_counted_together(items):
 
 
 def test_the_control_shows_another_medium_and_asks_the_same(items):
-    found, columns, answerer = result(items)
+    found, columns, backend = result(items)
     assert row(found, "color")["cells"][0]["swapped"]["exact"] == 0.0
     assert row(found, "exist")["cells"][0]["swapped"]["exact"] == 0.25  # what it says to everything
     by_id = {item.id: item for item in items}
-    control = answerer.asked[len(items) :]
+    control = backend.asked[len(items) :]
     assert len(control) == len(items)
     for _, ask in control:
         assert ask.question == by_id[ask.item_id].question
@@ -62,32 +62,32 @@ def test_the_control_shows_another_medium_and_asks_the_same(items):
 
 def test_media_are_asked_about_one_after_the_other(items):
     """So that a feature cache need not hold them all."""
-    _, _, answerer = result(items[::-1])
-    for half in (answerer.asked[: len(items)], answerer.asked[len(items) :]):
+    _, _, backend = result(items[::-1])
+    for half in (backend.asked[: len(items)], backend.asked[len(items) :]):
         media = [ask.media for _, ask in half]
         changes = sum(a != b for a, b in itertools.pairwise(media))
         assert changes == len(set(media)) - 1
 
 
 def test_no_control_when_it_is_not_wanted(items):
-    found, columns, answerer = result(items, control=False)
-    assert len(answerer.asked) == len(items) == num_asks(items, [None], control=False)
+    found, columns, backend = result(items, control=False)
+    assert len(backend.asked) == len(items) == num_questions(items, [None], control=False)
     assert "swapped" not in row(found, "color")["cells"][0]
     assert columns[0].swapped_right == (None,) * len(items)
-    assert num_asks(items, [None, "blind"]) == 4 * len(items)
+    assert num_questions(items, [None, "blind"]) == 4 * len(items)
 
 
 def test_a_control_may_show_a_medium_that_is_not_among_the_items_asked(items):
     by_id = {item.id: item for item in items}
-    column = ask_all(items[:1], by_id, FakeAnswerer(), None)
+    column = ask_items(items[:1], by_id, FakeBackend(), None)
     assert column.right == (True,)
     assert column.swapped_right == (False,)
 
 
 def test_an_item_without_a_swap_is_asked_once(items):
     lonely = [dataclasses.replace(items[0], swap_id=None), *items[1:]]
-    found, columns, answerer = result(lonely)
-    assert len(answerer.asked) == 2 * len(items) - 1 == num_asks(lonely, [None])
+    found, columns, backend = result(lonely)
+    assert len(backend.asked) == 2 * len(items) - 1 == num_questions(lonely, [None])
     assert columns[0].swapped_right[0] is None
     assert row(found, "color")["cells"][0]["swapped"]["exact"] == 0.0
 
@@ -107,9 +107,9 @@ def test_a_cell_does_not_depend_on_which_others_are_asked(items):
 
 
 def test_the_suffix_follows_every_question(items):
-    _, _, answerer = result(items, suffix="In one word.")
-    assert {ask.question for _, ask in answerer.asked} >= {"Is it red? In one word."}
-    assert all(ask.question.endswith("? In one word.") for _, ask in answerer.asked)
+    _, _, backend = result(items, suffix="In one word.")
+    assert {ask.question for _, ask in backend.asked} >= {"Is it red? In one word."}
+    assert all(ask.question.endswith("? In one word.") for _, ask in backend.asked)
 
 
 def test_the_table_shows_what_was_counted(items):

@@ -16,9 +16,9 @@ from mm.config import ModelConfig
 from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.evaluation.items import choose, held_out_path, read_test_set
-from serve.evaluation.local import LocalAnswerer
-from serve.evaluation.remote import RemoteAnswerer
-from serve.evaluation.run import ask_all
+from serve.evaluation.local import LocalBackend
+from serve.evaluation.remote import RemoteBackend
+from serve.evaluation.run import ask_items
 from serve.evaluation.scoring import content
 from serve.stages import build_local_runtime
 
@@ -72,8 +72,8 @@ def few(shipped):
 
 @pytest.fixture(scope="module")
 def local(few, shipped):
-    answerer = LocalAnswerer(ModelConfig(num_threads=1), num_frames=16, max_tokens=64)
-    return [ask_all(few, shipped.by_id(), answerer, reducer) for reducer in ("none", "uniform:keep_ratio=0.25")]
+    backend = LocalBackend(ModelConfig(num_threads=1), num_frames=16, max_tokens=64)
+    return [ask_items(few, shipped.by_id(), backend, reducer) for reducer in ("none", "uniform:keep_ratio=0.25")]
 
 
 def test_in_process_and_http_give_the_same_result(few, shipped, local):
@@ -86,9 +86,9 @@ def test_in_process_and_http_give_the_same_result(few, shipped, local):
         while not server.started:
             assert thread.is_alive()
         port = server.servers[0].sockets[0].getsockname()[1]
-        answerer = RemoteAnswerer(f"http://127.0.0.1:{port}", concurrency=2, num_frames=16, max_tokens=64)
-        with contextlib.closing(answerer):
-            over_http = [ask_all(few, shipped.by_id(), answerer, c.reducer) for c in local]
+        backend = RemoteBackend(f"http://127.0.0.1:{port}", concurrency=2, num_frames=16, max_tokens=64)
+        with contextlib.closing(backend):
+            over_http = [ask_items(few, shipped.by_id(), backend, c.reducer) for c in local]
     finally:
         server.should_exit = True
         thread.join()

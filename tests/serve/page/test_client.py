@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import pytest
 
-from serve.page.client import Ask, Client, Offer, ServerProblem, Upload, parse_reply
+from serve.page.client import Client, Offer, Question, ServerProblem, Upload, parse_reply
 from serve.page.launch import serving
 from serve.page.media import read_upload
 from tests.serve.page.fake_server import answer, fake_app
@@ -42,7 +42,7 @@ def raising(error: Exception) -> Client:
 
 
 def test_an_image_is_sent_as_it_is_before_the_question() -> None:
-    payload = Ask(question="What?", upload=PNG, reducer="divprune", keep_ratio=0.25, seed=3).payload("m")
+    payload = Question(text="What?", upload=PNG, reducer="divprune", keep_ratio=0.25, seed=3).body("m")
     url = "data:image/png;base64," + base64.b64encode(b"pixels").decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
     assert payload["messages"] == [{"role": "user", "content": content}]
@@ -51,15 +51,15 @@ def test_an_image_is_sent_as_it_is_before_the_question() -> None:
 
 
 def test_a_clip_says_how_many_frames() -> None:
-    payload = Ask(question="What?", upload=CLIP, num_frames=5).payload("m")
+    payload = Question(text="What?", upload=CLIP, num_frames=5).body("m")
     assert payload["messages"][0]["content"][0]["type"] == "video_url"
     assert payload["vision"]["num_frames"] == 5
     assert "keep_ratio" not in payload["vision"]
 
 
 def test_a_reply_is_read_whole(picture: Path) -> None:
-    ask = Ask(question="What?", upload=read_upload(picture), reducer="uniform", keep_ratio=0.25)
-    reply = parse_reply(answer(ask.payload("fake")), 0.5)
+    question = Question(text="What?", upload=read_upload(picture), reducer="uniform", keep_ratio=0.25)
+    reply = parse_reply(answer(question.body("fake")), 0.5)
     assert (reply.text, reply.finish_reason) == ("uniform: What?", "stop")
     assert (reply.num_visual_tokens_in, reply.num_visual_tokens_kept) == (256, 64)
     assert reply.kept[0].grid == (1, 16, 16)
@@ -73,14 +73,14 @@ def test_a_reply_is_read_whole(picture: Path) -> None:
     ]
     assert reply.mean_acceptance_length == 6.0
     assert reply.reducer_faults == ()
-    body = answer(ask.payload("fake"))
+    body = answer(question.body("fake"))
     body["vision"]["reducer_faults"] = ["X: failed"]
     assert parse_reply(body, 0.5).reducer_faults == ("X: failed",)
 
 
 def test_the_drafter_is_the_servers_unless_one_is_chosen() -> None:
-    assert Ask(question="What?", upload=PNG).payload("m")["speculation"] == {"return_accepted": True}
-    chosen = Ask(question="What?", upload=PNG, drafter="copy").payload("m")["speculation"]
+    assert Question(text="What?", upload=PNG).body("m")["speculation"] == {"return_accepted": True}
+    chosen = Question(text="What?", upload=PNG, drafter="copy").body("m")["speculation"]
     assert chosen == {"drafter": "copy", "return_accepted": True}
 
 
@@ -109,7 +109,7 @@ def test_a_server_without_a_vision_object_is_understood() -> None:
 
 @pytest.mark.parametrize("kept", [[-1], [256], ["x"]])
 def test_a_map_that_does_not_fit_its_grid_is_refused(picture: Path, kept: list) -> None:
-    body = answer(Ask(question="What?", upload=read_upload(picture)).payload("fake"))
+    body = answer(Question(text="What?", upload=read_upload(picture)).body("fake"))
     body["vision"]["items"][0]["kept"] = kept
     with pytest.raises(ServerProblem, match="promised form"):
         parse_reply(body, 0.1)
@@ -124,14 +124,14 @@ def test_an_answer_of_another_form_is_refused(body: Any) -> None:
 def test_the_servers_own_words_reach_the_page() -> None:
     error = {"message": "the image is empty", "code": "media_empty", "param": "messages[0]"}
     with pytest.raises(ServerProblem) as caught:
-        failing(400, json.dumps({"error": error}).encode()).ask(Ask(question="What?", upload=PNG))
+        failing(400, json.dumps({"error": error}).encode()).ask(Question(text="What?", upload=PNG))
     assert str(caught.value) == "The image is empty (status 400, media_empty, messages[0])"
 
 
 @pytest.mark.parametrize("content", [b"<html>bad gateway</html>", b"", b"[1]", b'{"error": "no"}'])
 def test_an_answer_that_is_no_json_error_is_reported_with_its_status(content: bytes) -> None:
     with pytest.raises(ServerProblem, match="status 502"):
-        failing(502, content).ask(Ask(question="What?", upload=PNG))
+        failing(502, content).ask(Question(text="What?", upload=PNG))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_the_key_travels_in_the_header_and_never_in_the_command() -> None:
         return httpx.Response(200, json={"data": [{"id": "m"}]})
 
     keyed = Client("http://127.0.0.1:1/v1/", api_key="secret", transport=httpx.MockTransport(handler))
-    command = keyed.curl(Ask(question="What?", upload=PNG))
+    command = keyed.curl(Question(text="What?", upload=PNG))
     assert seen == ["Bearer secret"]
     assert "secret" not in command
     assert '-H "Authorization: Bearer $MM_API_KEY"' in command
@@ -169,15 +169,15 @@ def test_the_key_travels_in_the_header_and_never_in_the_command() -> None:
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_the_copied_command_asks_the_same(picture: Path) -> None:
-    question = 'What\'s `this`?\n"$HOME" \\ $(echo no) $MEDIA JSON\nJSON\n100 % é'
+    text = 'What\'s `this`?\n"$HOME" \\ $(echo no) $MEDIA JSON\nJSON\n100 % é'
     app = fake_app()
     with serving(app) as url:
         asked = Client(url)
-        ask = Ask(question=question, upload=read_upload(picture), reducer="uniform", keep_ratio=0.5)
-        reply = asked.ask(ask)
-        command = asked.curl(ask)
+        question = Question(text=text, upload=read_upload(picture), reducer="uniform", keep_ratio=0.5)
+        reply = asked.ask(question)
+        command = asked.curl(question)
         asked.close()
         done = subprocess.run(["sh", "-c", command], cwd=picture.parent, capture_output=True, timeout=30, check=True)
     sent, copied = app.state.requests
     assert copied == sent
-    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == reply.text == f"uniform: {question}"
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == reply.text == f"uniform: {text}"

@@ -16,9 +16,10 @@ from mm.errors import InvalidOption
 from mm.plugins.registry import create, get, names, options_of
 from serve.page.choices import ReducerChoice, installed_reducers, option_help, reducer_spec, with_drafters, written
 from serve.page.client import Client
+from serve.page.form import Form, option_keys
+from serve.page.handlers import Handlers
 from serve.page.launch import DemoConfig, demo_app, run_demo, serving
 from serve.page.media import NotMedia, preview, read_upload, thumbnail
-from serve.page.page import Form, Handlers, option_keys
 from serve.page.samples import SAMPLES_FOLDER, load_samples
 from tests.serve.page.fake_server import fake_app
 
@@ -122,8 +123,8 @@ def test_installed_reducers_are_offered_with_their_budget() -> None:
 
 
 def test_both_questions_differ_in_the_reduction_only(picture: Path) -> None:
-    full, reduced = Form(**FORM, options={}).asks(read_upload(picture), CHOICES)
-    first, second = full.payload("m"), reduced.payload("m")
+    full, reduced = Form(**FORM, options={}).questions(read_upload(picture), CHOICES)
+    first, second = full.body("m"), reduced.body("m")
     assert first.pop("vision") == {"reducer": "none", "return_map": True, "return_timings": True}
     assert second.pop("vision")["reducer"] == "uniform"
     assert first == second
