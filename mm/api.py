@@ -10,6 +10,7 @@ print(answer.text, answer.usage.num_visual_tokens_kept)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from mm.batch import generate_batch
 from mm.build import build_encode_parts, build_engine
 from mm.config import ModelConfig, SourcePolicy, model_config
 from mm.data.media import FrameSampling, Image, Kind, Media, MediaSource, Video
@@ -27,8 +29,9 @@ from mm.data.messages import parse_messages
 from mm.data.outputs import Event, KeptMap, Summary, Timings, TokenLogprob, Usage
 from mm.data.request import MediaPart, Message, Request, SpeculationOptions, TextPart, VisionOptions
 from mm.data.sampling_params import SamplingParams
+from mm.encode.pipeline import encode
+from mm.engine.loop import EngineLoop
 from mm.errors import InvalidRequest, MmError
-from mm.generate import generate, generate_batch
 
 MediaInput = str | Path | bytes | PIL.Image.Image | np.ndarray | Image | Video
 
@@ -37,7 +40,8 @@ MediaInput = str | Path | bytes | PIL.Image.Image | np.ndarray | Image | Video
 class Answer:
     """What `Model.generate` returns. `text` is the first choice; `texts` has all of them.
 
-    `logprobs` has an entry per choice and token id when they are asked for, and is empty otherwise.
+    `logprobs` has an entry per choice and token id when they are asked for, and is empty otherwise. `kv_bytes` is the
+    size of the first choice's KV cache when its first token came.
     """
 
     texts: tuple[str, ...]
@@ -49,6 +53,7 @@ class Answer:
     reducer: str
     reducer_faults: tuple[str, ...] = ()
     logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    kv_bytes: int = 0
 
     @property
     def text(self) -> str:
@@ -62,6 +67,7 @@ class Model:
         self.config = config
         self.encode_parts = build_encode_parts(config)
         self.engine = build_engine(config)
+        self.loop = EngineLoop(self.engine, num_threads=config.num_threads)
 
     def generate(
         self,
@@ -100,7 +106,7 @@ class Model:
 
     def run(self, request: Request) -> Iterator[Event]:
         """The events of a ready-made request."""
-        return generate(request, self.encode_parts, self.engine)
+        yield from self.loop.stream_sync(request, encode(request, self.encode_parts))
 
     def generate_batch(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> list[Answer | MmError]:
         """Answer many questions together, in their order. What is wrong with one is its result, and stops no other.
@@ -121,8 +127,9 @@ class Model:
         return [results[i] for i in sorted(results)]
 
     def run_batch(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Event] | MmError]]:
-        """Ready-made requests; see `mm.generate.generate_batch`."""
-        return generate_batch(requests, self.encode_parts, self.engine, ahead=2 * self.config.max_num_seqs)
+        """Ready-made requests; see `mm.batch.generate_batch`."""
+        encode_one = functools.partial(encode, parts=self.encode_parts)
+        return generate_batch(requests, encode_one, self.loop, ahead=2 * self.config.max_num_seqs)
 
 
 def load(
@@ -178,6 +185,7 @@ def collect(events: Iterator[Event]) -> Answer:
         kept=summary.kept,
         reducer=summary.reducer,
         reducer_faults=summary.reducer_faults,
+        kv_bytes=summary.kv_bytes,
         logprobs=tuple(tuple(logprobs[i]) for i in sorted(logprobs)),
     )
 

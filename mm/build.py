@@ -83,9 +83,9 @@ def build_engine(config: ModelConfig) -> LLMEngine:
     _use_threads(config)
     family = _plugin("family", config)
     on_cpu = not config.device.startswith("cuda")
-    limits = SchedulerConfig(
+    scheduler_config = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,
-        max_batch_tokens=config.max_batch_tokens or (512 if on_cpu else 4096),
+        max_num_batched_tokens=config.max_batch_tokens or (512 if on_cpu else 4096),
         max_waiting=config.max_waiting,
     )
     most = config.max_num_seqs * family.max_context_tokens
@@ -96,11 +96,11 @@ def build_engine(config: ModelConfig) -> LLMEngine:
         family.language.prepack()
     return LLMEngine(
         family,
-        limits=limits,
+        config=scheduler_config,
         kv_bytes=kv_bytes,
-        share_prefixes=config.prefix_caching,
+        prefix_caching=config.prefix_caching,
         speculation=config.speculation,
-        record_steps=config.cuda_graphs,
+        cuda_graphs=config.cuda_graphs,
         on_error=config.reducers.on_error,
     )
 

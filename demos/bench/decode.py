@@ -32,9 +32,7 @@ from demos.bench.path import picture
 from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
 from mm.encode.pipeline import encode
-from mm.engine.loop import OutputQueue
 from mm.models.checkpoint import find
-from mm.plugins.spec import build_reducer
 
 QUESTION = "What is in the picture, and where is it?"
 
@@ -48,25 +46,18 @@ def our_steps(
         build_request(QUESTION, images=[image], max_new_tokens=num_tokens, temperature=0, ignore_eos=True)
         for _ in range(batch)
     ]
-    feeds = [OutputQueue() for _ in requests]
-    for request, feed in zip(requests, feeds, strict=True):
-        engine.submit(request, encode(request, model.encode_parts).items, feed, build_reducer("none"), "none")
+    submitted = [model.loop.submit(request, encode(request, model.encode_parts)) for request in requests]
     steps, model_s, step_s = [], 0.0, 0.0
     while engine.has_work:
         before, start = engine.stats, clock()
         engine.step()
         elapsed, after = clock() - start, engine.stats
-        if after.num_rows - before.num_rows == batch:
+        if after.num_scheduled_tokens - before.num_scheduled_tokens == batch:
             steps.append(elapsed)
             model_s += after.model_s - before.model_s
             step_s += after.step_s - before.step_s
     outside = 1 - model_s / step_s
-    tokens = []
-    for feed in feeds:
-        ids: list[int] = []
-        while (item := feed.take()) is not None:
-            ids += getattr(item[0], "token_ids", ())
-        tokens.append(ids)
+    tokens = [[i for event in one.queue.take() for i in getattr(event, "token_ids", ())] for one in submitted]
     return steps, tokens, outside
 
 

@@ -51,6 +51,7 @@ from mm.api import build_request, collect
 from mm.config import SpeculationLimits
 from mm.data.request import Request
 from mm.engine.engine import LLMEngine
+from mm.engine.loop import EngineLoop
 from mm.engine.spec_decode.metrics import SpecDecodeStats
 from serve.evaluation.items import held_out_path
 
@@ -95,13 +96,13 @@ def answer_all(
 
 def answer(model: mm.Model, requests: list[Request]) -> Spent:
     """Let an engine answer requests that come at once."""
-    before = model.engine.stats.speculation
+    before = model.engine.stats.spec_decode
     cpu, wall, tokens = time.process_time(), time.perf_counter(), 0
     for _, outcome in model.run_batch(requests):
         assert isinstance(outcome, list), outcome
         tokens += collect(iter(outcome)).usage.num_completion_tokens
     spent = time.process_time() - cpu, time.perf_counter() - wall
-    return Spent(*spent, tokens, _since(before, model.engine.stats.speculation))
+    return Spent(*spent, tokens, _since(before, model.engine.stats.spec_decode))
 
 
 def _sum(parts: list[Spent]) -> Spent:
@@ -158,7 +159,8 @@ def load(name: str) -> mm.Model:
 def drafting(plain: mm.Model, speculation: SpeculationLimits) -> mm.Model:
     """The same weights under an engine that drafts: copies elsewhere in memory differ in speed by up to 3 %."""
     model, engine = copy.copy(plain), plain.engine
-    model.engine = LLMEngine(engine.family, limits=engine.limits, kv_bytes=KV_BYTES, speculation=speculation)
+    model.engine = LLMEngine(engine.family, config=engine.config, kv_bytes=KV_BYTES, speculation=speculation)
+    model.loop = EngineLoop(model.engine)
     return model
 
 
@@ -191,7 +193,7 @@ def row_of(spec: str, rounds: list[tuple[Spent, Spent]], model: mm.Model, batch:
     stats = _stats({name: sum(getattr(b.stats, name) for _, b in rounds) for name in COUNTS})
     cpu_s = sum(b.cpu_s for _, b in rounds)
     drafted = stats.num_draft_tokens / max(1, stats.num_target_steps)
-    passes = model.engine.speculation.times.seconds(batch, batch * np.array([0.0, drafted]))
+    passes = model.engine.spec_decoder.costs.seconds(batch, batch * np.array([0.0, drafted]))
     draft_of_pass = stats.draft_s / max(1, stats.num_target_steps) * batch / passes[0]
     return {
         "drafter": spec,
@@ -244,7 +246,7 @@ def _measured(
         rounds.append(answer_all(models, requests_of(task, chats, temperature, count, len(rounds)), batch, turns))
     specs = [spec for spec in models if spec != PLAIN]
     for spec in specs:
-        if models[spec].engine.stats.speculation.num_faults:
+        if models[spec].engine.stats.spec_decode.num_faults:
             raise RuntimeError(f"drafter {spec} failed on {task}, batch {batch}: the log above says how")
     return [row_of(spec, [(one[PLAIN], one[spec]) for one in rounds], models[spec], batch) for spec in specs]
 

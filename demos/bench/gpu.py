@@ -36,7 +36,8 @@ from demos.bench.path import picture
 from demos.bench.shapes import SHAPES, write_shape
 from mm.engine.attention.base import build_attention
 from mm.engine.kv_cache.blocks import KVCache
-from mm.engine.model_runner import Chunk, ModelRunner
+from mm.engine.model_input import Chunk
+from mm.engine.model_runner import ModelRunner
 
 
 class Report:
@@ -65,7 +66,7 @@ def prefill(model: mm.Model, num_rows: int, rates: dict[str, float], device: str
 
     def run() -> None:
         slot = cache.allocate()
-        decoder.run([Chunk(slot=slot, embeddings=embeddings, positions=positions, num_logits=1)])
+        decoder.forward([Chunk(seq_index=slot, embeddings=embeddings, positions=positions, num_logits=1)])
         cache.free(slot)
 
     seconds = best_s(run, device=device)

@@ -23,9 +23,11 @@ from transformers import AutoConfig, LlamaConfig, LlavaConfig, LlavaForCondition
 from demos.bench.machine import facts
 from mm.data.tokens import Prompt
 from mm.engine.attention.base import build_attention
-from mm.engine.cache_pruning import evict
+from mm.engine.cache_pruning import prune_cache
 from mm.engine.kv_cache.blocks import KVCache
-from mm.engine.model_runner import Chunk, ModelRunner, PruneState
+from mm.engine.model_input import Chunk
+from mm.engine.model_runner import ModelRunner
+from mm.engine.prefill_pruning import PruneState
 from mm.models.language import LanguageModel
 from mm.plugins.capabilities import in_decode, in_prefill
 from mm.plugins.spec import build_reducer
@@ -94,24 +96,30 @@ def build_prompt(width: int) -> Prompt:
 
 def prefill(language: LanguageModel, prompt: Prompt, cache: KVCache, spec: str) -> tuple[int, int]:
     """Largest tensor in bytes, and visual tokens left behind the last layer at which some were dropped."""
-    hooks = {layer: stage for stage in in_prefill(build_reducer(spec)) for layer in stage.layers(language.num_layers)}
+    reducer = build_reducer(spec)
+    hooks = {layer: stage for stage in in_prefill(reducer) for layer in stage.layers(language.num_layers)}
     visual = prompt.is_visual.nonzero().squeeze(1)
-    drops = PruneState(
-        hooks=hooks,
+    state = PruneState(
+        reducers=hooks,
         visual=visual,
         origins=torch.arange(NUM_VISUAL),
         items=torch.zeros(NUM_VISUAL, dtype=torch.int64),
         protected=torch.zeros(NUM_VISUAL, dtype=torch.bool),
     )
     slot = cache.allocate()
-    chunk = Chunk(slot=slot, embeddings=prompt.embeddings, positions=prompt.positions, drops=drops if hooks else None)
+    chunk = Chunk(
+        seq_index=slot,
+        embeddings=prompt.embeddings,
+        positions=prompt.positions,
+        prune_state=state if hooks else None,
+    )
     with Largest() as largest:
-        ModelRunner(language, build_attention(cache)).run([chunk])
-        evict(cache, slot, prompt, chunk, in_decode(build_reducer(spec)))
+        ModelRunner(language, build_attention(cache)).forward([chunk])
+        prune_cache(cache, slot, prompt, 0, chunk.prune_state, in_decode(reducer))
     cache.free(slot)
-    if chunk.error is not None:
-        raise chunk.error
-    return largest.num_bytes, len(drops.visual)
+    if state.error is not None:
+        raise state.error
+    return largest.num_bytes, len(state.visual)
 
 
 def full_map(language: LanguageModel, prompt: Prompt) -> int:

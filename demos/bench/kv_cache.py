@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,16 +31,13 @@ from mm.data.request import Request
 from mm.encode.pipeline import encode
 from mm.engine.loop import OutputQueue
 from mm.models.checkpoint import find
-from mm.plugins.spec import build_reducer
 
 QUESTIONS = ("What is in the picture, and where is it?", "How many squares are there, and which one is red?")
 KEEP = 0.25
 
 
 def submit(model: mm.Model, request: Request, reducer: str) -> OutputQueue:
-    feed = OutputQueue()
-    model.engine.submit(request, encode(request, model.encode_parts).items, feed, build_reducer(reducer), reducer)
-    return feed
+    return model.loop.submit(request, replace(encode(request, model.encode_parts), reducer=reducer)).queue
 
 
 def ask(image: bytes, question: str = QUESTIONS[0], num_tokens: int = 1) -> Request:
@@ -48,9 +46,8 @@ def ask(image: bytes, question: str = QUESTIONS[0], num_tokens: int = 1) -> Requ
 
 def run_until_first_token(model: mm.Model, feed: OutputQueue) -> None:
     while model.engine.step():
-        while (item := feed.take()) is not None:
-            if getattr(item[0], "token_ids", ()):
-                return
+        if any(getattr(event, "token_ids", ()) for event in feed.take()):
+            return
 
 
 def expected_bytes(model: mm.Model, num_rows: int, num_visual: int, layer: int | None) -> int:

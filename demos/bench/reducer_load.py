@@ -25,9 +25,8 @@ from demos.bench.path import picture
 from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
 from mm.encode.pipeline import encode
-from mm.engine.loop import OutputQueue
+from mm.engine.loop import Submitted
 from mm.models.checkpoint import find
-from mm.plugins.spec import build_reducer
 from serve.evaluation.report import markdown
 
 METHODS = (
@@ -49,7 +48,7 @@ QUESTION = "What is in the picture, and where is it?"
 def throughput(model: mm.Model, reducer: str, args: argparse.Namespace, round_number: int) -> dict[str, float]:
     engine = model.engine
     side_px = model.encode_parts.encoder.config.vision_config.image_size
-    engine.prefixes.clear()
+    engine.prefix_cache.clear()
     start = time.process_time()
     waiting = []
     for i in range(args.requests):
@@ -62,29 +61,23 @@ def throughput(model: mm.Model, reducer: str, args: argparse.Namespace, round_nu
             temperature=0,
             ignore_eos=True,
         )
-        waiting.append((request, encode(request, model.encode_parts).items))
+        waiting.append((request, encode(request, model.encode_parts)))
     encoded = time.process_time()
-    running: list[OutputQueue] = []
+    running: list[Submitted] = []
     while waiting or running:
         while waiting and len(running) < args.in_flight:
-            request, items = waiting.pop()
-            running.append(OutputQueue())
-            engine.submit(request, items, running[-1], build_reducer(reducer), reducer)
+            running.append(model.loop.submit(*waiting.pop()))
         engine.step()
-        running = [feed for feed in running if not _is_over(feed)]
+        running = [one for one in running if not _has_ended(one)]
     done = time.process_time()
     tokens = args.requests * args.new_tokens
     return {"decoder": tokens / (done - encoded), "all": tokens / (done - start)}
 
 
-def _is_over(feed: OutputQueue) -> bool:
-    while (item := feed.take()) is not None:
-        event, error = item
-        if error is not None:
-            raise error
-        if event is None:
-            return True
-    return False
+def _has_ended(submitted: Submitted) -> bool:
+    if submitted.queue.has_ended:
+        submitted.queue.raise_error()
+    return submitted.queue.has_ended
 
 
 def bench(path: Path, args: argparse.Namespace) -> list[dict]:

@@ -31,7 +31,7 @@ from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
 from mm.config import ModelConfig
 from mm.data.outputs import Delta
-from mm.data.tokens import Encoded, VisualTokens
+from mm.data.tokens import Encoded, EncodedMedia, VisualTokens
 from mm.engine.loop import OutputQueue
 from mm.media import MediaBudget, image_from_array
 from mm.plugins.apply import apply
@@ -103,12 +103,13 @@ def prefill(model: mm.Model, tokens: VisualTokens, spec: str) -> tuple[float, fl
     reducer, feed = Timed(build_reducer(spec)), OutputQueue()
     request = build_request("What is in the picture?", images=[blank(model)], max_new_tokens=2, temperature=0.0)
     start = time.process_time()
-    job = model.engine.submit(request, [Encoded(tokens=tokens.without_aux_features())], feed, reducer, spec)
-    while not isinstance((feed.take() or (None, None))[0], Delta):
+    media = EncodedMedia(items=(Encoded(tokens=tokens.without_aux_features()),), reducer=spec)
+    job = model.engine.submit(request, media, feed, reducer)
+    while not any(isinstance(event, Delta) for event in feed.take()):
         model.engine.step()
     seconds = time.process_time() - start
     rows = int(model.engine.cache.lengths.sum())
-    model.engine.cancel(job)
+    model.engine.abort(job)
     return seconds, reducer.select_s, rows
 
 

@@ -47,7 +47,7 @@ from mm.config import ModelConfig
 from mm.data.media import FrameSampling, Image, Video
 from mm.data.outputs import Delta
 from mm.data.request import Request
-from mm.data.tokens import Encoded, VisualTokens
+from mm.data.tokens import Encoded, EncodedMedia, VisualTokens
 from mm.encode.pipeline import question
 from mm.engine.loop import OutputQueue
 from mm.errors import IncompatiblePlugin, InvalidOption
@@ -149,18 +149,20 @@ class Bench:
     def answers(self, items: Sequence[Item], spec: str) -> dict[str, tuple[str, int, int]]:
         """Per item the answer, and its visual tokens in and kept; many at a time."""
         waiting = iter(sorted(items, key=lambda item: item.media_index))
-        running: dict[str, tuple[OutputQueue, list[Any]]] = {}
+        running: dict[str, OutputQueue] = {}
         done: dict[str, tuple[str, int, int]] = {}
         while len(done) < len(items):
             for item in _up_to(waiting, IN_FLIGHT - len(running)):
                 reducer = build_reducer(spec)
                 request, feed = self.request(item), OutputQueue()
                 encoded = self.reduced(request, self.tokens(item, reducer), reducer)
-                self.engine.submit(request, [encoded], feed, reducer, spec)
-                running[item.id] = feed, []
+                self.engine.submit(request, EncodedMedia(items=(encoded,), reducer=spec), feed, reducer)
+                running[item.id] = feed
             self.engine.step()
-            for item_id in [key for key, (feed, events) in running.items() if _drained(feed, events)]:
-                answer = collect(iter(running.pop(item_id)[1]))
+            for item_id in [key for key, feed in running.items() if feed.has_ended]:
+                feed = running.pop(item_id)
+                feed.raise_error()
+                answer = collect(iter(feed.take()))
                 usage = answer.usage
                 done[item_id] = answer.text, usage.num_visual_tokens_in, usage.num_visual_tokens_kept
         return done
@@ -185,14 +187,14 @@ class Bench:
         start = time.process_time()
         encoded = self.reduced(request, tokens, timed)
         reduced_at = time.process_time()
-        job = self.engine.submit(request, [encoded], feed, timed, spec)
-        while not isinstance((feed.take() or (None, None))[0], Delta):
+        job = self.engine.submit(request, EncodedMedia(items=(encoded,), reducer=spec), feed, timed)
+        while not any(isinstance(event, Delta) for event in feed.take()):
             self.engine.step()
         end = time.process_time()
         cache = self.engine.cache
         rows = cache.lengths.sum(axis=1)
         num_text = job.prompt.length - encoded.tokens.num_tokens
-        self.engine.cancel(job)
+        self.engine.abort(job)
         return {
             "select": timed.select_s,
             "prefill": end - reduced_at,
@@ -208,19 +210,6 @@ def _up_to(items: Iterator[Item], count: int) -> Iterable[Item]:
         if (item := next(items, None)) is None:
             return
         yield item
-
-
-def _drained(feed: OutputQueue, events: list[Any]) -> bool:
-    """Move what is there to `events`; whether the request is over."""
-    while (taken := feed.take()) is not None:
-        event, error = taken
-        if event is not None:
-            events.append(event)
-        elif error is not None:
-            raise error
-        else:
-            return True
-    return False
 
 
 # ── the measurements ──────────────────────────────────────────────────────────────────────────────────────────────────

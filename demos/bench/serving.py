@@ -38,9 +38,7 @@ from demos.bench.shapes import SHAPES, write_shape
 from demos.train.data.scenes import draw_scene, sample_scene
 from mm.api import build_request
 from mm.encode.pipeline import encode
-from mm.engine.loop import OutputQueue
 from mm.models.checkpoint import find
-from mm.plugins.spec import build_reducer
 
 WORDS = (
     "what",
@@ -109,18 +107,17 @@ def serve_ours(model: mm.Model, asks: list[Ask]) -> None:
         if not engine.has_work:
             clock.skip_to(waiting[0].arrival)
         if waiting and waiting[0].arrival <= clock.now():
-            ask, feed = waiting.pop(0), OutputQueue()
+            ask = waiting.pop(0)
             request = build_request(
                 ask.text, images=ask.pictures, max_new_tokens=ask.num_tokens, temperature=0, ignore_eos=True
             )
-            engine.submit(request, encode(request, model.encode_parts).items, feed, build_reducer("none"), "none")
-            running[feed] = ask
+            running[model.loop.submit(request, encode(request, model.encode_parts)).queue] = ask
         engine.step()
         for feed, ask in list(running.items()):
-            while (item := feed.take()) is not None:
-                if item[0] is None:
-                    del running[feed]
-                elif ids := getattr(item[0], "token_ids", ()):
+            if feed.has_ended:
+                del running[feed]
+            for event in feed.take():
+                if ids := getattr(event, "token_ids", ()):
                     ask.last = clock.now()
                     ask.first = ask.first or ask.last
                     ask.token_ids += ids
@@ -219,7 +216,7 @@ def bench(path: Path, dtype: str, median_tokens: int, args: argparse.Namespace) 
     rounds: list[dict[str, dict]] = []
     tokens: dict[str, list] = {}
     for _ in range(args.rounds):
-        ours.engine.prefixes.clear()
+        ours.engine.prefix_cache.clear()
         found = {}
         for name, serve in servers.items():
             asks = [Ask(a.pictures, a.text, a.num_tokens, float(t)) for a, t in zip(base, arrivals, strict=True)]

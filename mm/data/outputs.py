@@ -112,6 +112,7 @@ class Summary:
 
     Attributes:
         reducer_faults: What reducers did wrong; what they were to reduce was kept whole.
+        kv_bytes: Bytes of the KV cache of the first choice when its first token came, shared blocks included.
     """
 
     usage: Usage
@@ -119,6 +120,7 @@ class Summary:
     kept: tuple[KeptMap, ...] = ()
     reducer: str = "none"
     reducer_faults: tuple[str, ...] = ()
+    kv_bytes: int = 0
 
 
 Event = Delta | Summary

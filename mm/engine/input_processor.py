@@ -1,48 +1,120 @@
-"""What a request may have of an engine: room for its answer, positions, reducers inside the decoder."""
+"""From a request to sequences: room for the output, positions, and the layers at which reducers act."""
 
 from __future__ import annotations
 
+import time
+
 from mm.config import OnError
 from mm.data.request import Request
-from mm.data.tokens import Positions, Prompt
+from mm.data.tokens import EncodedMedia, Positions, Prompt
 from mm.engine.kv_cache.blocks import KVCache
-from mm.engine.model_runner import layers_of
-from mm.engine.sequence import EngineRequest
+from mm.engine.prefill_pruning import layers_of
+from mm.engine.sampling.sampler_factory import SamplerFactory
+from mm.engine.sampling.vocabulary import Vocabulary
+from mm.engine.sequence import EngineRequest, OutputSink, Sequence
+from mm.engine.sequence_output import SequenceOutput
+from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.errors import ContextTooLong, InvalidRequest, ReducerFault
-from mm.plugins.capabilities import in_decode, in_prefill
+from mm.models.family import CheckpointFamily
+from mm.plugins.capabilities import capabilities_of, in_decode, in_prefill
 from mm.plugins.reducer import Reducer
+from mm.plugins.spec import reducer_spec
 
 
-def answer_length(request: Request, prompt: Prompt, context: int, cache: KVCache) -> int:
-    """Tokens that an answer may have: what was asked for, or what context and cache hold.
+class InputProcessor:
+    """Makes sequences of requests. Safe to use from several threads.
 
     Args:
-        context: Positions of the model.
+        on_error: What a reducer's fault does to its request, see `ReducerPolicy`.
+    """
+
+    def __init__(
+        self, family: CheckpointFamily, cache: KVCache, spec_decoder: SpecDecoder, *, on_error: OnError
+    ) -> None:
+        self._family, self._cache, self._spec_decoder = family, cache, spec_decoder
+        self._on_error: OnError = on_error
+        self._samplers = SamplerFactory(family)
+
+    def process(
+        self, params: Request, media: EncodedMedia, sink: OutputSink, reducer: Reducer | None = None
+    ) -> list[Sequence]:
+        """The sequences of a request, one per choice. May wait for a schema to be compiled.
+
+        Args:
+            reducer: Used in place of `media.reducer`.
+
+        Raises:
+            ContextTooLong, InvalidRequest, MediaError: The request cannot be served as asked.
+        """
+        reducer = reducer or reducer_spec(media.reducer).plugin
+        prompt = self._family.splice(params.messages, [item.tokens for item in media.items])
+        prompt = with_positions(prompt, params.vision.positions or capabilities_of(reducer).positions)
+        max_new_tokens = output_length(params, prompt, self._family.max_context_tokens, self._cache)
+        samplers = self._samplers.make(params.sampling, prompt)
+        now = time.perf_counter()
+        request = EngineRequest(
+            params=params,
+            media=media.items,
+            prompt=prompt,
+            sink=sink,
+            reducer=media.reducer,
+            priority=params.priority,
+            deadline=None if params.timeout_s is None else now + params.timeout_s,
+            num_unfinished=len(samplers),
+            reducer_faults=[item.fault for item in media.items if item.fault],
+        )
+        add_reducers(request, reducer, self._family.language.num_layers, on_error=self._on_error)
+        seqs = [
+            Sequence(
+                request=request,
+                sampler=sampler,
+                output=SequenceOutput(self._samplers.vocabulary, sampler, params.sampling, max_new_tokens),
+                spec=self._spec_decoder.new_state(params),
+            )
+            for sampler in samplers
+        ]
+        seqs[0].siblings = seqs[1:]
+        hashes = request.block_hashes(self._cache.shape.block_size)
+        for seq in seqs:
+            seq.block_hashes = list(hashes)
+        return seqs
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._samplers.vocabulary
+
+    def close(self) -> None:
+        """Stop the threads that compile schemas."""
+        self._samplers.close()
+
+
+def output_length(params: Request, prompt: Prompt, max_context_tokens: int, cache: KVCache) -> int:
+    """Tokens that an output may have: what was asked for, or what context and cache have room for.
 
     Raises:
-        ContextTooLong, InvalidRequest: Not even what was asked for has room.
+        ContextTooLong, InvalidRequest: There is no room for what was asked for.
     """
-    asked = request.sampling.max_new_tokens
-    num_rows, next_position = prompt.length, prompt.next_position
-    if context - next_position < max(1, asked or 0):
-        raise ContextTooLong(next_position, asked or 1, context)
+    asked = params.sampling.max_new_tokens
+    num_tokens, next_position = prompt.length, prompt.next_position
+    if max_context_tokens - next_position < max(1, asked or 0):
+        raise ContextTooLong(next_position, asked or 1, max_context_tokens)
     shape = cache.shape
-    room = cache.num_blocks // shape.num_layers * shape.block_size - num_rows
+    room = cache.num_blocks // shape.num_layers * shape.block_size - num_tokens
     if room < max(1, asked or 0):
         raise InvalidRequest(
-            f"the prompt has {num_rows} tokens and {asked or 1} were asked for, but this server's KV cache holds "
-            f"{room + num_rows}; shorten the prompt, keep fewer visual tokens, or lower max_tokens",
+            f"the prompt has {num_tokens} tokens and {asked or 1} were asked for, but this server's KV cache holds "
+            f"{room + num_tokens}; shorten the prompt, keep fewer visual tokens, or lower max_tokens",
             "messages",
             "context_length_exceeded",
         )
-    return asked or min(room, context - next_position)
+    return asked or min(room, max_context_tokens - next_position)
 
 
 def with_positions(prompt: Prompt, positions: Positions) -> Prompt:
     """The prompt with the positions that were asked for.
 
     Raises:
-        InvalidRequest: They cannot be made compact.
+        InvalidRequest: The model's positions cannot be made compact.
     """
     if positions == "kept" or not prompt.is_visual.any():
         return prompt
@@ -55,32 +127,29 @@ def with_positions(prompt: Prompt, positions: Positions) -> Prompt:
     return prompt.compact()
 
 
-def add_hooks(job: EngineRequest, reducer: Reducer, num_layers: int, *, on_error: OnError = "fail") -> None:
-    """Note at which layers the reducer acts, if the prompt has anything to reduce.
-
-    Args:
-        on_error: What a reducer's fault does to its request, see `ReducerPolicy`.
+def add_reducers(request: EngineRequest, reducer: Reducer, num_layers: int, *, on_error: OnError = "fail") -> None:
+    """Note at which layers the reducer acts, if the prompt has visual tokens.
 
     Raises:
-        InvalidRequest: The model has no such layer, or two reducers want the same.
-        ReducerFault: It does not say where it acts.
+        InvalidRequest: The model has no such layer, or two reducers want the same one.
+        ReducerFault: The reducer does not say where it acts.
     """
-    if not job.prompt.is_visual.any():
+    if not request.prompt.is_visual.any():
         return
-    job.evictors = in_decode(reducer)
+    request.cache_pruners = in_decode(reducer)
     for stage in in_prefill(reducer):
         try:
             layers = layers_of(stage, num_layers)
         except ReducerFault as error:
             if on_error == "fail":
                 raise
-            job.faults.append(str(error))
+            request.reducer_faults.append(str(error))
             continue
         for layer in layers:
-            if not 0 < layer < num_layers or layer in job.hooks:
+            if not 0 < layer < num_layers or layer in request.pruning_layers:
                 raise InvalidRequest(
                     f"{type(stage).__name__} acts at layer {layer}; this model allows 1 to {num_layers - 1}, each "
                     "for one reducer",
                     "vision.reducer",
                 )
-            job.hooks[layer] = stage
+            request.pruning_layers[layer] = stage

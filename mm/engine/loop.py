@@ -1,27 +1,256 @@
-"""The output queue of a request."""
+"""The one pump of an engine and the one output queue of a request.
+
+Something has to call `LLMEngine.step` again and again. `EngineLoop` does, in one of two ways:
+
+- `start` runs the engine in a thread of its own: a server, or a job that encodes while it decodes.
+- Without that thread, whoever reads a request's events synchronously runs the engine while it waits.
+
+Either way a request's events go through an `OutputQueue`, which has a synchronous and an asynchronous reader.
+"""
 
 from __future__ import annotations
 
-import queue
+import asyncio
+import contextlib
+import functools
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
 
 from mm.data.outputs import Event
+from mm.data.request import Request
+from mm.data.tokens import EncodedMedia
+from mm.engine.engine import LLMEngine
+from mm.engine.sequence import EngineRequest
+from mm.engine.stats import EngineStats
+
+IDLE_S = 0.5
+"""How often an idle engine looks for requests that are past their deadline."""
+NUM_SUBMIT_THREADS = 2
+"""Requests that are prepared at a time: chat template, splice, schema."""
 
 
 class OutputQueue:
-    """A sink that a thread reads from."""
+    """Events of one request, written by the thread that runs the engine and read by one reader.
 
-    def __init__(self) -> None:
-        self._items: queue.SimpleQueue[tuple[Event | None, BaseException | None]] = queue.SimpleQueue()
+    Args:
+        on_change: Called after each event and at the end, by the writer.
+    """
+
+    def __init__(self, on_change: Callable[[], None] | None = None) -> None:
+        self._events: deque[Event] = deque()
+        self._error: BaseException | None = None
+        self._on_change = on_change
+        self.has_ended = False
 
     def put(self, event: Event) -> None:
-        self._items.put((event, None))
+        self._events.append(event)
+        if self._on_change is not None:
+            self._on_change()
 
     def end(self, error: BaseException | None = None) -> None:
-        self._items.put((None, error))
+        self._error, self.has_ended = error, True
+        if self._on_change is not None:
+            self._on_change()
 
-    def take(self) -> tuple[Event | None, BaseException | None] | None:
-        """The next event, (None, error) at the end, or None when nothing is there yet."""
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither an event nor the end to be read."""
+        return not self._events and not self.has_ended
+
+    def take(self) -> list[Event]:
+        """Remove and return the events that are there."""
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+    def raise_error(self) -> None:
+        """Raise the request's error if it failed."""
+        if self._error is not None:
+            raise self._error
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A request in the engine.
+
+    Attributes:
+        queue: Its events.
+        changed: Set after each event, where a thread of the loop runs the engine.
+    """
+
+    request: EngineRequest
+    queue: OutputQueue
+    changed: threading.Event
+
+
+class EngineLoop:
+    """Runs an engine and hands out the events of its requests. Safe to use from several threads.
+
+    Args:
+        num_threads: CPU threads of torch in each of the loop's threads; None leaves torch's own choice.
+    """
+
+    def __init__(self, engine: LLMEngine, *, num_threads: int | None = None) -> None:
+        self._engine, self._num_threads = engine, num_threads
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._submit_pool: ThreadPoolExecutor | None = None
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._engine.stats
+
+    def start(self) -> None:
+        """Run the engine in a thread of its own until `close`."""
+        set_threads = functools.partial(_set_num_threads, self._num_threads)
+        self._submit_pool = ThreadPoolExecutor(NUM_SUBMIT_THREADS, thread_name_prefix="submit", initializer=set_threads)
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        _set_num_threads(self._num_threads)
+        while not self._closed.is_set():
+            self._engine.wake.clear()
+            if not self._engine.step() and not self._closed.is_set():
+                self._engine.wake.wait(IDLE_S)
+
+    # ── step by step, by the caller ───────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, params: Request, media: EncodedMedia) -> Submitted:
+        """Hand a request to the engine. Its events are read with `read`, or from its queue while `step` is called.
+
+        Raises:
+            MmError: The request cannot be served.
+        """
+        changed = threading.Event()
+        queue = OutputQueue(changed.set if self._thread is not None else None)
+        return Submitted(self._engine.submit(params, media, queue), queue, changed)
+
+    def step(self) -> bool:
+        """Compute one step in this thread. Returns whether there was anything to do."""
+        return self._engine.step()
+
+    def abort(self, submitted: Submitted) -> None:
+        """End a request and free what it holds."""
+        self._engine.abort(submitted.request, wait=self._thread is None)
+
+    # ── synchronous reader ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def stream_sync(self, params: Request, media: EncodedMedia) -> Generator[Event]:
+        """A request's events. Closing the generator aborts the request and frees what it holds.
+
+        Raises:
+            MmError: The request cannot be served; before the first event.
+        """
+        yield from self.read(self.submit(params, media))
+
+    def read(self, submitted: Submitted) -> Generator[Event]:
+        """The events of a submitted request, as `stream_sync`."""
+        queue = submitted.queue
         try:
-            return self._items.get_nowait()
-        except queue.Empty:
-            return None
+            while True:
+                has_ended = queue.has_ended
+                yield from queue.take()
+                if has_ended:
+                    break
+                self._wait_for(submitted)
+            queue.raise_error()
+        finally:
+            self.abort(submitted)
+
+    def _wait_for(self, submitted: Submitted) -> None:
+        """Wait for an event, or run a step when no thread does and nothing has come meanwhile."""
+        if self._thread is None:
+            self._engine.step_unless(lambda: not submitted.queue.is_empty)
+        else:
+            submitted.changed.wait()
+            submitted.changed.clear()
+
+    # ── asynchronous reader ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def stream(self, params: Request, media: EncodedMedia) -> AsyncGenerator[list[Event]]:
+        """A request's events as they come, several at a time where they came together.
+
+        Closing the generator, or cancelling its task, frees what the request holds within one step.
+        """
+        ready, loop = asyncio.Event(), asyncio.get_running_loop()
+        queue = OutputQueue(functools.partial(_call_soon, loop, ready.set))
+        async with self._submitted(params, media, queue):
+            while True:
+                await ready.wait()
+                ready.clear()
+                has_ended = queue.has_ended
+                if events := queue.take():
+                    yield events
+                if has_ended:
+                    queue.raise_error()
+                    return
+
+    async def complete(self, params: Request, media: EncodedMedia) -> list[Event]:
+        """All events of a request. The event loop is woken once, at the end."""
+        done, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def on_change() -> None:
+            if queue.has_ended:
+                _call_soon(loop, done.set)
+
+        queue = OutputQueue(on_change)
+        async with self._submitted(params, media, queue):
+            await done.wait()
+            queue.raise_error()
+            return queue.take()
+
+    @contextlib.asynccontextmanager
+    async def _submitted(self, params: Request, media: EncodedMedia, queue: OutputQueue) -> AsyncIterator[None]:
+        """Submit in another thread, since compiling a schema may take seconds; abort on leaving."""
+        assert self._submit_pool is not None, "start the loop first"
+        submit = functools.partial(self._engine.submit, params, media, queue)
+        work = asyncio.get_running_loop().run_in_executor(self._submit_pool, submit)
+        try:
+            request = await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(self._abort_submitted)
+            raise
+        try:
+            yield
+        finally:
+            self._engine.abort(request)
+
+    def _abort_submitted(self, work: asyncio.Future[EngineRequest]) -> None:
+        if not work.cancelled() and work.exception() is None:
+            self._engine.abort(work.result())
+
+    # ── the end ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def drain(self) -> None:
+        """Refuse new requests from now on. Those that were accepted are completed."""
+        self._engine.drain()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is left."""
+        return not self._engine.has_work
+
+    def close(self) -> None:
+        """Stop. Requests that are not finished get no more events."""
+        self._closed.set()
+        self._engine.wake.set()
+        if self._submit_pool is not None:
+            self._submit_pool.shutdown(wait=False, cancel_futures=True)
+        if self._thread is not None and threading.current_thread() is not self._thread:
+            self._thread.join(timeout=10)
+        self._engine.close()
+
+
+def _set_num_threads(num_threads: int | None) -> None:
+    """torch keeps the count per thread, since OpenMP does."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    with contextlib.suppress(RuntimeError):  # the event loop is closed, so nobody reads any more
+        loop.call_soon_threadsafe(callback)

@@ -1,10 +1,12 @@
-"""Who takes part in the next pass, and with how many rows. Pure policy: no model, no tensors.
+"""Decides which sequences take part in the next step, and with how many tokens. Policy only: no model, no tensors.
 
-Every pass first takes one row of each answer that decodes, then goes on with prompts that are under way, then takes
-what was drafted, then admits waiting ones while slots, free blocks and the token budget last. The line is first come,
-first served within a priority, and its head is never passed by: so everyone is served. Who has waited longer than
-`max_wait_s` goes before all priorities. When blocks run out, the last in line gives up its rows and computes them again
-later; for drafts nobody has to.
+Each step takes, in this order: one token of every sequence that decodes; more chunks of prompts that are being
+computed; draft tokens; and new sequences from the waiting queue, while cache entries, free blocks and the token budget
+last. The queue is ordered by priority and then by arrival. Its first sequence is never overtaken, so every sequence is
+served in the end. A sequence that has waited longer than `max_wait_s` comes before all priorities.
+
+When the cache is full, the sequence that is last in this order is preempted: its blocks are freed, and it is recomputed
+later. Nothing is ever preempted to make room for drafts.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.prefix_cache import PrefixCache
-from mm.engine.sequence import Sequence
+from mm.engine.sequence import Sequence, SequenceStatus
 from mm.plugins.drafter import NO_DRAFT
 
 
@@ -27,213 +29,222 @@ class SchedulerConfig:
     """Bounds of one engine.
 
     Attributes:
-        max_num_seqs: Answers decoded at a time.
-        max_batch_tokens: Rows of one pass; a longer prompt goes in several.
+        max_num_seqs: Sequences that are decoded at a time.
+        max_num_batched_tokens: Tokens of one step. A longer prompt is computed in several chunks.
         max_waiting: Requests that may wait; more are refused.
-        max_wait_s: Waiting time behind which a request goes before all priorities.
+        max_wait_s: Waiting time after which a sequence comes before all priorities.
     """
 
     max_num_seqs: int = 64
-    max_batch_tokens: int = 512
+    max_num_batched_tokens: int = 512
     max_waiting: int = 1024
     max_wait_s: float = 30.0
 
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """`count` rows of an answer in the next pass."""
+    """The next `num_tokens` tokens of a sequence."""
 
-    answer: Sequence
-    count: int
+    seq: Sequence
+    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOutput:
-    """The next pass.
+    """What the next step computes.
 
     Attributes:
-        decoding: Answers that take one row each.
-        chunks: The rows of the others: prompts, and answers with drafts.
+        decode: Sequences of which one token is computed.
+        chunks: Tokens of the others: parts of prompts, and newest tokens with their drafts.
     """
 
-    decoding: list[Sequence]
+    decode: list[Sequence]
     chunks: list[ScheduledChunk]
 
     @property
-    def num_rows(self) -> int:
-        return len(self.decoding) + sum(item.count for item in self.chunks)
+    def num_scheduled_tokens(self) -> int:
+        return len(self.decode) + sum(item.num_tokens for item in self.chunks)
 
     @property
-    def answers(self) -> list[Sequence]:
-        return [*self.decoding, *(item.answer for item in self.chunks)]
+    def seqs(self) -> list[Sequence]:
+        return [*self.decode, *(item.seq for item in self.chunks)]
 
     @property
-    def has_prompts(self) -> bool:
-        return any(not item.answer.is_decoding for item in self.chunks)
+    def has_prefill(self) -> bool:
+        return any(not item.seq.is_decoding for item in self.chunks)
 
 
 class Scheduler:
-    """The line and those being served.
+    """The waiting queue and the running sequences.
 
     Args:
-        clock: For tests.
+        clock: Replaced by tests.
     """
 
     def __init__(
         self,
         cache: KVCache,
-        prefixes: PrefixCache,
-        limits: SchedulerConfig,
+        prefix_cache: PrefixCache,
+        config: SchedulerConfig,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._cache, self._prefixes, self._limits, self._clock = cache, prefixes, limits, clock
+        self._cache, self._prefix_cache, self._config, self._clock = cache, prefix_cache, config, clock
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
 
-    def add(self, answer: Sequence) -> None:
-        """Put in line, by priority and order of arrival."""
-        bisect.insort(self.waiting, answer, key=self._place)
+    def add(self, seq: Sequence) -> None:
+        """Put a sequence into the waiting queue, by priority and order of arrival."""
+        seq.status = SequenceStatus.WAITING
+        bisect.insort(self.waiting, seq, key=_order)
 
-    def remove(self, answer: Sequence) -> None:
-        """Take out of the line or the pass; its rows are freed."""
-        if answer.slot is not None:
-            self.running.remove(answer)
-            self._leave(answer)
-        elif answer in self.waiting:
-            self.waiting.remove(answer)
+    def remove(self, seq: Sequence) -> None:
+        """Take a sequence out of the queue or out of the running ones, and free its blocks."""
+        if seq.seq_index is not None:
+            self.running.remove(seq)
+            self._free(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        seq.status = SequenceStatus.FINISHED
 
-    def plan(self) -> SchedulerOutput:
-        """The next pass. Room for its rows is there when it begins."""
-        planned, needed = self._continue()
-        budget = self._limits.max_batch_tokens - sum(item.count for item in planned)
-        planned, needed = self._with_drafts(planned, needed, budget)
-        budget = self._limits.max_batch_tokens - sum(item.count for item in planned)
-        self._age()
+    def schedule(self) -> SchedulerOutput:
+        """Plan the next step. The cache has room for everything in it."""
+        scheduled, num_blocks = self._schedule_running()
+        budget = self._config.max_num_batched_tokens - sum(item.num_tokens for item in scheduled)
+        scheduled, num_blocks = self._with_drafts(scheduled, num_blocks, budget)
+        budget = self._config.max_num_batched_tokens - sum(item.num_tokens for item in scheduled)
+        self._raise_overdue()
         while self.waiting and budget > 0 and self._cache.num_free_seqs:
-            answer = self.waiting[0]
-            if answer.goes_whole and answer.most_rows() > budget and planned:
-                break  # goes through whole: it waits for a pass with room, and alone it has any
-            if not self._admit(answer, needed):
+            seq = self.waiting[0]
+            if seq.must_prefill_in_one_chunk and seq.max_chunk_tokens > budget and scheduled:
+                break  # it waits for a step with enough room; a step that it has alone always has
+            if not self._admit(seq, num_blocks):
                 break
             self.waiting.pop(0)
-            planned.append(self._share(answer, budget))
-            needed += self._blocks(planned[-1])
-            budget -= planned[-1].count
-        decoding = [item.answer for item in planned if _is_one_row(item.answer)]
-        return SchedulerOutput(decoding=decoding, chunks=[item for item in planned if not _is_one_row(item.answer)])
+            scheduled.append(self._next_chunk(seq, budget))
+            num_blocks += self._num_blocks(scheduled[-1])
+            budget -= scheduled[-1].num_tokens
+        decode = [item.seq for item in scheduled if _is_plain_decode(item.seq)]
+        return SchedulerOutput(decode=decode, chunks=[item for item in scheduled if not _is_plain_decode(item.seq)])
 
-    def _with_drafts(self, planned: list[ScheduledChunk], needed: int, budget: int) -> tuple[list[ScheduledChunk], int]:
-        """Drafted rows too, as far as tokens and free blocks last: nobody has to leave for them."""
-        for at, item in enumerate(planned):
-            answer = item.answer
-            if answer.draft.num_tokens:
-                answer.draft = answer.draft.cut(max(0, budget))
-                both = ScheduledChunk(answer, 1 + answer.draft.num_tokens)
-                more = self._blocks(both) - self._blocks(item)
-                if not self._prefixes.make_room(needed + more):
-                    answer.draft = NO_DRAFT
+    def _with_drafts(
+        self, scheduled: list[ScheduledChunk], num_blocks: int, budget: int
+    ) -> tuple[list[ScheduledChunk], int]:
+        """Add draft tokens as far as the token budget and free blocks last."""
+        for i, item in enumerate(scheduled):
+            seq = item.seq
+            if seq.spec is not None and seq.draft.num_tokens:
+                seq.spec.draft = seq.draft.cut(max(0, budget))
+                both = ScheduledChunk(seq, 1 + seq.draft.num_tokens)
+                more = self._num_blocks(both) - self._num_blocks(item)
+                if not self._prefix_cache.make_room(num_blocks + more):
+                    seq.spec.draft = NO_DRAFT
                     continue
-                planned[at], needed, budget = both, needed + more, budget - answer.draft.num_tokens
-        return planned, needed
+                scheduled[i], num_blocks, budget = both, num_blocks + more, budget - seq.draft.num_tokens
+        return scheduled, num_blocks
 
-    def _continue(self) -> tuple[list[ScheduledChunk], int]:
-        """Those being served, decoding ones first, each with what it needs, while blocks last; blocks needed."""
-        budget = self._limits.max_batch_tokens
-        planned = [ScheduledChunk(answer, 1) for answer in self.running if answer.is_decoding]
-        needed = self._cache.num_blocks_for_each(np.array([item.answer.slot for item in planned], dtype=np.int64))
-        if len(planned) <= budget and self._prefixes.make_room(needed):
-            budget -= len(planned)
-            line = sorted((answer for answer in self.running if not answer.is_decoding), key=self._place)
+    def _schedule_running(self) -> tuple[list[ScheduledChunk], int]:
+        """The running sequences, those that decode first, while blocks last; and the blocks that they need."""
+        budget = self._config.max_num_batched_tokens
+        scheduled = [ScheduledChunk(seq, 1) for seq in self.running if seq.is_decoding]
+        num_blocks = self._cache.num_blocks_for_each(
+            np.array([item.seq.seq_index for item in scheduled], dtype=np.int64)
+        )
+        if len(scheduled) <= budget and self._prefix_cache.make_room(num_blocks):
+            budget -= len(scheduled)
+            rest = sorted((seq for seq in self.running if not seq.is_decoding), key=_order)
         else:
-            planned, needed = [], 0
-            line = sorted(self.running, key=lambda answer: (not answer.is_decoding, *self._place(answer)))
-        for answer in line:
-            if answer.slot is None or budget <= 0:
+            scheduled, num_blocks = list[ScheduledChunk](), 0
+            rest = sorted(self.running, key=lambda seq: (not seq.is_decoding, *_order(seq)))
+        for seq in rest:
+            if seq.seq_index is None or budget <= 0:
                 continue
-            item = self._share(answer, budget)
-            while answer.slot is not None and not self._prefixes.make_room(needed + self._blocks(item)):
-                victim = max(self.running, key=self._place)
-                gone = next((p for p in planned if p.answer is victim), None)
+            item = self._next_chunk(seq, budget)
+            while seq.seq_index is not None and not self._prefix_cache.make_room(num_blocks + self._num_blocks(item)):
+                victim = max(self.running, key=_order)
+                gone = next((other for other in scheduled if other.seq is victim), None)
                 if gone is not None:
-                    planned.remove(gone)
-                    needed -= self._blocks(gone)
-                    budget += gone.count
+                    scheduled.remove(gone)
+                    num_blocks -= self._num_blocks(gone)
+                    budget += gone.num_tokens
                 self.preempt(victim)
-            if answer.slot is not None:
-                planned.append(item)
-                needed += self._blocks(item)
-                budget -= item.count
-        return planned, needed
+            if seq.seq_index is not None:
+                scheduled.append(item)
+                num_blocks += self._num_blocks(item)
+                budget -= item.num_tokens
+        return scheduled, num_blocks
 
-    def _share(self, answer: Sequence, budget: int) -> ScheduledChunk:
-        most = answer.most_rows()
-        return ScheduledChunk(answer, most if answer.goes_whole else min(most, budget))
+    def _next_chunk(self, seq: Sequence, budget: int) -> ScheduledChunk:
+        longest = seq.max_chunk_tokens
+        return ScheduledChunk(seq, longest if seq.must_prefill_in_one_chunk else min(longest, budget))
 
-    def _blocks(self, item: ScheduledChunk) -> int:
-        assert item.answer.slot is not None
-        return self._cache.num_blocks_for(item.answer.slot, item.count)
+    def _num_blocks(self, item: ScheduledChunk) -> int:
+        assert item.seq.seq_index is not None
+        return self._cache.num_blocks_for(item.seq.seq_index, item.num_tokens)
 
-    def _admit(self, answer: Sequence, reserved: int) -> bool:
-        """Give the answer a slot with what is already known of its rows, if the rest of them fits."""
-        slot = self._cache.allocate()
-        # What reducers may take out of the cache has to be the answer's own, so that it never needs a copy to go.
-        known = self._prefixes.match([] if answer.job.evictors else answer.prefix)
-        self._cache.share(slot, known)
-        num_known = known.shape[1] * self._cache.shape.block_size
-        # One block per layer is left for each of those being served, or they would soon push this one out again.
+    def _admit(self, seq: Sequence, num_reserved_blocks: int) -> bool:
+        """Give a sequence an entry in the cache that starts with its cached prefix, if the rest of its tokens fits."""
+        seq_index = self._cache.allocate()
+        # Tokens that reducers may remove from the cache have to be in blocks of its own: then nothing has to be copied.
+        cached = self._prefix_cache.match([] if seq.request.cache_pruners else seq.block_hashes)
+        self._cache.share(seq_index, cached)
+        num_cached_tokens = cached.shape[1] * self._cache.shape.block_size
+        # One block per layer stays free for every running sequence. Otherwise they would soon preempt this one.
         growth = (len(self.running) + 1) * self._cache.shape.num_layers if self.running else 0
-        if not self._prefixes.make_room(
-            reserved + growth + self._cache.num_blocks_for(slot, answer.num_rows - num_known)
-        ):
-            self._cache.free(slot)
+        num_blocks = self._cache.num_blocks_for(seq_index, seq.num_tokens - num_cached_tokens)
+        if not self._prefix_cache.make_room(num_reserved_blocks + growth + num_blocks):
+            self._cache.free(seq_index)
             return False
-        answer.slot, answer.num_computed = slot, num_known
-        if answer.job.admitted is None:  # what it finds when it comes back are its own rows
-            self._prefixes.count(answer.job.prompt.length, num_known)
-            answer.job.num_cached_tokens, answer.job.admitted = num_known, self._clock()
-        self.running.append(answer)
+        seq.seq_index, seq.num_computed_tokens, seq.status = seq_index, num_cached_tokens, SequenceStatus.RUNNING
+        if seq.request.first_scheduled_time is None:  # after a preemption it finds its own blocks, which is no hit
+            self._prefix_cache.count(seq.num_prompt_tokens, num_cached_tokens)
+            seq.request.num_cached_tokens, seq.request.first_scheduled_time = num_cached_tokens, self._clock()
+        self.running.append(seq)
         return True
 
-    def fork(self, answer: Sequence, sibling: Sequence) -> bool:
-        """Let a sibling begin from the same rows, if there is a slot and room for a copy of the last block."""
-        layers = self._cache.shape.num_layers
-        if not self._cache.num_free_seqs or not self._prefixes.make_room(layers * (len(self.running) + 1)):
+    def fork(self, seq: Sequence, sibling: Sequence) -> bool:
+        """Start a sibling from the same blocks, if there is a free entry and room to copy the last block."""
+        num_blocks = self._cache.shape.num_layers * (len(self.running) + 1)
+        if not self._cache.num_free_seqs or not self._prefix_cache.make_room(num_blocks):
             return False
-        assert answer.slot is not None
-        sibling.slot, sibling.num_computed = self._cache.fork(answer.slot), answer.num_computed
+        assert seq.seq_index is not None
+        sibling.seq_index, sibling.num_computed_tokens = self._cache.fork(seq.seq_index), seq.num_computed_tokens
+        sibling.status = SequenceStatus.RUNNING
         self.running.append(sibling)
         return True
 
-    def preempt(self, answer: Sequence) -> None:
-        """Free the rows; back in line, at its old place."""
-        self.running.remove(answer)
-        self._leave(answer)
-        answer.job.num_preemptions += 1
+    def preempt(self, seq: Sequence) -> None:
+        """Free a sequence's blocks and put it back into the queue, where it was before."""
+        self.running.remove(seq)
+        self._free(seq)
+        seq.request.num_preemptions += 1
         self.num_preemptions += 1
-        self.add(answer)
+        self.add(seq)
 
-    def _leave(self, answer: Sequence) -> None:
-        assert answer.slot is not None
-        self._cache.free(answer.slot)
-        answer.slot, answer.num_computed, answer.draft = None, 0, NO_DRAFT
+    def _free(self, seq: Sequence) -> None:
+        assert seq.seq_index is not None
+        self._cache.free(seq.seq_index)
+        seq.seq_index, seq.num_computed_tokens = None, 0
+        if seq.spec is not None:
+            seq.spec.draft = NO_DRAFT
 
-    def _age(self) -> None:
-        """Who has waited too long goes to the front."""
-        late = self._clock() - self._limits.max_wait_s
-        if any(answer.job.priority > -PRIORITY_LIMIT and answer.job.arrived < late for answer in self.waiting):
-            for answer in self.waiting:
-                if answer.job.arrived < late:
-                    answer.job.priority = -PRIORITY_LIMIT
-            self.waiting.sort(key=self._place)
-
-    def _place(self, answer: Sequence) -> tuple[int, int]:
-        return answer.job.priority, answer.order
+    def _raise_overdue(self) -> None:
+        """Move sequences that have waited too long to the front."""
+        overdue = self._clock() - self._config.max_wait_s
+        late = [seq for seq in self.waiting if seq.request.arrival_time < overdue]
+        if any(seq.request.priority > -PRIORITY_LIMIT for seq in late):
+            for seq in late:
+                seq.request.priority = -PRIORITY_LIMIT
+            self.waiting.sort(key=_order)
 
 
-def _is_one_row(answer: Sequence) -> bool:
-    return answer.is_decoding and not answer.draft.num_tokens
+def _order(seq: Sequence) -> tuple[int, int]:
+    return seq.request.priority, seq.arrival_index
+
+
+def _is_plain_decode(seq: Sequence) -> bool:
+    return seq.is_decoding and not seq.draft.num_tokens
 
 
 PRIORITY_LIMIT = 1 << 31
-"""Beyond what requests may ask for."""
+"""Larger than any priority that a request may ask for."""

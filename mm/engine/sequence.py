@@ -1,4 +1,8 @@
-"""A request under way and its answers."""
+"""A request inside the engine, and the sequences that it asks for.
+
+An `EngineRequest` is one call of `LLMEngine.submit`. It has one `Sequence` per choice (`n`). Sequences are what the
+scheduler works with: each has its own tokens, its own entry in the KV cache and its own sampler.
+"""
 
 from __future__ import annotations
 
@@ -6,231 +10,212 @@ import threading
 import time
 from collections import abc
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from enum import Enum
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mm.data.outputs import Event
 from mm.data.request import Request
 from mm.data.tokens import Encoded, Prompt
 from mm.engine.kv_cache.prefix_cache import BlockHash, BlockHasher
-from mm.engine.model_runner import Chunk, PruneState
-from mm.engine.output_processor import SequenceOutput
+from mm.engine.prefill_pruning import PruneState
 from mm.engine.sampling.sampler import Sampler
+from mm.engine.sequence_output import SequenceOutput
+from mm.engine.spec_decode.spec_state import SpecState
 from mm.plugins.drafter import NO_DRAFT, Draft
 from mm.plugins.reducer import InDecode, InPrefill
 
-if TYPE_CHECKING:
-    from mm.engine.spec_decode.spec_state import SpecState
-
 
 class OutputSink(Protocol):
-    """Where a request's events go. Called by the thread that runs the engine; must not wait."""
+    """Receives the events of one request, from the thread that runs the engine. Its methods must not block."""
 
-    def put(self, event: Event) -> None: ...
+    def put(self, event: Event) -> None:
+        """Take the next event."""
+        ...
 
-    def end(self, error: BaseException | None = None) -> None: ...
+    def end(self, error: BaseException | None = None) -> None:
+        """Take note that no event follows. Called exactly once.
+
+        Args:
+            error: Why the request failed; None when it finished or was aborted.
+        """
+        ...
 
 
 @dataclass(kw_only=True, eq=False)
 class EngineRequest:
-    """A request that the engine has taken.
+    """A request that the engine has accepted.
 
     Attributes:
-        reducer: How its visual tokens are reduced, for the summary.
-        hooks: Layer to reducer, for those that act in prefill.
-        evictors: Reducers that act on the cache once the prompt is in.
-        faults: What reducers did wrong, where that is only noted.
-        drops: Once the prompt has gone in, which visual rows the last of `hooks` left; None without hooks.
-        deadline: On the clock of `time.perf_counter`; None waits for ever.
-        num_left: Answers not finished yet.
-        cancelled: Set by anyone, seen at the next step.
-        is_over: Whether the engine holds nothing of it any more.
+        params: The request as the caller made it.
+        media: Its encoded media items, in the order of the prompt.
+        prompt: The prompt with the visual tokens in it.
+        sink: Receives the events.
+        reducer: Canonical text of the reducer, for the summary.
+        pruning_layers: Layer index to the reducer that is asked at the input of that layer, during prefill.
+        cache_pruners: Reducers that remove tokens from the KV cache once the prompt has been computed.
+        reducer_faults: What reducers did wrong, when the error policy is to go on.
+        prune_state: Which visual tokens the layers of `pruning_layers` kept; None before prefill and without them.
+        priority: Lower values are scheduled first.
+        deadline: On the clock of `time.perf_counter`; None means no deadline.
+        num_unfinished: Sequences that are not finished yet.
+        kv_bytes: Bytes of the first sequence's KV cache when the first token came.
+        aborted: Any thread may set it; the engine looks at it before each step.
+        is_finished: The engine holds nothing of the request any more.
     """
 
-    request: Request
-    encoded: abc.Sequence[Encoded]
+    params: Request
+    media: abc.Sequence[Encoded]
     prompt: Prompt
     sink: OutputSink
     reducer: str = "none"
-    hooks: dict[int, InPrefill] = field(default_factory=dict)
-    evictors: tuple[InDecode, ...] = ()
-    faults: list[str] = field(default_factory=list)
-    drops: PruneState | None = None
+    pruning_layers: dict[int, InPrefill] = field(default_factory=dict[int, InPrefill])
+    cache_pruners: tuple[InDecode, ...] = ()
+    reducer_faults: list[str] = field(default_factory=list[str])
+    prune_state: PruneState | None = None
     priority: int = 0
     deadline: float | None = None
-    arrived: float = field(default_factory=time.perf_counter)
-    admitted: float | None = None
-    first_token: float | None = None
-    num_left: int = 1
+    arrival_time: float = field(default_factory=time.perf_counter)
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    num_unfinished: int = 1
     num_completion_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_drafts: int = 0
-    num_drafted_tokens: int = 0
+    num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    is_over: bool = False
+    kv_bytes: int = 0
+    aborted: threading.Event = field(default_factory=threading.Event)
+    is_finished: bool = False
 
     @property
-    def shares_prompt(self) -> bool:
-        """Whether the rows behind the first visual one are the same for every question."""
-        return not self.hooks and not self.evictors
+    def request_id(self) -> str:
+        return self.params.request_id
+
+    @property
+    def can_share_visual_tokens(self) -> bool:
+        """Whether the KV of the tokens after the first visual one is the same for every question.
+
+        It is not where a reducer inside the decoder decides by the question.
+        """
+        return not self.pruning_layers and not self.cache_pruners
 
     def block_hashes(self, block_size: int, generated: abc.Sequence[int] = ()) -> list[BlockHash]:
-        """Names of the whole blocks that may be shared: the last row is always computed, for its logits."""
+        """Hashes of the full blocks that other requests may share.
+
+        The last token of a prompt is never part of one: it is always computed, since its logits are needed.
+
+        Args:
+            generated: Tokens of a sequence of this request, whose blocks follow the prompt's.
+        """
         prompt = self.prompt
         ids = np.concatenate([prompt.token_ids.cpu().numpy(), np.asarray(generated, dtype=np.int64)])
-        behind = np.arange(prompt.next_position, prompt.next_position + len(generated))
+        after = np.arange(prompt.next_position, prompt.next_position + len(generated))
         positions = prompt.positions.cpu().numpy()
-        positions = np.concatenate([positions, np.broadcast_to(behind, (len(positions), len(behind)))], axis=1)
+        positions = np.concatenate([positions, np.broadcast_to(after, (len(positions), len(after)))], axis=1)
         stop = len(ids) if generated else len(ids) - 1
         item_of_token = np.full(len(ids), -1, dtype=np.int64)
         visual = np.flatnonzero(prompt.is_visual.cpu().numpy())
-        item_of_token[visual] = np.repeat(np.arange(len(self.encoded)), [e.tokens.num_tokens for e in self.encoded])
-        keys = [item.key for item in self.encoded]
-        if len(visual) and (not self.shares_prompt or not all(keys)):
+        item_of_token[visual] = np.repeat(np.arange(len(self.media)), [item.tokens.num_tokens for item in self.media])
+        keys = [item.key for item in self.media]
+        if len(visual) and (not self.can_share_visual_tokens or not all(keys)):
             stop = min(stop, int(visual[0]))
         return BlockHasher(
             token_ids=ids[:stop],
             positions=positions[:, :stop],
             items=keys,
             item_of_token=item_of_token[:stop],
-            salt=self.request.cache_salt,
+            salt=self.params.cache_salt,
         ).block_hashes(block_size)
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is in its life. Preemption takes it from RUNNING back to WAITING."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
 
 
 @dataclass(kw_only=True, eq=False)
 class Sequence:
-    """One answer of a request: the unit that is scheduled.
+    """One choice of a request: the unit that is scheduled.
 
     Attributes:
-        slot: Where its rows are cached; None while it waits.
-        num_computed: Rows of prompt and answer that have been through the decoder.
-        siblings: Further answers that begin when the prompt is in, from the same rows.
-        order: Place in line; kept through preemption.
-        last_token: When the last token came, on the clock of `time.perf_counter`.
-        drafting: Its part in speculation; None where nothing is drafted for it.
-        draft: What the next pass verifies.
+        arrival_index: Order of arrival; it stays the same through preemption.
+        seq_index: Entry of the sequence in the KV cache's tables; None while it has none.
+        num_computed_tokens: Tokens of prompt and output whose keys and values are in the cache.
+        siblings: Further choices, which start from the same prompt once that is computed.
+        block_hashes: Hashes of the blocks that other sequences may share.
+        last_token_time: When the newest token came, on the clock of `time.perf_counter`.
+        spec: State of speculative decoding; None where nothing is drafted for this sequence.
     """
 
-    job: EngineRequest
+    request: EngineRequest
     sampler: Sampler
     output: SequenceOutput
-    order: int = 0
-    slot: int | None = None
-    num_computed: int = 0
-    siblings: list[Sequence] = field(default_factory=list)
-    prefix: list[BlockHash] = field(default_factory=list)
-    last_token: float | None = None
-    drafting: SpecState | None = None
-    draft: Draft = NO_DRAFT
+    status: SequenceStatus = SequenceStatus.WAITING
+    arrival_index: int = 0
+    seq_index: int | None = None
+    num_computed_tokens: int = 0
+    siblings: list[Sequence] = field(default_factory=list["Sequence"])
+    block_hashes: list[BlockHash] = field(default_factory=list[BlockHash])
+    last_token_time: float | None = None
+    spec: SpecState | None = None
 
     def __post_init__(self) -> None:
-        self.num_prompt_rows = self.job.prompt.length
+        self.num_prompt_tokens = self.request.prompt.length
 
     @property
-    def num_rows(self) -> int:
-        """Rows that have to be in the cache before the next token is known."""
-        return self.num_prompt_rows + len(self.output.token_ids)
+    def num_tokens(self) -> int:
+        """Tokens that have to be in the cache before the next token can be sampled."""
+        return self.num_prompt_tokens + len(self.output.token_ids)
 
     @property
     def position(self) -> int:
         """Rotary position of the last generated token."""
-        return self.job.prompt.next_position + len(self.output.token_ids) - 1
+        return self.request.prompt.next_position + len(self.output.token_ids) - 1
 
     @property
-    def newest_token(self) -> int:
-        """The last one of the answer, or of its prompt."""
-        return self.output.token_ids[-1] if self.output.token_ids else int(self.job.prompt.token_ids[-1])
+    def last_token_id(self) -> int:
+        """The newest token: of the output, or of the prompt while there is no output."""
+        return self.output.token_ids[-1] if self.output.token_ids else int(self.request.prompt.token_ids[-1])
 
     @property
-    def num_todo(self) -> int:
-        return self.num_rows - self.num_computed
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def is_decoding(self) -> bool:
-        done = self.num_computed
-        return done >= self.num_prompt_rows and done + 1 == self.num_prompt_rows + len(self.output.token_ids)
+        """Whether only its newest token is still to be computed."""
+        done = self.num_computed_tokens
+        return done >= self.num_prompt_tokens and done + 1 == self.num_prompt_tokens + len(self.output.token_ids)
 
     @property
-    def goes_whole(self) -> bool:
-        """Whether the rest of the prompt has to be one chunk, since its last row decides about the others."""
-        return bool(self.job.hooks) and self.num_computed < self.job.prompt.length
+    def must_prefill_in_one_chunk(self) -> bool:
+        """Whether the rest of the prompt has to be one chunk: its last token decides which others are kept."""
+        return bool(self.request.pruning_layers) and self.num_computed_tokens < self.num_prompt_tokens
 
-    def most_rows(self) -> int:
-        """The longest next chunk. Where reducers act inside the decoder, prompt and answer are never in one."""
-        left = self.job.prompt.length - self.num_computed
-        return left if left > 0 and not self.job.shares_prompt else self.num_todo
+    @property
+    def max_chunk_tokens(self) -> int:
+        """Length of the longest possible next chunk.
 
-    def chunk(self, count: int, token_rows: Tensor | None) -> Chunk:
-        """The next `count` rows.
-
-        Args:
-            token_rows: Embeddings of the generated tokens among them.
+        Where reducers act inside the decoder, prompt and output are never in one chunk.
         """
-        prompt, start = self.job.prompt, self.num_computed
-        stop = start + count
-        assert self.slot is not None
-        if self.draft.num_tokens:
-            assert token_rows is not None
-            return self._verifying_chunk(token_rows)
-        in_prompt = slice(start, min(stop, prompt.length))
-        parts, places = [], []
-        if start < prompt.length:
-            parts.append(prompt.embeddings[in_prompt])
-            places.append(prompt.positions[:, in_prompt])
-        if token_rows is not None:
-            first = max(start, prompt.length) - prompt.length + prompt.next_position
-            behind = torch.arange(first, first + token_rows.shape[0], device=prompt.positions.device)
-            parts.append(token_rows)
-            places.append(behind.expand(prompt.positions.shape[0] if places else 1, -1))
-        return Chunk(
-            slot=self.slot,
-            embeddings=parts[0] if len(parts) == 1 else torch.cat(parts),
-            positions=places[0] if len(places) == 1 else torch.cat(places, dim=1),
-            num_logits=int(stop == self.num_rows),
-            drops=self._begin_drops(start) if self.job.hooks and start < prompt.length else None,
-        )
+        left = self.num_prompt_tokens - self.num_computed_tokens
+        return left if left > 0 and not self.request.can_share_visual_tokens else self.num_uncomputed_tokens
 
-    def _verifying_chunk(self, token_rows: Tensor) -> Chunk:
-        """The newest token and its draft: each row sees itself and what it follows from."""
-        assert self.slot is not None
-        depths = torch.tensor(self.draft.depths, device=token_rows.device)
-        return Chunk(
-            slot=self.slot,
-            embeddings=token_rows,
-            positions=(self.position + depths).unsqueeze(0),
-            num_logits=token_rows.shape[0],
-            mask=None if self.draft.is_chain else self.draft.mask().to(token_rows.device),
-        )
+    @property
+    def draft(self) -> Draft:
+        """The draft that the next step verifies."""
+        return NO_DRAFT if self.spec is None else self.spec.draft
 
-    def generated(self, count: int) -> list[int]:
-        """Generated and drafted tokens among the next `count` rows."""
-        if self.draft.num_tokens:
-            return [self.output.token_ids[-1], *self.draft.token_ids]
-        behind = self.job.prompt.length
-        return self.output.token_ids[max(self.num_computed - behind, 0) : max(self.num_computed + count - behind, 0)]
-
-    def _begin_drops(self, start: int) -> PruneState:
-        visual = self.job.prompt.is_visual[start:].nonzero().squeeze(1)
-        before = int(self.job.prompt.is_visual[:start].sum())
-        origins = torch.arange(before, before + visual.shape[0], device=visual.device)
-        items, protected = visual_planes(self.job.encoded, visual.device)
-        self.job.drops = PruneState(
-            hooks=self.job.hooks, visual=visual, origins=origins, items=items, protected=protected
-        )
-        return self.job.drops
+    @property
+    def states_to_capture(self) -> frozenset[str]:
+        """Names of the hidden states that the next step has to hand out, for the drafter."""
+        return NO_STATES if self.spec is None else self.spec.states_to_capture
 
 
-def visual_planes(encoded: abc.Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of all visual rows of a prompt: which item each belongs to (int64), and whether it is protected (bool)."""
-    sizes = torch.tensor([item.tokens.num_tokens for item in encoded])
-    protected = [item.tokens.protected for item in encoded]
-    flags = [
-        torch.zeros(int(size), dtype=torch.bool) if plane is None else plane.cpu()
-        for size, plane in zip(sizes, protected, strict=True)
-    ]
-    return torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(device), torch.cat(flags).to(device)
+NO_STATES: frozenset[str] = frozenset()

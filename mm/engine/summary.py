@@ -1,62 +1,75 @@
-"""The last event of a request."""
+"""The summary of a request: its token counts, its timings, and which visual tokens were kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mm.data.media import Kind
 from mm.data.outputs import KeptMap, Summary, Timings, Usage
 from mm.engine.sequence import EngineRequest
 
 
-def summary(job: EngineRequest, now: float) -> Summary:
-    """Of a request whose last token came at `now`."""
-    assert job.admitted is not None
-    assert job.first_token is not None
-    kept = _kept(job)
+def summarise(request: EngineRequest, now: float) -> Summary:
+    """The last event of a request.
+
+    Args:
+        now: When its last token came, on the clock of `time.perf_counter`.
+    """
+    assert request.first_scheduled_time is not None
+    assert request.first_token_time is not None
+    kept = _kept_maps(request)
     timings = Timings(
-        load_s=sum(item.timings.load_s for item in job.encoded),
-        encode_s=sum(item.timings.encode_s for item in job.encoded),
-        reduce_s=sum(item.timings.reduce_s for item in job.encoded),
-        queue_s=job.admitted - job.arrived,
-        prefill_s=job.first_token - job.admitted,
-        decode_s=now - job.first_token,
+        load_s=sum(item.timings.load_s for item in request.media),
+        encode_s=sum(item.timings.encode_s for item in request.media),
+        reduce_s=sum(item.timings.reduce_s for item in request.media),
+        queue_s=request.first_scheduled_time - request.arrival_time,
+        prefill_s=request.first_token_time - request.first_scheduled_time,
+        decode_s=now - request.first_token_time,
     )
-    shown = kept if job.request.vision.return_map else ()
     return Summary(
-        usage=_usage(job, kept),
+        usage=_usage(request, kept),
         timings=timings,
-        kept=shown,
-        reducer=job.reducer,
-        reducer_faults=tuple(dict.fromkeys(job.faults)),
+        kept=kept if request.params.vision.return_map else (),
+        reducer=request.reducer,
+        reducer_faults=tuple(dict.fromkeys(request.reducer_faults)),
+        kv_bytes=request.kv_bytes,
     )
 
 
-def _usage(job: EngineRequest, kept: Sequence[KeptMap]) -> Usage:
-    def count(kind: str, what: str) -> int:
-        return sum(getattr(item.tokens, what) for item in job.encoded if item.tokens.kind == kind)
+def _usage(request: EngineRequest, kept: Sequence[KeptMap]) -> Usage:
+    tokens = [item.tokens for item in request.media]
+
+    def num_in(kind: Kind) -> int:
+        return sum(one.num_tokens_in for one in tokens if one.kind == kind)
+
+    def num_in_prompt(kind: Kind) -> int:
+        return sum(one.num_tokens for one in tokens if one.kind == kind)
+
+    def num_kept(kind: Kind) -> int:
+        return sum(len(item.kept) for item in kept if item.kind == kind)
 
     return Usage(
-        num_prompt_tokens=job.prompt.length,
-        num_completion_tokens=job.num_completion_tokens,
-        num_cached_tokens=job.num_cached_tokens,
-        num_accepted_tokens=job.num_accepted_tokens,
-        num_rejected_tokens=job.num_drafted_tokens - job.num_accepted_tokens,
-        num_drafts=job.num_drafts,
-        num_image_tokens_in=count("image", "num_tokens_in"),
-        num_image_tokens_prompt=count("image", "num_tokens"),
-        num_image_tokens_kept=sum(len(item.kept) for item in kept if item.kind == "image"),
-        num_video_tokens_in=count("video", "num_tokens_in"),
-        num_video_tokens_prompt=count("video", "num_tokens"),
-        num_video_tokens_kept=sum(len(item.kept) for item in kept if item.kind == "video"),
+        num_prompt_tokens=request.prompt.length,
+        num_completion_tokens=request.num_completion_tokens,
+        num_cached_tokens=request.num_cached_tokens,
+        num_accepted_tokens=request.num_accepted_tokens,
+        num_rejected_tokens=request.num_draft_tokens - request.num_accepted_tokens,
+        num_drafts=request.num_drafts,
+        num_image_tokens_in=num_in("image"),
+        num_image_tokens_prompt=num_in_prompt("image"),
+        num_image_tokens_kept=num_kept("image"),
+        num_video_tokens_in=num_in("video"),
+        num_video_tokens_prompt=num_in_prompt("video"),
+        num_video_tokens_kept=num_kept("video"),
     )
 
 
-def _kept(job: EngineRequest) -> tuple[KeptMap, ...]:
-    """What is left of each item behind the last layer at which tokens were dropped."""
-    maps = []
-    left = None if job.drops is None else job.drops.origins.cpu()
+def _kept_maps(request: EngineRequest) -> tuple[KeptMap, ...]:
+    """What is left of each item after the last layer at which tokens were dropped."""
+    maps = list[KeptMap]()
+    left = None if request.prune_state is None else request.prune_state.origins.cpu()
     first = 0
-    for item in job.encoded:
+    for item in request.media:
         tokens, indices = item.tokens, item.tokens.indices.cpu()
         if left is not None:
             indices = indices[left[(left >= first) & (left < first + tokens.num_tokens)] - first]

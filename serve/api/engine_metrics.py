@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from mm.engine.stats import EngineStats, Histogram
-from serve.runtime import Load
+from serve.runtime import DecoderLoad
 
 Figure = Callable[[EngineStats], float]
 
@@ -31,17 +31,17 @@ COUNTERS: tuple[tuple[str, str, Figure], ...] = (
     ("mm:engine_steps", "Passes through a decoder.", lambda s: s.num_steps),
     ("mm:engine_step_seconds", "Seconds in passes.", lambda s: s.step_s),
     ("mm:engine_model_seconds", "Seconds in the model's part of passes.", lambda s: s.model_s),
-    ("vllm:spec_decode_num_drafts", "Drafts verified.", lambda s: s.speculation.num_drafts),
-    ("vllm:spec_decode_num_draft_tokens", "Drafted tokens verified.", lambda s: s.speculation.num_draft_tokens),
-    ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens accepted.", lambda s: s.speculation.num_accepted_tokens),
-    ("mm:spec_decode_target_steps", "Times a pass gave an answer tokens.", lambda s: s.speculation.num_target_steps),
-    ("mm:spec_decode_emitted_tokens", "Tokens of these.", lambda s: s.speculation.num_emitted_tokens),
-    ("mm:spec_decode_faults", "Calls of a drafter that failed.", lambda s: s.speculation.num_faults),
-    ("mm:spec_decode_draft_seconds", "Seconds in drafters.", lambda s: s.speculation.draft_s),
-    ("mm:spec_decode_verify_seconds", "Seconds in passes with drafts.", lambda s: s.speculation.verify_s),
+    ("vllm:spec_decode_num_drafts", "Drafts verified.", lambda s: s.spec_decode.num_drafts),
+    ("vllm:spec_decode_num_draft_tokens", "Drafted tokens verified.", lambda s: s.spec_decode.num_draft_tokens),
+    ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens accepted.", lambda s: s.spec_decode.num_accepted_tokens),
+    ("mm:spec_decode_target_steps", "Times a pass gave an answer tokens.", lambda s: s.spec_decode.num_target_steps),
+    ("mm:spec_decode_emitted_tokens", "Tokens of these.", lambda s: s.spec_decode.num_emitted_tokens),
+    ("mm:spec_decode_faults", "Calls of a drafter that failed.", lambda s: s.spec_decode.num_faults),
+    ("mm:spec_decode_draft_seconds", "Seconds in drafters.", lambda s: s.spec_decode.draft_s),
+    ("mm:spec_decode_verify_seconds", "Seconds in passes with drafts.", lambda s: s.spec_decode.verify_s),
 )
 HISTOGRAMS: tuple[tuple[str, str, Callable[[EngineStats], Histogram]], ...] = (
-    ("vllm:iteration_tokens_total", "Rows of a pass, those of prompts included.", lambda s: s.step_rows),
+    ("vllm:iteration_tokens_total", "Rows of a pass, those of prompts included.", lambda s: s.step_tokens),
     ("vllm:inter_token_latency_seconds", "Between two tokens of an answer.", lambda s: s.inter_token_s),
 )
 
@@ -54,7 +54,7 @@ class EngineMetrics(Collector):
         self._known: dict[str, EngineStats] = {}
         self._present: tuple[EngineStats, ...] = ()
 
-    def update(self, load: Load) -> None:
+    def update(self, load: DecoderLoad) -> None:
         self._present = load.engines
         self._known |= {stats.engine_id: stats for stats in load.engines}
 
@@ -79,15 +79,15 @@ class EngineMetrics(Collector):
     def _accepted(self) -> Metric:
         name = "vllm:spec_decode_num_accepted_tokens_per_pos"
         counter = CounterMetricFamily(name, "Drafted tokens accepted, by depth.", labels=["model_name", "position"])
-        counts = [stats.speculation.num_accepted_per_position for stats in self._known.values()]
+        counts = [stats.spec_decode.num_accepted_per_position for stats in self._known.values()]
         for position, column in enumerate(itertools.zip_longest(*counts, fillvalue=0)):
             counter.add_metric([*self._labels, str(position)], sum(column))
         return counter
 
     @property
     def _length(self) -> float:
-        drafts = sum(stats.speculation.num_drafts for stats in self._known.values())
-        return 1 + sum(stats.speculation.num_accepted_tokens for stats in self._known.values()) / max(1, drafts)
+        drafts = sum(stats.spec_decode.num_drafts for stats in self._known.values())
+        return 1 + sum(stats.spec_decode.num_accepted_tokens for stats in self._known.values()) / max(1, drafts)
 
     @property
     def _usage(self) -> float:

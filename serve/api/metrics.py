@@ -10,7 +10,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from mm.data.outputs import Summary
 from mm.data.request import Request
 from serve.api.engine_metrics import EngineMetrics
-from serve.runtime import Features, Load
+from serve.runtime import DecoderLoad, MediaHandle
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
@@ -82,9 +82,9 @@ class Metrics:
             if isinstance(data := getattr(item, "source", None), bytes):
                 self.media_bytes.labels(self._model, item.kind).inc(len(data))
 
-    def encoded(self, features: Features) -> None:
-        self.cache_queries.labels(self._model).inc(features.num_items)
-        self.cache_hits.labels(self._model).inc(features.num_cache_hits)
+    def encoded(self, media: MediaHandle) -> None:
+        self.cache_queries.labels(self._model).inc(media.num_items)
+        self.cache_hits.labels(self._model).inc(media.num_cache_hits)
 
     def finished(self, summary: Summary, reasons: list[str], elapsed_s: float) -> None:
         """Count an answered request."""
@@ -119,7 +119,7 @@ class Metrics:
     def failed(self, status: int, code: str) -> None:
         self.failures.labels(self._model, str(status), code).inc()
 
-    def exposition(self, load: Load | None) -> bytes:
+    def exposition(self, load: DecoderLoad | None) -> bytes:
         """The text of `GET /metrics`; `load` is None when the decoders did not say."""
         if load is not None:
             self.running.labels(self._model).set(load.num_running)

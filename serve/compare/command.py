@@ -20,10 +20,7 @@ import PIL.Image
 from mm.api import Model, build_request, collect
 from mm.config import ModelConfig
 from mm.data.media import FrameSampling, Kind
-from mm.data.outputs import Delta, Event, KeptMap
-from mm.encode.pipeline import encode
-from mm.engine.engine import LLMEngine
-from mm.engine.loop import OutputQueue
+from mm.data.outputs import KeptMap
 from mm.errors import InvalidRequest
 from mm.media import MediaBudget, decode_image, decode_video
 from mm.plugins.capabilities import check_compatible
@@ -81,19 +78,6 @@ class Row:
     overlay: str | None = None
 
 
-class _Watching(OutputQueue):
-    """Notes what the cache holds when the first token comes."""
-
-    def __init__(self, engine: LLMEngine) -> None:
-        super().__init__()
-        self._engine, self.kv_bytes = engine, 0
-
-    def put(self, event: Event) -> None:
-        if isinstance(event, Delta) and not self.kv_bytes:
-            self.kv_bytes = self._engine.cache.num_used_bytes
-        super().put(event)
-
-
 def run_compare(job: Comparison) -> None:
     """Load, ask, write and print.
 
@@ -125,10 +109,7 @@ def compare(model: Model, job: Comparison, kind: Kind, reducers: Sequence[str]) 
         media: dict[str, Any] = {"images": [job.path]} if kind == "image" else {"videos": [job.path]}
         options = {"reducer": spec, "temperature": 0.0, "max_new_tokens": job.max_tokens}
         request = build_request(job.prompt, **media, **options)
-        encoded = encode(request, model.encode_parts)
-        feed, written = _Watching(model.engine), encoded.reducer
-        running = model.engine.submit(request, encoded.items, feed, build_reducer(written), written)
-        answer = collect(model.engine.events(running, feed))
+        answer = collect(model.run(request))
         if not turn:
             continue  # the first answer pays for what is done once per process
         usage, timings = answer.usage, asdict(answer.timings)
@@ -139,7 +120,7 @@ def compare(model: Model, job: Comparison, kind: Kind, reducers: Sequence[str]) 
                 tokens_in=usage.num_visual_tokens_in,
                 prompt_tokens=usage.num_image_tokens_prompt + usage.num_video_tokens_prompt,
                 kept_tokens=usage.num_visual_tokens_kept,
-                kv_bytes=feed.kv_bytes,
+                kv_bytes=answer.kv_bytes,
                 stages_s={stage: round(timings[f"{stage}_s"], 6) for stage in STAGES},
             ),
             answer.kept[0] if answer.kept else None,

@@ -55,6 +55,7 @@ def build_application(config: ServeConfig) -> Any:
         num_replicas=config.num_encoders,
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
         ray_actor_options={"num_cpus": config.encoder_cpus, "num_gpus": config.encoder_gpus},
     )
     decoder = Decoder.options(

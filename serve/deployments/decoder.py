@@ -1,4 +1,4 @@
-"""The decoder's replica: holds the language model and answers, one request at a time."""
+"""The decoder replica: it holds the language model and generates."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from ray import serve as ray_serve
 from mm.data.outputs import Event
 from mm.data.request import Request
 from serve.config import ServeConfig
+from serve.deployments.messages import TransferredMedia
 from serve.deployments.router import routing_stats
 from serve.deployments.transport import receive
-from serve.runtime import Features, Load
-from serve.stages import build_decoder_stage
+from serve.runtime import DecoderLoad
+from serve.stages import build_decoder_loop
 
 
 @ray_serve.deployment(name="Decoder")
 class Decoder:
     def __init__(self, config: ServeConfig) -> None:
-        self._stage = build_decoder_stage(config)
+        self._loop, self._max_context_tokens = build_decoder_loop(config)
 
-    async def stream(self, request: Request, features: Features) -> AsyncIterator[list[Event]]:
-        async for batch in self._stage.stream(request, await receive(features), features.reducer):
+    async def stream(self, request: Request, media: TransferredMedia) -> AsyncIterator[list[Event]]:
+        async for batch in self._loop.stream(request, await receive(media)):
             yield batch
 
-    async def complete(self, request: Request, features: Features) -> list[Event]:
-        return await self._stage.complete(request, await receive(features), features.reducer)
+    async def complete(self, request: Request, media: TransferredMedia) -> list[Event]:
+        return await self._loop.complete(request, await receive(media))
 
-    async def load(self) -> Load:
-        return self._stage.load
+    async def load(self) -> DecoderLoad:
+        return DecoderLoad.of(self._loop.stats)
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Ray asks for these from time to time and hands them to the routers."""
-        (stats,) = self._stage.load.engines
-        return routing_stats(stats)
+        """Ray calls this from time to time and hands the result to the routers."""
+        return routing_stats(self._loop.stats)
 
     async def max_context_tokens(self) -> int:
-        return self._stage.max_context_tokens
+        return self._max_context_tokens

@@ -11,7 +11,8 @@ from ray import serve as ray_serve
 
 from serve.api.routes import create_app
 from serve.config import ServeConfig
-from serve.runtime import RayRuntime, default_reducer
+from serve.deployments.ray_runtime import RayRuntime
+from serve.runtime import default_reducer
 
 APPLICATION = "mm"
 HEALTH_TTL_S = 1.0

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, ReferenceCountingAssertionError
 
-from mm.data.tokens import Encoded
-from serve.runtime import Features, FeaturesLost
+from mm.data.tokens import Encoded, EncodedMedia
+from serve.deployments.messages import TransferredMedia
+from serve.runtime import MediaLost
 
 PLANES = ("embeddings", "positions", "sizes", "protected")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -57,16 +57,16 @@ def num_bytes(packed: Sequence[tuple[Encoded, Mapping[str, Packed]]]) -> int:
     return sum(bits.nbytes for _, planes in packed for bits, _ in planes.values())
 
 
-async def receive(features: Features) -> list[Encoded]:
-    """The items, fetched from wherever they are.
+async def receive(media: TransferredMedia) -> EncodedMedia:
+    """The encoded media, fetched from wherever they are.
 
     Raises:
-        FeaturesLost: The replica that held them is gone.
+        MediaLost: The replica that held them is gone.
     """
-    place: dict[str, Any] = features.encoded
-    if "items" in place:
-        return unpack(place["items"])
+    if media.reference is None:
+        return EncodedMedia(items=tuple(unpack(media.inline or [])), reducer=media.reducer)
     try:
-        return unpack(await place["ref"])
+        items = await media.reference[0]
     except (ObjectLostError, OwnerDiedError, ReferenceCountingAssertionError, GetTimeoutError) as error:
-        raise FeaturesLost("the encoded media are gone; encode them again") from error
+        raise MediaLost("the encoded media are gone; encode them again") from error
+    return EncodedMedia(items=tuple(unpack(items)), reducer=media.reducer)

@@ -10,9 +10,8 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections import abc
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,15 +24,12 @@ from mm.data.media import MediaFile, MediaSource
 from mm.data.outputs import Event, Timings
 from mm.data.request import MediaPart, Message, Request, TextPart
 from mm.data.sampling_params import SamplingParams
-from mm.data.tokens import Encoded
+from mm.data.tokens import EncodedMedia
 from mm.encode.parts import EncodeParts
 from mm.encode.pipeline import encode
-from mm.engine.engine import LLMEngine
-from mm.engine.loop import OutputQueue
-from mm.engine.sequence import EngineRequest
+from mm.engine.loop import EngineLoop, Submitted
 from mm.errors import MmError, RequestError
 from mm.media import MediaBudget, content_hash, fetch
-from mm.plugins.spec import build_reducer, reducer_spec
 from serve.jobs.discover import Item
 from serve.jobs.job import CaptionJob
 from serve.jobs.results import Version
@@ -62,9 +58,9 @@ class Captioner(Protocol):
         """Called once in the thread that will call `encode`."""
         ...
 
-    def encode(self, request: Request, budget: MediaBudget) -> abc.Sequence[Encoded]: ...
+    def encode(self, request: Request, budget: MediaBudget) -> EncodedMedia: ...
 
-    def answer(self, request: Request, encoded: abc.Sequence[Encoded]) -> Answering:
+    def answer(self, request: Request, encoded: EncodedMedia) -> Answering:
         """Take an item; it is answered by and by, as `step` is called."""
         ...
 
@@ -78,8 +74,7 @@ class LocalCaptioner:
     """A model in this process."""
 
     parts: EncodeParts
-    engine: LLMEngine
-    reducer: str
+    loop: EngineLoop
     num_threads: int | None
 
     @classmethod
@@ -91,38 +86,34 @@ class LocalCaptioner:
         """
         # No feature cache: every file is seen once, and equal files share a caption already.
         config = replace(job.model, cache_bytes=0)
-        reducer = reducer_spec(config.reducer).canonical
-        parts, engine = build_encode_parts(config), build_engine(config)
-        return cls(parts=parts, engine=engine, reducer=reducer, num_threads=config.num_threads)
+        parts, loop = build_encode_parts(config), EngineLoop(build_engine(config), num_threads=config.num_threads)
+        return cls(parts=parts, loop=loop, num_threads=config.num_threads)
 
     def prepare_thread(self) -> None:
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)  # torch keeps this per thread
 
-    def encode(self, request: Request, budget: MediaBudget) -> abc.Sequence[Encoded]:
-        return encode(request, self.parts, budget).items
+    def encode(self, request: Request, budget: MediaBudget) -> EncodedMedia:
+        return encode(request, self.parts, budget)
 
-    def answer(self, request: Request, encoded: abc.Sequence[Encoded]) -> Answering:
-        feed = OutputQueue()
-        taken = self.engine.submit(request, encoded, feed, build_reducer(self.reducer), self.reducer)
-        return _InEngine(self.engine, taken, feed)
+    def answer(self, request: Request, encoded: EncodedMedia) -> Answering:
+        return _InEngine(self.loop, self.loop.submit(request, encoded))
 
     def step(self) -> bool:
-        return self.engine.step()
+        return self.loop.step()
 
 
 @dataclass(frozen=True)
 class _InEngine:
-    engine: LLMEngine
-    job: EngineRequest
-    feed: OutputQueue
+    loop: EngineLoop
+    submitted: Submitted
 
     @property
     def is_done(self) -> bool:
-        return self.job.is_over
+        return self.submitted.queue.has_ended
 
     def events(self) -> Iterator[Event]:
-        return self.engine.events(self.job, self.feed)
+        return self.loop.read(self.submitted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +155,7 @@ class Loaded:
     version: Version
     content_hash: str | None = None
     request: Request | None = None
-    encoded: abc.Sequence[Encoded] = ()
+    encoded: EncodedMedia = field(default_factory=EncodedMedia)
     read_s: float = 0.0
     failure: Failure | None = None
 

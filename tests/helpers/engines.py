@@ -10,7 +10,7 @@ import torch
 
 from mm.data.outputs import Delta, Event, Summary
 from mm.data.request import Request
-from mm.data.tokens import Encoded
+from mm.data.tokens import Encoded, EncodedMedia
 from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
 from mm.engine.sequence import EngineRequest
@@ -62,14 +62,15 @@ class Question:
 
     def put_to(self, engine: LLMEngine) -> tuple[EngineRequest, Recorder]:
         sink = Recorder()
-        return engine.submit(self.request, self.encoded, sink, self.reducer, "as tested"), sink
+        media = EncodedMedia(items=tuple(self.encoded), reducer="as tested")
+        return engine.submit(self.request, media, sink, self.reducer), sink
 
 
 def build(family: Any, *, num_rows: int = 4096, sharing: bool = True, **limits: Any) -> LLMEngine:
     """An engine whose cache holds `num_rows` rows in every layer."""
     shape = family.language.kv_cache_spec
     kv_bytes = shape.num_blocks(num_rows) * shape.num_layers * shape.block_bytes
-    return LLMEngine(family, limits=SchedulerConfig(**limits), kv_bytes=kv_bytes, share_prefixes=sharing)
+    return LLMEngine(family, config=SchedulerConfig(**limits), kv_bytes=kv_bytes, prefix_caching=sharing)
 
 
 def run_until(engine: LLMEngine, done: Callable[[], bool], most_steps: int = 20_000) -> int:
@@ -95,11 +96,11 @@ def assert_idle(engine: LLMEngine) -> None:
     assert not engine.has_work
     stats = engine.stats
     assert (stats.num_running, stats.num_waiting, stats.num_waiting_tokens) == (0, 0, 0)
-    assert engine.cache.num_free_seqs == engine.limits.max_num_seqs
-    engine.cache.check(engine.prefixes.held)
+    assert engine.cache.num_free_seqs == engine.config.max_num_seqs
+    engine.cache.check(engine.prefix_cache.held)
     assert stats.kv_used_bytes == stats.kv_idle_bytes
     assert stats.kv_usage == 0
-    engine.prefixes.clear()
+    engine.prefix_cache.clear()
     engine.cache.check()
     assert engine.cache.num_used_bytes == 0
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from mm.data.tokens import Prompt
 from mm.engine.attention.base import build_attention
 from mm.engine.kv_cache.blocks import KVCache
-from mm.engine.model_runner import Chunk, ModelRunner
+from mm.engine.model_input import Chunk
+from mm.engine.model_runner import ModelRunner
 
 
 class Alone:
@@ -18,12 +19,12 @@ class Alone:
         self.language = language
         shape = language.kv_cache_spec
         self.cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(num_rows), max_num_seqs=1)
-        self._pass = ModelRunner(language, build_attention(self.cache))
-        self._slot = self.cache.allocate()
+        self._runner = ModelRunner(language, build_attention(self.cache))
+        self._seq_index = self.cache.allocate()
 
     def feed(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         """(n, D) rows at (P, n) positions; the logits (vocab,) behind the last one."""
-        return self._pass.run([Chunk(slot=self._slot, embeddings=embeddings, positions=positions)])[0]
+        return self._runner.forward([Chunk(seq_index=self._seq_index, embeddings=embeddings, positions=positions)])[0]
 
     def feed_token(self, token: int, position: int) -> Tensor:
         return self.feed(self.language.embed(torch.tensor([token])), torch.tensor([[position]]))

@@ -1,4 +1,4 @@
-"""An engine that plays events from a generator, one request after the other: what a decoder stage needs of one."""
+"""An engine that plays events from a generator, one request after the other: what `EngineLoop` needs of one."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 from mm.data.outputs import Event
 from mm.data.request import Request
-from mm.data.tokens import Encoded
+from mm.data.tokens import Encoded, EncodedMedia
 from mm.engine.sequence import OutputSink
 from mm.engine.spec_decode.metrics import SpecDecodeStats
-from mm.engine.stats import INTER_TOKEN_S, STEP_ROWS, EngineStats, Histogram
+from mm.engine.stats import INTER_TOKEN_S, STEP_TOKENS, EngineStats, Histogram
 
 
 def stats_of(**figures: Any) -> EngineStats:
     """An engine's figures: 0 where nothing is given."""
     figures = dict.fromkeys(EngineStats.__dataclass_fields__, 0) | {"engine_id": "scripted"} | figures
-    for name, bounds in (("step_rows", STEP_ROWS), ("inter_token_s", INTER_TOKEN_S)):
+    for name, bounds in (("step_tokens", STEP_TOKENS), ("inter_token_s", INTER_TOKEN_S)):
         figures[name] = figures[name] or Histogram(bounds)
-    figures["speculation"] = figures["speculation"] or SpecDecodeStats()
+    figures["spec_decode"] = figures["spec_decode"] or SpecDecodeStats()
     return EngineStats(**figures)
 
 
@@ -35,7 +35,7 @@ class Scene:
     events: Generator[Event]
     sink: OutputSink
     begun: bool = False
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    aborted: threading.Event = field(default_factory=threading.Event)
 
 
 class ScriptedEngine:
@@ -55,18 +55,18 @@ class ScriptedEngine:
         running = sum(scene.begun for scene in list(self._scenes))
         return stats_of(num_running=running, num_waiting=len(self._scenes) - running)
 
-    def submit(self, request: Request, encoded: Sequence[Encoded], sink: OutputSink, reducer: Any, spec: str) -> Scene:
-        scene = Scene(self._play(request, encoded, spec), sink)
+    def submit(self, params: Request, media: EncodedMedia, sink: OutputSink) -> Scene:
+        scene = Scene(self._play(params, media.items, media.reducer), sink)
         self._scenes.append(scene)
         self.wake.set()
         return scene
 
-    def cancel(self, scene: Scene) -> None:
-        scene.cancelled.set()
+    def abort(self, scene: Scene, *, wait: bool = False) -> None:
+        scene.aborted.set()
         self.wake.set()
 
     def step(self) -> bool:
-        for scene in [scene for scene in self._scenes if scene.cancelled.is_set()]:
+        for scene in [scene for scene in self._scenes if scene.aborted.is_set()]:
             self._end(scene, None)
         if not self._scenes:
             return False
@@ -79,6 +79,9 @@ class ScriptedEngine:
         except Exception as error:
             self._end(scene, error)
         return True
+
+    def drain(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from mm.data.request import Request
 from mm.encode.pipeline import encode
 from mm.engine.spec_decode.controller import NEAR, Account, Controller
 from mm.engine.spec_decode.cost_model import CostModel
+from mm.engine.spec_decode.verifier import TreeVerification
 from tests.helpers.drafters import TRUTH
 
 
@@ -44,3 +45,15 @@ def let_control_waver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Controller, "is_asked", is_asked)
     monkeypatch.setattr(Controller, "choose", lambda self, drafts, tracked, room: list(drafts))
     monkeypatch.setattr(Account, "book", lambda self, passes: None)
+
+
+def verify(walks: Sequence[TreeVerification], sample: Callable[[list[int]], list[int | None]]) -> None:
+    """Go down all drafts to their ends, one token at a time, as the output processor does.
+
+    Args:
+        sample: Given indices of walks, the token at the row where each stands; None where the sequence is finished.
+    """
+    active = [i for i, walk in enumerate(walks) if not walk.is_over]
+    while active:
+        tokens = sample(active)
+        active = [i for i, token in zip(active, tokens, strict=True) if token is not None and walks[i].follow(token)]

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,12 +19,13 @@ import pytest
 
 from mm.data.outputs import Delta, Event, KeptMap, Summary, Timings, Usage
 from mm.data.request import Request
-from mm.data.tokens import Encoded
+from mm.data.tokens import Encoded, EncodedMedia
+from mm.engine.loop import EngineLoop
 from mm.errors import InvalidOption, UnknownPlugin
 from serve.api.routes import create_app
 from serve.config import ServeConfig
-from serve.runtime import Features, LocalRuntime
-from serve.stages import DecoderStage, EncoderStage
+from serve.runtime import LocalRuntime
+from serve.stages import EncoderStage
 from tests.helpers.scripted import ScriptedEngine
 
 
@@ -42,7 +44,7 @@ class FakeEngine:
     num_tokens: int = 0
     gate: threading.Event | None = None
 
-    def encode(self, request: Request) -> Features:
+    def encode(self, request: Request) -> EncodedMedia:
         self.requests.append(request)
         if self.encode_error is not None:
             raise self.encode_error
@@ -51,7 +53,8 @@ class FakeEngine:
         if request.vision.keep_ratio is not None and request.vision.reducer is None:
             raise InvalidOption("none", "keep_ratio", "does not exist: this reducer has no such budget")
         reducer = request.vision.reducer or "none"
-        return Features(encoded=[None] * len(request.media), reducer=reducer, num_items=len(request.media))
+        items = [SimpleNamespace(cache_hit=False) for _ in request.media]
+        return EncodedMedia(items=tuple(items), reducer=reducer)  # type: ignore[arg-type]
 
     def answer(self, request: Request, encoded: Sequence[Encoded], reducer: str) -> Generator[Event]:
         self.requests.append(request)
@@ -95,8 +98,10 @@ def engine() -> FakeEngine:
 
 def build(engine: FakeEngine, **options: Any) -> tuple[Any, LocalRuntime]:
     config = ServeConfig(**{"served_model_names": ("tiny", "alias/tiny")} | options)
-    decoder = DecoderStage(ScriptedEngine(engine.answer), 2048)
-    runtime = LocalRuntime(EncoderStage(engine.encode, ("image", "video")), decoder, "none")
+    loop = EngineLoop(ScriptedEngine(engine.answer))  # type: ignore[arg-type]
+    loop.start()
+    encoder = EncoderStage(engine.encode, ("image", "video"))
+    runtime = LocalRuntime(encoder, loop, max_context_tokens=2048, default_reducer="none")
     return create_app(runtime, config), runtime
 
 

@@ -145,7 +145,7 @@ class Traffic:
     def cancel(self, number: int) -> None:
         self.seen["cancelled in mid-answer"] += bool(self.sinks[number].deltas)
         self.cancelled.add(number)
-        self.engine.cancel(self.jobs[number])
+        self.engine.abort(self.jobs[number])
         assert self.sinks[number].num_ends == 1  # nobody else runs the engine, so at once
 
     def preempt(self) -> None:
@@ -155,7 +155,7 @@ class Traffic:
 
 
 def check(number: int, traffic: Traffic, alone: dict[int, list[int]]) -> None:
-    sink, asked = traffic.sinks[number], traffic.jobs[number].request
+    sink, asked = traffic.sinks[number], traffic.jobs[number].params
     assert sink.num_ends == 1
     assert sink.error is None
     given = sink.token_ids()

@@ -78,7 +78,7 @@ def answered(model: mm.Model, asked: list[Request]) -> list[mm.api.Answer]:
     for number, outcome in model.run_batch(asked):
         assert not isinstance(outcome, MmError), outcome
         found[number] = collect(iter(outcome))
-    model.engine.cache.check(model.engine.prefixes.held)
+    model.engine.cache.check(model.engine.prefix_cache.held)
     return [found[i] for i in range(len(asked))]
 
 
@@ -109,7 +109,7 @@ def test_every_drafter_under_every_reducer():
             drafts[drafter, reducer] += usage.num_drafts
             tokens[drafter, "accepted"] += usage.num_accepted_tokens
             tokens[drafter, "rejected"] += usage.num_rejected_tokens
-        assert model.engine.stats.speculation.num_faults == 0
+        assert model.engine.stats.spec_decode.num_faults == 0
     assert compared == {True: NUM_QUESTIONS, False: NUM_QUESTIONS}
     assert NUM_QUESTIONS >= 500
     assert set(drafts) == set(PAIRS)

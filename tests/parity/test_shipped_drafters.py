@@ -47,11 +47,11 @@ def test_every_shipped_drafter_is_registered_under_its_name():
 
 @pytest.mark.parametrize("drafter", SHIPPED)
 def test_a_cached_prompt_is_drafted_for_as_well_as_a_new_one(model, expected, drafter):
-    model.engine.prefixes.clear()
+    model.engine.prefix_cache.clear()
     new = asked(model, drafter)
     assert not any(answer.usage.num_cached_tokens for answer in new)
     again = asked(model, drafter)
-    model.engine.prefixes.clear()
+    model.engine.prefix_cache.clear()
     asked(model, "none", "How many objects do you see?")
     other = asked(model, drafter)
     for cached in (again, other):
@@ -59,4 +59,4 @@ def test_a_cached_prompt_is_drafted_for_as_well_as_a_new_one(model, expected, dr
         assert [answer.token_ids for answer in cached] == [answer.token_ids for answer in new] == expected
         assert accepted_length(cached) > 0.85 * accepted_length(new) > 1.5
     assert accepted_length(again) == accepted_length(new)
-    assert model.engine.stats.speculation.num_faults == 0
+    assert model.engine.stats.spec_decode.num_faults == 0

@@ -92,7 +92,7 @@ def answers(model: mm.Model, asked: list[Request]) -> list[tuple]:
         logprobs = tuple(tuple(one.token_id for one in choice) for choice in answer.logprobs)
         found[number] = (answer.token_ids, answer.texts, answer.finish_reasons, logprobs)
         assert answer.usage.num_completion_tokens == sum(map(len, answer.token_ids))
-    model.engine.cache.check(model.engine.prefixes.held)
+    model.engine.cache.check(model.engine.prefix_cache.held)
     return [found[i] for i in range(len(asked))]
 
 
@@ -118,14 +118,14 @@ def test_no_drafter_changes_an_answer(folder):
     for spec in (*WILD, "copy", "recycle", "copy + recycle"):
         drafted = load(folder, spec, control=spec == "copy + recycle", max_draft_tokens=12)
         assert answers(drafted, asked) == expected, spec
-        stats = drafted.engine.stats.speculation
+        stats = drafted.engine.stats.spec_decode
         assert stats.num_faults == 0
         assert stats.num_draft_tokens > 0 or spec == "copy + recycle", spec  # control may say that it does not pay
         if spec == "wild:truth=1.0,shape=chain":
             assert stats.mean_acceptance_length > 3
         if "truth=0.0" in spec:
             assert stats.acceptance_rate < 0.1
-        for session_count in (getattr(s.loaded, "num_open", 0) for s in drafted.engine.speculation._sources.values()):
+        for session_count in (getattr(s.loaded, "num_open", 0) for s in drafted.engine.spec_decoder._sources.values()):
             assert session_count == 0, "a session was never closed"
 
 
@@ -134,7 +134,7 @@ def test_a_drafter_that_fails_costs_its_drafts_and_nothing_else(folder):
     expected = answers(load(folder), asked)
     drafted = load(folder, "wild:failing=0.3", control=False, max_num_seqs=2)
     assert answers(drafted, asked) == expected
-    assert drafted.engine.stats.speculation.num_faults > 3
+    assert drafted.engine.stats.spec_decode.num_faults > 3
 
 
 @pytest.mark.parametrize("tight", [{"max_batch_tokens": 24}, {"max_num_seqs": 3}, {"kv_cache_gb": 0.0001}])
@@ -149,7 +149,7 @@ def test_no_schedule_changes_an_answer(folder, tight):
     if "kv_cache_gb" in tight:
         assert drafted.engine.stats.num_preemptions > 0, "nobody was pushed out: the cache is too large for this test"
     if "max_batch_tokens" in tight:
-        assert max(i for i, n in enumerate(drafted.engine.stats.step_rows.counts) if n) <= 5, "a pass was too large"
+        assert max(i for i, n in enumerate(drafted.engine.stats.step_tokens.counts) if n) <= 5, "a pass was too large"
 
 
 def test_multi_axis_positions_with_trees(tmp_path):
@@ -167,7 +167,7 @@ def test_cancelling_in_the_middle_frees_everything(folder):
         for _ in itertools.islice(stream, i % 5):
             pass
         stream.close()
-    model.engine.prefixes.clear()
+    model.engine.prefix_cache.clear()
     model.engine.cache.check()
     assert model.engine.cache.num_used_bytes == 0
 
@@ -178,7 +178,7 @@ def test_drafts_from_a_law_leave_greedy_answers_alone(folder, kind):
     expected = answers(load(folder), asked)
     drafted = load(folder, f"wild:kind={kind}", control=False)
     assert answers(drafted, asked) == expected
-    assert drafted.engine.stats.speculation.num_draft_tokens > 100
+    assert drafted.engine.stats.spec_decode.num_draft_tokens > 100
 
 
 def test_drafters_see_the_states_they_ask_for(folder):
@@ -201,7 +201,7 @@ def test_drafters_see_the_states_they_ask_for(folder):
     )
     learn_truths(model, asked, [tokens for tokens, *_ in answers(load(folder), asked)])
     answers(model, asked)
-    loaded = next(s.loaded for s in model.engine.speculation._sources.values() if s.spec.startswith("wild"))
+    loaded = next(s.loaded for s in model.engine.spec_decoder._sources.values() if s.spec.startswith("wild"))
     head = model.engine.family.language.head_weight
     reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.language_model
     for prompt in {id(prompt): prompt for prompt, _ in loaded.seen}.values():
@@ -246,7 +246,7 @@ def test_states_are_those_of_their_rows_however_late_a_drafter_is_asked(folder, 
     model = load(folder, "wild:states=last_hidden,truth=0.5,shape=chain", prefix_caching=False)
     learn_truths(model, asked, truths)
     assert [tokens for tokens, *_ in answers(model, asked)] == truths
-    loaded = next(s.loaded for s in model.engine.speculation._sources.values() if s.spec.startswith("wild"))
+    loaded = next(s.loaded for s in model.engine.spec_decoder._sources.values() if s.spec.startswith("wild"))
     reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.language_model
     num_late = 0
     for prompt in {id(prompt): prompt for prompt, _ in loaded.seen}.values():
@@ -272,7 +272,7 @@ def test_drafters_pay_for_being_asked_and_for_the_states_they_watch(folder, monk
     """By the engine's clock a question takes a second, a pass ten, and nothing else takes any time."""
     model = load(folder, "wild:states=last_hidden,truth=0.0")
     now, asked, watched, bills = [0.0], [], [], []
-    (source,) = (one for one in model.engine.speculation._sources.values() if one.spec != "none")
+    (source,) = (one for one in model.engine.spec_decoder._sources.values() if one.spec != "none")
 
     def timed(function, seconds: float, calls: list):
         def slow(*args, **more):
@@ -282,8 +282,8 @@ def test_drafters_pay_for_being_asked_and_for_the_states_they_watch(folder, monk
 
         return slow
 
-    monkeypatch.setattr(model.engine.speculation, "clock", lambda: now[0])
-    monkeypatch.setattr(model.engine._pass, "run", timed(model.engine._pass.run, 10.0, []))
+    monkeypatch.setattr(model.engine.spec_decoder, "clock", lambda: now[0])
+    monkeypatch.setattr(model.engine._runner, "forward", timed(model.engine._runner.forward, 10.0, []))
     monkeypatch.setattr(source.controller, "is_asked", timed(source.controller.is_asked, 1.0, asked))
     monkeypatch.setattr(source.controller, "watched", timed(source.controller.watched, 0.0, watched))
     monkeypatch.setattr(source.controller, "spent", lambda seconds, **of_what: bills.append(seconds))
@@ -297,9 +297,9 @@ def test_a_request_chooses_within_what_is_allowed(folder):
     question = {"prompt": "red blue red blue red", "temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True}
 
     def drafted(**speculation) -> int:
-        before = model.engine.stats.speculation.num_draft_tokens
+        before = model.engine.stats.spec_decode.num_draft_tokens
         events = list(model.run(build_request(**question, speculation=SpeculationOptions(**speculation))))
-        after = model.engine.stats.speculation.num_draft_tokens
+        after = model.engine.stats.spec_decode.num_draft_tokens
         usage = next(event.usage for event in events if isinstance(event, Summary))
         assert usage.num_accepted_tokens + usage.num_rejected_tokens == after - before
         assert sum(e.num_drafted for e in events if isinstance(e, Delta)) == usage.num_accepted_tokens
@@ -327,7 +327,7 @@ def test_control_leaves_short_answers_alone_where_the_first_draft_costs_a_prompt
         model = load(folder, spec, **options)
         request = build_request("red blue", max_new_tokens=num_tokens, temperature=0.0, ignore_eos=True)
         answers(model, [request])
-        return model.engine.stats.speculation.num_drafts
+        return model.engine.stats.spec_decode.num_drafts
 
     reads_states = "wild:states=last_hidden,truth=0.5,shape=chain"
     short = 3
@@ -344,5 +344,5 @@ def test_with_control_true_drafts_are_verified_and_change_nothing(folder):
     learn_truths(plain, asked, [tokens for tokens, *_ in expected])
     drafted = load(folder, "wild:truth=1.0,shape=chain", max_draft_tokens=12)
     assert [found for one in asked for found in answers(drafted, [one])] == expected
-    assert drafted.engine.stats.speculation.mean_acceptance_length > 3
+    assert drafted.engine.stats.spec_decode.mean_acceptance_length > 3
     assert answers(drafted, asked) == expected

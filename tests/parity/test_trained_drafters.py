@@ -68,7 +68,7 @@ def asked():
 
 def answers(model, **more):
     found = [answer.token_ids for answer in model.generate_batch(asked(), **more)]
-    model.engine.cache.check(model.engine.prefixes.held)
+    model.engine.cache.check(model.engine.prefix_cache.held)
     return found
 
 
@@ -86,15 +86,15 @@ def expected(folder):
 def test_rubbish_changes_nothing_but_speed(folder, drafters, expected, width):
     specs = [f"{name}:width={width},depth=4,stop_below=0" for name in drafters]
     model = load(folder, *specs)
-    before = model.engine.stats.speculation
+    before = model.engine.stats.spec_decode
     for spec in specs:
         assert answers(model, speculation=spec) == expected, spec
-        stats = model.engine.stats.speculation
+        stats = model.engine.stats.spec_decode
         assert stats.num_faults == 0, spec
         num_drafts = stats.num_drafts - before.num_drafts
         assert stats.num_draft_tokens - before.num_draft_tokens > 2 * num_drafts > 0, spec
         before = stats
-    for source in model.engine.speculation._sources.values():
+    for source in model.engine.spec_decoder._sources.values():
         if source.spec != "none":
             assert source.loaded.num_sessions == 0, f"{source.spec} keeps sessions of answers that are over"
             assert source.loaded._layer.cache.num_free_blocks == source.loaded._layer.cache.num_blocks
@@ -104,7 +104,7 @@ def test_a_full_draft_cache_changes_nothing(folder, drafters, expected):
     spec = "msd:depth=3,stop_below=0,cache_mb=0.02"
     model = load(folder, spec)
     assert answers(model, speculation=spec) == expected
-    assert model.engine.stats.speculation.num_faults == 0
+    assert model.engine.stats.spec_decode.num_faults == 0
 
 
 def test_drafters_are_told_of_the_prompt_however_late_they_are_asked(folder, drafters, expected, monkeypatch):
@@ -114,5 +114,5 @@ def test_drafters_are_told_of_the_prompt_however_late_they_are_asked(folder, dra
         model = mm.load(folder, dtype="float32", speculation=limits, max_num_seqs=5, prefix_caching=prefix_caching)
         for name in drafters:
             assert answers(model, speculation=name) == expected, name
-            assert model.engine.stats.speculation.num_faults == 0, name
-        assert model.engine.stats.speculation.num_drafts > 100
+            assert model.engine.stats.spec_decode.num_faults == 0, name
+        assert model.engine.stats.spec_decode.num_drafts > 100

@@ -5,9 +5,10 @@ from __future__ import annotations
 from mm.data.outputs import Summary, Timings, Usage
 from mm.data.request import Request
 from mm.data.sampling_params import SamplingParams
-from mm.engine.stats import STEP_ROWS, Histogram
+from mm.engine.stats import STEP_TOKENS, Histogram
 from serve.api.metrics import Metrics
-from serve.runtime import Features, Load
+from serve.deployments.messages import TransferredMedia
+from serve.runtime import DecoderLoad
 from tests.helpers.scripted import stats_of
 
 NAMES = (
@@ -44,12 +45,12 @@ def test_a_finished_request_shows_under_every_name() -> None:
     metrics = Metrics("tiny")
     metrics.in_flight.labels("tiny").inc()
     metrics.requested(Request(request_id="x", messages=(), sampling=SamplingParams(n=2, max_new_tokens=9)))
-    metrics.encoded(Features(encoded=None, reducer="none", num_items=3, num_cache_hits=1))
+    metrics.encoded(TransferredMedia(reducer="none", num_items=3, num_cache_hits=1))
     usage = Usage(num_prompt_tokens=40, num_completion_tokens=11, num_image_tokens_in=100, num_image_tokens_kept=25)
     timings = Timings(load_s=0.1, encode_s=0.2, prefill_s=0.3, decode_s=1.0)
     metrics.ttft.labels("tiny").observe(0.5)
     metrics.finished(Summary(usage=usage, timings=timings, reducer="divprune:keep_ratio=0.3"), ["stop", "length"], 2.0)
-    text = metrics.exposition(Load(num_running=2, num_waiting=5, engines=(stats_of(),))).decode()
+    text = metrics.exposition(DecoderLoad(num_running=2, num_waiting=5, engines=(stats_of(),))).decode()
     for name in NAMES:
         assert f"\n{name}{{" in text, name
 
@@ -73,18 +74,18 @@ def test_figures_of_several_engines_are_summed_and_counts_never_go_down() -> Non
     metrics = Metrics("tiny")
 
     def shown(*engines) -> dict[str, float | None]:
-        metrics.exposition(Load(num_running=0, num_waiting=0, engines=engines))
+        metrics.exposition(DecoderLoad(num_running=0, num_waiting=0, engines=engines))
         names = ("vllm:num_preemptions_total", "vllm:kv_cache_usage_perc", "vllm:iteration_tokens_total_sum")
         return {name: metrics.registry.get_sample_value(name, {"model_name": "tiny"}) for name in names}
 
     def engine(engine_id: str, num_preemptions: int, *rows: int, used: int = 0, idle: int = 0):
-        step_rows = Histogram(STEP_ROWS)
+        step_tokens = Histogram(STEP_TOKENS)
         for count in rows:
-            step_rows.observe(count)
+            step_tokens.observe(count)
         return stats_of(
             engine_id=engine_id,
             num_preemptions=num_preemptions,
-            step_rows=step_rows,
+            step_tokens=step_tokens,
             kv_used_bytes=used,
             kv_idle_bytes=idle,
             kv_total_bytes=100,
@@ -98,10 +99,10 @@ def test_figures_of_several_engines_are_summed_and_counts_never_go_down() -> Non
 
 
 def test_buckets_hold_all_that_is_below_them() -> None:
-    metrics, step_rows = Metrics("tiny"), Histogram(STEP_ROWS)
+    metrics, step_tokens = Metrics("tiny"), Histogram(STEP_TOKENS)
     for count in (1, 2, 3, 64, 9999):
-        step_rows.observe(count)
-    metrics.exposition(Load(num_running=0, num_waiting=0, engines=(stats_of(step_rows=step_rows),)))
+        step_tokens.observe(count)
+    metrics.exposition(DecoderLoad(num_running=0, num_waiting=0, engines=(stats_of(step_tokens=step_tokens),)))
 
     def below(bound: str) -> float | None:
         labels = {"model_name": "tiny", "le": bound}

@@ -1,15 +1,19 @@
-"""A drafter and what it needs of the engine that asks it."""
+"""A drafter that is loaded for one engine, with its controller and what it needs of each step."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from mm.engine.model_runner import LAST_HIDDEN
 from mm.engine.spec_decode.controller import Controller
 from mm.errors import IncompatiblePlugin
-from mm.plugins.drafter import Drafter, DraftTarget, LoadedDrafter
+from mm.models.family import CheckpointFamily
+from mm.plugins.drafter import DraftTarget, LoadedDrafter
 from mm.plugins.spec import drafter_spec
+
+LAST_HIDDEN = "last_hidden"
+"""The state after the final norm, from which the head computes logits. "hidden:3" is the input of layer 3."""
 
 
 @dataclass(eq=False)
@@ -17,47 +21,58 @@ class DrafterInstance:
     """A drafter of this engine.
 
     Attributes:
-        states: Names of the states that it needs.
-        num_top: How many of a row's largest logits it needs the ids of.
+        spec: Canonical text of the drafter.
+        loaded: The drafter with its weights.
+        controller: Decides when it is asked, and how much of its drafts is verified.
+        clock: Seconds, for what drafting costs.
+        states: Names of the hidden states that it needs.
+        num_top_ids: How many of a token's largest logits it needs the ids of.
     """
 
     spec: str
-    drafter: Drafter
     loaded: LoadedDrafter
     controller: Controller
+    clock: Callable[[], float]
     states: frozenset[str]
-    num_top: int
+    num_top_ids: int
+
+    @contextlib.contextmanager
+    def charged(self) -> Iterator[None]:
+        """Charge the drafter for the time that the body takes."""
+        start = self.clock()
+        yield
+        self.controller.spent(self.clock() - start)
 
 
-def load_source(spec: str, family: Any, controller: Controller) -> DrafterInstance:
+def load_drafter(spec: str, target: DraftTarget, controller: Controller, clock: Callable[[], float]) -> DrafterInstance:
     """Load a drafter for a model.
 
     Raises:
-        MmError: There is none of that name, or it does not fit the model.
-        IncompatiblePlugin: It needs what this engine does not have.
+        MmError: There is no drafter of that name, or it does not fit the model.
+        IncompatiblePlugin: It needs states that this engine does not have.
     """
     resolved = drafter_spec(spec)
     drafter = resolved.plugin
-    loaded = drafter.load(target_of(family))
+    loaded = drafter.load(target)
     needs: frozenset[str] = getattr(loaded, "needs", drafter.needs)
     states = frozenset(need for need in needs if need == LAST_HIDDEN or need.startswith("hidden:"))
-    tops = [int(need.removeprefix("top_ids:")) for need in needs if need.startswith("top_ids:")]
+    top_ids = [int(need.removeprefix("top_ids:")) for need in needs if need.startswith("top_ids:")]
     layers = [int(state.removeprefix("hidden:")) for state in states - {LAST_HIDDEN}]
     unknown = [need for need in needs - states if not need.startswith("top_ids:")]
-    unknown += [f"hidden:{layer}" for layer in layers if not 0 <= layer < family.language.num_layers]
+    unknown += [f"hidden:{layer}" for layer in layers if not 0 <= layer < target.num_layers]
     if unknown:
         raise IncompatiblePlugin(spec, "this engine", sorted(unknown))
     return DrafterInstance(
         spec=resolved.canonical,
-        drafter=drafter,
         loaded=loaded,
         controller=controller,
+        clock=clock,
         states=states,
-        num_top=max(tops, default=0),
+        num_top_ids=max(top_ids, default=0),
     )
 
 
-def target_of(family: Any) -> DraftTarget:
+def target_of(family: CheckpointFamily) -> DraftTarget:
     """What drafters may know of a model."""
     language = family.language
     return DraftTarget(

@@ -1,121 +1,87 @@
-"""What drafters are told of an answer: its tokens, and the states of the rows that they were not told of yet."""
+"""What speculative decoding keeps of one sequence: its drafter, its draft, and hidden states not yet observed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mm.engine.sequence import Sequence
 from mm.engine.spec_decode.controller import ControlState
 from mm.engine.spec_decode.drafter_instance import DrafterInstance
 from mm.engine.spec_decode.hidden_state_cache import Kept
-from mm.engine.spec_decode.verifier import TreeVerification
-from mm.plugins.drafter import Observation
+from mm.plugins.drafter import NO_DRAFT, Draft
 
 
 @dataclass(eq=False)
 class SpecState:
-    """One answer's part in speculation.
+    """Everything that speculative decoding keeps of one sequence.
 
     Attributes:
-        tracked: Since its first pass.
-        session: Since something was observed.
-        num_seen: Tokens of the answer that the session was told.
-        kept: What passes showed since something was observed; of the prompt, chunk by chunk.
+        drafter: The drafter that serves the sequence.
+        max_draft_tokens: Longest draft that its request allows.
+        control: How often it is asked for a draft; None until drafting for it has begun.
+        session: The drafter's own state; None until the drafter has observed something.
+        draft: What the next step verifies.
+        num_observed: Output tokens that the session has observed.
+        captured: Hidden states that the drafter has not observed yet, in order of their tokens.
     """
 
-    source: DrafterInstance
-    max_tokens: int
-    tracked: ControlState | None = None
-    session: Any = None
-    num_seen: int = 0
-    kept: list[Kept] = field(default_factory=list)
+    drafter: DrafterInstance
+    max_draft_tokens: int
+    control: ControlState | None = None
+    session: object | None = None
+    draft: Draft = NO_DRAFT
+    num_observed: int = 0
+    captured: list[Kept] = field(default_factory=list[Kept])
 
-    def keep(self, rows: Tensor, states: Mapping[str, Tensor]) -> None:
-        """Put by the states of some rows that the drafter needs, those behind what is there already."""
-        if self.kept and int(self.kept[-1][0][-1]) >= int(rows[0]):
+    @property
+    def states_to_capture(self) -> frozenset[str]:
+        """Names of the hidden states that the next step has to hand out for this sequence."""
+        needed = self.drafter.states
+        return needed if needed and self.control is not None and self.control.is_near else frozenset()
+
+    def keep(self, tokens: Tensor, states: Mapping[str, Tensor]) -> None:
+        """Keep hidden states for the drafter.
+
+        Args:
+            tokens: (k,) indices of the tokens in the sequence. Nothing is kept if they do not follow what is kept.
+            states: Name of the state to (k, D).
+        """
+        if self.captured and int(self.captured[-1][0][-1]) >= int(tokens[0]):
             return
-        if self.source.states <= states.keys():
-            self.kept.append((rows, {name: states[name] for name in self.source.states}))
+        if self.drafter.states <= states.keys():
+            self.captured.append((tokens, {name: states[name] for name in self.drafter.states}))
 
-    def forget(self, prompt_length: int) -> None:
-        """Let go of what passes showed; of what the prompt's showed not before a session was told."""
-        told = self.session is not None
-        self.kept = [] if told else [one for one in self.kept if int(one[0][0]) < prompt_length]
+    def keep_prompt(self, start: int, tokens: Tensor, states: Mapping[str, Tensor]) -> None:
+        """Keep the hidden states of a chunk of the prompt.
+
+        Args:
+            start: Index of the chunk's first token in the sequence.
+            tokens: (k,) the chunk's tokens that reducers left, counted from `start`.
+            states: Name of the state to (k, D).
+        """
+        with self.drafter.charged():
+            if self.captured and int(self.captured[-1][0][-1]) >= start:
+                self.captured = []  # the sequence was preempted, and its prompt is computed again
+            self.keep(tokens + start, states)
+
+    def forget(self, num_prompt_tokens: int) -> None:
+        """Drop what was captured. Before the first session the prompt's states stay: the session begins with them."""
+        has_session = self.session is not None
+        self.captured = [] if has_session else [one for one in self.captured if int(one[0][0]) < num_prompt_tokens]
 
     def take(self, stop: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rows below `stop` that were put by, and their states; they are put by no more."""
-        taken = [one for one in self.kept if stop is None or int(one[0][0]) < stop]
-        self.kept = self.kept[len(taken) :]
+        """Remove and return captured tokens (k,) and their states (k, D) by name.
+
+        Args:
+            stop: Only those whose first token is below it; None takes all.
+        """
+        taken = [one for one in self.captured if stop is None or int(one[0][0]) < stop]
+        self.captured = self.captured[len(taken) :]
         if not taken:
             return torch.zeros(0, dtype=torch.int64), {}
-        names = self.source.states
-        return torch.cat([rows for rows, _ in taken]), {name: torch.cat([s[name] for _, s in taken]) for name in names}
-
-
-@dataclass(eq=False)
-class StepResult:
-    """What a pass gives one answer.
-
-    Attributes:
-        root: The token that stands in its first row.
-        first: That row in the pass's logits, which gives the next token; those of its draft follow.
-        states: State name to (1 + drafted tokens, D) of these rows.
-        said: Tokens that became part of the answer.
-    """
-
-    answer: Sequence
-    root: int
-    first: int
-    walk: TreeVerification
-    states: Mapping[str, Tensor] = field(default_factory=dict)
-    said: list[int] = field(default_factory=list)
-
-
-def parts_of(answer: Sequence) -> tuple[SpecState, ControlState]:
-    """Of an answer that drafts."""
-    assert answer.drafting is not None
-    assert answer.drafting.tracked is not None
-    return answer.drafting, answer.drafting.tracked
-
-
-def prompt_seen(answer: Sequence) -> Observation:
-    """Of an answer that has gone on without being observed: its prompt and first token."""
-    drafting, _ = parts_of(answer)
-    rows, hidden = drafting.take(stop=answer.job.prompt.length)
-    drafting.num_seen = 1
-    return Observation(token_ids=tuple(answer.output.token_ids[:1]), rows=rows, hidden=hidden, is_prompt=True)
-
-
-def observation(one: StepResult, source: DrafterInstance, logits: Tensor) -> Observation:
-    """Of an answer that a pass gave tokens: these, and what was kept since its drafter was told of the last ones."""
-    drafting, _ = parts_of(one.answer)
-    token_ids = one.answer.output.token_ids
-    rows, hidden = drafting.take()
-    seen = Observation(
-        token_ids=tuple(token_ids[drafting.num_seen :]),
-        rows=rows,
-        hidden=hidden,
-        num_drafted=one.walk.draft.num_tokens,
-        num_accepted=one.walk.num_accepted,
-        is_prompt=not drafting.num_seen,
-    )
-    drafting.num_seen = len(token_ids)
-    return _with_tops(seen, one, logits, source.num_top) if source.num_top else seen
-
-
-def _with_tops(seen: Observation, one: StepResult, logits: Tensor, num_top: int) -> Observation:
-    """The largest logits of every verified row, those on the accepted path last."""
-    draft, path = one.walk.draft, one.walk.path
-    order = [row for row in range(draft.num_tokens + 1) if row not in path] + path
-    tokens = (one.root, *draft.token_ids)
-    rows = logits[[one.first + row for row in order]]
-    return replace(
-        seen,
-        row_token_ids=tuple(tokens[row] for row in order),
-        row_top_ids=rows.topk(min(num_top, rows.shape[1])).indices,
-    )
+        names = self.drafter.states
+        states = {name: torch.cat([part[name] for _, part in taken]) for name in names}
+        return torch.cat([tokens for tokens, _ in taken]), states

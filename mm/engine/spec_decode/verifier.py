@@ -13,7 +13,7 @@ arXiv:2402.14160), which is right in law.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -160,21 +160,3 @@ def try_children(
             law[token] = 0
             law = law / law.sum()
     return None, rest
-
-
-def verify(walks: Sequence[TreeVerification], say: Callable[[list[int]], list[int | None]]) -> None:
-    """Walk all drafts down to their ends, all walks one row at a time.
-
-    Args:
-        say: Given indices of walks, draws the token of the row where each stands and makes it part of the answer;
-            None where the answer is over.
-    """
-    alive = [i for i, walk in enumerate(walks) if not walk.is_over]
-    while alive:
-        tokens = say(alive)
-        for i, token in zip(alive, tokens, strict=True):
-            if token is None:
-                walks[i].is_over = True
-            else:
-                walks[i].follow(token)
-        alive = [i for i in alive if not walks[i].is_over]

@@ -13,9 +13,10 @@ import torch
 
 import mm
 from mm.data.outputs import Delta, Event, Summary
+from mm.data.tokens import EncodedMedia
 from mm.encode.pipeline import encode
 from mm.engine.engine import LLMEngine
-from mm.engine.loop import OutputQueue
+from mm.engine.loop import EngineLoop
 from mm.errors import CapacityError, DeadlineExceeded, EngineError, InvalidRequest, ReducerFault
 from mm.plugins.reducer import Stage
 from mm.plugins.spec import build_reducer
@@ -46,7 +47,7 @@ def ask(model):
 
 @pytest.fixture
 def engine(model):
-    return build(model.engine.family, max_num_seqs=6, max_batch_tokens=32)
+    return build(model.engine.family, max_num_seqs=6, max_num_batched_tokens=32)
 
 
 def put_all(engine: LLMEngine, questions: list[Question]) -> list[Recorder]:
@@ -108,7 +109,7 @@ def test_a_sink_that_fails_ends_its_own_request(model, engine, ask, at, at_end):
     questions = [ask(seed=1), ask("Why?", n=2)]
     broken, lost = Broken(at, at_end), ask("Hello")
     first = questions[0].put_to(engine)[1]
-    engine.submit(lost.request, lost.encoded, broken, lost.reducer, "as tested")
+    engine.submit(lost.request, EncodedMedia(items=lost.encoded), broken)
     sinks = [first, questions[1].put_to(engine)[1]]
     check_neighbours(model, engine, questions, sinks)
     assert broken.num_ends == 1
@@ -170,11 +171,11 @@ def test_a_reducer_that_fails_ends_its_own_request(model, engine, ask, name):
 def test_a_pass_that_fails_costs_those_in_it_and_nobody_else(model, engine, ask, caplog):
     first = put_all(engine, [ask(seed=i) for i in range(2)])
     run_until(engine, lambda: all(sink.deltas for sink in first))
-    run = engine._pass.run
-    engine._pass.run = lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    run = engine._runner.forward
+    engine._runner.forward = lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory"))
     with caplog.at_level(logging.CRITICAL):
         engine.step()
-    engine._pass.run = run
+    engine._runner.forward = run
     assert [type(sink.error) for sink in first] == [EngineError] * 2
     assert [sink.num_ends for sink in first] == [1, 1]
     assert engine.stats.num_running == 0
@@ -185,7 +186,7 @@ def test_a_pass_that_fails_costs_those_in_it_and_nobody_else(model, engine, ask,
 def test_a_pass_that_breaks_in_mid_layers_leaves_no_rows_behind(model, engine, ask, caplog):
     """The cache has grown by then, in some layers and not in others."""
     question = ask(reducer="fastv:keep_ratio=0.5,layer=2")
-    attention = engine._pass._attention
+    attention = engine._runner._attention
     attend, calls = attention.attend, []
 
     def third_time_fails(*args: Any) -> Any:
@@ -213,19 +214,19 @@ def test_cancelling_frees_everything_at_once(engine, ask, when):
     else:
         for other in others[3:]:
             assert not other.num_ends
-        run_until(engine, lambda: job.admitted is not None)
+        run_until(engine, lambda: job.first_scheduled_time is not None)
         if when == "in the answer":
             run_until(engine, lambda: len(sink.deltas) > 4)
     used, waiting = engine.stats.kv_used_bytes - engine.stats.kv_idle_bytes, engine.stats.num_waiting
-    engine.cancel(job)
+    engine.abort(job)
     assert (sink.num_ends, sink.error, sink.summary) == (1, None, None)
-    assert job.is_over
+    assert job.is_finished
     if when == "in line":
         assert engine.stats.num_waiting < waiting
     else:
         assert engine.stats.kv_used_bytes - engine.stats.kv_idle_bytes < used
-    engine.cache.check(engine.prefixes.held)
-    engine.cancel(job)  # twice does nothing
+    engine.cache.check(engine.prefix_cache.held)
+    engine.abort(job)  # twice does nothing
     run_until(engine, lambda: not engine.has_work)
     assert sink.num_ends == 1
     assert [other.num_ends for other in others] == [1] * 6
@@ -236,7 +237,7 @@ def test_cancelling_from_another_thread_is_seen_at_the_next_step(engine, ask):
     job, sink = ask(max_new_tokens=400).put_to(engine)
     engine.step()
     with engine._lock:  # as if a pass were running
-        thread = threading.Thread(target=engine.cancel, args=(job,))
+        thread = threading.Thread(target=engine.abort, args=(job,))
         thread.start()
         thread.join(5)
         assert not thread.is_alive()
@@ -312,28 +313,28 @@ def test_the_second_question_computes_only_what_is_new(engine, ask):
     cached = []
     for question in (first, second, ask("Why?", num_images=2, reducer="fastv:layer=1"), ask("Who?", seed=50)):
         _, sink = question.put_to(engine)
-        before = engine.stats.num_rows
+        before = engine.stats.num_scheduled_tokens
         run_until(engine, lambda: not engine.has_work)
         usage = sink.summary.usage
         cached.append(usage.num_cached_tokens)
-        computed = engine.stats.num_rows - before
+        computed = engine.stats.num_scheduled_tokens - before
         assert computed == usage.num_prompt_tokens - usage.num_cached_tokens + usage.num_completion_tokens - 1
     num_visual = 2 * 16
     assert cached[0] == 0
     assert cached[1] >= num_visual // 16 * 16
     assert cached[2:] == [0, 0]  # the template before the media is shorter than a block
-    assert engine.prefixes.num_hits == sum(cached)
+    assert engine.prefix_cache.num_hits == sum(cached)
     assert_idle(engine)
 
 
 def test_threads_that_wait_for_answers_run_the_engine_together(model, engine, ask):
     questions = [ask(seed=i, max_new_tokens=12) for i in range(5)]
     given: dict[int, list[int]] = {}
+    loop = EngineLoop(engine)
 
     def answer(number: int) -> None:
-        feed, question = OutputQueue(), questions[number]
-        job = engine.submit(question.request, question.encoded, feed, question.reducer, "none")
-        events = list(engine.events(job, feed))
+        question = questions[number]
+        events = list(loop.stream_sync(question.request, EncodedMedia(items=question.encoded)))
         given[number] = [token for event in events if isinstance(event, Delta) for token in event.token_ids]
 
     threads = [threading.Thread(target=answer, args=(i,)) for i in range(5)]
@@ -346,12 +347,11 @@ def test_threads_that_wait_for_answers_run_the_engine_together(model, engine, as
 
 
 def test_closing_a_stream_of_events_cancels(engine, ask):
-    question, feed = ask(max_new_tokens=100), OutputQueue()
-    job = engine.submit(question.request, question.encoded, feed, question.reducer, "none")
-    events = engine.events(job, feed)
+    question, loop = ask(max_new_tokens=100), EngineLoop(engine)
+    events = loop.stream_sync(question.request, EncodedMedia(items=question.encoded))
     next(events)
+    assert engine.stats.num_running == 1
     events.close()
-    assert job.is_over
     assert_idle(engine)
 
 
@@ -361,7 +361,7 @@ def test_a_closed_engine_leaves_no_threads(model, ask):
 
     before, engine = compilers(), build(model.engine.family)
     job, _ = ask(response_format={"type": "json_object"}, ignore_eos=False).put_to(engine)
-    engine.cancel(job)
+    engine.abort(job)
     started = compilers() - before
     assert started
     engine.close()

@@ -92,7 +92,7 @@ def test_closing_a_stream_frees_the_decoder(model):
     stream.close()
     assert model.engine.stats.num_running == 0
     assert model.engine.cache.num_free_seqs == model.config.max_num_seqs
-    model.engine.cache.check(model.engine.prefixes.held)
+    model.engine.cache.check(model.engine.prefix_cache.held)
     assert model.generate("What?", max_new_tokens=1).text is not None
 
 

@@ -26,7 +26,7 @@ SHAPE = KVCacheSpec(
 
 
 class Length:
-    """Of an answer's output, all that the scheduler asks of one."""
+    """Of an seq's output, all that the scheduler asks of one."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -38,16 +38,18 @@ class Line:
 
     num_rows: int = 64
     max_num_seqs: int = 8
-    max_batch_tokens: int = 16
+    max_num_batched_tokens: int = 16
     now: float = 0.0
     lengths: dict[Sequence, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        limits = SchedulerConfig(max_num_seqs=self.max_num_seqs, max_batch_tokens=self.max_batch_tokens, max_wait_s=30)
+        config = SchedulerConfig(
+            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens, max_wait_s=30
+        )
         blocks = LAYERS * SHAPE.num_blocks(self.num_rows)
         self.cache = KVCache(SHAPE, num_blocks=blocks, max_num_seqs=self.max_num_seqs)
         self.prefixes = PrefixCache(self.cache)
-        self.scheduler = Scheduler(self.cache, self.prefixes, limits, clock=lambda: self.now)
+        self.scheduler = Scheduler(self.cache, self.prefixes, config, clock=lambda: self.now)
         self._order = 0
 
     def arrive(self, num_prompt: int, num_answer: int = 4, *, priority: int = 0, whole: bool = False) -> Sequence:
@@ -61,48 +63,48 @@ class Line:
             is_visual=torch.zeros(num_prompt, dtype=torch.bool),
         )
         request = Request(request_id=str(self._order), messages=(), sampling=SamplingParams(max_new_tokens=num_answer))
-        job = EngineRequest(
-            request=request, encoded=(), prompt=prompt, sink=Recorder(), priority=priority, arrived=self.now
+        taken = EngineRequest(
+            params=request, media=(), prompt=prompt, sink=Recorder(), priority=priority, arrival_time=self.now
         )
-        job.hooks = {1: None} if whole else {}  # type: ignore[dict-item]
-        answer = Sequence(job=job, sampler=None, output=Length(), order=self._order)  # type: ignore[arg-type]
-        answer.prefix = job.block_hashes(SIZE)
+        taken.pruning_layers = {1: None} if whole else {}  # type: ignore[dict-item]
+        seq = Sequence(request=taken, sampler=None, output=Length(), arrival_index=self._order)  # type: ignore[arg-type]
+        seq.block_hashes = taken.block_hashes(SIZE)
         self._order += 1
-        self.lengths[answer] = num_answer
-        self.scheduler.add(answer)
-        return answer
+        self.lengths[seq] = num_answer
+        self.scheduler.add(seq)
+        return seq
 
     def step(self) -> SchedulerOutput:
-        """Plan, take the room, count the rows, give each complete answer a token."""
-        plan = self.scheduler.plan()
-        if plan.decoding:
-            self.cache.append_slot_each(np.array([answer.slot for answer in plan.decoding]))
+        """Plan, take the room, count the rows, give each complete seq a token."""
+        plan = self.scheduler.schedule()
+        if plan.decode:
+            self.cache.append_slot_each(np.array([seq.seq_index for seq in plan.decode]))
         for item in plan.chunks:
             self.cache.append_slots(
-                item.answer.slot, item.count
+                item.seq.seq_index, item.num_tokens
             )  # raises when the plan promised room that is not there
-            item.answer.num_computed += item.count
-        for answer in plan.decoding:
-            answer.num_computed += 1
-        for answer in plan.answers:
-            if answer.num_todo == 0:
-                if not answer.output.token_ids:
-                    self.prefixes.put(answer.slot, answer.prefix)
-                answer.output.token_ids.append(0)
-            if len(answer.output.token_ids) == self.lengths[answer]:
-                self.leave(answer)
+            item.seq.num_computed_tokens += item.num_tokens
+        for seq in plan.decode:
+            seq.num_computed_tokens += 1
+        for seq in plan.seqs:
+            if seq.num_uncomputed_tokens == 0:
+                if not seq.output.token_ids:
+                    self.prefixes.put(seq.seq_index, seq.block_hashes)
+                seq.output.token_ids.append(0)
+            if len(seq.output.token_ids) == self.lengths[seq]:
+                self.leave(seq)
         self.now += 0.1
         return plan
 
-    def leave(self, answer: Sequence) -> None:
-        del self.lengths[answer]
-        self.scheduler.remove(answer)
+    def leave(self, seq: Sequence) -> None:
+        del self.lengths[seq]
+        self.scheduler.remove(seq)
 
     def run(self, most_steps: int = 2000) -> int:
         for i in range(most_steps):
             if not self.lengths:
                 return i
-            assert self.step().num_rows, "there is work, and nobody does any"
+            assert self.step().num_scheduled_tokens, "there is work, and nobody does any"
         raise AssertionError(f"{len(self.lengths)} are not served after {most_steps} steps")
 
 
@@ -111,23 +113,23 @@ def test_random_traffic_keeps_the_bounds_and_everyone_is_served(seed):
     """Plans fit the budget and the cache, name nobody twice, and leave no room unused that the head could have."""
     rng = random.Random(seed)
     line = Line(
-        num_rows=rng.choice([40, 64, 160]), max_num_seqs=rng.choice([2, 5]), max_batch_tokens=rng.choice([3, 16])
+        num_rows=rng.choice([40, 64, 160]), max_num_seqs=rng.choice([2, 5]), max_num_batched_tokens=rng.choice([3, 16])
     )
     preempted, left, steps = 0, 60, 0
     while left or line.lengths:
         while left and rng.random() < 0.3:
             left -= 1
             whole = rng.random() < 0.2
-            most = line.max_batch_tokens if whole else 30
+            most = line.max_num_batched_tokens if whole else 30
             line.arrive(rng.randint(1, most), rng.randint(1, 10), priority=rng.choice([0, 0, -5, 5]), whole=whole)
         if line.lengths and rng.random() < 0.02:
-            line.leave(rng.choice(sorted(line.lengths, key=lambda answer: answer.order)))
+            line.leave(rng.choice(sorted(line.lengths, key=lambda seq: seq.arrival_index)))
         busy = bool(line.lengths)
         plan = line.step()
-        assert plan.num_rows <= line.max_batch_tokens
-        assert bool(plan.num_rows) == busy
-        assert len(set(plan.answers)) == len(plan.answers) <= line.max_num_seqs
-        assert all(item.count > 0 for item in plan.chunks)
+        assert plan.num_scheduled_tokens <= line.max_num_batched_tokens
+        assert bool(plan.num_scheduled_tokens) == busy
+        assert len(set(plan.seqs)) == len(plan.seqs) <= line.max_num_seqs
+        assert all(item.num_tokens > 0 for item in plan.chunks)
         line.cache.check(line.prefixes.held)
         steps += 1
         assert steps < 3000
@@ -140,28 +142,28 @@ def test_random_traffic_keeps_the_bounds_and_everyone_is_served(seed):
 
 
 def test_decoding_answers_go_on_while_a_long_prompt_goes_in_by_chunks():
-    line = Line(max_batch_tokens=8)
+    line = Line(max_num_batched_tokens=8)
     short = [line.arrive(2, 20), line.arrive(2, 20)]
     line.step()
     long = line.arrive(30, 2)
     for i in range(5):
         plan = line.step()
-        assert plan.decoding == short
-        assert [(item.answer, item.count) for item in plan.chunks] == [(long, 6)], i
+        assert plan.decode == short
+        assert [(item.seq, item.num_tokens) for item in plan.chunks] == [(long, 6)], i
     assert len(long.output.token_ids) == 1
-    assert long in line.step().decoding
+    assert long in line.step().decode
 
 
 def test_a_prompt_that_has_to_go_whole_may_exceed_the_budget_only_alone():
-    line = Line(max_batch_tokens=8)
+    line = Line(max_num_batched_tokens=8)
     first = line.arrive(2, 3)
     line.step()
     whole = line.arrive(20, 1, whole=True)
     behind = line.arrive(2, 1)
-    assert line.step().answers == [first]  # the head is not passed by
-    assert line.step().answers == [first]
+    assert line.step().seqs == [first]  # the head is not passed by
+    assert line.step().seqs == [first]
     plan = line.step()
-    assert [(item.answer, item.count) for item in plan.chunks] == [(whole, 20)]
+    assert [(item.seq, item.num_tokens) for item in plan.chunks] == [(whole, 20)]
     line.run()
     assert behind not in line.lengths
 
@@ -171,43 +173,43 @@ def test_admission_waits_for_free_blocks_and_keeps_one_more_for_each():
     one = line.arrive(16, 6)
     line.step()
     two = line.arrive(13, 6)  # 4 of the 4 free blocks of a layer: one of them is the first one's next
-    assert line.step().answers == [one]
-    assert two.slot is None
+    assert line.step().seqs == [one]
+    assert two.seq_index is None
     assert line.cache.num_free_seqs == line.max_num_seqs - 1
     fits = line.arrive(2, 1)
     line.leave(two)
-    assert set(line.step().answers) == {one, fits}
+    assert set(line.step().seqs) == {one, fits}
 
 
 def test_the_last_in_line_gives_way_and_comes_back_at_its_place():
-    line = Line(num_rows=48, max_batch_tokens=64)
-    answers = [line.arrive(8, 24, priority=priority) for priority in (0, -1, 0)]
+    line = Line(num_rows=48, max_num_batched_tokens=64)
+    seqs = [line.arrive(8, 24, priority=priority) for priority in (0, -1, 0)]
     line.step()
-    assert all(answer.slot is not None for answer in answers)
-    while all(answer.slot is not None for answer in answers):
+    assert all(seq.seq_index is not None for seq in seqs)
+    while all(seq.seq_index is not None for seq in seqs):
         line.prefixes.clear()
         line.step()
-    (gone,) = [answer for answer in answers if answer.slot is None]
-    assert gone is answers[2]  # lowest priority first, then who came last
-    assert line.scheduler.num_preemptions == gone.job.num_preemptions == 1
+    (gone,) = [seq for seq in seqs if seq.seq_index is None]
+    assert gone is seqs[2]  # lowest priority first, then who came last
+    assert line.scheduler.num_preemptions == gone.request.num_preemptions == 1
     num_tokens = len(gone.output.token_ids)
     assert num_tokens > 0
     later = line.arrive(2, 1)
     assert line.scheduler.waiting == [gone, later]
-    while gone.slot is None:
+    while gone.seq_index is None:
         line.prefixes.clear()
         plan = line.step()
-    (item,) = [item for item in plan.chunks if item.answer is gone]
-    assert item.count == 8 + num_tokens  # prompt and answer so far in one go
+    (item,) = [item for item in plan.chunks if item.seq is gone]
+    assert item.num_tokens == 8 + num_tokens  # prompt and seq so far in one go
     line.run()
 
 
 def test_the_first_in_line_always_gets_further():
     """However often the others give way, somebody never does: so the line moves."""
-    line = Line(num_rows=40, max_batch_tokens=64)
-    answers = [line.arrive(4, 30) for _ in range(6)]
+    line = Line(num_rows=40, max_num_batched_tokens=64)
+    seqs = [line.arrive(4, 30) for _ in range(6)]
     line.run(most_steps=400)
-    assert answers[0].job.num_preemptions == 0
+    assert seqs[0].request.num_preemptions == 0
     assert line.scheduler.num_preemptions > 0
 
 
@@ -216,12 +218,12 @@ def test_priority_goes_first_and_equals_in_order_of_arrival():
     arrived = [line.arrive(4, 1, priority=p) for p in (0, 5, -1, 0, -1)]
     served = []
     while line.lengths:
-        served += line.step().answers
-    assert [arrived.index(answer) for answer in served] == [2, 4, 0, 3, 1]
+        served += line.step().seqs
+    assert [arrived.index(seq) for seq in served] == [2, 4, 0, 3, 1]
 
 
 def test_a_long_prompt_is_served_amid_a_stream_of_short_ones():
-    line = Line(num_rows=64, max_batch_tokens=8)
+    line = Line(num_rows=64, max_num_batched_tokens=8)
     for _ in range(3):
         line.arrive(3, 8)
     long = line.arrive(50, 2)
@@ -251,11 +253,11 @@ def test_low_priority_is_served_at_last_amid_a_stream_of_high():
 def test_a_fork_waits_in_line_when_there_is_no_slot():
     line = Line(max_num_seqs=1)
     one = line.arrive(6, 3)
-    sibling = Sequence(job=one.job, sampler=None, output=Length(), order=1)  # type: ignore[arg-type]
+    sibling = Sequence(request=one.request, sampler=None, output=Length(), arrival_index=1)  # type: ignore[arg-type]
     line.lengths[sibling] = 2
     line.step()
     assert not line.scheduler.fork(one, sibling)
-    assert sibling.slot is None
+    assert sibling.seq_index is None
     line.scheduler.add(sibling)
     line.run()
 
@@ -264,28 +266,28 @@ def test_a_fork_begins_from_the_same_rows():
     line = Line()
     one = line.arrive(6, 3)
     line.step()
-    sibling = Sequence(job=one.job, sampler=None, output=Length(), order=1)  # type: ignore[arg-type]
+    sibling = Sequence(request=one.request, sampler=None, output=Length(), arrival_index=1)  # type: ignore[arg-type]
     sibling.output.token_ids.append(0)
     line.lengths[sibling] = 3
     used = line.cache.num_used_bytes
     assert line.scheduler.fork(one, sibling)
     assert line.cache.num_used_bytes == used
-    assert (sibling.num_computed, sibling.is_decoding) == (6, True)
-    assert set(line.step().decoding) == {one, sibling}
+    assert (sibling.num_computed_tokens, sibling.is_decoding) == (6, True)
+    assert set(line.step().decode) == {one, sibling}
     line.run()
     line.cache.check(line.prefixes.held)
 
 
 def test_an_entry_that_is_about_to_be_used_is_not_thrown_out_for_its_own_request():
     """The cache is full of idle entries; the request finds its own among the oldest."""
-    line = Line(num_rows=32, max_batch_tokens=64)
+    line = Line(num_rows=32, max_num_batched_tokens=64)
     first = line.arrive(17, 1)
     line.step()
     line.arrive(13, 1)
     line.step()
     assert first not in line.lengths
     again = line.arrive(17, 2)
-    again.prefix = list(first.prefix)
+    again.block_hashes = list(first.block_hashes)
     plan = line.step()
-    assert [(item.answer, item.count) for item in plan.chunks] == [(again, 1)]
-    assert again.job.num_cached_tokens == 16
+    assert [(item.seq, item.num_tokens) for item in plan.chunks] == [(again, 1)]
+    assert again.request.num_cached_tokens == 16

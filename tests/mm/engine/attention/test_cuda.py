@@ -15,7 +15,9 @@ from mm.engine.attention.cuda import VarlenAttention, varlen_works
 from mm.engine.attention.cuda_graphs import DecodeGraphs, build_graphs
 from mm.engine.attention.gather import GatherAttention
 from mm.engine.kv_cache.blocks import KVCache
-from mm.engine.model_runner import Chunk, DecodeBatch, ModelRunner, PruneState
+from mm.engine.model_input import Chunk, DecodeBatch
+from mm.engine.model_runner import ModelRunner
+from mm.engine.prefill_pruning import PruneState
 from mm.models.attention import AttentionMetadata
 from mm.models.kv_cache_spec import KVCacheSpec
 
@@ -119,6 +121,9 @@ class DecoderLayers:
         rows = (hidden @ self.into[index]).unflatten(-1, (8, 8))
         return torch.tanh(hidden + attention.attend(index, rows, batch, rotary).flatten(1) @ self.out[index])
 
+    def norm(self, hidden: Tensor) -> Tensor:
+        return hidden
+
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.table.T
 
@@ -156,14 +161,14 @@ def test_recorded_steps_equal_launched_ones(max_num_seqs):
     lengths = np.array([len(rows) for rows in prompts(layers)])
     for one, mine in zip(passes, slots, strict=True):
         for slot, rows in zip(mine, prompts(layers), strict=True):
-            one.run([Chunk(slot=slot, embeddings=rows, positions=torch.arange(len(rows))[None])])
+            one.forward([Chunk(seq_index=slot, embeddings=rows, positions=torch.arange(len(rows))[None])])
     rng = np.random.default_rng(0)
     for turn in range(20):
         chosen = np.sort(rng.permutation(5)[: rng.integers(1, 6)])
         rows = layers.embed(torch.from_numpy(rng.integers(0, 11, len(chosen))))
         places = torch.from_numpy(lengths[chosen])[None]
         found = [
-            one.run([], DecodeBatch(slots=np.array(mine)[chosen], embeddings=rows, positions=places)).clone()
+            one.forward([], DecodeBatch(seq_indices=np.array(mine)[chosen], embeddings=rows, positions=places)).clone()
             for one, mine in zip(passes, slots, strict=True)
         ]
         assert float((found[0] - found[1]).abs().max()) < 1e-5, turn
@@ -189,7 +194,9 @@ def test_padding_writes_to_its_own_sequence():
     one = ModelRunner(layers, VarlenAttention(cache), graphs)
     for at in range(3):
         place = torch.tensor([[at]])
-        one.run([], DecodeBatch(slots=np.array([mine]), embeddings=layers.embed(torch.tensor([1])), positions=place))
+        one.forward(
+            [], DecodeBatch(seq_indices=np.array([mine]), embeddings=layers.embed(torch.tensor([1])), positions=place)
+        )
     for places in theirs:
         assert bool((keys[places] == 7.0).all())
 
@@ -207,15 +214,19 @@ def test_slots_are_looked_up_again_after_a_pruning_layer():
         nobody = torch.zeros(8, dtype=torch.bool)
         hooks: dict = {1: DropOdd()}
         drops = PruneState(
-            hooks=hooks, visual=torch.arange(2, 10), origins=torch.arange(8), items=nobody.long(), protected=nobody
+            reducers=hooks, visual=torch.arange(2, 10), origins=torch.arange(8), items=nobody.long(), protected=nobody
         )
         rows = prompts(layers)[3]
         chunk = Chunk(
-            slot=cache.allocate(), embeddings=rows, positions=torch.arange(15)[None], num_logits=1, drops=drops
+            seq_index=cache.allocate(),
+            embeddings=rows,
+            positions=torch.arange(15)[None],
+            num_logits=1,
+            prune_state=drops,
         )
-        results.append(ModelRunner(layers, backend(cache)).run([chunk]))
-        assert chunk.error is None
-        assert cache.lengths[:, chunk.slot].tolist() == [15, 11, 11]
+        results.append(ModelRunner(layers, backend(cache)).forward([chunk]))
+        assert drops.error is None
+        assert cache.lengths[:, chunk.seq_index].tolist() == [15, 11, 11]
     assert float((results[0] - results[1]).abs().max()) < 1e-5
 
 

@@ -88,7 +88,7 @@ def request(num_before: int, items: list[Encoded], num_after: int, **fields: Any
         is_visual=is_visual,
     )
     plain = Request(request_id="a", messages=(), cache_salt=fields.pop("salt", ""))
-    return EngineRequest(request=plain, encoded=items, prompt=prompt, sink=Recorder(), **fields)
+    return EngineRequest(params=plain, media=items, prompt=prompt, sink=Recorder(), **fields)
 
 
 def test_what_a_request_may_share():
@@ -97,9 +97,9 @@ def test_what_a_request_may_share():
     plain = request(8, items, 6).block_hashes(SIZE)
     assert len(plain) == 5  # of 24 tokens, 23 without the last
     assert len(request(8, items, 7).block_hashes(SIZE)) == 6
-    hooks: Any = {1: SimpleNamespace()}
-    assert request(8, items, 6, hooks=hooks).block_hashes(SIZE) == plain[:2]
-    assert request(8, items, 6, evictors=(KeepEverySecond(),)).block_hashes(SIZE) == plain[:2]
+    layers: Any = {1: SimpleNamespace()}
+    assert request(8, items, 6, pruning_layers=layers).block_hashes(SIZE) == plain[:2]
+    assert request(8, items, 6, cache_pruners=(KeepEverySecond(),)).block_hashes(SIZE) == plain[:2]
     assert request(8, [encoded("", 10)], 6).block_hashes(SIZE) == plain[:2]
     assert request(8, [encoded("blue", 10)], 6).block_hashes(SIZE)[:3] == [
         *plain[:2],

@@ -11,9 +11,10 @@ import torch
 
 from mm.engine.sampling.noise import gumbel, noise_key
 from mm.engine.sampling.sampler import ResolvedSamplingParams, Sampler, choose
-from mm.engine.spec_decode.verifier import TreeVerification, draw, try_children, verify
+from mm.engine.spec_decode.verifier import TreeVerification, draw, try_children
 from mm.errors import DrafterFault
 from mm.plugins.drafter import Draft, DraftBudget, ProposalKind
+from tests.helpers.speculating import verify
 
 WITHOUT, INDEPENDENT, POINT = ProposalKind.WITHOUT_REPLACEMENT, ProposalKind.INDEPENDENT, ProposalKind.POINT
 P1, Q1 = (4, 3, 2, 1), (1, 2, 3, 4)

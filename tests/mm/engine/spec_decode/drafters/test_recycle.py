@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from mm.engine.spec_decode.drafters.recycle import CHILDREN, LoadedRecycle, Table, template
-from mm.engine.spec_decode.verifier import TreeVerification, verify
+from mm.engine.spec_decode.verifier import TreeVerification
 from mm.plugins.drafter import DraftBudget, Observation
+from tests.helpers.speculating import verify
 from tests.mm.engine.spec_decode.drafters.test_copy import prompt_of
 
 MEMORY = [[1, 2, 3], [2, 0, 4], [3, 1, 0], [4, 5, 1], [0, 5, 2], [5, 3, 0]]

@@ -1,0 +1,252 @@
+"""What one forward step computes: chunks of sequences, and one token of each sequence that decodes, packed together."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mm.data.tokens import Encoded
+from mm.engine.prefill_pruning import PruneState
+from mm.engine.sequence import EngineRequest, Sequence
+from mm.engine.spec_decode.drafter_instance import LAST_HIDDEN
+from mm.models.attention import AttentionMetadata
+
+
+@dataclass(kw_only=True)
+class Chunk:
+    """Consecutive new tokens of one sequence.
+
+    Attributes:
+        seq_index: The sequence's entry in the KV cache.
+        embeddings: (n, D).
+        positions: (P, n).
+        num_logits: The last so many tokens whose logits are wanted.
+        mask: (n, n) bool for draft trees; None means causal.
+        prune_state: For a prompt whose reducers act inside the decoder.
+        capture: Names of the hidden states to hand out, such as "last_hidden" or "hidden:3".
+        states: After the step: name to (k, D).
+        kept: After the step: (k,) int64, the tokens of the chunk that `states` are of, which are those that no reducer
+            dropped. None where nothing was captured.
+    """
+
+    seq_index: int
+    embeddings: Tensor
+    positions: Tensor
+    num_logits: int = 1
+    mask: Tensor | None = None
+    prune_state: PruneState | None = None
+    capture: frozenset[str] = frozenset()
+    states: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False)
+    kept: Tensor | None = field(default=None, init=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.embeddings.shape[0]
+
+
+@dataclass(kw_only=True)
+class DecodeBatch:
+    """One new token of each of many sequences. Logits are wanted of all of them.
+
+    Attributes:
+        seq_indices: (B,) int64.
+        embeddings: (B, D).
+        positions: (1, B).
+        capture: Names of the hidden states to hand out, as for a chunk.
+        states: After the step: name to (B, D).
+    """
+
+    seq_indices: np.ndarray
+    embeddings: Tensor
+    positions: Tensor
+    capture: frozenset[str] = frozenset()
+    states: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.seq_indices)
+
+
+class PackedTokens:
+    """The tokens of a step in one tensor: first those that decode, then chunk after chunk.
+
+    Attributes:
+        embeddings: (T, D).
+        positions: (P, T).
+        counts: Tokens that each chunk still has; pruning makes them fewer.
+    """
+
+    def __init__(self, chunks: abc.Sequence[Chunk], decode: DecodeBatch | None) -> None:
+        self.chunks, self.num_decode_tokens = chunks, decode.num_tokens if decode else 0
+        self.counts = [chunk.num_tokens for chunk in chunks]
+        self._decode = decode
+        self._captured_names = frozenset[str]().union(
+            decode.capture if decode else (), *(chunk.capture for chunk in chunks)
+        )
+        self._states: dict[str, Tensor] = {}
+        self._kept: Tensor | None = None  # index in its chunk of each token that is left, once some were dropped
+        parts = [decode.embeddings] if decode else []
+        self.embeddings = _cat([*parts, *(chunk.embeddings for chunk in chunks)], 0)
+        positions = [decode.positions] if decode else []
+        positions += [chunk.positions for chunk in chunks]
+        num_axes = max(part.shape[0] for part in positions)
+        self.positions = _cat([part.expand(num_axes, -1) for part in positions], 1)
+
+    def metadata(self) -> AttentionMetadata:
+        """What attention has to know of the tokens that are left."""
+        decode = self._decode.seq_indices if self._decode else np.zeros(0, dtype=np.int64)
+        seq_indices = np.concatenate([decode, np.array([chunk.seq_index for chunk in self.chunks], dtype=np.int64)])
+        counts = np.concatenate([np.ones(len(decode), dtype=np.int64), np.array(self.counts, dtype=np.int64)])
+        masks = {len(decode) + i: c.mask for i, c in enumerate(self.chunks) if c.mask is not None}
+        return AttentionMetadata(
+            seq_indices=seq_indices, query_starts=np.cumsum(counts) - counts, query_lens=counts, masks=masks
+        )
+
+    def capture(self, name: str, hidden: Tensor) -> None:
+        """Keep a hidden state of all tokens if any sequence needs it."""
+        if name in self._captured_names:
+            self._states[name] = hidden
+
+    def select(self, indices: Tensor) -> None:
+        """Keep only some tokens of what was captured, as of everything else."""
+        if self._captured_names:
+            if self._kept is None:
+                counts = (self.num_decode_tokens, *(chunk.num_tokens for chunk in self.chunks))
+                self._kept = torch.cat([torch.arange(n) for n in counts])
+            self._kept = self._kept[indices.cpu()]
+            self._states = {name: state[indices] for name, state in self._states.items()}
+
+    def return_states(self, hidden: Tensor, norm: Callable[[Tensor], Tensor]) -> None:
+        """Return the captured hidden states to each sequence.
+
+        Args:
+            hidden: (T, D), the last layer's output.
+            norm: The model's final norm, which turns it into the state "last_hidden".
+        """
+        if not self._captured_names:
+            return
+
+        def states(names: frozenset[str], tokens: slice) -> dict[str, Tensor]:
+            found = {name: self._states[name][tokens] for name in names - {LAST_HIDDEN}}
+            return found | ({LAST_HIDDEN: norm(hidden[tokens])} if LAST_HIDDEN in names else {})
+
+        if self._decode is not None:
+            self._decode.states = states(self._decode.capture, slice(self.num_decode_tokens))
+        for i, chunk in enumerate(self.chunks):
+            if chunk.capture:
+                first, count = self.span(i)
+                tokens = slice(first, first + count)
+                chunk.kept = torch.arange(count) if self._kept is None else self._kept[tokens]
+                chunk.states = states(chunk.capture, tokens)
+
+    def span(self, chunk: int) -> tuple[int, int]:
+        """First token and number of tokens of a chunk."""
+        return self.num_decode_tokens + sum(self.counts[:chunk]), self.counts[chunk]
+
+    def with_logits(self, hidden: Tensor) -> Tensor:
+        """The hidden states (n, D) of the tokens whose logits are wanted, of all (T, D)."""
+        wanted = [np.arange(self.num_decode_tokens)]
+        for i, chunk in enumerate(self.chunks):
+            first, count = self.span(i)
+            wanted.append(np.arange(first + count - min(chunk.num_logits, count), first + count))
+        indices = np.concatenate(wanted)
+        return hidden if len(indices) == hidden.shape[0] else hidden[torch.from_numpy(indices).to(hidden.device)]
+
+
+def input_token_ids(seq: Sequence, count: int) -> list[int]:
+    """Output and draft tokens among the next `count` tokens of a sequence: those that have to be embedded."""
+    if seq.draft.num_tokens:
+        return [seq.output.token_ids[-1], *seq.draft.token_ids]
+    start = seq.num_computed_tokens - seq.num_prompt_tokens
+    return seq.output.token_ids[max(start, 0) : max(start + count, 0)]
+
+
+def make_chunk(seq: Sequence, count: int, token_embeddings: Tensor | None) -> Chunk:
+    """The next `count` tokens of a sequence.
+
+    Args:
+        token_embeddings: Of what `input_token_ids` returned; None where that was nothing.
+    """
+    assert seq.seq_index is not None
+    if seq.draft.num_tokens:
+        assert token_embeddings is not None
+        return _make_verification_chunk(seq, seq.seq_index, token_embeddings)
+    request, prompt, start = seq.request, seq.request.prompt, seq.num_computed_tokens
+    stop = start + count
+    parts, positions = list[Tensor](), list[Tensor]()
+    if start < prompt.length:
+        in_prompt = slice(start, min(stop, prompt.length))
+        parts.append(prompt.embeddings[in_prompt])
+        positions.append(prompt.positions[:, in_prompt])
+    if token_embeddings is not None:
+        first = max(start, prompt.length) - prompt.length + prompt.next_position
+        after = torch.arange(first, first + token_embeddings.shape[0], device=prompt.positions.device)
+        parts.append(token_embeddings)
+        positions.append(after.expand(prompt.positions.shape[0] if positions else 1, -1))
+    return Chunk(
+        seq_index=seq.seq_index,
+        embeddings=_cat(parts, 0),
+        positions=_cat(positions, 1),
+        num_logits=int(stop == seq.num_tokens),
+        prune_state=_start_pruning(request, start) if request.pruning_layers and start < prompt.length else None,
+    )
+
+
+def _make_verification_chunk(seq: Sequence, seq_index: int, token_embeddings: Tensor) -> Chunk:
+    """The newest token and its draft: each token sees itself and its ancestors in the tree."""
+    draft = seq.draft
+    depths = torch.tensor(draft.depths, device=token_embeddings.device)
+    return Chunk(
+        seq_index=seq_index,
+        embeddings=token_embeddings,
+        positions=(seq.position + depths).unsqueeze(0),
+        num_logits=token_embeddings.shape[0],
+        mask=None if draft.is_chain else draft.mask().to(token_embeddings.device),
+    )
+
+
+def make_decode_batch(seqs: abc.Sequence[Sequence], embeddings: Tensor) -> DecodeBatch | None:
+    """The newest token of each sequence; None without sequences.
+
+    Args:
+        embeddings: (B, D) of these tokens.
+    """
+    if not seqs:
+        return None
+    positions = torch.tensor([[seq.position for seq in seqs]], device=embeddings.device)
+    indices = np.array([seq.seq_index for seq in seqs])
+    return DecodeBatch(seq_indices=indices, embeddings=embeddings, positions=positions)
+
+
+def _start_pruning(request: EngineRequest, start: int) -> PruneState:
+    """A prompt whose first `start` tokens were cached."""
+    is_visual = request.prompt.is_visual
+    visual = is_visual[start:].nonzero().squeeze(1)
+    num_before = int(is_visual[:start].sum())
+    origins = torch.arange(num_before, num_before + visual.shape[0], device=visual.device)
+    items, protected = visual_planes(request.media, visual.device)
+    state = PruneState(
+        reducers=request.pruning_layers, visual=visual, origins=origins, items=items, protected=protected
+    )
+    request.prune_state = state
+    return state
+
+
+def visual_planes(media: abc.Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of all visual tokens of a prompt: the media item of each (int64), and whether it is protected (bool)."""
+    sizes = torch.tensor([item.tokens.num_tokens for item in media])
+    protected = [item.tokens.protected for item in media]
+    flags = [
+        torch.zeros(int(size), dtype=torch.bool) if plane is None else plane.cpu()
+        for size, plane in zip(sizes, protected, strict=True)
+    ]
+    return torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(device), torch.cat(flags).to(device)
+
+
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

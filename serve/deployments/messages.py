@@ -1,0 +1,31 @@
+"""What travels between the Ray deployments in place of encoded media. It knows neither Ray nor torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+INLINE_BYTES = 1024 * 1024
+"""Smaller media travel inside the message: a round trip to the object store costs more than copying them twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferredMedia:
+    """Encoded media of a request, on their way from an encoder replica to a decoder replica.
+
+    Attributes:
+        reducer: Canonical text of the reducer.
+        num_items: Media items of the request.
+        num_cache_hits: Items that the encoder's cache held.
+        num_bytes: Size of all items together.
+        inline: The packed items, when they travel inside the message; see `serve.deployments.transport`.
+        reference: A tuple with the Ray object reference of the packed items otherwise. It is inside a tuple, so that
+            Ray passes the reference on and does not resolve it on the way.
+    """
+
+    reducer: str
+    num_items: int = 0
+    num_cache_hits: int = 0
+    num_bytes: int = 0
+    inline: list[Any] | None = None
+    reference: tuple[Any] | None = None
