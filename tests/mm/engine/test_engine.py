@@ -119,7 +119,7 @@ def test_a_sink_that_fails_ends_its_own_request(model, engine, ask, at, at_end):
 class Faulty:
     """A reducer that goes wrong inside the decoder."""
 
-    stage, needs, query_aware, count = Stage.IN_PREFILL, frozenset(), True, "fixed"
+    acts_at, needs, query_aware, count = (Stage.IN_PREFILL,), frozenset(), True, "fixed"
 
     def __init__(self, result: Any) -> None:
         self._result = result
@@ -134,7 +134,7 @@ class Faulty:
 
 
 class FaultyEvictor:
-    stage, needs, query_aware, count = Stage.IN_DECODE, frozenset(), False, "fixed"
+    acts_at, needs, query_aware, count = (Stage.IN_DECODE,), frozenset(), False, "fixed"
 
     def __init__(self, result: Any) -> None:
         self._result = result

@@ -15,7 +15,7 @@ class Jobs:
     """Caption jobs in processes of their own."""
 
     def __init__(self) -> None:
-        root = Path(__file__).resolve().parents[2]
+        root = Path(__file__).resolve().parents[3]
         self._zygote = subprocess.Popen(
             [sys.executable, "-m", "tests.serve.jobs.fake"],
             cwd=root,

@@ -15,7 +15,7 @@ from serve.jobs.caption import run_caption
 from serve.jobs.job import CaptionJob
 from tests.serve.jobs.conftest import read_lines
 
-SAMPLES = Path(__file__).resolve().parents[2] / "demos" / "samples"
+SAMPLES = Path(__file__).resolve().parents[3] / "demos" / "samples"
 REDUCER = "uniform:keep_ratio=0.25"
 
 

@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 
 from serve.page.launch import DemoConfig, demo_app, serving
 
-TARGET = Path(__file__).parents[2] / "docs" / "demo.png"
+TARGET = Path(__file__).parents[3] / "docs" / "demo.png"
 SAMPLE = 2
 """Which of `demos/samples/samples.json`."""
 
