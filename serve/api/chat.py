@@ -25,7 +25,7 @@ from serve.api.parse import ChatCall, parse_chat
 from serve.api.render import ResponseMeta, completion, summary_of, to_json
 from serve.api.stream import ChunkWriter, sse
 from serve.config import ServeConfig
-from serve.runtime import Features, Runtime
+from serve.runtime import MediaHandle, Runtime
 
 T = TypeVar("T")
 
@@ -108,13 +108,13 @@ class Chat:
         self._in_flight -= 1
         self._metrics.in_flight.labels(self._config.names[0]).dec()
 
-    async def _prepared(self, call: ChatCall, deadline: float) -> tuple[Request, Features]:
+    async def _prepared(self, call: ChatCall, deadline: float) -> tuple[Request, MediaHandle]:
         request = await with_media(call.request, self._config.model.limits, self._config.model.sources)
         self._metrics.requested(request)
-        features = await self._runtime.encode(request)
-        self._metrics.encoded(features)
+        media = await self._runtime.encode(request)
+        self._metrics.encoded(media)
         # The engine also ends the request by itself, should the cancellation not reach it.
-        return replace(request, timeout_s=max(0.0, deadline - asyncio.get_running_loop().time())), features
+        return replace(request, timeout_s=max(0.0, deadline - asyncio.get_running_loop().time())), media
 
     async def _complete(self, call: ChatCall, arrived: float, deadline: float) -> list[Event]:
         async with _until(deadline):
@@ -140,10 +140,10 @@ class Chat:
         reasons: list[str] = []
         started = False
         async with _until(deadline):
-            request, features = await self._prepared(call, deadline)
+            request, media = await self._prepared(call, deadline)
         # The runtime keeps the media until the first token, in case they have to be encoded again.
-        events = self._runtime.stream(request, features)
-        del request, features
+        events = self._runtime.stream(request, media)
+        del request, media
         try:
             while True:
                 async with _until(deadline):
