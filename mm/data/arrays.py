@@ -1,8 +1,8 @@
-"""NumPy arrays to tensors, with types that torch's own signature lacks."""
+"""Conversions between arrays, tensors and lists, with the types that torch's own signatures lack."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,9 +11,20 @@ from torch import Tensor
 
 IntArray = NDArray[np.integer[Any]]
 BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.floating[Any]]
 
 
 def to_tensor(array: NDArray[Any], device: torch.device | str | None = None) -> Tensor:
     """The array as a tensor of the same dtype. On the CPU both share memory; any other device gets a copy."""
     tensor: Tensor = torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
     return tensor if device is None else tensor.to(device)
+
+
+def ints(tensor: Tensor) -> list[int]:
+    """The numbers of a vector (n,) of integers."""
+    return cast("list[int]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]
+
+
+def floats(tensor: Tensor) -> list[float]:
+    """The numbers of a vector (n,) of floats."""
+    return cast("list[float]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]

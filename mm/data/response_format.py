@@ -1,4 +1,4 @@
-"""The form that an answer has to have: OpenAI's `response_format`, checked for size and depth."""
+"""The form that an answer has to have: OpenAI's `response_format`, with limits on a schema's size and depth."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mm.data.checks import is_number, shown
 from mm.errors import InvalidRequest
 
 MAX_SCHEMA_BYTES = 64 * 1024
-
-
 MAX_SCHEMA_DEPTH = 32
-
-
 MAX_MULTIPLE = 100_000
-"""Of all `multipleOf` in a schema together. An automaton has a state per remainder: a million of them take 350 MB."""
+"""Largest least common multiple of every `multipleOf` in a schema. The grammar has a state per remainder, and a million
+of them take 350 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,40 +25,47 @@ class ResponseFormat:
     """The form that an answer has to have.
 
     Attributes:
-        kind: "json_object" is any JSON object; "json_schema" is what `schema` describes.
-        schema: The JSON schema, as JSON. Strict or not, it is enforced.
+        kind: "json_object" is any JSON object, "json_schema" is one that fits `schema`.
+        schema: The JSON schema as JSON text. It is enforced whether or not it is called strict.
     """
 
     kind: Literal["json_object", "json_schema"]
     schema: str | None = None
 
     @classmethod
-    def parse(cls, value: Any, param: str = "response_format") -> ResponseFormat | None:
-        """What OpenAI's `response_format` object means; plain text is None.
+    def parse(cls, value: object, param: str = "response_format") -> ResponseFormat | None:
+        """Read OpenAI's `response_format` object. The type "text" gives None.
 
         Raises:
             InvalidRequest: Names the part that cannot be used.
         """
         if value is None or isinstance(value, ResponseFormat):
             return value
-        kind = value.get("type") if isinstance(value, Mapping) else None
+        given = _fields(value)
+        kind = given.get("type")
         if kind not in ("text", "json_object", "json_schema"):
             raise InvalidRequest(
                 f"{param} has to be an object whose type is text, json_object or json_schema; it was {shown(value)}",
                 param if kind is None else f"{param}.type",
             )
         allowed = {"type", "json_schema"} if kind == "json_schema" else {"type"}
-        check_known_fields(value, allowed, param)
+        check_known_fields(given, allowed, param)
         if kind == "json_schema":
-            return cls(kind="json_schema", schema=_schema(value.get("json_schema"), f"{param}.json_schema"))
+            return cls(kind="json_schema", schema=_schema(given.get("json_schema"), f"{param}.json_schema"))
         return cls(kind="json_object") if kind == "json_object" else None
+
+
+def _fields(value: Any) -> Mapping[str, Any]:
+    """The fields of a JSON object, and none of any other value."""
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
 
 
 def _schema(value: Any, param: str) -> str:
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"{param} has to be an object with name and schema; it was {shown(value)}", param)
-    check_known_fields(value, {"name", "description", "schema", "strict"}, param)
-    name, strict, schema = value.get("name"), value.get("strict"), value.get("schema")
+    given = _fields(value)
+    check_known_fields(given, {"name", "description", "schema", "strict"}, param)
+    name, strict, schema = given.get("name"), given.get("strict"), given.get("schema")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise InvalidRequest(
             f"{param}.name was {shown(name)}; it has to be 1 to 64 letters, digits, _ or -", f"{param}.name"
@@ -72,19 +76,20 @@ def _schema(value: Any, param: str) -> str:
         raise InvalidRequest(
             f"{param}.schema was {shown(schema)}; it has to be a JSON schema object", f"{param}.schema"
         )
-    return _schema_text(schema, f"{param}.schema")
+    return _schema_text(_fields(schema), f"{param}.schema")
 
 
 def _schema_text(schema: Mapping[str, Any], param: str) -> str:
-    """The schema as JSON, once it is known to be small enough."""
+    """The schema as JSON text, after its size and depth were checked."""
     too_large = InvalidRequest(f"{param} takes more than the limit of {MAX_SCHEMA_BYTES} bytes", param)
     level: list[Any] = [schema]
-    num_values, multiples = 1, []
+    num_values, multiples = 1, list[float]()
     for _ in range(MAX_SCHEMA_DEPTH):
-        multiples += [v["multipleOf"] for v in level if isinstance(v, Mapping) and is_number(v.get("multipleOf"))]
+        found = [_fields(value).get("multipleOf") for value in level]
+        multiples += [value for value in found if is_number(value)]
         level = [child for value in level for child in _children(value)]
         num_values += len(level)
-        if num_values > MAX_SCHEMA_BYTES:  # each takes a byte at least
+        if num_values > MAX_SCHEMA_BYTES:  # each takes at least a byte
             raise too_large
     if level:
         raise InvalidRequest(f"{param} is nested deeper than the limit of {MAX_SCHEMA_DEPTH} levels", param)
@@ -102,7 +107,7 @@ def _schema_text(schema: Mapping[str, Any], param: str) -> str:
 
 
 def _common_multiple(values: Sequence[float]) -> int:
-    """The least common multiple, counted in the last decimal place that any of the values has."""
+    """The least common multiple, in units of the last decimal place of any of the values."""
     parts = [Decimal(v if isinstance(v, int) else repr(v)) for v in values if v]
     exponents = [exponent for part in parts if isinstance(exponent := part.as_tuple().exponent, int)]
     places = max(0, -min(exponents, default=0))
@@ -113,11 +118,16 @@ def _common_multiple(values: Sequence[float]) -> int:
 
 def _children(value: Any) -> Sequence[Any]:
     if isinstance(value, Mapping):
-        return list(value.values())
-    return value if isinstance(value, list | tuple) else ()
+        return list(_fields(value).values())
+    return cast("Sequence[Any]", value) if isinstance(value, list | tuple) else ()
 
 
 def check_known_fields(value: Mapping[str, Any], allowed: set[str], param: str) -> None:
+    """Refuse fields that are not known, unless they are null.
+
+    Raises:
+        InvalidRequest: Names the first of them.
+    """
     unknown = sorted(str(name) for name, given in value.items() if name not in allowed and given is not None)
     if unknown:
         name = unknown[0][:100]

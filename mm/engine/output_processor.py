@@ -133,9 +133,8 @@ class OutputProcessor:
         rows = Rows(logits)
         active = list(results)
         while active:
-            sampled = rows.draw(
+            sampled = rows.sample(
                 [result.first_row + result.verification.row for result in active],
-                [result.verification for result in active],
                 [result.seq.sampler for result in active],
                 [result.seq.output.position for result in active],
             )

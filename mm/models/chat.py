@@ -1,7 +1,7 @@
 """Messages to token ids through a checkpoint's own chat template.
 
-The template is the only thing that may place control tokens. Text that a user wrote is never read as one: where it
-spells a special token, that stretch is tokenised as plain characters, so nobody can forge a placeholder or a turn.
+Only the template may place control tokens. Text of a user that spells a special token is tokenised as plain characters,
+so nobody can forge a placeholder or a turn.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -33,23 +34,26 @@ class ChatTemplate:
         self._special = re.compile("|".join(ordered)) if ordered else None
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the conversation with the start of the assistant's turn, media as one placeholder each.
+        """Ids of the conversation up to the start of the assistant's turn, with one placeholder per medium.
 
         Raises:
             InvalidRequest: The template refuses the conversation.
         """
-        nonce, escaped = f"\ue000{secrets.token_hex(16)}", []
+        nonce, escaped = f"\ue000{secrets.token_hex(16)}", list[str]()
         conversation = [self._plain(message, nonce, escaped) for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(
-                conversation, chat_template=self._template, tokenize=False, add_generation_prompt=True
+            text = self._tokenizer.apply_chat_template(  # pyright: ignore[reportUnknownMemberType]
+                cast("list[dict[str, str]]", conversation),
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except (TemplateError, ValueError) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
         return self._tokenize(str(text), nonce, escaped)
 
-    def _plain(self, message: Message, nonce: str, escaped: list[str]) -> dict:
-        """The template's view of a message; special spellings move to `escaped`, numbered marks take their place."""
+    def _plain(self, message: Message, nonce: str, escaped: list[str]) -> dict[str, object]:
+        """A message as the template reads it. Text that spells special tokens moves to `escaped`; marks replace it."""
 
         def mark(match: re.Match[str]) -> str:
             escaped.append(match.group())
@@ -69,13 +73,15 @@ class ChatTemplate:
         bos = str(self._tokenizer.bos_token or "")
         add_special = not (bos and text.startswith(bos))
         if not escaped:
-            return self._tokenizer(text, add_special_tokens=add_special).input_ids
-        ids = list(self._tokenizer("", add_special_tokens=True).input_ids) if add_special else []
+            return self._ids(text, add_special_tokens=add_special)
+        ids = self._ids("", add_special_tokens=True) if add_special else []
         for i, piece in enumerate(re.split(rf"{nonce}:(\d+);", text)):
             if i % 2:
-                ids += self._tokenizer(
-                    escaped[int(piece)], add_special_tokens=False, split_special_tokens=True
-                ).input_ids
+                ids += self._ids(escaped[int(piece)], add_special_tokens=False, split_special_tokens=True)
             elif piece:
-                ids += self._tokenizer(piece, add_special_tokens=False).input_ids
+                ids += self._ids(piece, add_special_tokens=False)
         return ids
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        encoded: Any = self._tokenizer(text, **options)
+        return list(encoded.input_ids)

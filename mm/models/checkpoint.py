@@ -1,15 +1,16 @@
 """Read part of a Hugging Face checkpoint.
 
-An encoder needs the tower, a decoder the language model: each opens the safetensors index and reads only its own
-tensors, so neither ever holds the other's weights. Pickled weights (.bin, .pt) are refused.
+An encoder needs the tower and a decoder needs the language model. Each opens the safetensors index and reads only its
+own tensors. Pickled weights (.bin, .pt) are refused.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import blake3
 import torch
@@ -60,24 +61,25 @@ def _download(name: str, shipped: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(name, allow_patterns=patterns))  # pyright: ignore[reportUnknownMemberType]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UnknownModel(name, [*shipped, "a local folder", "a hub name that can be reached"]) from error
 
 
 def weights_hash(folder: Path) -> str:
-    """Names all weights of a checkpoint by their bytes: 64 hex digits. A gigabyte takes well below a second."""
+    """A hash over the bytes of all weights of a checkpoint: 64 hex digits. A gigabyte takes well below a second."""
     digest = blake3.blake3(max_threads=blake3.blake3.AUTO)
     for path in sorted(folder.glob("*.safetensors")):
         digest.update_mmap(path)
     return digest.hexdigest()
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json.
 
     Raises:
-        BadCheckpoint: It is no JSON object, or asks for code of its own (`auto_map`), which is never run.
+        BadCheckpoint: It is not a JSON object, or needs code of its own (`auto_map`), which is never run.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -87,11 +89,11 @@ def read_config(folder: Path) -> dict:
         raise BadCheckpoint(str(folder), "config.json names no model_type")
     if "auto_map" in config:
         raise BadCheckpoint(str(folder), "needs its own Python code (auto_map), which is never run here")
-    return config
+    return cast("dict[str, Any]", config)
 
 
 def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
-    """Tensors whose key `rename` maps to a name, under that name, in the dtype they are stored in, on the CPU.
+    """The tensors whose key `rename` maps to a name, by that name. They are on the CPU, in the dtype of the file.
 
     Raises:
         BadCheckpoint: No safetensors file, or one that cannot be read.
@@ -101,13 +103,13 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str,
         wanted = {key: name for key in keys if (name := rename(key)) is not None}
         if not wanted:
             continue
-        with safe_open(folder / file, framework="pt") as reader:
+        with _open(folder / file) as reader:
             tensors.update({name: reader.get_tensor(key) for key, name in wanted.items()})
     return tensors
 
 
 def read_rows(folder: Path, matches: Callable[[str], bool], rows: Sequence[int]) -> Tensor:
-    """(len(rows), D): these rows of the one matrix whose key `matches`, without reading the others.
+    """(len(rows), D): some rows of the one matrix whose key `matches`. Its other rows are not read.
 
     Raises:
         BadCheckpoint: No matrix matches, or several.
@@ -116,14 +118,14 @@ def read_rows(folder: Path, matches: Callable[[str], bool], rows: Sequence[int])
     if len(found) != 1:
         raise BadCheckpoint(str(folder), f"has {len(found)} matrices of token embeddings, not one")
     (file, key) = found[0]
-    with safe_open(folder / file, framework="pt") as reader:
+    with _open(folder / file) as reader:
         matrix = reader.get_slice(key)
         width = matrix.get_shape()[1]
         return torch.cat([torch.empty(0, width), *(matrix[row : row + 1].float() for row in rows)])
 
 
 def _files(folder: Path) -> Mapping[str, list[str]]:
-    """File name to the keys it holds."""
+    """File name to the keys in it."""
     if (folder / INDEX).is_file():
         files: dict[str, list[str]] = {}
         for key, file in json.loads((folder / INDEX).read_text())["weight_map"].items():
@@ -132,15 +134,37 @@ def _files(folder: Path) -> Mapping[str, list[str]]:
             files.setdefault(file, []).append(key)
         return files
     if (folder / SINGLE).is_file():
-        with safe_open(folder / SINGLE, framework="pt") as reader:
+        with _open(folder / SINGLE) as reader:
             return {SINGLE: list(reader.keys())}
     raise BadCheckpoint(str(folder), "holds no safetensors weights (.bin and .pt files are refused: convert them)")
+
+
+class _TensorSlice(Protocol):
+    """A tensor in a file, of which parts can be read."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, index: slice) -> Tensor: ...
+
+
+class _TensorFile(Protocol):
+    """An open safetensors file."""
+
+    def keys(self) -> Sequence[str]: ...
+
+    def get_tensor(self, name: str) -> Tensor: ...
+
+    def get_slice(self, name: str) -> _TensorSlice: ...
+
+
+def _open(path: Path) -> AbstractContextManager[_TensorFile]:
+    return cast("AbstractContextManager[_TensorFile]", safe_open(path, framework="pt"))
 
 
 def load_module(
     module: nn.Module, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: str, folder: Path
 ) -> None:
-    """Put `tensors` into a module that was built on the meta device.
+    """Load `tensors` into a module that was built on the meta device.
 
     Raises:
         BadCheckpoint: A weight is missing, left over, or of another shape.
@@ -161,7 +185,7 @@ def load_module(
 def fill_buffers(model: Any, device: str | torch.device) -> None:
     """Compute the buffers that no checkpoint holds, such as position ids, which the meta device left empty.
 
-    Modules of transformers fill them in `_init_weights`; weights that this fills too are replaced by `load_module`.
+    Modules of transformers fill them in `_init_weights`. Weights that are filled too are replaced by `load_module`.
     """
     for module in model.modules():
         if module._non_persistent_buffers_set:

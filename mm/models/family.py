@@ -21,13 +21,11 @@ from transformers import AutoConfig, AutoProcessor
 
 from mm.data.media import Kind
 from mm.data.request import MediaPart, Message
+from mm.data.sampling_params import SamplingParams, sampling_options
 from mm.data.tokens import Prompt, VisualTokens
 from mm.errors import InvalidRequest, MediaError
 from mm.models.chat import ChatTemplate
 from mm.models.language import LanguageModel
-
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""Fields of a generation_config.json that a request may replace."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +95,10 @@ class CheckpointFamily(ABC):
 
     @property
     def default_sampling(self) -> dict[str, float]:
-        """The checkpoint's own wishes: `temperature`, `top_p`, and what else of `SAMPLING` it names."""
-        named = {name: float(self._generation[name]) for name in SAMPLING if self._generation.get(name) is not None}
+        """Sampling options from the checkpoint's generation_config.json. `temperature` and `top_p` are always there."""
+        options = sampling_options(SamplingParams)
+        known = [name for name, declared in options.items() if declared.off is not None]
+        named = {name: float(self._generation[name]) for name in known if self._generation.get(name) is not None}
         if self._generation.get("do_sample") is False:
             return named | {"temperature": 0.0, "top_p": 1.0}
         return {"temperature": 1.0, "top_p": 1.0} | named

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -29,21 +28,6 @@ from mm.data.tokens import Prompt
 from mm.errors import DrafterFault
 
 
-class ProposalKind(Enum):
-    """How the tokens of a draft were chosen, which decides how they are verified.
-
-    POINT asks nothing: the target draws its own token and the draft is right or wrong, so the output is the same token
-    for token as without drafting. The other two are right in law, provided that every token really was drawn from the
-    recorded law, and that number and order of siblings were fixed before their values were known.
-    """
-
-    POINT = "point"
-    INDEPENDENT = "independent"
-    """Siblings drawn independently from their parent's law (Leviathan et al. 2023; SpecInfer for several)."""
-    WITHOUT_REPLACEMENT = "without_replacement"
-    """Siblings drawn in order, those before removed and the rest renormalised (RSD)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Draft:
     """A tree of tokens below the root; a chain is a tree with one child each. May be empty.
@@ -52,15 +36,12 @@ class Draft:
         token_ids: (n,) parents before children, siblings in the order in which they are tried. Number the most
             probable path 1, 2, ... and accepting it moves nothing in the cache.
         parents: (n,) row of the parent: 0 is the root, i + 1 is drafted token i.
-        draft_probs: (n + 1, vocab): the law from which the children of each row were drawn; None for points.
         path_scores: (n,) estimated probability that a node is reached; lets an engine cut where it pays least.
         source: Which of several drafters this came from, for figures.
     """
 
     token_ids: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
-    kind: ProposalKind = ProposalKind.POINT
-    draft_probs: Tensor | None = None
     path_scores: tuple[float, ...] | None = None
     source: str = ""
 
@@ -106,8 +87,6 @@ class Draft:
         return Draft(
             token_ids=self.token_ids[:num_tokens],
             parents=self.parents[:num_tokens],
-            kind=self.kind,
-            draft_probs=None if self.draft_probs is None else self.draft_probs[: num_tokens + 1],
             path_scores=None if self.path_scores is None else self.path_scores[:num_tokens],
             source=self.source,
         )
@@ -129,20 +108,9 @@ class Draft:
             raise DrafterFault(
                 self.source, f"gave {self.num_tokens} in {max(self.depths)} where it was allowed {allowed}"
             )
-        if budget.chain_only and not self.is_chain:
-            raise DrafterFault(self.source, "gave a tree where only a chain can be verified")
-        self._check_law(vocab)
-
-    def _check_law(self, vocab: int) -> None:
-        if self.kind is ProposalKind.POINT:
-            if self.draft_probs is not None:
-                raise DrafterFault(self.source, "gave a law with a draft that was not drawn from one")
-            siblings = [tuple(self.token_ids[row - 1] for row in rows) for rows in self.children]
-            if any(len(set(tokens)) < len(tokens) for tokens in siblings):
-                raise DrafterFault(self.source, "gave siblings of the same token")
-        elif self.draft_probs is None or self.draft_probs.shape != (self.num_tokens + 1, vocab):
-            shape = None if self.draft_probs is None else tuple(self.draft_probs.shape)
-            raise DrafterFault(self.source, f"gave a law of shape {shape}, not {(self.num_tokens + 1, vocab)}")
+        siblings = [tuple(self.token_ids[row - 1] for row in rows) for rows in self.children]
+        if any(len(set(tokens)) < len(tokens) for tokens in siblings):
+            raise DrafterFault(self.source, "gave siblings of the same token")
 
 
 NO_DRAFT = Draft()
@@ -155,7 +123,6 @@ class DraftBudget:
     Attributes:
         max_tokens: Nodes; 0 asks for an empty draft.
         max_depth: Levels below the root.
-        chain_only: Whether a tree cannot be verified.
         temperature: Of the answer; 0 is greedy.
         key: (seed, choice, position of the next token): the verifier draws the token at depth d with the noise of
             (seed, choice, position + d - 1), see `mm.engine.sampling.noise`. A point draft may use that very noise; a
@@ -164,7 +131,6 @@ class DraftBudget:
 
     max_tokens: int
     max_depth: int
-    chain_only: bool = False
     temperature: float = 0.0
     key: tuple[int, int, int] = (0, 0, 0)
 
@@ -285,5 +251,4 @@ __all__ = [
     "Drafter",
     "LoadedDrafter",
     "Observation",
-    "ProposalKind",
 ]

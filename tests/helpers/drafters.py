@@ -6,11 +6,9 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from mm.data.tokens import Prompt
 from mm.engine.spec_decode.drafters.base import OneByOne
-from mm.plugins.drafter import Draft, DraftBudget, DraftTarget, Observation, ProposalKind
+from mm.plugins.drafter import Draft, DraftBudget, DraftTarget, Observation
 
 TRUTH: dict[tuple[int, ...], list[list[int]]] = {}
 """Prompt to the answers that a run without drafts gave."""
@@ -33,7 +31,6 @@ class Wild:
     seed: int = 0
     failing: float = 0.0
     states: str = ""
-    kind: str = "point"
 
     @property
     def needs(self) -> frozenset[str]:
@@ -99,19 +96,4 @@ class WildSession:
             tokens.append(token)
             parents.append(parent)
             depths.append(depths[parent] + 1)
-        if options.kind != "point":
-            return self._drawn(len(tokens), parents, vocab, ProposalKind(options.kind))
         return Draft(token_ids=tuple(tokens), parents=tuple(parents), source="wild")
-
-    def _drawn(self, count: int, parents: list[int], vocab: int, kind: ProposalKind) -> Draft:
-        """The same shape, with tokens drawn from a law over a few of them."""
-        generator = torch.Generator().manual_seed(self._shared.random.getrandbits(60))
-        law = torch.rand(count + 1, vocab, generator=generator, dtype=torch.float64) ** 40
-        law = law / law.sum(-1, keepdim=True)
-        left, tokens = law.clone(), []
-        for parent in parents:
-            token = int(torch.multinomial(left[parent], 1, generator=generator))
-            if kind is ProposalKind.WITHOUT_REPLACEMENT:
-                left[parent, token] = 0
-            tokens.append(token)
-        return Draft(token_ids=tuple(tokens), parents=tuple(parents), kind=kind, draft_probs=law, source="wild")

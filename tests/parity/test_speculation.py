@@ -172,15 +172,6 @@ def test_cancelling_in_the_middle_frees_everything(folder):
     assert model.engine.cache.num_used_bytes == 0
 
 
-@pytest.mark.parametrize("kind", ["independent", "without_replacement"])
-def test_drafts_from_a_law_leave_greedy_answers_alone(folder, kind):
-    asked = requests(16, seed=6, forms=({}, {"repetition_penalty": 1.3}, {"logprobs": True}))
-    expected = answers(load(folder), asked)
-    drafted = load(folder, f"wild:kind={kind}", control=False)
-    assert answers(drafted, asked) == expected
-    assert drafted.engine.stats.spec_decode.num_draft_tokens > 100
-
-
 def test_drafters_see_the_states_they_ask_for(folder):
     """Rows in order, none twice, with the state that transformers has there; and the last one gave the last token."""
     num_whole = 0

@@ -1,1 +1,1 @@
-"""From logits to tokens to text."""
+"""Sampling: from logits to tokens, and from tokens to text."""

@@ -1,4 +1,4 @@
-"""Token ids to text that is safe to send: no half characters, nothing that may turn out to be a stop string."""
+"""Token ids to text that can be sent: no half characters, and nothing that may still become a stop string."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tokenizers.decoders import DecodeStream
 
 
 class IncrementalDetokenizer:
-    """Incremental text of one answer.
+    """The text of one sequence, token by token.
 
     Args:
-        tokenizer: The fast tokenizer behind the model's own.
-        stop: Strings that end the answer; never part of what is sent.
-        min_tokens: A stop string that is complete before there are this many tokens is text like any other.
+        tokenizer: The Rust tokenizer of the model.
+        stop: Strings that end the text. They are never sent.
+        min_tokens: A stop string that is complete before there are this many tokens is sent like other text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0) -> None:
@@ -29,7 +29,7 @@ class IncrementalDetokenizer:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Text that this token makes safe to send; `stopped` turns true when a stop string is complete."""
+        """The text that can be sent now. `stopped` becomes true when a stop string is complete."""
         self._ids.append(token_id)
         self._text += self._stream.step(self._tokenizer, token_id) or ""
         while (cut := self._first_stop()) is not None and len(self._ids) < self._min_tokens:
@@ -41,7 +41,7 @@ class IncrementalDetokenizer:
         return self._send(len(self._text) - self._held())
 
     def finish(self) -> str:
-        """What was held back and is now known to be text. A character cut in half becomes U+FFFD."""
+        """The text that was held back, once no more tokens follow. A character cut in half becomes U+FFFD."""
         if self.stopped:
             return ""
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)

@@ -1,8 +1,8 @@
 """The noise of sampling: a function of (seed, choice, position, token id) and of nothing else.
 
-Counter-based: each token's number is computed from its key alone (SplitMix64), in integers that every device computes
-alike. So an answer does not depend on the batch, on the device, on preemption, or on whether a drafter guessed ahead;
-and where only a few tokens are left to choose from, only their noise is computed.
+It is counter-based: each token's number is computed from its key alone (SplitMix64), in integers that every device
+computes alike. A text therefore does not depend on the batch, the device, preemption or speculative decoding. Where
+only a few tokens are left, only their noise is computed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
 
 
-def noise_key(seed: int, choice: int, position: int, purpose: str = "") -> int:
-    """The stream of one generated token; streams of different purposes have nothing to do with each other."""
-    text = f"{seed}:{choice}:{position}:{purpose}" if purpose else f"{seed}:{choice}:{position}"
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+def noise_key(seed: int, choice: int, position: int) -> int:
+    """The key of one generated token."""
+    digest = hashlib.blake2b(f"{seed}:{choice}:{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -31,10 +30,10 @@ def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
 
     Between -3.6 and 36.8: uniform numbers of 52 bits, never 0 or 1.
     """
-    return uniform(keys, token_ids).log_().neg_().log_().neg_()
+    return _uniform(keys, token_ids).log_().neg_().log_().neg_()
 
 
-def uniform(keys: Tensor, numbers: Tensor) -> Tensor:
+def _uniform(keys: Tensor, numbers: Tensor) -> Tensor:
     """Uniform numbers between 0 and 1, neither of them included; float64 of the broadcast shape of the two int64."""
     z = (numbers + 1) * _STEP + keys
     z = _mixed(z, 30).mul_(_MIX_1)

@@ -1,7 +1,7 @@
-"""Answers of a given form: which tokens may come next, by llguidance.
+"""Structured output: which tokens a JSON schema allows next, by llguidance.
 
-Compiling happens in a thread of its own, under a deadline, with limits on what the library may build. What it costs per
-token is bounded too: a grammar that becomes too complex in the middle ends its own answer with an error.
+Schemas are compiled in threads of their own, under a deadline, with limits on what the library may build. The cost per
+token is bounded too: a grammar that becomes too complex while it runs ends its own sequence with an error.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mm.data.arrays import BoolArray
 from mm.data.response_format import ResponseFormat
 from mm.engine.sampling.vocabulary import Vocabulary
 from mm.errors import CapacityError, EngineError, InvalidRequest
@@ -26,22 +27,21 @@ NUM_COMPILERS = 2
 NUM_CACHED = 32
 MAX_REASON_CHARS = 300
 WHITESPACE = r"( |\n[ \t]{0,20})?"
-"""Between JSON's tokens: a blank, or a new line with its indentation. Free blanks would let a model write them for
-ever."""
+"""Between JSON's tokens: a blank, or a new line with its indentation. A model could write unlimited blanks forever."""
 
 
-class Matcher:
-    """Where one answer stands in its grammar.
+class GrammarMatcher:
+    """The place of one sequence in its grammar.
 
     Args:
-        matcher: The library's, this object's own.
+        matcher: The library's matcher. It belongs to this object alone.
     """
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
     def consume(self, token_id: int) -> None:
-        """Go on by one token. One that is not allowed breaks the matcher, which the next `allowed` tells."""
+        """Advance by one token. After a token that is not allowed, the next `allowed` raises."""
         self._matcher.consume_token(token_id)
 
     @property
@@ -49,13 +49,8 @@ class Matcher:
         """Whether the text is complete and nothing but an ending can follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
-    @property
-    def is_accepting(self) -> bool:
-        """Whether the text is complete as it stands."""
-        return self._matcher.is_accepting()
-
-    def allowed(self, vocab: int) -> np.ndarray:
-        """(vocab,) bool: the tokens that may come next; endings only where the text is complete.
+    def allowed(self, vocab: int) -> BoolArray:
+        """(vocab,) bool: the tokens that may come next, endings only where the text is complete.
 
         Raises:
             EngineError: The grammar became too complex, or was given a token that it does not allow.
@@ -72,7 +67,7 @@ class GrammarCompiler:
     """Matchers for the response formats of one model's requests. Safe to use from several threads.
 
     Args:
-        deadline_s: How long a caller waits at most for a schema that has not been compiled before.
+        deadline_s: Longest wait for a schema that has not been compiled before.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, deadline_s: float = COMPILE_DEADLINE_S) -> None:
@@ -81,8 +76,8 @@ class GrammarCompiler:
         self._compiled: OrderedDict[ResponseFormat, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
-    def matcher(self, form: ResponseFormat) -> Matcher:
-        """A matcher at the start of `form`. Blocks until it is compiled: not for the event loop.
+    def matcher(self, form: ResponseFormat) -> GrammarMatcher:
+        """A matcher at the start of `form`. It waits for the compiler, so call it outside of the event loop.
 
         Raises:
             InvalidRequest: The schema is not valid, not supported, or too complex.
@@ -98,13 +93,13 @@ class GrammarCompiler:
                 self._compiled[form] = found
                 while len(self._compiled) > NUM_CACHED:
                     self._compiled.popitem(last=False)
-        return Matcher(found.deep_copy())
+        return GrammarMatcher(found.deep_copy())
 
-    def _wait(self, job: Future[LLMatcher]) -> LLMatcher:
+    def _wait(self, compiling: Future[LLMatcher]) -> LLMatcher:
         try:
-            return job.result(self._deadline_s)
+            return compiling.result(self._deadline_s)
         except FutureTimeout:
-            if job.cancel():
+            if compiling.cancel():
                 raise CapacityError("other schemas are being compiled; try again shortly") from None
             limit = f"the limit of {self._deadline_s:g} seconds"
             raise InvalidRequest(f"the schema takes longer to compile than {limit}; simplify it", PARAM) from None
@@ -124,13 +119,13 @@ OPTIONS: Any = {
     "lenient": False,
     "coerce_one_of": False,
 }
-"""Stand before what a schema's own "x-guidance" asks of the library, which may be no JSON or less than the schema."""
+"""They override a schema's own "x-guidance", which could ask for text that is not JSON or not of the schema."""
 MAX_LEXER_STATES = 50_000
-"""The library takes 1 to 2 kB for each."""
+"""Each takes 1 to 2 kB."""
 
 
 def compile_matcher(form: ResponseFormat, vocabulary: Vocabulary) -> LLMatcher:
-    """The library's matcher at the start of `form`, with the first step's work done.
+    """The library's matcher at the start of `form`, ready for the first token.
 
     Raises:
         InvalidRequest: With the library's reason.
@@ -138,7 +133,7 @@ def compile_matcher(form: ResponseFormat, vocabulary: Vocabulary) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
     schema = form.schema if form.schema is not None else '{"type":"object"}'
-    # Errors would otherwise quote the parser's state, many lines of it.
+    # Verbose errors quote many lines of the parser's state.
     limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
     try:
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
@@ -148,7 +143,7 @@ def compile_matcher(form: ResponseFormat, vocabulary: Vocabulary) -> LLMatcher:
     if matcher.is_error():
         raise InvalidRequest(f"the schema cannot be used: {_reason(matcher.get_error())}", PARAM)
     try:
-        begins = Matcher(matcher).allowed(vocabulary.size).any()
+        begins = GrammarMatcher(matcher).allowed(vocabulary.size).any()
     except EngineError:
         begins = False
     if not begins:

@@ -1,4 +1,4 @@
-"""What single token ids stand for: bytes, readable text, and the library's view of them for grammars."""
+"""What single token ids stand for: bytes, readable text, and llguidance's tokenizer for grammars."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Vocabulary:
     """The tokens of one model. Safe to use from several threads.
 
     Args:
-        tokenizer: The fast tokenizer behind the model's own.
-        size: Rows of the model's head, which may be more than the tokenizer has tokens.
+        tokenizer: The Rust tokenizer of the model.
+        size: Outputs of the model's head, which may be more than the tokenizer has tokens.
         eos_token_ids: Tokens that end a text.
     """
 
@@ -33,7 +33,7 @@ class Vocabulary:
 
     @property
     def library(self) -> LLTokenizer:
-        """llguidance's tokenizer, made on first use: a second for a large vocabulary, so once per model."""
+        """llguidance's tokenizer. It is made on first use, which takes a second for a large vocabulary."""
         with self._lock:
             if self._library is None:
                 self._library = self._build()
@@ -48,20 +48,20 @@ class Vocabulary:
         return LLTokenizer(plain.to_str(), n_vocab=self.size, eos_token=list(self.eos_token_ids) or None)
 
     def bytes_of(self, token_id: int) -> bytes | None:
-        """What the token adds to a text; None for control tokens and for rows of the head without a token."""
+        """What the token adds to a text. None for control tokens and for outputs of the head without a token."""
         if token_id in self._special or token_id >= self._num_known:
             return None
         return self.library.decode_bytes([token_id])
 
     def text_of(self, token_id: int) -> str:
-        """The token for human eyes: control tokens by name, bytes that are no whole characters as escapes."""
+        """The token as readable text: control tokens by name, incomplete characters as escaped bytes."""
         given = self.bytes_of(token_id)
         if given is not None:
             return given.decode("utf-8", "backslashreplace")
         return self.tokenizer.id_to_token(token_id) or f"<{token_id}>"
 
     def logprob(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...] = ()) -> TokenLogprob:
-        """A token's log-probability with everything a reader needs."""
+        """A token's log-probability, with the token's text and bytes."""
         return TokenLogprob(
             token_id=token_id,
             token=self.text_of(token_id),

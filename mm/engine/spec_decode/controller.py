@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mm.engine.spec_decode.cost_model import ROWS, CostModel, Median
-from mm.plugins.drafter import NO_DRAFT, Draft, ProposalKind
+from mm.plugins.drafter import NO_DRAFT, Draft
 
 WEIGHT = 0.1
 """Of the newest round in what is remembered of acceptance."""
@@ -307,8 +307,7 @@ class Controller:
         if not draft.num_tokens:
             return ()
         acceptance = tracked.acceptance
-        # Of a draft that was drawn from a law no decision may depend on what was drawn.
-        if draft.path_scores is not None and draft.kind is ProposalKind.POINT:
+        if draft.path_scores is not None:
             correction = acceptance.correction
             return [min(score * correction, 0.99) for score in draft.path_scores]
         by_depth = list(itertools.accumulate(map(acceptance.rate, range(max(draft.depths))), operator.mul))
@@ -365,8 +364,6 @@ def _kept(draft: Draft, nodes: Sequence[int]) -> Draft:
     return Draft(
         token_ids=tuple(draft.token_ids[i] for i in nodes),
         parents=tuple(row_of[draft.parents[i]] for i in nodes),
-        kind=draft.kind,
-        draft_probs=None if draft.draft_probs is None else draft.draft_probs[[0, *(node + 1 for node in nodes)]],
         path_scores=None if draft.path_scores is None else tuple(draft.path_scores[i] for i in nodes),
         source=draft.source,
     )

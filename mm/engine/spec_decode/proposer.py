@@ -335,7 +335,7 @@ def _control(spec: SpecState) -> ControlState:
 
 
 def _budget(seq: Sequence, spec: SpecState) -> DraftBudget:
-    params = seq.sampler.rule
+    params = seq.sampler.params
     return DraftBudget(
         max_tokens=spec.max_draft_tokens,
         max_depth=min(spec.max_draft_tokens, seq.output.num_remaining_tokens - 1),

@@ -115,6 +115,4 @@ class RecycleSession:
 
     def propose(self, budget: DraftBudget) -> Draft:
         paths = [path for path in self._paths if len(path) <= budget.max_depth]
-        if budget.chain_only:
-            paths = [path for path in paths if not any(path)]
         return self._table.draft(self._root, paths[: budget.max_tokens])

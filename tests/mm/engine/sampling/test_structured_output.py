@@ -16,8 +16,10 @@ import mm
 from mm.data.response_format import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, ResponseFormat
 from mm.data.sampling_params import SamplingParams
 from mm.engine.sampling import structured_output as structured
-from mm.engine.sampling.sampler import ResolvedSamplingParams, SampledToken, Sampler, choose
-from mm.engine.sampling.structured_output import GrammarCompiler, Matcher, compile_matcher
+from mm.engine.sampling.resolved_params import ResolvedSamplingParams
+from mm.engine.sampling.sample import sample
+from mm.engine.sampling.sampler import SampledToken, Sampler
+from mm.engine.sampling.structured_output import GrammarCompiler, GrammarMatcher, compile_matcher
 from mm.engine.sampling.vocabulary import Vocabulary
 from mm.errors import CapacityError, EngineError, InvalidRequest
 from tests.helpers.checkpoints import tokenizer
@@ -54,8 +56,8 @@ def form(schema: Any) -> ResponseFormat:
     return found
 
 
-def matcher_of(schema: Any, vocabulary: Vocabulary) -> Matcher:
-    return Matcher(compile_matcher(form(schema), vocabulary))
+def matcher_of(schema: Any, vocabulary: Vocabulary) -> GrammarMatcher:
+    return GrammarMatcher(compile_matcher(form(schema), vocabulary))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -82,7 +84,7 @@ def random_answer(sampler: Sampler, vocab: int, generator: torch.Generator, limi
     """What a model of random logits answers; None if the limit cuts it."""
     ids: list[int] = []
     while not sampler.is_complete:
-        (chosen,) = choose(torch.randn(1, vocab, generator=generator), [sampler], [len(ids)])
+        (chosen,) = sample(torch.randn(1, vocab, generator=generator), [sampler], [len(ids)])
         assert isinstance(chosen, SampledToken)
         if sampler.ends(chosen.token_id):
             return ids
@@ -112,8 +114,8 @@ SCHEMAS: dict[str, Any] = {
 def test_random_logits_give_valid_json(vocabulary, schema):
     compiler = GrammarCompiler(vocabulary)
     for seed in range(25):
-        rule = ResolvedSamplingParams(temperature=1.0, seed=seed, ending_token_ids=frozenset({EOS}), min_tokens=seed)
-        sampler = Sampler(rule, matcher=compiler.matcher(form(schema)))
+        params = ResolvedSamplingParams(temperature=1.0, seed=seed, ending_token_ids=frozenset({EOS}), min_tokens=seed)
+        sampler = Sampler(params, matcher=compiler.matcher(form(schema)))
         ids = random_answer(sampler, vocabulary.size, torch.Generator().manual_seed(seed))
         assert ids is not None
         jsonschema.validate(json.loads(vocabulary.tokenizer.decode(ids)), schema)
@@ -124,8 +126,8 @@ def test_any_object_is_an_object(vocabulary):
     compiler = GrammarCompiler(vocabulary)
     finished = 0
     for seed in range(40):
-        rule = ResolvedSamplingParams(temperature=1.0, seed=seed, ending_token_ids=frozenset({EOS}))
-        sampler = Sampler(rule, matcher=compiler.matcher(ResponseFormat(kind="json_object")))
+        params = ResolvedSamplingParams(temperature=1.0, seed=seed, ending_token_ids=frozenset({EOS}))
+        sampler = Sampler(params, matcher=compiler.matcher(ResponseFormat(kind="json_object")))
         ids = random_answer(sampler, vocabulary.size, torch.Generator().manual_seed(seed))
         if ids is not None:
             finished += 1
@@ -156,24 +158,24 @@ def test_a_grammar_row_comes_out_alone_as_in_a_batch(vocabulary):
     compiler = GrammarCompiler(vocabulary)
     rng = random.Random(1)
     logits = torch.randn(12, vocabulary.size, generator=torch.Generator().manual_seed(1))
-    rules = [
+    all_params = [
         ResolvedSamplingParams(temperature=rng.choice([0.0, 1.0]), seed=i, ending_token_ids=frozenset({EOS}))
         for i in range(12)
     ]
     forms = [
         form(BOUNDED) if i % 3 == 0 else ResponseFormat(kind="json_object") if i % 3 == 1 else None for i in range(12)
     ]
-    samplers = [Sampler(r, matcher=f and compiler.matcher(f)) for r, f in zip(rules, forms, strict=True)]
-    alone = [choose(logits[i : i + 1], [samplers[i]], [0])[0] for i in range(12)]
+    samplers = [Sampler(r, matcher=f and compiler.matcher(f)) for r, f in zip(all_params, forms, strict=True)]
+    alone = [sample(logits[i : i + 1], [samplers[i]], [0])[0] for i in range(12)]
     order = rng.sample(range(12), 12)
-    assert choose(logits[order], [samplers[i] for i in order], [0] * 12) == [alone[i] for i in order]
+    assert sample(logits[order], [samplers[i] for i in order], [0] * 12) == [alone[i] for i in order]
     compiler.close()
 
 
 def test_a_new_matcher_that_observed_the_same_tokens_is_its_equal(vocabulary):
     compiler = GrammarCompiler(vocabulary)
-    rule = ResolvedSamplingParams(temperature=1.0, seed=7, ending_token_ids=frozenset({EOS}))
-    ids = random_answer(Sampler(rule, matcher=compiler.matcher(form(BOUNDED))), vocabulary.size, torch.Generator())
+    params = ResolvedSamplingParams(temperature=1.0, seed=7, ending_token_ids=frozenset({EOS}))
+    ids = random_answer(Sampler(params, matcher=compiler.matcher(form(BOUNDED))), vocabulary.size, torch.Generator())
     assert ids is not None
     for cut in range(0, len(ids), 5):
         first, again = compiler.matcher(form(BOUNDED)), compiler.matcher(form(BOUNDED))
@@ -189,24 +191,24 @@ def test_a_token_that_is_not_allowed_costs_its_own_row(vocabulary):
     broken = Sampler(ResolvedSamplingParams(), matcher=matcher_of({"type": "integer"}, vocabulary))
     broken.observe(vocabulary.tokenizer.token_to_id("x"))
     logits = torch.zeros(2, vocabulary.size)
-    bad, good = choose(logits, [broken, Sampler(ResolvedSamplingParams())], [1, 1])
+    bad, good = sample(logits, [broken, Sampler(ResolvedSamplingParams())], [1, 1])
     assert isinstance(bad, EngineError)
     assert good == SampledToken(0)
 
 
 def test_min_tokens_gives_way_where_only_the_end_is_left(vocabulary):
-    rule = ResolvedSamplingParams(min_tokens=50, ending_token_ids=frozenset({EOS}))
-    sampler = Sampler(rule, matcher=matcher_of({"const": 7}, vocabulary))
+    params = ResolvedSamplingParams(min_tokens=50, ending_token_ids=frozenset({EOS}))
+    sampler = Sampler(params, matcher=matcher_of({"const": 7}, vocabulary))
     sampler.observe(vocabulary.tokenizer.token_to_id("7"))
-    assert choose(torch.zeros(1, vocabulary.size), [sampler], [1]) == [SampledToken(EOS)]
+    assert sample(torch.zeros(1, vocabulary.size), [sampler], [1]) == [SampledToken(EOS)]
 
 
 def test_min_tokens_goes_on_where_the_grammar_can(vocabulary):
-    rule = ResolvedSamplingParams(min_tokens=5, ending_token_ids=frozenset({EOS}), logit_bias=((EOS, 100.0),))
-    sampler = Sampler(rule, matcher=matcher_of({"type": "string", "maxLength": 100}, vocabulary))
+    params = ResolvedSamplingParams(min_tokens=5, ending_token_ids=frozenset({EOS}), logit_bias=((EOS, 100.0),))
+    sampler = Sampler(params, matcher=matcher_of({"type": "string", "maxLength": 100}, vocabulary))
     ids = random_answer(sampler, vocabulary.size, torch.Generator().manual_seed(0))
     assert ids is not None
-    number = Sampler(rule, matcher=matcher_of({"type": "integer"}, vocabulary))
+    number = Sampler(params, matcher=matcher_of({"type": "integer"}, vocabulary))
     assert len(random_answer(number, vocabulary.size, torch.Generator().manual_seed(0)) or ()) == 5
 
 

@@ -59,18 +59,14 @@ class Guesser:
 
     def guess(self, sessions: Sequence[EagleSession], budgets: Sequence[DraftBudget]) -> list[Draft]:
         """A draft for each."""
-        drafts: dict[int, Draft] = {}
-        groups: dict[str, list[int]] = {}
-        for i, budget in enumerate(budgets):
-            ahead = "ahead_" if self._network.config.num_ahead > 1 else ""
-            way = ahead + ("chains" if budget.chain_only or self._width == 1 else "trees")
-            groups.setdefault(way, []).append(i)
-        for way, members in groups.items():
-            made = getattr(self, f"_{way}")([sessions[i] for i in members], [budgets[i] for i in members])
-            drafts |= zip(members, made, strict=True)
-        return [drafts[i] for i in range(len(sessions))]
+        if not sessions:
+            return []
+        is_chain = self._width == 1
+        if self._network.config.num_ahead > 1:
+            return self._ahead_chains(sessions, budgets) if is_chain else self._ahead_trees(sessions, budgets)
+        return self._chains(sessions, budgets) if is_chain else self._trees(sessions, budgets)
 
-    def _chains(self, sessions: list[EagleSession], budgets: list[DraftBudget]) -> list[Draft]:
+    def _chains(self, sessions: Sequence[EagleSession], budgets: Sequence[DraftBudget]) -> list[Draft]:
         tokens: list[list[int]] = [[] for _ in sessions]
         scores: list[list[float]] = [[] for _ in sessions]
         stable = [self._layer.length(_slot(session)) for session in sessions]
@@ -104,7 +100,7 @@ class Guesser:
             return False
         return True
 
-    def _next(self, outputs: Tensor, sessions: list[EagleSession], tokens: list[int], level: int) -> Tensor:
+    def _next(self, outputs: Tensor, sessions: Sequence[EagleSession], tokens: list[int], level: int) -> Tensor:
         """The layer's outputs (B, D) one row further, on its own outputs and the tokens drafted from them."""
         inputs = self._guessed(outputs, sessions, torch.tensor(tokens, device=outputs.device))
         places = torch.tensor([session.next_position + level for session in sessions], device=outputs.device)
@@ -146,7 +142,7 @@ class Guesser:
         logprobs, at = logits.float().log_softmax(-1).topk(min(self._width, logits.shape[-1]), dim=-1)
         return self._network.token_ids(at).tolist(), logprobs.tolist()
 
-    def _trees(self, sessions: list[EagleSession], budgets: list[DraftBudget]) -> list[Draft]:
+    def _trees(self, sessions: Sequence[EagleSession], budgets: Sequence[DraftBudget]) -> list[Draft]:
         trees = [DynamicTree(self._width) for _ in sessions]
         found = self._best(self._network.logits(_outputs(sessions)))
         for tree, tokens, logprobs in zip(trees, *found, strict=True):
@@ -203,11 +199,11 @@ class Guesser:
             one.tree.extend(tokens[at:stop], logprobs[at:stop])
             at = stop
 
-    def _ahead_laws(self, sessions: list[EagleSession]) -> Tensor:
+    def _ahead_laws(self, sessions: Sequence[EagleSession]) -> Tensor:
         """(B, num_ahead, vocab) logits of all levels from one pass: none depends on what was drafted before it."""
         return self._network.logits(self._network.guesses(_outputs(sessions)))
 
-    def _ahead_chains(self, sessions: list[EagleSession], budgets: list[DraftBudget]) -> list[Draft]:
+    def _ahead_chains(self, sessions: Sequence[EagleSession], budgets: Sequence[DraftBudget]) -> list[Draft]:
         laws = self._ahead_laws(sessions)
         limits = [min(self._depth, budget.max_depth, budget.max_tokens, laws.shape[1]) for budget in budgets]
         rows = torch.cat([one[:limit] for one, limit in zip(laws, limits, strict=True)])
@@ -227,7 +223,7 @@ class Guesser:
             scores.append(score)
         return Draft.chain(tokens, path_scores=tuple(scores), source=self._source)
 
-    def _ahead_trees(self, sessions: list[EagleSession], budgets: list[DraftBudget]) -> list[Draft]:
+    def _ahead_trees(self, sessions: Sequence[EagleSession], budgets: Sequence[DraftBudget]) -> list[Draft]:
         drafts = []
         for laws, budget in zip(self._ahead_laws(sessions), budgets, strict=True):
             tree = DynamicTree(self._width)

@@ -82,9 +82,6 @@ def test_budgets():
     assert session.propose(DraftBudget(max_tokens=15, max_depth=2)).num_tokens == 15
     assert max(session.propose(DraftBudget(max_tokens=80, max_depth=2)).depths) == 2
     assert session.propose(DraftBudget(max_tokens=80, max_depth=9)).num_tokens == 80
-    chain = session.propose(DraftBudget(max_tokens=4, max_depth=9, chain_only=True))
-    assert chain.is_chain
-    assert chain.num_tokens == 4
 
 
 def test_a_private_answer_leaves_nothing_behind():

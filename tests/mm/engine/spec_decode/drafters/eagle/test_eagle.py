@@ -173,7 +173,7 @@ def test_together_as_alone(tmp_path, ahead, width):
         asked = prompt(seed=i, length=10 + i, pictures=i != 3)
         states = hidden_states(asked.length + 20, seed=i)
         seen = observations(asked, states, steps=(1, 1 + i))
-        limits = budget(tokens=4 + i, depth=2 + i % 3, chain_only=i == 2)
+        limits = budget(tokens=4 + i, depth=2 + i % 3)
         single = told(drafter, asked, seen)
         alone.append(drafter.propose([single], [limits])[0])
         drafter.close(single)
@@ -223,7 +223,6 @@ def test_placeholders_are_never_drafted(tmp_path):
     likely = drafter.propose([session], [budget()])[0].token_ids[0]
     drafter._guesser._barred = frozenset({likely})
     assert likely not in drafter.propose([session], [budget()])[0].token_ids
-    assert drafter.propose([session], [budget(chain_only=True)])[0].num_tokens == 0
     assert torch.equal(head, HEAD)
 
 
@@ -316,7 +315,7 @@ def test_a_small_vocabulary_proposes_only_its_own(tmp_path):
     made.take_vocabulary(ids)
     drafter, asked = loaded(tmp_path, made, width=4), prompt()
     session = told(drafter, asked, observations(asked, hidden_states(40)))
-    for limits in (budget(tokens=20), budget(chain_only=True), budget(chain_only=True, temperature=1.0)):
+    for limits in (budget(tokens=20), budget(temperature=1.0)):
         found = drafter.propose([session], [limits])[0].token_ids
         assert found
         assert set(found) <= set(ids.tolist())
