@@ -26,6 +26,7 @@ from torch import Tensor
 from mm.data.checks import Range, is_number, shown
 from mm.data.response_format import ResponseFormat
 from mm.errors import InvalidRequest
+from mm.settings import KEY, Bounds
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1000
@@ -59,9 +60,16 @@ class SamplingOption:
 def option(
     default: Any, *, help: str, range: Range | None = None, off: float | None = None, floor: Floor | None = None
 ) -> Any:
-    """A dataclass field that carries its declaration."""
+    """A dataclass field that carries its declaration, for this module and for `mm.settings`, which HTTP reads."""
     declared = SamplingOption(help=help, range=range, off=off, floor=floor)
-    return field(default=default, metadata={"option": declared})
+    allowed = range or Range()
+    bounds = Bounds(
+        help=help,
+        min=None if allowed.excludes_low else allowed.low,
+        above=allowed.low if allowed.excludes_low else None,
+        max=allowed.high,
+    )
+    return field(default=default, metadata={"option": declared, KEY: bounds})
 
 
 @functools.cache

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from mm.data.request import MediaPart, Message
 from mm.errors import InvalidRequest
@@ -83,5 +83,5 @@ class ChatTemplate:
         return ids
 
     def _ids(self, text: str, **options: bool) -> list[int]:
-        encoded: Any = self._tokenizer(text, **options)
-        return list(encoded.input_ids)
+        tokenize = cast("Callable[..., BatchEncoding]", self._tokenizer)
+        return cast("list[int]", tokenize(text, **options).input_ids)

@@ -20,17 +20,14 @@ FieldDefinition = tuple[Any, Any]
 """A type and a default, as `pydantic.create_model` takes them."""
 
 
-def json_fields(
-    cls: type, wire_types: Mapping[str, Any] = MappingProxyType({}), bounds: Mapping[str, Bounds] = MappingProxyType({})
-) -> dict[str, FieldDefinition]:
+def json_fields(cls: type, wire_types: Mapping[str, Any] = MappingProxyType({})) -> dict[str, FieldDefinition]:
     """A field for each option of a dataclass and of the dataclasses in it. All may be absent or null.
 
     Args:
         wire_types: By option, the type that JSON has where it is not the dataclass's own.
-        bounds: Ranges and descriptions of options that do not declare them themselves.
     """
     return {
-        one.name: _definition(wire_types.get(one.name, _json_type(hint)), one.metadata.get(KEY, bounds.get(one.name)))
+        one.name: _definition(wire_types.get(one.name, _json_type(hint)), one.metadata.get(KEY))
         for one, hint in options_of(cls)
     }
 

@@ -18,8 +18,7 @@ from annotated_types import Ge, Lt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
 
 from mm.data.request import SpeculationOptions, VisionOptions
-from mm.data.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
-from mm.settings import Bounds
+from mm.data.sampling_params import SamplingParams
 from serve.api.fields import json_fields
 
 INT64 = 2**63
@@ -103,27 +102,11 @@ WIRE_TYPES = {
 }
 """Sampling options whose JSON type is not that of `SamplingParams`."""
 
-BOUNDS = {
-    "temperature": Bounds(min=0, max=2),
-    "top_p": Bounds(above=0, max=1),
-    "top_k": Bounds(min=-1, help="0 or -1 is all tokens."),
-    "min_p": Bounds(min=0, max=1),
-    "presence_penalty": Bounds(min=-2, max=2),
-    "frequency_penalty": Bounds(min=-2, max=2),
-    "repetition_penalty": Bounds(min=0.01, max=100, help="Over the prompt's text and the answer; 1 is none."),
-    "logit_bias": Bounds(help="Token id to what is added to its logit."),
-    "min_tokens": Bounds(min=0),
-    "n": Bounds(min=1),
-    "logprobs": Bounds(help="From the raw logits, before penalties, temperature and truncation."),
-    "top_logprobs": Bounds(min=0, max=MAX_TOP_LOGPROBS),
-}
-"""Of the sampling options that do not declare their range and help text themselves."""
-
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 def _sampling_fields() -> dict[str, Any]:
-    fields = json_fields(SamplingParams, WIRE_TYPES, BOUNDS)
+    fields = json_fields(SamplingParams, WIRE_TYPES)
     del fields["max_new_tokens"]
     return fields
 
