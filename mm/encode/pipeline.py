@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from mm.errors import MediaError, ReducerFault
 from mm.media import MediaBudget, content_hash, decode, fetch_item
 from mm.plugins.apply import reduce_tokens
 from mm.plugins.capabilities import in_tower
-from mm.plugins.encoder import ReadsText
+from mm.plugins.encoder import HostsReducer, ReadsText
 from mm.plugins.features import TEXT_EMBEDDINGS
 from mm.plugins.reducer import Reducer
 from mm.plugins.spec import ReducerSpec
@@ -176,9 +176,10 @@ def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: Enco
 def _run_tower(pixels: Sequence[Image | Video], reducer: Reducer, parts: EncodeParts) -> tuple[list[VisualTokens], str]:
     """The items' tokens, and what a reducer inside the tower did wrong if the policy keeps all tokens then."""
     merging = in_tower(reducer)
-    hosted: dict[str, Any] = {} if merging is None else {"merging": merging}
     try:
-        return parts.encoder.encode(pixels, needs=reducer.needs, **hosted), ""
+        if merging is None:
+            return parts.encoder.encode(pixels, needs=reducer.needs), ""
+        return cast(HostsReducer, parts.encoder).encode(pixels, needs=reducer.needs, merging=merging), ""
     except ReducerFault as error:
         if parts.policy.on_error == "fail":
             raise

@@ -7,7 +7,7 @@ one of them and forget another. What comes back is checked before it reaches a p
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from typing import cast
 
@@ -48,7 +48,7 @@ def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tenso
 
 
 @contextlib.contextmanager
-def plugin_errors(reducer: str, when: str) -> Iterator[None]:
+def plugin_errors(reducer: str, when: str) -> Generator[None]:
     """Makes what a reducer raises its fault, named; errors of ours pass.
 
     Args:
@@ -125,6 +125,8 @@ def _check_values(reduction: Reduction, num_tokens: int, owner: str) -> None:
     if reduction.sizes is not None:
         checks["sizes are not positive and finite"] = (torch.isfinite(reduction.sizes) & (reduction.sizes > 0)).all()
     # Stacked, so that a GPU is waited for once per item and not once per check.
-    for text, passed in zip(checks, torch.stack(list(checks.values())).tolist(), strict=True):
-        if not passed:
+    flags = torch.stack(list(checks.values()))
+    passed = cast("list[bool]", flags.tolist())  # pyright: ignore[reportUnknownMemberType]
+    for text, has_passed in zip(checks, passed, strict=True):
+        if not has_passed:
             raise ReducerFault(owner, text)

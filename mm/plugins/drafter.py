@@ -163,7 +163,7 @@ class Observation:
 
     token_ids: tuple[int, ...]
     rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    hidden: Mapping[str, Tensor] = field(default_factory=dict)
+    hidden: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     row_token_ids: tuple[int, ...] = ()
     row_top_ids: Tensor | None = None
     num_drafted: int = 0

@@ -1,4 +1,4 @@
-"""What an encoder promises."""
+"""The protocols of encoders: pixels to visual tokens."""
 
 from __future__ import annotations
 
@@ -7,35 +7,64 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mm.data.media import Image, Video
+from mm.data.media import Image, Kind, Video
 from mm.data.tokens import VisualTokens
+from mm.plugins.reducer import InTower
 
 
 class Encoder(Protocol):
-    """Pixels to visual tokens.
+    """Pixels to the visual tokens that a decoder was trained on.
+
+    The class's `provides` and `kinds` are what a checkpoint may have, so that `mm plugins` can tell without loading
+    one. An instance's are what this checkpoint has. An encoder is built with `folder`, `device` and `dtype` where its
+    name is a checkpoint's `model_type`.
 
     Attributes:
-        provides: Names of the auxiliary features it can supply.
+        provides: Names of the auxiliary features that it can supply, see `mm.plugins.features`.
         kinds: What it takes: "image", "video" or both.
-        fingerprint: Names model and preprocessing, for cache keys.
+        fingerprint: Names weights, preprocessing and dtype, for cache keys. Equal only where the tokens are equal.
     """
 
-    provides: frozenset[str]
-    kinds: frozenset[str]
-    fingerprint: str
+    @property
+    def provides(self) -> frozenset[str]: ...
+
+    @property
+    def kinds(self) -> frozenset[Kind]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
-        """One `VisualTokens` per item, in order; `aux_features` holds at least what `needs` names.
+        """One `VisualTokens` per item, in order. An item's tokens do not depend on the other items.
 
-        One that provides `BLOCK_KEYS` also takes `merging`, the reducer inside the tower; it then supplies those
-        auxiliary features that `BEHIND_MERGING` names.
+        Args:
+            needs: Names of auxiliary features. The result's `aux_features` hold at least those that belong to tokens.
+
+        Raises:
+            MediaError: An item of a kind that it does not take.
+            CapacityError: The device has no memory for one item.
         """
         ...
 
 
-class ReadsText(Protocol):
-    """What an encoder that provides `TEXT_EMBEDDINGS` has beside `Encoder`."""
+class HostsReducer(Encoder, Protocol):
+    """An encoder that provides `BLOCK_KEYS`: a reducer may merge tokens in the blocks of its tower."""
+
+    def encode(
+        self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset(), merging: InTower | None = None
+    ) -> list[VisualTokens]:
+        """As `Encoder.encode`.
+
+        Args:
+            merging: Called in each block. The auxiliary features that can then be supplied are those of
+                `mm.plugins.capabilities.SUPPLIED_AFTER_MERGING`.
+        """
+        ...
+
+
+class ReadsText(Encoder, Protocol):
+    """An encoder that provides `TEXT_EMBEDDINGS`."""
 
     def embed_text(self, text: str) -> Tensor:
-        """(T, D): the text's tokens as the model's decoder embeds them; no rows for no text."""
+        """(T, D): the text's tokens as the model's decoder embeds them; (0, D) for an empty text."""
         ...

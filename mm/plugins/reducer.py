@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -87,15 +87,16 @@ def declaration_problem(plugin: type[object]) -> str:
 
     A pipeline derives its stages from its parts, by a property, which cannot be checked on the class.
     """
-    declared = getattr(plugin, "acts_at", None)
+    declared: object = getattr(plugin, "acts_at", None)
     if isinstance(declared, property):
         return ""
-    if not isinstance(declared, tuple) or not all(isinstance(stage, Stage) for stage in declared) or not declared:
+    named = cast("tuple[object, ...]", declared) if isinstance(declared, tuple) else ()
+    stages = [stage for stage in named if isinstance(stage, Stage)]
+    if not stages or len(stages) < len(named):
         return f"has to declare acts_at as a tuple of stages, not {declared!r}"
     absent = [flag for flag in ("needs", "query_aware", "count") if not hasattr(plugin, flag)]
     if absent:
         return f"does not declare {absent[0]!r}"
-    stages: list[Stage] = list(declared)
     if stages != [stage for stage in Stage if stage in stages]:
         return "has to name its stages in acts_at once each, in the order of mm.plugins.reducer.Stage"
     return _method_problem(plugin, stages)

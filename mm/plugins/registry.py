@@ -12,15 +12,14 @@ import functools
 import importlib.metadata
 import logging
 from collections.abc import Iterator, Mapping
-from enum import Enum
 from importlib.metadata import Distribution, EntryPoint
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 from mm.errors import BrokenPlugin, InvalidOption, MissingPackage, PluginError, UnknownPlugin, nearest
 from mm.plugins.drafter import Drafter
 from mm.plugins.encoder import Encoder
 from mm.plugins.family import Family
-from mm.plugins.reducer import Reducer, declaration_problem
+from mm.plugins.reducer import Reducer, Stage, declaration_problem
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ def get(kind: Literal["drafter"], name: str) -> type[Drafter]: ...
 @overload
 def get(kind: Literal["encoder"], name: str) -> type[Encoder]: ...
 @overload
-def get(kind: Literal["family"], name: str) -> type[Family]: ...
+def get(kind: Literal["family"], name: str) -> type[Family[object]]: ...
 @overload
 def get(kind: PluginKind, name: str) -> type[object]: ...
 def get(kind: PluginKind, name: str) -> type[object]:
@@ -161,7 +160,7 @@ def create(kind: Literal["drafter"], name: str, /, **options: Any) -> Drafter: .
 @overload
 def create(kind: Literal["encoder"], name: str, /, **options: Any) -> Encoder: ...
 @overload
-def create(kind: Literal["family"], name: str, /, **options: Any) -> Family: ...
+def create(kind: Literal["family"], name: str, /, **options: Any) -> Family[object]: ...
 def create(kind: PluginKind, name: str, /, **options: Any) -> object:
     """Build the plugin `name` with `options`.
 
@@ -188,11 +187,12 @@ def describe(kind: PluginKind) -> Iterator[dict[str, Any]]:
     A plugin that cannot be loaded has `unavailable`, the reason, instead of its flags.
     """
     for name in names(kind):
+        row: dict[str, Any]
         try:
             row = _description(get(kind, name))
         except PluginError as error:
             row = {"summary": "", "unavailable": reason_of(error), "options": {}}
-        yield {"kind": kind, "name": name} | row
+        yield {"kind": kind, "name": name, **row}
 
 
 def reason_of(error: PluginError) -> str:
@@ -203,8 +203,8 @@ def reason_of(error: PluginError) -> str:
 
 def _description(plugin: type[object]) -> dict[str, Any]:
     row: dict[str, Any] = {"summary": (plugin.__doc__ or "").strip().split("\n")[0]}
-    stages = getattr(plugin, "acts_at", None)
-    if isinstance(stages, tuple) and stages:
+    stages: tuple[Stage, ...] | property | None = getattr(plugin, "acts_at", None)
+    if isinstance(stages, tuple):
         row["stage"] = stages[0].value
     for flag in FLAGS:
         value = getattr(plugin, flag, None)
@@ -218,7 +218,5 @@ def _description(plugin: type[object]) -> dict[str, Any]:
     return row
 
 
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    return sorted(value) if isinstance(value, frozenset) else value
+def _as_json(value: object) -> object:
+    return sorted(cast("frozenset[str]", value)) if isinstance(value, frozenset) else value

@@ -16,7 +16,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -174,7 +174,7 @@ def drafter_spec(text: str) -> Spec[Drafter]:
 
 
 @contextlib.contextmanager
-def _errors_of(kind: PluginKind, name: str) -> Iterator[None]:
+def _errors_of(kind: PluginKind, name: str) -> Generator[None]:
     """Make what a plugin's own code raises while it is built an error that names the plugin."""
     try:
         yield
