@@ -316,3 +316,28 @@ def random_idefics3(folder: Path, *, model_type: str = "idefics3", splits: bool 
         (folder / "chat_template.jinja").write_text(IDEFICS_TEMPLATE)
         (folder / "processor_config.json").write_text('{"image_seq_len": 4, "processor_class": "SmolVLMProcessor"}')
     return folder
+
+
+def random_smolvlm(folder: Path, *, seed: int = 0) -> Path:
+    """As `random_idefics3`, of the other `model_type`."""
+    return random_idefics3(folder, model_type="smolvlm", seed=seed)
+
+
+def random_qwen2_vl(folder: Path, *, seed: int = 0) -> Path:
+    """As `random_qwen2_5_vl`, of the other `model_type`."""
+    return random_qwen2_5_vl(folder, model_type="qwen2_vl", seed=seed)
+
+
+def random_video_llava(folder: Path, *, seed: int = 0) -> Path:
+    """As `random_llava`, for a checkpoint that takes clips too."""
+    return random_llava(folder, video=True, seed=seed)
+
+
+CHECKPOINTS = {
+    "idefics3": random_idefics3,
+    "llava": random_video_llava,
+    "qwen2_5_vl": random_qwen2_5_vl,
+    "qwen2_vl": random_qwen2_vl,
+    "smolvlm": random_smolvlm,
+}
+"""`model_type` to what writes a small checkpoint of it. The contract tests need one for each encoder and family."""
