@@ -31,6 +31,7 @@ def compare(file: Path, reducer: tuple[str, ...], settings: dict[str, Any], **op
     """
     need("transformers", "batch")
     model = build_config(ModelConfig, settings, cache_bytes=0, prefix_caching=False, allow_paths=True)
-    from serve.compare.command import Comparison, run_compare
+    from serve.compare.command import run_compare
+    from serve.compare.run import Comparison
 
     run_compare(Comparison(path=file, reducers=reducer or DEFAULT_REDUCERS, model=model, **options))

@@ -13,7 +13,9 @@ import mm
 from mm.config import ModelConfig, SourcePolicy
 from mm.data.outputs import KeptMap
 from mm.errors import InvalidOption, InvalidRequest, UnknownPlugin
-from serve.compare.command import DIM, DROPPED, FRAME_SIDE_PX, GAP_PX, Comparison, overlay, run_compare
+from serve.compare.command import run_compare
+from serve.compare.overlay import DIM, DROPPED, FRAME_SIDE_PX, GAP_PX, overlay
+from serve.compare.run import Comparison
 from tests.helpers.clips import clip_bytes
 
 CONFIG = ModelConfig(
@@ -43,8 +45,8 @@ def compared(capsys: pytest.CaptureFixture[str], path: Path, *reducers: str, **o
 def test_a_picture_with_two_reducers(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reducers = ("uniform:keep_ratio=0.25", "fastv:keep_ratio=0.5,layer=2")
     shown = compared(capsys, picture, *reducers, out=tmp_path / "out")
-    told = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    rows = {row["reducer"]: row for row in told["rows"]}
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    rows = {row["reducer"]: row for row in result["rows"]}
     assert list(rows) == ["none", *reducers]
     none, uniform, fastv = rows.values()
     assert [row["tokens_in"] for row in rows.values()] == [256, 256, 256]
@@ -68,8 +70,8 @@ def test_a_picture_with_two_reducers(picture: Path, tmp_path: Path, capsys: pyte
 def test_a_clip_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(clip_bytes())
-    told = json.loads(compared(capsys, clip, "evs:keep_ratio=0.5", out=tmp_path, as_json=True))
-    none, evs = told["rows"]
+    result = json.loads(compared(capsys, clip, "evs:keep_ratio=0.5", out=tmp_path, as_json=True))
+    none, evs = result["rows"]
     assert (none["tokens_in"], none["kept_tokens"], evs["kept_tokens"]) == (256, 256, 128)
     with PIL.Image.open(evs["overlay"]) as sheet:
         assert sheet.width == 4 * FRAME_SIDE_PX + 3 * GAP_PX
