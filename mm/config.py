@@ -1,7 +1,7 @@
 """Settings of a model: what is loaded, how it computes, and what requests may ask. Frozen, and checked when made.
 
-Each setting is declared here once; `mm.settings` says what is made of the declaration. The settings of a server are in
-`serve.config`.
+Each setting is declared here once; see `mm.settings` for what is made of the declaration. The settings of a server are
+in `serve.config`.
 """
 
 from __future__ import annotations

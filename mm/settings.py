@@ -23,7 +23,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What a field says about itself; the arguments of `setting`."""
+    """The declaration of a setting; see `setting` for the fields."""
 
     help: str = ""
     min: float | None = None

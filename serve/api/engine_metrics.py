@@ -1,7 +1,7 @@
-"""The decoders' own figures in Prometheus form, summed over all of them.
+"""The statistics of all decoders in Prometheus form, summed.
 
-Every engine counts from its start. Its last known counts stay in the sums after it is gone, and one that took its place
-begins beside them: so no sum ever goes down. What an engine counted after it was last asked is lost with it.
+Every engine counts from its start. When an engine is replaced, its last known counts stay in the sums and those of the
+new one are added, so that no sum ever falls. What an engine counted after it was last read is lost with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from serve.runtime import DecoderLoad
 Figure = Callable[[EngineStats], float]
 
 GAUGES: tuple[tuple[str, str, Figure], ...] = (
-    ("mm:num_tokens_waiting", "Rows that answers in line still have to be given.", lambda s: s.num_waiting_tokens),
+    ("mm:num_tokens_waiting", "Tokens of waiting sequences that are not computed yet.", lambda s: s.num_waiting_tokens),
     ("mm:kv_cache_used_bytes", "KV blocks that requests hold.", lambda s: s.kv_used_bytes - s.kv_idle_bytes),
     ("mm:kv_cache_prefix_bytes", "KV blocks that the prefix cache holds.", lambda s: s.kv_prefix_bytes),
     ("mm:kv_cache_total_bytes", "Size of the KV caches.", lambda s: s.kv_total_bytes),
@@ -29,19 +29,19 @@ COUNTERS: tuple[tuple[str, str, Figure], ...] = (
     ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda s: s.prefix_queries),
     ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda s: s.prefix_hits),
     ("mm:engine_steps", "Passes through a decoder.", lambda s: s.num_steps),
-    ("mm:engine_step_seconds", "Seconds in passes.", lambda s: s.step_s),
-    ("mm:engine_model_seconds", "Seconds in the model's part of passes.", lambda s: s.model_s),
+    ("mm:engine_step_seconds", "Seconds in steps.", lambda s: s.step_s),
+    ("mm:engine_model_seconds", "Seconds in the model's part of steps.", lambda s: s.model_s),
     ("vllm:spec_decode_num_drafts", "Drafts verified.", lambda s: s.spec_decode.num_drafts),
     ("vllm:spec_decode_num_draft_tokens", "Drafted tokens verified.", lambda s: s.spec_decode.num_draft_tokens),
     ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens accepted.", lambda s: s.spec_decode.num_accepted_tokens),
-    ("mm:spec_decode_target_steps", "Times a pass gave an answer tokens.", lambda s: s.spec_decode.num_target_steps),
+    ("mm:spec_decode_target_steps", "Times a step gave a sequence tokens.", lambda s: s.spec_decode.num_target_steps),
     ("mm:spec_decode_emitted_tokens", "Tokens of these.", lambda s: s.spec_decode.num_emitted_tokens),
     ("mm:spec_decode_faults", "Calls of a drafter that failed.", lambda s: s.spec_decode.num_faults),
     ("mm:spec_decode_draft_seconds", "Seconds in drafters.", lambda s: s.spec_decode.draft_s),
-    ("mm:spec_decode_verify_seconds", "Seconds in passes with drafts.", lambda s: s.spec_decode.verify_s),
+    ("mm:spec_decode_verify_seconds", "Seconds in steps with drafts.", lambda s: s.spec_decode.verify_s),
 )
 HISTOGRAMS: tuple[tuple[str, str, Callable[[EngineStats], Histogram]], ...] = (
-    ("vllm:iteration_tokens_total", "Rows of a pass, those of prompts included.", lambda s: s.step_tokens),
+    ("vllm:iteration_tokens_total", "Tokens of a step, those of prompts included.", lambda s: s.step_tokens),
     ("vllm:inter_token_latency_seconds", "Between two tokens of an answer.", lambda s: s.inter_token_s),
 )
 
@@ -68,7 +68,9 @@ class EngineMetrics(Collector):
             yield counter
         yield self._accepted()
         yield self._gauge(
-            "mm:spec_decode_mean_acceptance_length", "Tokens per pass with a draft, the bonus included.", self._length
+            "mm:spec_decode_mean_acceptance_length",
+            "Tokens per step with a draft, the bonus token included.",
+            self._length,
         )
         for name, text, figure in HISTOGRAMS:
             histogram = HistogramMetricFamily(name, text, labels=["model_name"])

@@ -33,7 +33,7 @@ def json_fields(cls: type, wire_types: Mapping[str, Any] = MappingProxyType({}))
 
 
 def options_of(cls: type) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
-    """The fields of a dataclass with their types; those of dataclasses in it in their place."""
+    """The fields of a dataclass with their types; a nested dataclass is replaced by its own fields."""
     hints = get_type_hints(cls)
     for one in dataclasses.fields(cls):
         hint = _without_none(hints[one.name])
@@ -47,7 +47,7 @@ def options_of(cls: type) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
 
 
 NESTED = frozenset({"frames"})
-"""Fields whose own options JSON has beside the others."""
+"""Dataclasses whose fields are beside the others in JSON."""
 
 
 def _definition(annotation: Any, bounds: Bounds | None) -> FieldDefinition:
@@ -76,5 +76,5 @@ def _without_none(hint: Any) -> Any:
 
 
 def _json_type(hint: Any) -> Any:
-    """What JSON has in place of a Python type: a list for a tuple of equal items."""
+    """The JSON type of a Python type: a list for a tuple."""
     return list[get_args(hint)[0]] if get_origin(hint) is tuple else hint

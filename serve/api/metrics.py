@@ -20,7 +20,7 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.4, 
 
 
 class Metrics:
-    """What one ingress has seen."""
+    """The metrics of one ingress."""
 
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
@@ -28,7 +28,7 @@ class Metrics:
         self._engines = EngineMetrics(model)
         self.registry.register(self._engines)
         self.running = self._gauge("vllm:num_requests_running", "Requests being answered by a decoder.")
-        self.waiting = self._gauge("vllm:num_requests_waiting", "Requests waiting for their turn in a decoder.")
+        self.waiting = self._gauge("vllm:num_requests_waiting", "Requests waiting for a decoder.")
         self.in_flight = self._gauge(
             "mm:num_requests_in_flight", "Requests this ingress has accepted and not finished."
         )
@@ -43,7 +43,7 @@ class Metrics:
         )
         self.e2e = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.", SECONDS)
         self.tpot = self._histogram(
-            "vllm:request_time_per_output_token_seconds", "Decode seconds per token behind the first.", TOKEN_SECONDS
+            "vllm:request_time_per_output_token_seconds", "Decode seconds per token after the first.", TOKEN_SECONDS
         )
         self.queue = self._histogram("vllm:request_queue_time_seconds", "Waiting for the decoder.", STAGE_SECONDS)
         self.prefill = self._histogram("vllm:request_prefill_time_seconds", "Prefill.", STAGE_SECONDS)
@@ -59,7 +59,7 @@ class Metrics:
         self.visual_in = self._counter("mm:visual_tokens_in", "Visual tokens before reduction.", "kind", "reducer")
         self.visual_kept = self._counter("mm:visual_tokens_kept", "Visual tokens after reduction.", "kind", "reducer")
         self.reducer_faults = self._counter(
-            "mm:reducer_faults", "Answers in which a reducer failed and its tokens were kept whole.", "reducer"
+            "mm:reducer_faults", "Answers in which a reducer failed and all its tokens were kept.", "reducer"
         )
         self.media_bytes = self._counter("mm:media_bytes", "Encoded media received.", "kind")
         self.failures = self._counter("mm:request_failures", "Requests answered with an error.", "status", "code")
@@ -120,7 +120,7 @@ class Metrics:
         self.failures.labels(self._model, str(status), code).inc()
 
     def exposition(self, load: DecoderLoad | None) -> bytes:
-        """The text of `GET /metrics`; `load` is None when the decoders did not say."""
+        """The text of `GET /metrics`; `load` is None when the decoders did not report it."""
         if load is not None:
             self.running.labels(self._model).set(load.num_running)
             self.waiting.labels(self._model).set(load.num_waiting)

@@ -150,8 +150,8 @@ def _column(table: pyarrow.Table, name: str, path: Path) -> list[Any]:
     try:
         return column.cast(target).to_pylist()
     except pyarrow.ArrowException as error:
-        told = f"{path}: the column {name!r} is of type {column.type}, not {target}"
-        raise EvaluationError(f"{told} ({_first_line(error)})") from None
+        problem = f"{path}: the column {name!r} is of type {column.type}, not {target}"
+        raise EvaluationError(f"{problem} ({_first_line(error)})") from None
 
 
 def _shared(column: pyarrow.ChunkedArray, path: Path) -> list[bytes | None]:

@@ -1,4 +1,4 @@
-"""Answers from a model in this process, through the same engine that serves."""
+"""Answers from a model in this process, by the engine that also serves."""
 
 from __future__ import annotations
 
@@ -62,4 +62,4 @@ class LocalBackend:
             )
 
     def close(self) -> None:
-        """Nothing is held that ends with this object."""
+        """Nothing has to be closed; the model is freed with this object."""

@@ -1,4 +1,4 @@
-"""What an evaluation shows: progress on stderr, tables in Markdown for stdout."""
+"""The output of an evaluation: progress on stderr, tables in Markdown on stdout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINE_INTERVAL_S = 20.0
 
 @contextlib.contextmanager
 def progress(total: int, *, quiet: bool = False) -> Iterator[Advance]:
-    """What to call after each answer: a bar on a terminal, a line now and then elsewhere."""
+    """A function to call after each answer: it moves a bar on a terminal, and writes lines elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -36,14 +36,14 @@ class _Lines:
 
     def __init__(self, total: int) -> None:
         self._total, self._done = total, 0
-        self._start_s = self._said_s = time.monotonic()
+        self._start_s = self._printed_s = time.monotonic()
 
     def __call__(self) -> None:
         self._done += 1
         now = time.monotonic()
-        if now - self._said_s < LINE_INTERVAL_S:
+        if now - self._printed_s < LINE_INTERVAL_S:
             return
-        self._said_s = now
+        self._printed_s = now
         left_s = (now - self._start_s) / self._done * (self._total - self._done)
         sys.stderr.write(f"{self._done} of {self._total} questions, about {left_s:.0f} s left\n")
         sys.stderr.flush()
@@ -63,7 +63,7 @@ def tables(result: Mapping[str, Any]) -> str:
 
 NOTE = (
     "Right answers with 95 % bootstrap intervals over media; swapped: the same questions about another item's medium, "
-    "which is what does not come from seeing."
+    "whose answers do not come from what the medium shows."
 )
 
 

@@ -22,7 +22,7 @@ FORMAT = 1
 """Of the result; raised when a field changes its meaning."""
 
 CROWDED = 3
-"""From so many objects on a question has to tell several apart."""
+"""With this many objects or more, a question has to distinguish several."""
 
 Advance = Callable[[], None]
 
@@ -55,7 +55,7 @@ class Column:
 
 
 def num_questions(items: Sequence[Item], reducers: Sequence[str | None], *, control: bool = True) -> int:
-    """How many questions an evaluation will ask."""
+    """The number of questions that an evaluation asks."""
     return len(reducers) * (len(items) + control * sum(item.swap_id is not None for item in items))
 
 

@@ -3,11 +3,11 @@
 exact     The answer equals the right one (or an accepted one) after `plain`: compatibility forms of Unicode made one
           (NFKC), white space collapsed, quotation marks around the whole and final . and ! dropped, case ignored.
 verbatim  As exact, but case counts: for characters read from a picture.
-content   The answer says the same as the right one, whatever the sentences around it (`content`): the same objects
+content   The answer states the same as the right one, in any sentences (`content`): the same objects
           with the same attributes and places, the same texts, the same events, in the same order. Nothing missing and
-          nothing more. Words that are none of these are not looked at.
+          nothing more. All other words are ignored.
 
-What `content` sees, sentence by sentence:
+What `content` reads, sentence by sentence:
 
 - an *object*: a shape, with the size and colors named since the object before it. Synonyms are one (big = large);
 - a *text*: characters in quotation marks, or a number, or two and more capitals and digits, letter by letter, with the
@@ -31,7 +31,7 @@ QUOTES = "\"'`“”‘’«»"
 
 
 def plain(text: str, *, keep_case: bool = False) -> str:
-    """`text` without what does not change an answer; see the module docstring."""
+    """`text` without the differences that do not count; see the module docstring."""
     text = " ".join(unicodedata.normalize("NFKC", text).split())
     text = text.rstrip(".! ").strip(QUOTES).rstrip(".! ")
     return text if keep_case else text.casefold()
@@ -40,11 +40,11 @@ def plain(text: str, *, keep_case: bool = False) -> str:
 def is_right(answer: str, right: Iterable[str], scoring: Scoring) -> bool:
     """Whether `answer` counts as one of the `right` ones."""
     if scoring == "content":
-        said = content(answer)
-        return bool(said) and any(said == content(text) for text in right)
+        found = content(answer)
+        return bool(found) and any(found == content(text) for text in right)
     keep_case = scoring == "verbatim"
-    said = plain(answer, keep_case=keep_case)
-    return any(said == plain(text, keep_case=keep_case) for text in right)
+    given = plain(answer, keep_case=keep_case)
+    return any(given == plain(text, keep_case=keep_case) for text in right)
 
 
 # ── content ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -85,7 +85,7 @@ VERBS = {
     "shrink": ("shrink", "shrinks", "shrank", "shrinking"),
 }
 DETAILS = {"move": DIRECTIONS, "turn": (*COLORS, *SHAPES)}
-"""What may be said after a verb."""
+"""Words that may follow a verb."""
 
 VERB_OF = {form: verb for verb, forms in VERBS.items() for form in forms}
 PHRASES = {"shows up": "appears", "goes away": "disappears", "goes": "moves"}  # tried in this order
@@ -96,7 +96,7 @@ TOKEN = re.compile(r"[\"“«]([^\"“”«»]*)[\"”»]|\b([A-Z0-9]{2,}|\d+)\b
 
 @dataclass
 class _Fact:
-    """Something said: an object or a text, where it is, what happens to it."""
+    """One statement: an object or a text, its place, and its events."""
 
     thing: str
     place: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ class _Fact:
 
 
 def content(text: str) -> tuple[str, ...]:
-    """What `text` says, in order: one line such as "small red star @ top left" per object, text or event."""
+    """The statements of `text`, in order: one line such as "small red star @ top left" per object, text or event."""
     facts: list[str] = []
     for sentence in _sentences(text):
         facts += _facts(sentence)
@@ -150,10 +150,10 @@ class _Reading:
 
     Attributes:
         attributes: Sizes and colors since the last thing.
-        place_ahead, verb_ahead: Said before the thing they belong to.
+        place_ahead, verb_ahead: Words that come before the thing they belong to.
         places_come_first: Whether the sentence began with a place; None before the first one.
         awaiting: The verb whose direction or new color may come next.
-        in_place: The word before was one of a place.
+        in_place: Whether the word before belongs to a place.
     """
 
     facts: list[_Fact] = field(default_factory=list)

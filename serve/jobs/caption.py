@@ -43,7 +43,7 @@ from serve.jobs.report import Report, Summary
 from serve.jobs.results import Journal, OutputFolder, discard, locked, open_output
 
 MAX_FAULTS_IN_A_ROW = 5
-"""So many items that fail through no fault of their own end the job: the next thousand would fail the same way."""
+"""The job ends after this many failures in a row that are not due to the items: further ones would fail as well."""
 
 Build = Callable[[CaptionJob], Captioner]
 
@@ -78,7 +78,7 @@ def _run(job: CaptionJob, build: Build, report: Report, stop: Stop) -> Summary:
     start = time.monotonic()
     found = find_items(job.inputs, job.patterns, exclude=str(job.out))
     items = found.items[: job.limit]
-    _tell_found(found, report)
+    _report_found(found, report)
     if not items:
         raise JobError("no images or clips were found in: " + ", ".join(job.inputs))
     settings = settings_of(job)
@@ -95,13 +95,13 @@ def _run(job: CaptionJob, build: Build, report: Report, stop: Stop) -> Summary:
                 output.begin(job.inputs, plan.drop)
                 run = _Run(job=job, captioner=captioner, output=output, report=report, summary=summary, stop=stop)
                 run.work(plan.pending)
-            _tell_failures(items, output.failures, summary, report)
+            _report_failures(items, output.failures, summary, report)
     summary.elapsed_s = round(time.monotonic() - start, 3)
     summary.exit_code = _exit_code(summary, stop)
     return summary
 
 
-def _tell_found(found: Found, report: Report) -> None:
+def _report_found(found: Found, report: Report) -> None:
     for problem in found.problems:
         report.warn(problem)
     if found.skipped:
@@ -127,7 +127,7 @@ def _exit_code(summary: Summary, stop: Stop) -> int:
     return 3 if summary.num_failures or summary.problems else 0
 
 
-def _tell_failures(items: list[Item], failures: Journal, summary: Summary, report: Report) -> None:
+def _report_failures(items: list[Item], failures: Journal, summary: Summary, report: Report) -> None:
     """List the failures of this run's items, those of earlier runs included."""
     if summary.num_failures:
         asked = {item.path for item in items}
@@ -154,7 +154,7 @@ class _Run:
         with contextlib.closing(loaded), self.report.progress(len(pending)):
             self._drain(loaded)
         if self._has_failed:
-            self.report.error(f"stopped: {MAX_FAULTS_IN_A_ROW} items in a row failed through no fault of their own")
+            self.report.error(f"stopped: {MAX_FAULTS_IN_A_ROW} items in a row failed, and not because of the items")
         elif self.stop and self.summary.num_remaining:
             self.report.warn(f"stopped with {self.summary.num_remaining} to go; run the same command again to go on")
 
@@ -162,9 +162,9 @@ class _Run:
         return load(item, self.job, self.captioner, self.output.captions.hash_to_path.__contains__)
 
     def _drain(self, loaded: Iterator[Loaded]) -> None:
-        """Begin items as they are loaded, `num_together` at most, and write each as it is done, in their order."""
+        """Begin items as they are loaded, `num_together` at a time, and write each when it is done, in order."""
         for one in loaded:
-            if self.stop:  # it may have come while this item was being loaded
+            if self.stop:  # it may have been set while this item was loaded
                 break
             self.begun.append(self._begin(one))
             self._write_done()
@@ -178,7 +178,7 @@ class _Run:
     def _begin(self, loaded: Loaded) -> Begun:
         known = loaded.content_hash in self.output.captions.hash_to_path
         under_way = any(begun.loaded.content_hash == loaded.content_hash for begun in self.begun)
-        # Without a hash it could not be read, and has failed.
+        # An item without a hash could not be read and has failed.
         return Begun(loaded=loaded) if known or under_way else begin(loaded, self.captioner)
 
     def _advance(self) -> bool:

@@ -1,7 +1,7 @@
 """One item's journey in a batch job: file -> bytes -> visual tokens -> caption -> record.
 
 `load` runs in one thread; `begin` and `complete` in another, between which the model answers many items together.
-None of them lets an item's fault through: it becomes a record with a fixed text, and the job goes on.
+An error of one item becomes a record with a fixed text, and the job goes on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Answering(Protocol):
     def is_done(self) -> bool: ...
 
     def events(self) -> Iterator[Event]:
-        """All of them, waiting for those that are not there yet."""
+        """All events; waits for those that have not come yet."""
         ...
 
 
@@ -61,11 +61,11 @@ class Captioner(Protocol):
     def encode(self, request: Request, budget: MediaBudget) -> EncodedMedia: ...
 
     def answer(self, request: Request, encoded: EncodedMedia) -> Answering:
-        """Take an item; it is answered by and by, as `step` is called."""
+        """Begin to answer an item; each call of `step` continues it."""
         ...
 
     def step(self) -> bool:
-        """Get all items that were taken a little further. Whether there was anything to do."""
+        """Compute one step for all items that were begun. Returns whether there was anything to do."""
         ...
 
 
@@ -121,7 +121,7 @@ class Failure:
     """Why an item has no caption.
 
     Attributes:
-        is_fault: The item is not to blame: something is wrong with the model, a plugin or this machine.
+        is_fault: The cause is not the item but the model, a plugin or this machine.
     """
 
     step: Step
@@ -131,7 +131,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception, step: Step, path: str) -> Failure:
-        """Our errors speak for themselves; of others only the class is told, and the rest is logged."""
+        """Our errors have a text for the user. Of other errors only the class is named, and the traceback is logged."""
         is_fault = not isinstance(error, RequestError)
         if isinstance(error, MmError):
             return cls(step=step, code=error.code, reason=str(error), is_fault=is_fault)
@@ -175,9 +175,9 @@ def load(item: Item, job: CaptionJob, captioner: Captioner, is_known: Callable[[
     """Read and encode one item.
 
     Args:
-        is_known: Whether content of that hash has a caption already, so that encoding it is in vain.
+        is_known: Whether content of that hash has a caption already and need not be encoded.
     """
-    version = Version.of(item.path)  # before reading: a change in between shows as another version next time
+    version = Version.of(item.path)  # before reading, so that the next run notices a change in between
     step: Step = "load"
     try:
         start = time.perf_counter()
@@ -221,7 +221,7 @@ class Begun:
 
 
 def begin(loaded: Loaded, captioner: Captioner) -> Begun:
-    """Let the model begin with an item."""
+    """Begin to answer an item."""
     if loaded.request is None:
         return Begun(loaded=loaded)
     try:
@@ -239,7 +239,7 @@ def complete(begun: Begun, model: str, captioner: Captioner, equal: Mapping[str,
     loaded = begun.loaded
     if loaded.failure is None and equal is not None:
         return _shared(loaded, equal)
-    if begun.answering is None and loaded.failure is None:  # an equal item came to nothing
+    if begun.answering is None and loaded.failure is None:  # an equal item failed
         assert loaded.request is not None, "an item is only loaded without a request when an equal one has a caption"
         begun = begin(loaded, captioner)
     if begun.loaded.failure is not None:
@@ -261,7 +261,7 @@ def complete(begun: Begun, model: str, captioner: Captioner, equal: Mapping[str,
         "model": model,
         "reducer": result.reducer,
     }
-    # Only where there are some: with the policy `keep_all`, what a reducer did wrong while all its tokens were kept.
+    # Only if there are some: with the policy `keep_all`, the errors after which a reducer's tokens were all kept.
     return record | ({"reducer_faults": list(result.reducer_faults)} if result.reducer_faults else {})
 
 

@@ -1,4 +1,4 @@
-"""How a job's work moves: a thread that runs ahead, and an end that was asked for."""
+"""The flow of a job's work: a thread that loads ahead, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def prefetched(
     """`work(item)` for each item in order, computed in one other thread.
 
     At most `num_ahead` results wait beyond the one handed out, however many items there are. Closing the iterator drops
-    what waits and returns once the item in work is done.
+    the results that wait and returns when the item in work is done.
 
     Args:
-        meanwhile: Called again and again while the next result is not there, until it says that it has nothing to do.
+        meanwhile: Called repeatedly until the next result is there, or until it returns False.
     """
 
     def taken() -> R:
@@ -72,7 +72,7 @@ def stopping() -> Iterator[Stop]:
         if stop:
             raise KeyboardInterrupt
         stop.signal = number
-        # Not through a stream: the signal may have come in the middle of a write to it.
+        # Not through a stream, since the signal may have interrupted a write to it.
         os.write(2, b"\nfinishing what was begun; once more to stop at once\n")
 
     if threading.current_thread() is not threading.main_thread():

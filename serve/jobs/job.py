@@ -1,4 +1,4 @@
-"""What a caption job is asked to do, and which of it decides what its captions say."""
+"""The settings of a caption job, and which of them decide the text of its captions."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class CaptionJob:
         model: The model, its reducer, its frame sampling and its limits.
         max_tokens: Longest caption. Decoding is greedy, so a caption depends on nothing but the item and the settings.
         patterns: File names to take from folders, such as "*.png"; empty takes every image and clip.
-        limit: Only the first so many items found, finished ones included: running again adds none.
+        limit: Only this many of the items found, the first ones, finished ones included; running again adds none.
         retry_failed: Try items again that failed in an earlier run.
         restart: Discard the folder's earlier results.
-        quiet: No progress and no summary; errors and failed items are still told.
+        quiet: No progress and no summary; errors and failed items are still reported.
         as_json: One JSON line with the counts on stdout at the end.
         num_prefetch: Items that are loaded and encoded ahead of those being answered.
         num_together: Items that are answered at a time; a kill costs no more than these.

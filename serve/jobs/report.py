@@ -1,6 +1,6 @@
-"""What a job says while it runs and at its end, on stderr: a progress bar on a terminal, plain lines elsewhere.
+"""The messages of a job, on stderr: a progress bar on a terminal, plain lines elsewhere, and the counts at the end.
 
-rich decides about colours (and honours NO_COLOR). Results never pass here; they are in the output folder.
+rich decides about colours (and honours NO_COLOR). Results are written to the output folder, not here.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def shown(text: str) -> str:
 
 
 class Report:
-    """Speaks to a person, or to a log."""
+    """Writes the messages of a job."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet

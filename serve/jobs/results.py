@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 
 class Journal:
-    """One file of records, appended to. Keeps their places in memory, not their text.
+    """One file of records, appended to. Keeps their offsets in memory, not their text.
 
     Attributes:
         entries: By item path, in file order.
@@ -252,7 +252,9 @@ def read_settings(folder: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, TypeError, KeyError):
         settings = None
     if not isinstance(settings, dict):
-        raise JobError(f"{folder} holds result files, but no {JOB} that says how they were made; give another --out")
+        raise JobError(
+            f"{folder} holds result files, but no {JOB} with the settings that made them; give another --out"
+        )
     return settings
 
 

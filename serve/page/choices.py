@@ -1,4 +1,4 @@
-"""The reducers that the page offers, each with the options that its dataclass has, and what a choice is as text."""
+"""The reducers that the page offers, with their options, and the specification of a choice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_CHOICE = frozenset({"none", "pipeline"})
 
 DEFAULT_DRAFTER = "flash"
 SHOWN = 6
-"""Drafted tokens per pass on a page that offers all drafters."""
+"""Drafted tokens per step on a page that offers all drafters."""
 BUDGET = "keep_ratio"
 ENTRY = re.compile(r"^\s{4,8}(\w+(?:, \w+)*): (.*(?:\n\s{9,}\S.*)*)", re.MULTILINE)
 """One entry of a docstring's list of attributes, its continued lines included."""

@@ -29,7 +29,7 @@ class Handlers:
         self._client, self._samples, self._choices = client, tuple(samples), tuple(choices)
 
     def heading(self) -> tuple[str, Any]:
-        """The first line, with who is asked or why nobody can be; and the drafters to choose from, if there are any."""
+        """The first line, with the server or the reason why it cannot be reached, and the drafters to choose from."""
         try:
             offer = self._client.offer()
         except ServerProblem as problem:
@@ -39,7 +39,7 @@ class Handlers:
         return views.heading(views.server_line(offer.model, self._client.url)), chosen
 
     def show_upload(self, path: str | None, num_frames: float) -> tuple[Any, Any]:
-        """The picture, or the frames that will be looked at."""
+        """The picture, or the frames that the encoder gets."""
         if path is None:
             return gr.update(value="", visible=False), gr.update(visible=False)
         try:
@@ -55,7 +55,7 @@ class Handlers:
         return gr.update(value=views.plain_pictures(shown, title), visible=True), gr.update(visible=is_clip)
 
     def show_options(self, reducer: str) -> list[Any]:
-        """The inputs that the chosen reducer has a use for: its line, its budget, each reducer's group of options."""
+        """Show the inputs of the chosen reducer: its summary, its budget, its group of options."""
         choice = next((choice for choice in self._choices if choice.name == reducer), None)
         if choice is None:
             choice = ReducerChoice(name="", summary=WRITTEN_OUT)
@@ -68,7 +68,7 @@ class Handlers:
         return str(sample.path), sample.question
 
     def ask(self, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Both answers, each as soon as it is there."""
+        """Both answers, each as soon as it has come."""
         form = Form.of(values, self._choices)
         hidden, folded = gr.update(value="", visible=False), gr.update(visible=False)
         try:
@@ -115,7 +115,7 @@ class Handlers:
 
 
 def _required(form: Form) -> Upload:
-    """The upload, once everything is there that a question needs."""
+    """The upload, if the form has everything that a question needs."""
     if form.path is None:
         raise NotMedia("Choose an image or a clip first.")
     if not form.question.strip():

@@ -53,7 +53,7 @@ class DemoConfig:
         server: What is started without a `url`; its host and port are not used.
         host, port: Where the page is bound; port 0 takes a free one.
         samples: Folder with `samples.json`; without it the page offers no samples.
-        max_file_bytes: Largest upload. A server takes bodies of 32 MiB unless told otherwise, and base64 adds a third.
+        max_file_bytes: Largest upload. A server takes bodies of 32 MiB by default, and base64 adds a third.
         timeout_s: Longest wait for one answer.
     """
 
@@ -95,7 +95,7 @@ def run_demo(config: DemoConfig) -> None:
 
 @contextlib.contextmanager
 def demo_app(config: DemoConfig) -> Iterator[FastAPI]:
-    """The page as an application, and the server behind it while the context is open."""
+    """The page as an application. The server that it asks runs while the context is open."""
     try:
         from serve.page.page import build_page
     except ModuleNotFoundError as error:
@@ -154,7 +154,7 @@ def mounted(page: gr.Blocks, config: DemoConfig) -> FastAPI:
 
 
 class _Headers:
-    """Adds the security headers to every response. Plain ASGI, so that streams pass through untouched."""
+    """Adds the security headers to every response. Plain ASGI, so that streamed responses are not buffered."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -226,7 +226,7 @@ def _await_start(server: Any, thread: threading.Thread) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not server.started:
         if not thread.is_alive() or time.monotonic() > deadline:
-            raise InvalidOption("demo", "server", "did not start; the log says why")
+            raise InvalidOption("demo", "server", "did not start; see the log")
         time.sleep(0.01)
 
 

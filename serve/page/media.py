@@ -27,7 +27,7 @@ THUMBNAIL_SIDE_PX = 192
 
 
 class NotMedia(Exception):
-    """The file's name says that it is neither a picture nor a clip."""
+    """By its name, the file is neither a picture nor a clip."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ def kept_mask(item: KeptMap) -> np.ndarray:
 
 
 def has_layout(item: KeptMap) -> bool:
-    """Whether the grid says where its cells lie.
+    """Whether the cells of the grid have a known position in the picture.
 
-    A tower without a grid reports one row of all tokens; one that cuts an image into crops, a grid for each.
+    A tower without a grid reports all tokens in one row. A tower that cuts an image into crops reports one grid each.
     """
     t, h, w = item.grid
     return (h > 1 or w == 1) and (t == 1 or item.kind == "video")

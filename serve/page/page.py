@@ -22,7 +22,7 @@ def build_page(
 
     Args:
         client: The server that is asked.
-        samples: Ready-made questions; none leaves their row out.
+        samples: Ready-made questions; the gallery is left out if there are none.
         reducers: What to choose from; None takes those installed here.
     """
     choices = installed_reducers() if reducers is None else tuple(reducers)

@@ -1,4 +1,4 @@
-"""Fragments of HTML for what a reply says. Pure functions; every text from outside is escaped, never rendered."""
+"""Fragments of HTML that show a reply. Pure functions; every text from outside is escaped."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _drafting(reply: Reply) -> str:
     return (
         f'<p class="mm-note mm-drafting"><mark class="mm-drafted">Drafted and accepted</mark>: {drafted:,} of '
         f"{reply.num_completion_tokens:,} tokens. Mean accepted length <b>{reply.mean_acceptance_length:.2f}</b> "
-        "tokens per drafted pass, the pass's own included.</p>"
+        "tokens per step with a draft, the step's own included.</p>"
     )
 
 
@@ -109,7 +109,7 @@ def _meter(reply: Reply) -> str:
 
 
 def stages_of(reply: Reply) -> list[tuple[str, float]]:
-    """(stage, seconds) in the order a request meets them; a queue that nobody waited in is left out."""
+    """(stage, seconds) in the order a request meets them; a queue without waiting is left out."""
     known = [stage for stage in STAGES if stage in reply.timings_s]
     unknown = [stage for stage in reply.timings_s if stage not in STAGES]
     times = [(stage, reply.timings_s[stage]) for stage in (*known, *unknown)]
@@ -158,7 +158,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def comparison(full: Reply, reduced: Reply) -> str:
-    """One line that says what the reduction changed."""
+    """One line with what the reduction changed."""
     facts = []
     if full.num_visual_tokens_kept and reduced.num_visual_tokens_kept:
         facts.append(f"Visual tokens <b>{full.num_visual_tokens_kept:,} → {reduced.num_visual_tokens_kept:,}</b>")

@@ -54,16 +54,16 @@ class Tuning:
         if self.search == "sigmoid" and self.budget is None:
             raise InvalidOption("tune", "budget", "is missing; give the share of FLOPs to spend, such as --budget 0.5")
         if self.search == "sigmoid" and not all(map(find_spec, ("sklearn", "scipy"))):
-            told = "was sigmoid, which needs scikit-learn: pip install 'mm-serving[tune]', or take --search greedy"
-            raise InvalidOption("tune", "search", told)
+            problem = "was sigmoid, which needs scikit-learn: pip install 'mm-serving[tune]', or take --search greedy"
+            raise InvalidOption("tune", "search", problem)
         if self.search == "greedy" and self.budget is not None:
-            raise InvalidOption("tune", "budget", "is not for the greedy search, which spends as little as it can")
+            raise InvalidOption("tune", "budget", "cannot go with the greedy search, which spends as little as it can")
         if not 0 <= self.tolerance < 1:
             raise InvalidOption("tune", "tolerance", f"was {self.tolerance:g}; it has to be from 0 to below 1")
 
 
 def run_tuning(job: Tuning) -> None:
-    """Search, write the reducer's file and say what was found. A search that was stopped goes on where it was.
+    """Search, write the reducer's file and print the result. A search that was stopped continues.
 
     Raises:
         MmError: Names what was given and what to do.

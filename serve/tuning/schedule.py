@@ -1,4 +1,4 @@
-"""A schedule: which share of the visual tokens each decoder layer sees. What it costs, and its text as a reducer."""
+"""A schedule: the share of the visual tokens that each decoder layer gets, its cost, and its specification."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Shape:
     Attributes:
         width, inner_width: Of the residual stream and of the gated MLP.
         query_width, key_width: Of all query heads and of all key heads.
-        num_visual, num_text: Rows of the prompts, on average.
+        num_visual, num_text: Tokens of a prompt, on average.
     """
 
     num_layers: int
@@ -47,10 +47,10 @@ class Shape:
 
     def layer_flops(self, keep_ratio: float) -> float:
         """FLOPs of one layer's prefill: projections, scores and sums of attention, and the MLP's three products."""
-        rows = self.num_text + self.num_visual * keep_ratio
-        projections = 2 * rows * self.width * (self.query_width + self.key_width)
-        attention = 2 * rows**2 * self.query_width
-        return 2 * (projections + attention + 3 * rows * self.width * self.inner_width)
+        tokens = self.num_text + self.num_visual * keep_ratio
+        projections = 2 * tokens * self.width * (self.query_width + self.key_width)
+        attention = 2 * tokens**2 * self.query_width
+        return 2 * (projections + attention + 3 * tokens * self.width * self.inner_width)
 
     def flop_share(self, schedule: Sequence[float]) -> float:
         """FLOPs of a prefill by the schedule / FLOPs with every token in every layer."""
@@ -58,16 +58,16 @@ class Shape:
 
 
 def spec_of(schedule: Sequence[float]) -> str:
-    """The reducer that carries the schedule out; only layers in which tokens go are named."""
-    places = [at for at in range(1, len(schedule)) if schedule[at] < schedule[at - 1]]
-    if not places:
+    """The reducer that applies the schedule; it names only the layers that drop tokens."""
+    layers = [at for at in range(1, len(schedule)) if schedule[at] < schedule[at - 1]]
+    if not layers:
         return "none"
-    ratios = ",".join(f"{schedule[layer]:g}" for layer in places)
-    return f"scheduled:at_layers=[{','.join(map(str, places))}],keep_ratios=[{ratios}]"
+    ratios = ",".join(f"{schedule[layer]:g}" for layer in layers)
+    return f"scheduled:at_layers=[{','.join(map(str, layers))}],keep_ratios=[{ratios}]"
 
 
 def written(ratio: float) -> float:
-    """The ratio in as many decimals as are written, at least one step. Rounded down, but for the last tenth of a step:
-    what is all but 1 is 1.
+    """The ratio in the decimals of a specification, at least one step. It is rounded down, except within the last tenth
+    of a step, so that a ratio just below 1 becomes 1.
     """
     return max(STEP, round(math.floor(ratio / STEP + 0.1) * STEP, 4))

@@ -103,10 +103,10 @@ def search(shape: Shape, budget: float, num_trials: int, score: Callable[[Schedu
     tried: dict[Schedule, float] = {}
     while len(tried) < min(num_trials, len(candidates)):
         left = [schedule for schedule in candidates if schedule not in tried]
-        place = 0
+        chosen = 0
         if len(tried) >= len(first) + NUM_FIRST:
-            place = _most_promising(tried, left)
-        tried[left[place]] = score(left[place])
+            chosen = _most_promising(tried, left)
+        tried[left[chosen]] = score(left[chosen])
     means, _ = _predicted(tried, list(tried))
     return list(tried)[int(np.argmax(means))]
 

@@ -1,4 +1,4 @@
-"""What schedules score: right answers to a test set, remembered on disk, so that a stopped search goes on."""
+"""The scores of schedules: right answers to a test set, kept on disk so that a stopped search continues."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Trial:
 
     Attributes:
         num_right: Items answered right.
-        num_visual, num_text: Rows of the prompts on average, visual ones before any were dropped.
+        num_visual, num_text: Tokens of a prompt on average; visual ones before any are dropped.
     """
 
     reducer: str
@@ -30,7 +30,7 @@ class Trial:
 
 
 class Journal:
-    """Trials of one search in a file, one JSON line each; the first line says what they are about.
+    """Trials of one search in a file, one JSON line each; the first line has the settings that they share.
 
     Raises:
         EvaluationError: The file cannot be used, or is about something else.
@@ -71,7 +71,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 class Trials:
-    """Asks a model and remembers what came out.
+    """Asks a model and keeps the results.
 
     Args:
         advance: Called after every answer.
@@ -92,7 +92,7 @@ class Trials:
         self._num_frames = num_frames
 
     def trial(self, reducer: str) -> Trial:
-        """Asks all items, unless that was done before.
+        """Ask all items, unless the journal has the result.
 
         Raises:
             MmError: An item cannot be asked.

@@ -1,4 +1,4 @@
-"""A fake engine behind the real HTTP layer: scripted text, real threads, real cancellation."""
+"""A fake engine under the real HTTP layer: scripted text, real threads, real cancellation."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ async def test_head_is_answered_like_get(client, path) -> None:
     assert (await client.head(path)).status_code == (await client.get(path)).status_code == 200
 
 
-async def test_terminal_chat_clients_are_told_that_the_model_is_ready(client) -> None:
+async def test_terminal_chat_clients_are_reported_that_the_model_is_ready(client) -> None:
     response = await client.post("/load_model", json={"model": "tiny"})
     assert json.loads(events_of(response.text)[0]) == {"status": "ready", "model": "tiny", "cached": True}
     assert (await client.post("/load_model", json={"model": "other"})).status_code == 404

@@ -205,8 +205,8 @@ async def test_python_takes_the_same_options(model) -> None:
         "?", max_new_tokens=100, temperature=1, seed=1, n=2, response_format=schema_format(schema), logprobs=True
     )
     assert all(json.loads(text)["n"] in (1, 2) for text in answer.texts)
-    assert [len(told) for told in answer.logprobs] == [len(ids) for ids in answer.token_ids]
-    assert [[t.token_id for t in told] for told in answer.logprobs] == [list(ids) for ids in answer.token_ids]
+    assert [len(reported) for reported in answer.logprobs] == [len(ids) for ids in answer.token_ids]
+    assert [[t.token_id for t in reported] for reported in answer.logprobs] == [list(ids) for ids in answer.token_ids]
     assert model.generate("?", max_new_tokens=2).logprobs == ()
     with pytest.raises(InvalidRequest, match=r"top_k was 1\.5"):
         model.generate("?", top_k=1.5)

@@ -87,23 +87,23 @@ async def test_a_drafter_changes_nothing_of_an_answer(drafting, describe, sampli
 async def test_it_says_which_text_was_drafted(drafting, describe) -> None:
     body = describe(speculation={"return_accepted": True}, temperature=1, n=2)
     whole, chunks = await asyncio.gather(posted(drafting, body), streamed(drafting, body))
-    told, last = whole["speculation"], chunks[-1]["speculation"]
-    assert set(told) == {"drafts", "mean_acceptance_length", "pieces"}
-    for choice, runs in zip(whole["choices"], told["pieces"], strict=True):
+    reported, last = whole["speculation"], chunks[-1]["speculation"]
+    assert set(reported) == {"drafts", "mean_acceptance_length", "pieces"}
+    for choice, runs in zip(whole["choices"], reported["pieces"], strict=True):
         assert "".join(run["text"] for run in runs) == choice["message"]["content"]
         kinds = [run["accepted_tokens"] == run["tokens"] for run in runs]
         assert kinds == [run["accepted_tokens"] > 0 for run in runs], "a run of both kinds"
         assert all(a != b for a, b in itertools.pairwise(kinds)), "two runs of one kind side by side"
-    runs = [run for runs in told["pieces"] for run in runs]
+    runs = [run for runs in reported["pieces"] for run in runs]
     accepted, rejected = drafted(whole)
     assert sum(run["tokens"] for run in runs) == whole["usage"]["completion_tokens"]
     assert sum(run["accepted_tokens"] for run in runs) == accepted > 0
-    assert told["mean_acceptance_length"] == pytest.approx(1 + accepted / told["drafts"], abs=1e-4)
-    assert told["drafts"] <= accepted + rejected
+    assert reported["mean_acceptance_length"] == pytest.approx(1 + accepted / reported["drafts"], abs=1e-4)
+    assert reported["drafts"] <= accepted + rejected
     # the same, piece by piece
-    assert last == {name: told[name] for name in ("drafts", "mean_acceptance_length")}
+    assert last == {name: reported[name] for name in ("drafts", "mean_acceptance_length")}
     assert drafted(chunks[-1]) == (accepted, rejected)
-    for choice, runs in enumerate(told["pieces"]):
+    for choice, runs in enumerate(reported["pieces"]):
         own = [c for c in chunks if c["choices"] and c["choices"][0]["index"] == choice and "speculation" in c]
         tokens = [token for run in runs for token in [run["accepted_tokens"] > 0] * run["tokens"]]
         assert [bool(chunk["speculation"]["accepted_tokens"]) for chunk in own] == tokens
@@ -114,9 +114,9 @@ async def test_it_says_which_text_was_drafted(drafting, describe) -> None:
 async def test_who_does_not_ask_is_not_told(drafting, describe) -> None:
     assert "speculation" not in await posted(drafting, describe(max_tokens=4))
     assert not any("speculation" in chunk for chunk in await streamed(drafting, describe(max_tokens=4)))
-    told = await posted(drafting, describe(speculation={"drafter": "none", "return_accepted": True}, max_tokens=4))
-    assert told["speculation"]["mean_acceptance_length"] is None
-    assert [[run["accepted_tokens"] for run in runs] for runs in told["speculation"]["pieces"]] == [[0]]
+    reported = await posted(drafting, describe(speculation={"drafter": "none", "return_accepted": True}, max_tokens=4))
+    assert reported["speculation"]["mean_acceptance_length"] is None
+    assert [[run["accepted_tokens"] for run in runs] for runs in reported["speculation"]["pieces"]] == [[0]]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,4 +1,4 @@
-"""`mm serve` on Ray ends when it is told to, and leaves no process behind."""
+"""`mm serve` on Ray ends on a signal and leaves no process behind."""
 
 from __future__ import annotations
 

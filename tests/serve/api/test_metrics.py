@@ -1,4 +1,4 @@
-"""Names that dashboards read, and that the numbers behind them are the request's."""
+"""Metrics have the names that dashboards read and the numbers of the requests."""
 
 from __future__ import annotations
 

@@ -61,12 +61,12 @@ def test_plugins_lists_all_that_is_registered(monkeypatch, capsys):
         (["demo", "--url", "localhost"], "http://"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_here(monkeypatch, *arguments) == 1
-    told = capsys.readouterr().err.splitlines()
-    assert message in "\n".join(told)
-    assert not any("Traceback" in line for line in told)
+    reported = capsys.readouterr().err.splitlines()
+    assert message in "\n".join(reported)
+    assert not any("Traceback" in line for line in reported)
 
 
 def run_here(monkeypatch, *arguments: str) -> int:
@@ -78,7 +78,7 @@ def run_here(monkeypatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_a_taken_port_is_told_before_anything_is_loaded(monkeypatch, capsys):
+def test_a_taken_port_is_reported_before_anything_is_loaded(monkeypatch, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

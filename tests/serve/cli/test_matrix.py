@@ -63,7 +63,7 @@ def test_a_family_that_lacks_something_is_refused_by_what_it_lacks(monkeypatch: 
     assert "visionzip with llava: lacks attention_received, tower_keys" in matrix_table(list(found.values()))
 
 
-def test_one_that_cannot_be_built_is_told_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_cannot_be_built_is_reported_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(name: str) -> ReducerSpec:
         if name == "divprune":
             raise PluginError("it needs a package")

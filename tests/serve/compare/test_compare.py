@@ -94,7 +94,7 @@ def test_nothing_is_written_without_a_folder(
         ("picture.png", "divprune:keep_ratio=2", InvalidOption, "keep_ratio"),
     ],
 )
-def test_mistakes_are_told_before_the_model_is_loaded(
+def test_mistakes_are_reported_before_the_model_is_loaded(
     name: str, reducer: str, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "notes.txt").write_text("text")

@@ -22,8 +22,8 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["mm", "eval", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             app_module.main()
-        told = capsys.readouterr()
-        return int(ended.value.code or 0), told.out, told.err
+        reported = capsys.readouterr()
+        return int(ended.value.code or 0), reported.out, reported.err
 
     return call
 
@@ -75,22 +75,22 @@ def test_the_table_is_all_there_is_on_stdout(run, file):
         (["--url", "http://127.0.0.1:9"], "no server can be reached"),
     ],
 )
-def test_mistakes_are_told_in_one_line(run, file, tmp_path, monkeypatch, arguments, message):
+def test_mistakes_are_reported_in_one_line(run, file, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    code, table, told = run("--data", file, *arguments)
+    code, table, reported = run("--data", file, *arguments)
     assert code == 1
     assert table == ""
-    assert message in told
-    assert len(told.splitlines()) == 1
+    assert message in reported
+    assert len(reported.splitlines()) == 1
 
 
 def test_a_medium_that_is_none_is_named_by_its_item(run, tmp_path, items):
     damaged = [dataclasses.replace(item, media=item.media[:40]) for item in items if item.task == "color"]
     write_test_set(tmp_path / "set.parquet", damaged)
-    code, table, told = run("--data", tmp_path / "set.parquet", "--quiet", "--threads", 1)
+    code, table, reported = run("--data", tmp_path / "set.parquet", "--quiet", "--threads", 1)
     assert (code, table) == (1, "")
-    assert told.startswith("mm: at item 'color-0': ")
-    assert len(told.splitlines()) == 1
+    assert reported.startswith("mm: at item 'color-0': ")
+    assert len(reported.splitlines()) == 1
 
 
 @pytest.mark.usefixtures("fake")

@@ -77,7 +77,7 @@ def test_the_path_may_be_left_out(url):
     assert server.paths == ["http://host:1/v1/models"]
 
 
-def test_a_server_of_ours_is_told_frames_and_reducer_and_counts_tokens():
+def test_a_server_of_ours_is_reported_frames_and_reducer_and_counts_tokens():
     server = Server(owner="mm")
     (image, _) = reach(server, num_frames=12).answers([IMAGE, CLIP], "divprune:keep_ratio=0.25")
     assert (image.num_visual_tokens_in, image.num_visual_tokens_kept) == (256, 64)
@@ -126,7 +126,7 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names():
         (httpx.Response(200, text="hello"), "status 200, without a message"),
     ],
 )
-def test_a_refusal_is_told_in_the_servers_words(response, message):
+def test_a_refusal_is_reported_in_the_servers_words(response, message):
     with pytest.raises(ServerRefuses, match=message):
         list(reach(Server(answer=lambda number: response)).answers([IMAGE], None))
 

@@ -129,11 +129,11 @@ def test_every_part_of_a_generated_answer_is_seen(seed):
     for text in scene.texts:
         assert sum(f'"{text.string}"' in fact for fact in caption) == 1
     clip = sample_clip(HELD_OUT + seed)
-    told = content(data.ClipAsker(clip, rng).ask("happens").answer)
+    reported = content(data.ClipAsker(clip, rng).ask("happens").answer)
     things = [clip.things[event.thing].name for event in clip.events if event.kind != "text"]
     texts = 2 * sum(event.kind == "text" for event in clip.events)  # from one to another
-    assert len(told) == len(things) + texts
+    assert len(reported) == len(things) + texts
     for event in clip.events:
         if event.kind != "text":
-            fact = next(fact for fact in told if clip.things[event.thing].name in fact)
+            fact = next(fact for fact in reported if clip.things[event.thing].name in fact)
             assert fact.split(" | ")[1].split()[-1] in (event.detail.removesuffix("s"), event.detail, event.kind)

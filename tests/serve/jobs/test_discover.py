@@ -84,7 +84,7 @@ def test_inputs_that_lead_nowhere_are_told(tmp_path: Path):
     assert [problem.split(str(tmp_path))[0] for problem in found.problems] == ["", "nothing matches "]
 
 
-def test_an_unreadable_folder_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unreadable_folder_is_reported_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     touch(tmp_path, "a/x.png", "locked/y.png", "z/z.png")
     scandir = os.scandir
 

@@ -62,15 +62,15 @@ def test_a_reducer_at_fault_fails_the_item_or_keeps_its_tokens(tmp_path: Path, m
         shutil.copy(SAMPLES / "many_shapes.png", tmp_path / name)
     model = ModelConfig(reducer="fastv", reducers=ReducerPolicy(on_error=on_error))
     job = CaptionJob(inputs=(str(tmp_path),), out=tmp_path / "out", model=model, max_tokens=4, as_json=True)
-    told = "FastV: failed at layer 2: RuntimeError"
+    reported = "FastV: failed at layer 2: RuntimeError"
     if on_error == "fail":
         assert run_caption(job) == 3
         failures = read_lines(job.out / "failures.jsonl")
-        assert [(line["code"], line["reason"]) for line in failures] == [("reducer_fault", told)] * 2
+        assert [(line["code"], line["reason"]) for line in failures] == [("reducer_fault", reported)] * 2
         return
     assert run_caption(job) == 0
     lines = read_lines(job.out / "captions.jsonl")
-    assert [line["reducer_faults"] for line in lines] == [[told]] * 2
+    assert [line["reducer_faults"] for line in lines] == [[reported]] * 2
     assert lines[0]["num_visual_tokens_kept"] == lines[0]["num_visual_tokens_in"] == 256
     said = capsys.readouterr()
     assert json.loads(said.out)["num_reducer_faults"] == 2

@@ -158,9 +158,9 @@ def test_drafted_text_has_a_colour_and_the_answer_is_the_same_without(open_page:
     assert marked.count() > 0
     colour = "e => getComputedStyle(e).backgroundColor"
     assert marked.first.evaluate(colour) != answer.evaluate(colour)
-    told = page.inner_text("#mm-full .mm-drafting")
-    found = re.search(r"(\d+) of (\d+) tokens. Mean accepted length (\d+\.\d+)", told)
-    assert found, told
+    reported = page.inner_text("#mm-full .mm-drafting")
+    found = re.search(r"(\d+) of (\d+) tokens. Mean accepted length (\d+\.\d+)", reported)
+    assert found, reported
     assert 0 < int(found[1]) < int(found[2])
     assert 1 < float(found[3]) < 16
     text = page.inner_text("#mm-full .mm-answer")

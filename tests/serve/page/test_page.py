@@ -138,12 +138,12 @@ def test_the_servers_drafters_can_be_chosen(handlers: Handlers) -> None:
     assert (drafter["choices"], drafter["value"], drafter["visible"]) == (["echo", "none", "other"], "echo", True)
 
 
-def test_the_own_server_offers_the_models_drafters_unless_told_otherwise(tmp_path: Path) -> None:
+def test_the_own_server_offers_the_models_drafters_by_default(tmp_path: Path) -> None:
     own = DemoConfig().server.model.speculation
     assert own.drafter == "flash"
     assert {"eagle", "msd", "vispec", "specvlm", "flash", "copy", "recycle"} <= set(own.offered)
-    told = ModelConfig(speculation=SpeculationLimits(drafter="none", drafters=("copy",)))
-    assert with_drafters(told) == told
+    reported = ModelConfig(speculation=SpeculationLimits(drafter="none", drafters=("copy",)))
+    assert with_drafters(reported) == reported
     (tmp_path / "config.json").write_text("{}")
     bare = with_drafters(ModelConfig(model=str(tmp_path))).speculation
     assert (bare.drafter, bare.drafters) == ("copy + recycle", ("copy", "recycle", "copy + recycle"))

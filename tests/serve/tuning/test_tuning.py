@@ -148,11 +148,11 @@ def test_trials_of_other_weights_are_not_taken_for_these(tmp_path, monkeypatch):
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path):
-    for args, told in ((("--search", "greedy", "--budget", 0.5), "budget"), ((), "budget")):
+    for args, reported in ((("--search", "greedy", "--budget", 0.5), "budget"), ((), "budget")):
         result = run(*args, "--out", tmp_path / "x.json")
         assert result.exit_code != 0
         assert isinstance(result.exception, InvalidOption)
-        assert told in str(result.exception)
+        assert reported in str(result.exception)
 
 
 def test_what_the_search_needs_is_asked_for_before_anything_else(tmp_path, monkeypatch):
