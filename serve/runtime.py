@@ -6,10 +6,11 @@ Ray.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from mm.data.media import Kind
 from mm.data.outputs import Event
 from mm.data.request import Request
 from mm.data.tokens import EncodedMedia
@@ -46,6 +47,11 @@ class MediaHandle(Protocol):
         """Items that the encoder's cache held."""
         ...
 
+    @property
+    def media_bytes(self) -> Mapping[Kind, int]:
+        """Size of the encoded files, by kind."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
@@ -79,6 +85,10 @@ class Runtime(Protocol):
 
     async def encode(self, request: Request) -> MediaHandle:
         """Encode and reduce the request's media; also checks the reducer that it names."""
+        ...
+
+    async def collect(self, media: MediaHandle) -> EncodedMedia:
+        """The encoded media themselves, in this process."""
         ...
 
     def stream(self, request: Request, media: MediaHandle) -> AsyncGenerator[list[Event]]:
@@ -141,6 +151,10 @@ class LocalRuntime:
         if not needs_encoder(request):
             return EncodedMedia(reducer=self._info.default_reducer)
         return await self._encoder.encode(request)
+
+    async def collect(self, media: MediaHandle) -> EncodedMedia:
+        assert isinstance(media, EncodedMedia), "media of another runtime"
+        return media
 
     def stream(self, request: Request, media: MediaHandle) -> AsyncGenerator[list[Event]]:
         assert isinstance(media, EncodedMedia), "media of another runtime"

@@ -9,24 +9,30 @@ import asyncio
 import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Generic, TypeVar
 
 import torch
 
 from mm.build import build_encode_parts, build_engine
 from mm.data.request import Request
 from mm.data.tokens import EncodedMedia
-from mm.encode.pipeline import encode
+from mm.encode.pipeline import LoadedMedia, encode_loaded, load
 from mm.engine.loop import EngineLoop
-from mm.media import prepare_decoder
+from mm.media import is_remote, prepare_decoder
 from serve.config import ServeConfig
 from serve.runtime import LocalRuntime, default_reducer
 
+L = TypeVar("L")
+"""Loaded media, on their way from `load` to `encode`."""
 
-class EncoderStage:
+
+class EncoderStage(Generic[L]):
     """Encodes in threads.
 
     Args:
-        encode: The encoder's half of a request.
+        load: Fetches and decodes the media of a request.
+        encode: Runs the tower and the reducer on them.
         kinds: Kinds of media that it takes.
         workers: Requests that it works on at a time.
         num_threads: CPU threads of torch in each worker; None leaves torch's own choice.
@@ -34,14 +40,15 @@ class EncoderStage:
 
     def __init__(
         self,
-        encode: Callable[[Request], EncodedMedia],
+        load: Callable[[Request], L],
+        encode: Callable[[L], EncodedMedia],
         kinds: Iterable[str],
         *,
         workers: int = 2,
         num_threads: int | None = None,
     ) -> None:
         self.kinds = tuple(sorted(kinds))
-        self._encode = encode
+        self._load, self._encode = load, encode
         set_threads = None if num_threads is None else functools.partial(torch.set_num_threads, num_threads)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="encode", initializer=set_threads)
 
@@ -50,20 +57,26 @@ class EncoderStage:
 
         Cancelling drops a request that waits for a worker. What a running worker computes is cached.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, request)
+        run = asyncio.get_running_loop().run_in_executor
+        if any(is_remote(item) for item in request.media):
+            # A download may take seconds; it must not occupy a worker that could compute.
+            return await run(self._pool, self._encode, await asyncio.to_thread(self._load, request))
+        return await run(self._pool, lambda: self._encode(self._load(request)))
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def build_encoder_stage(config: ServeConfig) -> EncoderStage:
+def build_encoder_stage(config: ServeConfig) -> EncoderStage[LoadedMedia]:
     """Load tower and projector."""
     model = config.with_threads().model
-    parts = build_encode_parts(model)
+    # Over HTTP nobody may name a path of this machine, whatever the policy allows elsewhere.
+    parts = build_encode_parts(replace(model, sources=replace(model.sources, allow_paths=False)))
     if "video" in parts.encoder.kinds:
         prepare_decoder(model.video_decoder)  # a missing package is an error now, and the first clip need not wait
     return EncoderStage(
-        functools.partial(encode, parts=parts),
+        functools.partial(load, parts=parts),
+        functools.partial(encode_loaded, parts=parts),
         parts.encoder.kinds,
         workers=config.encode_workers,
         num_threads=model.num_threads,

@@ -151,6 +151,14 @@ class EncodedMedia:
         """Items that the feature cache held."""
         return sum(item.cache_hit for item in self.items)
 
+    @property
+    def media_bytes(self) -> Mapping[Kind, int]:
+        """Size of the encoded files, by kind."""
+        found: dict[Kind, int] = {}
+        for item in self.items:
+            found[item.tokens.kind] = found.get(item.tokens.kind, 0) + item.num_media_bytes
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:

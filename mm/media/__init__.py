@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mm.media.image import decode_image, image_from_array, image_from_pil
     from mm.media.limits import MediaBudget
     from mm.media.loading import decode, fetch_item
-    from mm.media.source import fetch
+    from mm.media.source import fetch, is_remote
     from mm.media.video import ChildPool, decode_video, prepare_decoder, video_from_array
 
 _HOMES = {
@@ -27,6 +27,7 @@ _HOMES = {
     "fetch_item": "loading",
     "image_from_array": "image",
     "image_from_pil": "image",
+    "is_remote": "source",
     "pixel_hash": "hashing",
     "prepare_decoder": "video",
     "video_from_array": "video",
@@ -43,6 +44,7 @@ __all__ = [
     "fetch_item",
     "image_from_array",
     "image_from_pil",
+    "is_remote",
     "pixel_hash",
     "prepare_decoder",
     "video_from_array",

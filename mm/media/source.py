@@ -13,11 +13,17 @@ import stat
 from pathlib import Path
 
 from mm.config import SourcePolicy
-from mm.data.media import Kind, MediaSource
+from mm.data.media import Kind, Media, MediaSource
 from mm.errors import MediaError
 from mm.media.limits import MediaBudget
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+def is_remote(item: Media) -> bool:
+    """Whether fetching the item is a download, which may take seconds."""
+    source = item.source if isinstance(item, MediaSource) else None
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
 def fetch(source: MediaSource, policy: SourcePolicy, budget: MediaBudget) -> bytes:
@@ -46,7 +52,7 @@ def _read(item: MediaSource, policy: SourcePolicy, budget: MediaBudget) -> bytes
         raise MediaError("bad_source", item.kind)
     if source[:5].lower() == "data:":
         return read_data_url(source, item.kind, budget)
-    if source[:7].lower() == "http://" or source[:8].lower() == "https://":
+    if is_remote(item):
         from mm.media.remote import download  # brings httpx, which most processes never need
 
         return download(source, item.kind, policy, budget)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from mm.data.outputs import Delta, Event, Summary
 from mm.data.request import Request
 from mm.errors import CapacityError, DeadlineExceeded
-from serve.api.body import read_json, with_media
+from serve.api.body import read_json
 from serve.api.errors import ErrorResponse, error_response
 from serve.api.metrics import Metrics
 from serve.api.parse import ChatCall, parse_chat
@@ -28,6 +28,8 @@ from serve.config import ServeConfig
 from serve.runtime import MediaHandle, Runtime
 
 T = TypeVar("T")
+Handle = Callable[[HttpRequest, str, contextlib.AsyncExitStack], Awaitable[Response]]
+"""Answers a request, given its id and what is closed when it is no longer in flight."""
 
 CLIENT_GONE = 499
 """Never sent, since the client is gone; only for the log."""
@@ -56,10 +58,14 @@ class Chat:
 
     async def answer(self, http: HttpRequest) -> Response:
         """The response, whole or streamed. An error is returned as a response too."""
+        return await self.respond(http, self._admit)
+
+    async def respond(self, http: HttpRequest, handle: Handle) -> Response:
+        """The response of `handle`, which counts as a request in flight, or its error as a response."""
         request_id = http.state.request_id
         try:
             async with self._admitted() as slot:
-                return await self._admit(http, request_id, slot)
+                return await handle(http, request_id, slot)
         except ClientDisconnect:
             self._metrics.cancelled.labels(self._config.names[0]).inc()
             return Response(status_code=CLIENT_GONE)
@@ -73,11 +79,11 @@ class Chat:
         meta = ResponseMeta(request_id=request_id, model=call.model, created=int(time.time()))
         headers = {"x-mm-ignored-fields": ", ".join(call.ignored)} if call.ignored else {}
         if call.stream:
-            first, rest = await _unless_gone(http, self._begin(call, arrived, deadline))
+            first, rest = await unless_gone(http, self._begin(call, arrived, deadline))
             slot.push_async_callback(rest.aclose)
             chunks = self._body(ChunkWriter(meta=meta, call=call), first, rest, request_id)
             return Stream(chunks, slot.pop_all(), headers=headers, sep="\n", send_timeout=self._config.send_timeout_s)
-        events = await _unless_gone(http, self._complete(call, arrived, deadline))
+        events = await unless_gone(http, self._complete(call, arrived, deadline))
         body = completion(
             meta,
             events,
@@ -109,15 +115,19 @@ class Chat:
         self._metrics.in_flight.labels(self._config.names[0]).dec()
 
     async def _prepared(self, call: ChatCall, deadline: float) -> tuple[Request, MediaHandle]:
-        request = await with_media(call.request, self._config.model.limits, self._config.model.sources)
-        self._metrics.requested(request)
+        self._metrics.requested(call.request)
+        media = await self.encode(call.request)
+        # The engine also ends the request by itself, should the cancellation not reach it.
+        return replace(call.request, timeout_s=max(0.0, deadline - asyncio.get_running_loop().time())), media
+
+    async def encode(self, request: Request) -> MediaHandle:
+        """The request's encoded media, counted in the metrics."""
         media = await self._runtime.encode(request)
         self._metrics.encoded(media)
-        # The engine also ends the request by itself, should the cancellation not reach it.
-        return replace(request, timeout_s=max(0.0, deadline - asyncio.get_running_loop().time())), media
+        return media
 
     async def _complete(self, call: ChatCall, arrived: float, deadline: float) -> list[Event]:
-        async with _until(deadline):
+        async with until(deadline):
             events = await self._runtime.complete(*await self._prepared(call, deadline))
         summary = summary_of(events)
         self._first_token(time.perf_counter() - arrived - summary.timings.decode_s)
@@ -139,14 +149,14 @@ class Chat:
         """The runtime's events, with deadline and metrics."""
         reasons: list[str] = []
         started = False
-        async with _until(deadline):
+        async with until(deadline):
             request, media = await self._prepared(call, deadline)
         # The runtime keeps the media until the first token, in case they have to be encoded again.
         events = self._runtime.stream(request, media)
         del request, media
         try:
             while True:
-                async with _until(deadline):
+                async with until(deadline):
                     batch = await anext(events, None)
                 if batch is None:
                     return
@@ -187,7 +197,12 @@ def _reasons(events: list[Event]) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def _until(deadline: float) -> AsyncIterator[None]:
+async def until(deadline: float) -> AsyncIterator[None]:
+    """Cancel what runs in the context at `deadline`, a time of the event loop.
+
+    Raises:
+        DeadlineExceeded: It was cancelled.
+    """
     try:
         async with asyncio.timeout_at(deadline):
             yield
@@ -195,7 +210,7 @@ async def _until(deadline: float) -> AsyncIterator[None]:
         raise DeadlineExceeded("the request took longer than this server allows") from None
 
 
-async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled if the client disconnects first.
 
     Raises:

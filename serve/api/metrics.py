@@ -78,13 +78,12 @@ class Metrics:
         self.params_n.labels(self._model).observe(request.sampling.n)
         if request.sampling.max_new_tokens is not None:
             self.params_max_tokens.labels(self._model).observe(request.sampling.max_new_tokens)
-        for item in request.media:
-            if isinstance(data := getattr(item, "source", None), bytes):
-                self.media_bytes.labels(self._model, item.kind).inc(len(data))
 
     def encoded(self, media: MediaHandle) -> None:
         self.cache_queries.labels(self._model).inc(media.num_items)
         self.cache_hits.labels(self._model).inc(media.num_cache_hits)
+        for kind, num_bytes in media.media_bytes.items():
+            self.media_bytes.labels(self._model, kind).inc(num_bytes)
 
     def finished(self, summary: Summary, reasons: list[str], elapsed_s: float) -> None:
         """Count an answered request."""

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI-compatible chat, models, health and metrics over any runtime."""
+"""The HTTP application: OpenAI-compatible chat, embeddings, models, health and metrics over any runtime."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from mm.errors import InvalidRequest, MmError, UnknownModel
 from serve.api.body import read_json
 from serve.api.chat import Chat, http_response
+from serve.api.embeddings import Embeddings, add_embeddings
 from serve.api.errors import error_response
 from serve.api.guard import Guard
 from serve.api.metrics import CONTENT_TYPE, Metrics
@@ -45,7 +46,9 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     app.add_exception_handler(MmError, _on_error)
     metrics = Metrics(config.names[0])
     app.state.metrics = metrics
-    _add_chat(app, Chat(runtime, config, metrics))
+    chat = Chat(runtime, config, metrics)
+    _add_chat(app, chat)
+    add_embeddings(app, Embeddings(chat, runtime, config))
     _add_models(app, runtime, config)
     _add_operations(app, runtime, metrics)
     return app

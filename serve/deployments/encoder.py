@@ -33,6 +33,7 @@ class Encoder:
             reducer=media.reducer,
             num_items=media.num_items,
             num_cache_hits=media.num_cache_hits,
+            media_bytes=media.media_bytes,
             num_bytes=num_bytes(items),
             inline=items,
         )

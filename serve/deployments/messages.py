@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from mm.data.media import Kind
 
 INLINE_BYTES = 1024 * 1024
 """Smaller media travel inside the message: a round trip to the object store costs more than copying them twice."""
@@ -17,6 +20,7 @@ class TransferredMedia:
         reducer: Canonical text of the reducer.
         num_items: Media items of the request.
         num_cache_hits: Items that the encoder's cache held.
+        media_bytes: Size of the encoded files, by kind.
         num_bytes: Size of all items together.
         inline: The packed items, when they travel inside the message; see `serve.deployments.transport`.
         reference: A tuple with the Ray object reference of the packed items otherwise. It is inside a tuple, so that
@@ -26,6 +30,7 @@ class TransferredMedia:
     reducer: str
     num_items: int = 0
     num_cache_hits: int = 0
+    media_bytes: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
     num_bytes: int = 0
     inline: list[Any] | None = None
     reference: tuple[Any] | None = None

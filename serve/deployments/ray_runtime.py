@@ -19,8 +19,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from mm.data.outputs import Event
 from mm.data.request import Request
+from mm.data.tokens import EncodedMedia
 from mm.errors import CapacityError
 from serve.deployments.messages import INLINE_BYTES, TransferredMedia
+from serve.deployments.transport import receive
 from serve.runtime import DecoderLoad, MediaHandle, ModelInfo, Unavailable, needs_encoder
 
 GONE = (
@@ -69,6 +71,10 @@ class RayRuntime:
             for kind in {item.kind for item in request.media}:
                 self._item_bytes[kind] = max(size, self._item_bytes.get(kind, 0))
         return media
+
+    async def collect(self, media: MediaHandle) -> EncodedMedia:
+        assert isinstance(media, TransferredMedia), "media of another runtime"
+        return await receive(media)
 
     def _encode_for(self, request: Request) -> Any:
         """The call that suits the size of the encoded media, which is estimated from earlier requests."""

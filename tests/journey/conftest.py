@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +17,13 @@ import httpx
 import PIL.Image
 import pytest
 
+from mm.config import MediaLimits, SourcePolicy
 from mm.data.outputs import Delta, Event, KeptMap, Summary, Timings, Usage
 from mm.data.request import Request
 from mm.data.tokens import Encoded, EncodedMedia
 from mm.engine.loop import EngineLoop
 from mm.errors import InvalidOption, UnknownPlugin
+from mm.media import MediaBudget, fetch_item
 from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.runtime import LocalRuntime
@@ -43,6 +45,12 @@ class FakeEngine:
     num_closed: int = 0
     num_tokens: int = 0
     gate: threading.Event | None = None
+    limits: MediaLimits = field(default_factory=MediaLimits)
+
+    def load(self, request: Request) -> Request:
+        """The request with its files, as the encoder would fetch them."""
+        budget = MediaBudget(self.limits)
+        return replace(request, media=tuple(fetch_item(item, SourcePolicy(), budget) for item in request.media))
 
     def encode(self, request: Request) -> EncodedMedia:
         self.requests.append(request)
@@ -53,7 +61,7 @@ class FakeEngine:
         if request.vision.keep_ratio is not None and request.vision.reducer is None:
             raise InvalidOption("none", "keep_ratio", "does not exist: this reducer has no such budget")
         reducer = request.vision.reducer or "none"
-        items = [SimpleNamespace(cache_hit=False) for _ in request.media]
+        items = [_encoded(item) for item in request.media]
         return EncodedMedia(items=tuple(items), reducer=reducer)  # type: ignore[arg-type]
 
     def answer(self, request: Request, encoded: Sequence[Encoded], reducer: str) -> Generator[Event]:
@@ -91,6 +99,10 @@ class FakeEngine:
         yield Summary(usage=usage, timings=Timings(prefill_s=0.25), kept=kept, reducer=reducer)
 
 
+def _encoded(file: Any) -> Any:
+    return SimpleNamespace(cache_hit=False, num_media_bytes=len(file.data), tokens=SimpleNamespace(kind=file.kind))
+
+
 @pytest.fixture
 def engine() -> FakeEngine:
     return FakeEngine()
@@ -100,7 +112,8 @@ def build(engine: FakeEngine, **options: Any) -> tuple[Any, LocalRuntime]:
     config = ServeConfig(**{"served_model_names": ("tiny", "alias/tiny")} | options)
     loop = EngineLoop(ScriptedEngine(engine.answer))  # type: ignore[arg-type]
     loop.start()
-    encoder = EncoderStage(engine.encode, ("image", "video"))
+    engine.limits = config.model.limits
+    encoder = EncoderStage(engine.load, engine.encode, ("image", "video"))
     runtime = LocalRuntime(encoder, loop, max_context_tokens=2048, default_reducer="none")
     return create_app(runtime, config), runtime
 

@@ -59,8 +59,8 @@ async def test_images_and_clips_reach_the_engine_as_bytes_in_order(client, engin
     assert response.status_code == 200
     media = engine.requests[0].media
     assert [item.kind for item in media] == ["image", "video", "image"]
-    assert all(isinstance(item.source, bytes) for item in media)
-    assert media[1].source == b"\0\0\0"
+    assert all(isinstance(item.data, bytes) for item in media)
+    assert media[1].data == b"\0\0\0"
     answer = response.json()
     assert answer["vision"]["visual_tokens_kept"] == 6
     assert answer["vision"]["items"][0] == {"kind": "image", "grid": [1, 3, 4], "kept": [0, 11]}

@@ -127,6 +127,18 @@ def test_features_too_large_for_a_message_travel_by_reference(ray_client) -> Non
     assert first.json()["choices"] == second.json()["choices"]
 
 
+@pytest.mark.parametrize("vision", [{}, {"reducer": "divprune", "keep_ratio": 0.25}])
+async def test_embeddings_equal_those_in_process(ray_client, local_client, vision) -> None:
+    """Features that travel by reference are collected for the vector too."""
+    content = [{"type": "image_url", "image_url": {"url": image_url(seed)}} for seed in range(20, 28)]
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": content}], "vision": vision}
+    headers = {"x-request-id": "same"}
+    on_ray = await asyncio.to_thread(ray_client.post, "/v1/embeddings", json=asked, headers=headers)
+    in_process = await local_client.post("/v1/embeddings", json=asked, headers=headers)
+    assert on_ray.status_code == 200, on_ray.text
+    assert without_clock(on_ray.content) == without_clock(in_process.content)
+
+
 def test_operations(ray_client) -> None:
     assert ray_client.get("/health").json() == {"status": "ok"}
     assert ray_client.head("/metrics").status_code == 200
