@@ -192,8 +192,10 @@ def beside_table(one: Results, other: Results) -> str:
 
 def report_beside(one: Results, other: Results) -> str:
     kind = "pictures" if other.settings["kind"] == "image" else "clips"
-    told = [f"{r.settings['model']} {r.score(r.full):.1%} of {r.settings['num_items']} questions" for r in (one, other)]
-    return f"{kind.capitalize()}; with all tokens right: {', '.join(told)}.\n\n{beside_table(one, other)}"
+    shares = ", ".join(
+        f"{r.settings['model']} {r.score(r.full):.1%} of {r.settings['num_items']} questions" for r in (one, other)
+    )
+    return f"{kind.capitalize()}; right answers with all tokens: {shares}.\n\n{beside_table(one, other)}"
 
 
 def points(value: float, low: float, high: float) -> str:
@@ -206,14 +208,14 @@ def points(value: float, low: float, high: float) -> str:
 
 def verdicts(results: Results) -> list[str]:
     """What the tables show, sentence by sentence."""
-    said = [*_good_methods(results), *_against_base(results), *_no_better_than_even(results)]
-    said += [*_flashvid_or_holitom(results), *_cheapest(results)]
+    sentences = [*_good_methods(results), *_against_base(results), *_no_better_than_even(results)]
+    sentences += [*_flashvid_or_holitom(results), *_cheapest(results)]
     if results.same:
         odd = [name for name, (same, total) in results.same.items() if same < total]
         total = next(iter(results.same.values()))[1]
-        told = f"all but {', '.join(odd)}" if odd else "every method"
-        said.append(f"At keep_ratio 1 {told} gave the answers of `none` to {total} of {total} questions.")
-    return said
+        which = f"all but {', '.join(odd)}" if odd else "every method"
+        sentences.append(f"At keep_ratio 1 {which} gave the same answers as `none` to {total} of {total} questions.")
+    return sentences
 
 
 def _ratios(results: Results) -> list[float]:
@@ -221,13 +223,13 @@ def _ratios(results: Results) -> list[float]:
 
 
 def _good_methods(results: Results) -> list[str]:
-    full, said = results.score(results.full), []
+    full, sentences = results.score(results.full), []
     for ratio in _ratios(results):
         shares = [(line["method"], results.score(line) / full) for line in results.at(ratio)]
         good = ", ".join(f"`{method}` {share:.0%}" for method, share in shares if share >= GOAL)
         best = f"none; best is `{shares[0][0]}` with {shares[0][1]:.0%}"
-        said.append(f"At {ratio:.0%} of the tokens these keep {GOAL:.0%} of the full score: {good or best}.")
-    return said
+        sentences.append(f"At {ratio:.0%} of the tokens these keep {GOAL:.0%} of the full score: {good or best}.")
+    return sentences
 
 
 def _against_base(results: Results) -> list[str]:
@@ -244,9 +246,11 @@ def _against_base(results: Results) -> list[str]:
     better = [f"`{line['method']}` by {points(*gap)}" for line in others if (gap := results.over(line, base))[1] > 0]
     num_gaps = len(others) * len(results.tasks)
     return [
-        f"At {TASKS_AT:.0%}, above DivPrune with disjoint intervals: {', '.join(apart) or 'no method on any task'}.",
-        f"Above it question by question, in points over all tasks: {', '.join(better) or 'no method'}. The tables "
-        f"tell it by task; chance alone would call {num_gaps * (1 - LEVEL) / 2:.0f} of {num_gaps} comparisons better.",
+        f"At {TASKS_AT:.0%}, better than DivPrune with disjoint intervals: "
+        f"{', '.join(apart) or 'no method on any task'}.",
+        f"Better than DivPrune question by question, in points over all tasks: {', '.join(better) or 'no method'}. "
+        f"The tables show each task; by chance alone {num_gaps * (1 - LEVEL) / 2:.0f} of {num_gaps} comparisons would "
+        "look better.",
     ]
 
 
@@ -255,8 +259,8 @@ def _no_better_than_even(results: Results) -> list[str]:
     if even is None:
         return []
     poor = [line["method"] for line in results.at(TASKS_AT) if results.over(line, even)[1] <= 0 and line is not even]
-    told = ", ".join(f"`{method}`" for method in poor) or "no method"
-    return [f"At {TASKS_AT:.0%}, not for certain better than evenly spread tokens (`uniform`): {told}."]
+    listed = ", ".join(f"`{method}`" for method in poor) or "no method"
+    return [f"At {TASKS_AT:.0%}, not clearly better than evenly spread tokens (`uniform`): {listed}."]
 
 
 def _flashvid_or_holitom(results: Results) -> list[str]:
@@ -270,22 +274,22 @@ def _flashvid_or_holitom(results: Results) -> list[str]:
 
 
 def _cheapest(results: Results) -> list[str]:
-    said = []
+    sentences = []
     for key, what in (("ttft_over_none", "time to the first token"), ("kv_bytes_over_none", "bytes in the cache")):
         parts = []
         for ratio in _ratios(results):
             least = min(results.at(ratio), key=lambda line: (line["cost"][key], -results.score(line)))
             parts.append(f"{ratio:.0%} `{least['method']}` {least['cost'][key]:.2f}")
-        said.append(f"Least {what}, `none` = 1: {', '.join(parts)}.")
-    return said
+        sentences.append(f"Least {what}, `none` = 1: {', '.join(parts)}.")
+    return sentences
 
 
 def report(results: Results) -> str:
     settings, machine = results.settings, results.machine
     head = (
         f"{settings['model']}, {settings['num_items']} questions ({settings['kind']}), the first {settings['limit']} "
-        f"of each task and wording, {len(results.tasks)} tasks. CPU time of one thread, float32, {machine['cpu']}: "
-        "prefill, TTFT and KV bytes as a share of those of `none` in the same turns, `select` in ms per item."
+        f"of each task and wording, {len(results.tasks)} tasks. CPU time of one thread, float32, {machine['cpu']}. "
+        "Prefill, TTFT and KV bytes are shares of those of `none` in the same rounds; `select` is in ms per item."
     )
     parts = ["\n".join(f"- {sentence}" for sentence in verdicts(results)), head, main_table(results)]
     if results.at(TASKS_AT):

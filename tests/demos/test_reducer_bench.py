@@ -126,11 +126,11 @@ def test_tables_and_verdicts_say_what_the_file_says(file: Path) -> None:
     assert "100% (100%-100%)" in good
     said = verdicts(results)
     assert said[0] == "At 10% of the tokens these keep 90% of the full score: `good` 100%."
-    assert said[1] == "At 10%, above DivPrune with disjoint intervals: `good` on color, `good` on read."
-    assert said[2].startswith("Above it question by question, in points over all tasks: `good` by +6")
-    assert "chance alone would call 0 of 6 comparisons better" in said[2]
-    assert said[3] == "At 10%, not for certain better than evenly spread tokens (`uniform`): `bad`."
-    assert said[-1] == "At keep_ratio 1 all but good gave the answers of `none` to 1 of 1 questions."
+    assert said[1] == "At 10%, better than DivPrune with disjoint intervals: `good` on color, `good` on read."
+    assert said[2].startswith("Better than DivPrune question by question, in points over all tasks: `good` by +6")
+    assert "by chance alone 0 of 6 comparisons would look better" in said[2]
+    assert said[3] == "At 10%, not clearly better than evenly spread tokens (`uniform`): `bad`."
+    assert said[-1] == "At keep_ratio 1 all but good gave the same answers as `none` to 1 of 1 questions."
     assert "**90%**" in task_table(results) or "**91%**" in task_table(results)
 
 
