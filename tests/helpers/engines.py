@@ -14,7 +14,7 @@ from mm.data.tokens import Encoded, EncodedMedia
 from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
 from mm.engine.sequence import EngineRequest
-from mm.plugins.reducer import CacheView, Reducer
+from mm.plugins.reducer import CacheView, Reducer, Stage
 from mm.plugins.spec import build_reducer
 
 
@@ -108,7 +108,7 @@ def assert_idle(engine: LLMEngine) -> None:
 class KeepEverySecond:
     """Evicts every second visual row of the layers from `layer` on, once the prompt is in."""
 
-    stage, needs, query_aware, count = None, frozenset(), False, "fixed"
+    acts_at, needs, query_aware, count = (Stage.IN_DECODE,), frozenset(), False, "fixed"
 
     def __init__(self, layer: int = 1) -> None:
         self._layer = layer
