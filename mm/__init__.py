@@ -6,19 +6,32 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mm.api import Model, load
+    from mm import errors
+    from mm.api import Answer, Model, load
+    from mm.data.request import Request
+    from mm.data.sampling_params import SamplingParams
     from mm.media.read import read_media
 
-__all__ = ["Model", "__version__", "load", "read_media"]
+__all__ = ["Answer", "Model", "Request", "SamplingParams", "__version__", "errors", "load", "read_media"]
 __version__ = "0.1.0"
 
-_HOMES = {"Model": "mm.api", "load": "mm.api", "read_media": "mm.media.read"}
+_HOMES = {
+    "Answer": "mm.api",
+    "Model": "mm.api",
+    "Request": "mm.data.request",
+    "SamplingParams": "mm.data.sampling_params",
+    "load": "mm.api",
+    "read_media": "mm.media.read",
+}
+"""Public names to the modules that define them. They are imported on first use."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        import importlib
+    import importlib
 
+    if name == "errors":
+        return importlib.import_module("mm.errors")
+    if name in _HOMES:
         try:
             return getattr(importlib.import_module(_HOMES[name]), name)
         except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The way in from Python.
+"""The Python interface.
 
 import mm
 
@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -38,10 +38,19 @@ MediaInput = str | Path | bytes | PIL.Image.Image | np.ndarray | Image | Video
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What `Model.generate` returns. `text` is the first choice; `texts` has all of them.
+    """What `Model.generate` returns.
 
-    `logprobs` has an entry per choice and token id when they are asked for, and is empty otherwise. `kv_bytes` is the
-    size of the first choice's KV cache when its first token came.
+    Attributes:
+        texts: One per choice; `text` is the first.
+        finish_reasons: One per choice: "stop" or "length".
+        token_ids: Per choice, the tokens of the text.
+        usage: Token counts.
+        timings: Seconds per stage.
+        kept: Per media item, which visual tokens were kept.
+        reducer: Canonical text of the reducer.
+        reducer_faults: What reducers did wrong. Their items were kept whole.
+        logprobs: Per choice, one per token; empty when they were not asked for.
+        kv_bytes: Size of the first choice's KV cache when its first token came.
     """
 
     texts: tuple[str, ...]
@@ -61,7 +70,16 @@ class Answer:
 
 
 class Model:
-    """A loaded model: both halves in this process. Requests from several threads are answered in one batch."""
+    """A loaded model: encoder and decoder in this process. Requests of several threads are computed in one batch.
+
+    It can be used as a context manager, which closes it.
+
+    Attributes:
+        config: How it was loaded.
+        encode_parts: The encoder's half.
+        engine: The decoder's half.
+        loop: Runs the engine.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -71,17 +89,17 @@ class Model:
 
     def generate(
         self,
-        prompt: str | Sequence[Mapping[str, Any]],
+        prompt: str | Sequence[Mapping[str, object]],
         *,
         images: Sequence[MediaInput] = (),
         videos: Sequence[MediaInput] = (),
-        **options: Any,
+        **options: object,
     ) -> Answer:
         """Answer a question about images and clips.
 
         Args:
             prompt: A question, or OpenAI-style messages that may hold `image_url` and `video_url` parts themselves.
-            images, videos: Put before the text, images first. Paths, encoded bytes, data URLs; images also as PIL
+            images, videos: Media before the text, images first. Paths, encoded bytes, data URLs; images also as PIL
                 images or uint8 arrays (H, W, 3).
             **options: Fields of `SamplingParams` (max_new_tokens, temperature, top_p, top_k, seed, stop, n, logprobs,
                 response_format and more), of `VisionOptions` (reducer, keep_ratio, positions, num_frames, fps) and
@@ -95,41 +113,57 @@ class Model:
 
     def stream(
         self,
-        prompt: str | Sequence[Mapping[str, Any]],
+        prompt: str | Sequence[Mapping[str, object]],
         *,
         images: Sequence[MediaInput] = (),
         videos: Sequence[MediaInput] = (),
-        **options: Any,
+        **options: object,
     ) -> Generator[Event]:
-        """As `generate`, yielding a `Delta` per token and a `Summary` last. Close it to cancel."""
+        """The events of an answer: a `Delta` per token, and a `Summary` last. Takes what `generate` takes.
+
+        Closing the generator aborts the request and frees what it holds.
+        """
         yield from self.run(build_request(prompt, images=images, videos=videos, **options))
 
-    def run(self, request: Request) -> Iterator[Event]:
-        """The events of a ready-made request."""
+    def run(self, request: Request) -> Generator[Event]:
+        """The events of a request that was built before."""
         yield from self.loop.stream_sync(request, encode(request, self.encode_parts))
 
-    def generate_batch(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> list[Answer | MmError]:
-        """Answer many questions together, in their order. What is wrong with one is its result, and stops no other.
+    def generate_batch(self, prompts: Iterable[Mapping[str, object]], **options: object) -> list[Answer | MmError]:
+        """Answer many questions together. The results are in the order of the questions.
+
+        An error of one question is its result, and does not affect the others.
 
         Args:
-            prompts: What `generate` takes, as mappings: {"prompt": ..., "images": [...], "max_new_tokens": ...}.
-            **options: For every question that does not say otherwise.
+            prompts: Arguments of `generate` as mappings: {"prompt": ..., "images": [...], "max_new_tokens": ...}.
+            **options: For every question that does not set them itself.
         """
         results: dict[int, Answer | MmError] = {}
-        requests = []
+        indices, requests = list[int](), list[Request]()
         for i, item in enumerate(prompts):
             try:
-                requests.append((i, build_request(**{**options, **item})))
+                requests.append(_request_of({**options, **item}))
+                indices.append(i)
             except MmError as error:
                 results[i] = error
-        for at, outcome in self.run_batch(request for _, request in requests):
-            results[requests[at][0]] = outcome if isinstance(outcome, MmError) else collect(iter(outcome))
+        for at, outcome in self.run_batch(requests):
+            results[indices[at]] = outcome if isinstance(outcome, MmError) else collect(iter(outcome))
         return [results[i] for i in sorted(results)]
 
     def run_batch(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Event] | MmError]]:
-        """Ready-made requests; see `mm.batch.generate_batch`."""
+        """The same for requests that were built before; see `mm.batch.generate_batch`."""
         encode_one = functools.partial(encode, parts=self.encode_parts)
         return generate_batch(requests, encode_one, self.loop, ahead=2 * self.config.max_num_seqs)
+
+    def close(self) -> None:
+        """Stop the model's threads. Requests that are under way get no more events."""
+        self.loop.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def load(
@@ -138,7 +172,7 @@ def load(
     reducer: str = "none",
     device: str = "cpu",
     dtype: str | torch.dtype = "auto",
-    **options: Any,
+    **options: object,
 ) -> Model:
     """Load a model for use in this process.
 
@@ -191,26 +225,19 @@ def collect(events: Iterator[Event]) -> Answer:
 
 
 SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
-
-
 VISION_FIELDS = {"reducer", "keep_ratio", "positions", "return_map"}
-
-
 FRAME_FIELDS = {f.name for f in dataclasses.fields(FrameSampling)}
-
-
 REQUEST_FIELDS = {"priority", "timeout_s", "cache_salt", "speculation"}
-
-
 FIELDS = SAMPLING_FIELDS | VISION_FIELDS | FRAME_FIELDS | REQUEST_FIELDS
+"""Options of `Model.generate`. The dataclasses that declare them check their values."""
 
 
 def build_request(
-    prompt: str | Sequence[Mapping[str, Any]],
+    prompt: str | Sequence[Mapping[str, object]],
     *,
     images: Sequence[MediaInput] = (),
     videos: Sequence[MediaInput] = (),
-    **options: Any,
+    **options: object,
 ) -> Request:
     """A `Request` from what a Python caller has; see `Model.generate`.
 
@@ -222,36 +249,50 @@ def build_request(
     extra = [_media(x, "image", f"images[{i}]") for i, x in enumerate(images)]
     extra += [_media(x, "video", f"videos[{i}]") for i, x in enumerate(videos)]
     messages, media = _conversation(prompt, extra)
-    frames = {name: options[name] for name in FRAME_FIELDS & options.keys() if options[name] is not None}
-    sampling = {name: options[name] for name in SAMPLING_FIELDS & options.keys()}
-    vision: dict[str, Any] = {"return_map": True} | {name: options[name] for name in VISION_FIELDS & options.keys()}
+    given: dict[str, Any] = options
+
+    def chosen(names: set[str]) -> dict[str, Any]:
+        return {name: given[name] for name in names & given.keys()}
+
+    frames = {name: value for name, value in chosen(FRAME_FIELDS).items() if value is not None}
     return Request(
         request_id=uuid.uuid4().hex,
         messages=messages,
         media=media,
-        sampling=SamplingParams(**sampling),
-        vision=VisionOptions(**vision, frames=FrameSampling(**frames) if frames else None),
-        **{name: options[name] for name in (REQUEST_FIELDS - {"speculation"}) & options.keys()},
-        speculation=_speculation(options.get("speculation")),
+        sampling=SamplingParams(**chosen(SAMPLING_FIELDS)),
+        vision=VisionOptions(
+            **dict[str, Any]({"return_map": True}) | chosen(VISION_FIELDS),
+            frames=FrameSampling(**frames) if frames else None,
+        ),
+        **chosen(REQUEST_FIELDS - {"speculation"}),
+        speculation=_speculation(given.get("speculation")),
     )
 
 
+def _request_of(arguments: Mapping[str, object]) -> Request:
+    """As `build_request`, from all its arguments in one mapping."""
+    named: dict[str, Any] = dict(arguments)
+    if "prompt" not in named:
+        raise InvalidRequest('a question of a batch needs "prompt"', "prompt")
+    return build_request(**named)
+
+
 def _speculation(value: Any) -> SpeculationOptions:
-    """What `speculation=` may be: a drafter's name, the fields as a mapping, or the options themselves."""
+    """`speculation=` is a drafter's name, a mapping of `SpeculationOptions`' fields, or the options themselves."""
     if value is None or isinstance(value, SpeculationOptions):
         return value or SpeculationOptions()
     fields: Any = {"drafter": value} if isinstance(value, str) else value
     allowed = {f.name for f in dataclasses.fields(SpeculationOptions)}
-    if not isinstance(fields, Mapping) or not fields.keys() <= allowed:
+    if not isinstance(fields, Mapping) or not set(cast(Mapping[str, object], fields)) <= allowed:
         raise InvalidRequest(
             f"speculation was {value!r}; give a drafter's name or a mapping with {', '.join(sorted(allowed))}",
             "speculation",
         )
-    return SpeculationOptions(**fields)
+    return SpeculationOptions(**cast(dict[str, Any], dict(cast(Mapping[str, object], fields))))
 
 
 def _conversation(
-    prompt: str | Sequence[Mapping[str, Any]], extra: list[Media]
+    prompt: str | Sequence[Mapping[str, object]], extra: list[Media]
 ) -> tuple[tuple[Message, ...], tuple[Media, ...]]:
     """Messages and media, with `extra` put before the text of a plain prompt."""
     if isinstance(prompt, str):

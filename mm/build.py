@@ -16,6 +16,7 @@ from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
 from mm.errors import InvalidOption
 from mm.models.checkpoint import BadCheckpoint, find, read_config
+from mm.models.family import CheckpointFamily
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.registry import create, names
 from mm.plugins.spec import build_reducer
@@ -36,11 +37,11 @@ def _check_device(config: ModelConfig) -> None:
         raise InvalidOption("model", "device", what) from error
 
 
-def _plugin(kind: Literal["encoder", "family"], config: ModelConfig) -> Any:
+def _plugin_for(kind: Literal["encoder", "family"], config: ModelConfig) -> Any:
     """The encoder or family that handles the checkpoint's model_type."""
     _check_device(config)
     folder = find(config.model)
-    model_type = read_config(folder)["model_type"]
+    model_type = str(read_config(folder)["model_type"])
     if model_type not in names(kind):
         known = ", ".join(names("family"))
         raise BadCheckpoint(
@@ -60,7 +61,7 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
     """
     _use_threads(config)
     if encoder_text is None:
-        encoder, host = _plugin("encoder", config), config.model
+        encoder, host = _plugin_for("encoder", config), config.model
     else:
         _check_device(config)
         encoder, host = build_encoder(encoder_text, config.device, _dtype(config)), encoder_text
@@ -81,7 +82,7 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
 def build_engine(config: ModelConfig) -> LLMEngine:
     """The decoder's half of a model: only the language weights are read."""
     _use_threads(config)
-    family = _plugin("family", config)
+    family: CheckpointFamily = _plugin_for("family", config)
     on_cpu = not config.device.startswith("cuda")
     scheduler_config = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -204,7 +204,7 @@ class EngineLoop:
             return queue.take()
 
     @contextlib.asynccontextmanager
-    async def _submitted(self, params: Request, media: EncodedMedia, queue: OutputQueue) -> AsyncIterator[None]:
+    async def _submitted(self, params: Request, media: EncodedMedia, queue: OutputQueue) -> AsyncGenerator[None]:
         """Submit in another thread, since compiling a schema may take seconds; abort on leaving."""
         assert self._submit_pool is not None, "start the loop first"
         submit = functools.partial(self._engine.submit, params, media, queue)

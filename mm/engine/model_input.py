@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm.data.arrays import to_tensor
 from mm.data.tokens import Encoded
 from mm.engine.prefill_pruning import PruneState
 from mm.engine.sequence import EngineRequest, Sequence
@@ -155,7 +156,7 @@ class PackedTokens:
             first, count = self.span(i)
             wanted.append(np.arange(first + count - min(chunk.num_logits, count), first + count))
         indices = np.concatenate(wanted)
-        return hidden if len(indices) == hidden.shape[0] else hidden[torch.from_numpy(indices).to(hidden.device)]
+        return hidden if len(indices) == hidden.shape[0] else hidden[to_tensor(indices, hidden.device)]
 
 
 def input_token_ids(seq: Sequence, count: int) -> list[int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mm.data.arrays import to_tensor
 from mm.engine.kv_cache.blocks import KVCache
 from mm.errors import MmError, ReducerFault
 from mm.models.attention import Rotary
@@ -78,7 +79,8 @@ class PrefillView:
         self.layer, self.hidden, self.num_layers = layer, hidden, model.num_layers
         self.visual, self.origins = state.visual, state.origins
         self.items, self.protected = state.items[state.origins], state.protected[state.origins]
-        self.item_sizes: tuple[int, ...] = tuple(torch.bincount(state.items).tolist())
+        sizes: list[int] = torch.bincount(state.items).tolist()  # pyright: ignore[reportUnknownMemberType]
+        self.item_sizes: tuple[int, ...] = tuple(sizes)
         self._model, self._cache, self._seq_index = model, cache, seq_index
         self._previous, self._rotary = previous, rotary
 
@@ -121,7 +123,7 @@ class PrefillView:
         """All keys that the prompt's tokens see. Those of a cached prefix come first."""
         cache = self._cache
         num_held = int(cache.lengths[layer, self._seq_index])
-        slots = torch.from_numpy(cache.slot_mapping(layer, self._seq_index)).to(source.device)
+        slots = to_tensor(cache.slot_mapping(layer, self._seq_index), source.device)
         held = cache.keys.flatten(0, 1)[slots] if num_held else source.new_empty(0, *cache.keys.shape[2:])
         if layer < self.layer:
             return held

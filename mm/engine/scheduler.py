@@ -157,10 +157,10 @@ class Scheduler:
             scheduled, num_blocks = list[ScheduledChunk](), 0
             rest = sorted(self.running, key=lambda seq: (not seq.is_decoding, *_order(seq)))
         for seq in rest:
-            if seq.seq_index is None or budget <= 0:
+            if not _is_running(seq) or budget <= 0:
                 continue
             item = self._next_chunk(seq, budget)
-            while seq.seq_index is not None and not self._prefix_cache.make_room(num_blocks + self._num_blocks(item)):
+            while _is_running(seq) and not self._prefix_cache.make_room(num_blocks + self._num_blocks(item)):
                 victim = max(self.running, key=_order)
                 gone = next((other for other in scheduled if other.seq is victim), None)
                 if gone is not None:
@@ -168,7 +168,7 @@ class Scheduler:
                     num_blocks -= self._num_blocks(gone)
                     budget += gone.num_tokens
                 self.preempt(victim)
-            if seq.seq_index is not None:
+            if _is_running(seq):
                 scheduled.append(item)
                 num_blocks += self._num_blocks(item)
                 budget -= item.num_tokens
@@ -236,6 +236,11 @@ class Scheduler:
             for seq in late:
                 seq.request.priority = -PRIORITY_LIMIT
             self.waiting.sort(key=_order)
+
+
+def _is_running(seq: Sequence) -> bool:
+    """Whether it holds an entry in the cache. Preempting another sequence may take it away."""
+    return seq.seq_index is not None
 
 
 def _order(seq: Sequence) -> tuple[int, int]:

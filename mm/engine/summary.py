@@ -74,5 +74,6 @@ def _kept_maps(request: EngineRequest) -> tuple[KeptMap, ...]:
         if left is not None:
             indices = indices[left[(left >= first) & (left < first + tokens.num_tokens)] - first]
         first += tokens.num_tokens
-        maps.append(KeptMap(kind=tokens.kind, grid=tokens.grid, kept=tuple(indices.tolist())))
+        kept: list[int] = indices.tolist()  # pyright: ignore[reportUnknownMemberType]
+        maps.append(KeptMap(kind=tokens.kind, grid=tokens.grid, kept=tuple(kept)))
     return tuple(maps)

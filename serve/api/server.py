@@ -16,9 +16,16 @@ MAX_HEADER_BYTES = 16 * 1024
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_ready: Callable[[], None] | None, on_stop: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._on_ready = on_ready
+        self._on_ready, self._on_stop = on_ready, on_stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new requests, and let those that run come to their end within the drain timeout."""
+        self._on_stop()
+        await super().shutdown(sockets=sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -48,6 +55,6 @@ def run_in_process(config: ServeConfig, on_ready: Callable[[], None] | None = No
         server_header=False,
     )
     try:
-        _Server(settings, on_ready).run()
+        _Server(settings, on_ready, runtime.drain).run()
     finally:
         runtime.close()

@@ -1,7 +1,9 @@
-"""`mm serve` on Ray ends on a signal and leaves no process behind."""
+"""`mm serve` ends when it is asked to: running streams finish first, and no process is left."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import select
 import signal
@@ -9,11 +11,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
-pytestmark = pytest.mark.ray
+NUM_TOKENS = 300
+"""Long enough that the signal comes in the middle of the stream."""
 
 
 def descendants(pid: int) -> set[int]:
@@ -32,24 +37,60 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
-def test_a_terminated_server_exits_cleanly_and_takes_its_ray_along():
+@contextlib.contextmanager
+def server(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server that is ready, and its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "serve.cli.app", "serve", "--port", port, "--ray-cpus", "4", "--threads", "1"]
+    command = [sys.executable, "-m", "serve.cli.app", "serve", "--port", port, "--threads", "1", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         assert process.stdout is not None
         readable, _, _ = select.select([process.stdout], [], [], 180)
         assert readable, "the server did not say that it is ready"
         assert b"ready at" in process.stdout.readline()
-        below = descendants(process.pid)
-        assert below
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        yield process, f"http://127.0.0.1:{port}"
     finally:
         process.kill()
         process.communicate()
+
+
+def stream_and_stop(process: subprocess.Popen[bytes], url: str) -> list[dict]:
+    """Send SIGTERM after the first chunks of a stream; all its chunks."""
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": NUM_TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    chunks: list[dict] = []
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                chunks.append(json.loads(line.removeprefix("data: ")))
+            if len(chunks) == 3:
+                process.send_signal(signal.SIGTERM)
+    return chunks
+
+
+OPTIONS = [
+    pytest.param(["--in-process"], id="in process"),
+    pytest.param(["--ray-cpus", "4"], id="ray", marks=pytest.mark.ray),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_running_stream_finishes_before_a_terminated_server_exits(options):
+    with server(*options) as (process, url):
+        below = descendants(process.pid)
+        chunks = stream_and_stop(process, url)
+        assert [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]][-1] == "length"
+        assert chunks[-1]["usage"]["completion_tokens"] == NUM_TOKENS
+        assert process.wait(60) == 0
     deadline = time.monotonic() + 30
     while (left := {pid for pid in below if os.path.exists(f"/proc/{pid}")}) and time.monotonic() < deadline:
         time.sleep(0.5)

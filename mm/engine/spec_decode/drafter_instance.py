@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from mm.engine.spec_decode.controller import Controller
@@ -37,7 +37,7 @@ class DrafterInstance:
     num_top_ids: int
 
     @contextlib.contextmanager
-    def charged(self) -> Iterator[None]:
+    def charged(self) -> Generator[None]:
         """Charge the drafter for the time that the body takes."""
         start = self.clock()
         yield

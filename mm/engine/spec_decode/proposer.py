@@ -249,8 +249,9 @@ class SpecDecoder:
             is_first = len(result.emitted) == len(seq.output.token_ids)
             if seq.spec.control is None and is_first:  # its prompt was computed as a sibling's
                 self._begin(seq, seq.spec)
-            if seq.spec is not None and seq.spec.control is not None:
-                groups.setdefault(seq.spec.drafter, []).append(result)
+            spec = seq.spec  # beginning may have ended it
+            if spec is not None and spec.control is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                groups.setdefault(spec.drafter, []).append(result)
         for drafter, group in groups.items():
             start = self.clock()
             due = [result for result in group if self._is_due(result)]
