@@ -111,7 +111,7 @@ async def test_it_says_which_text_was_drafted(drafting, describe) -> None:
         assert text == whole["choices"][choice]["message"]["content"]
 
 
-async def test_who_does_not_ask_is_not_told(drafting, describe) -> None:
+async def test_accepted_tokens_are_sent_only_on_request(drafting, describe) -> None:
     assert "speculation" not in await posted(drafting, describe(max_tokens=4))
     assert not any("speculation" in chunk for chunk in await streamed(drafting, describe(max_tokens=4)))
     reported = await posted(drafting, describe(speculation={"drafter": "none", "return_accepted": True}, max_tokens=4))

@@ -259,7 +259,7 @@ def test_an_input_that_does_not_exist_makes_the_exit_code_3(case: Case, fill: Fi
     assert list(case.captions()) == ["a.png"]
 
 
-def test_an_output_folder_that_cannot_be_made_is_told(case: Case, fill: Fill, capsys):
+def test_an_output_folder_that_cannot_be_made_is_reported(case: Case, fill: Fill, capsys):
     fill(a="1")
     case.out.write_text("a file")
     assert case.run() == 1

@@ -77,7 +77,7 @@ def test_patterns_choose_among_the_names_in_folders(tmp_path: Path):
     ]
 
 
-def test_inputs_that_lead_nowhere_are_told(tmp_path: Path):
+def test_inputs_that_lead_nowhere_are_reported(tmp_path: Path):
     touch(tmp_path, "a.png")
     found = find_items([str(tmp_path / "missing"), str(tmp_path / "*.webp"), str(tmp_path)])
     assert len(found.items) == 1

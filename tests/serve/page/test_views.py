@@ -34,12 +34,12 @@ def test_stages_stand_in_the_order_a_request_meets_them() -> None:
     assert [stage for stage, _ in views.stages_of(REPLY)] == ["load", "encode", "reduce", "prefill", "decode"]
 
 
-def test_prompt_tokens_from_the_cache_are_told() -> None:
+def test_prompt_tokens_from_the_cache_are_shown() -> None:
     card = views.answer_card(views.FULL, "", replace(REPLY, num_cached_tokens=256), 0.1)
     assert "270 prompt (256 of them cached) + 7 answer tokens" in card
 
 
-def test_a_reducer_that_failed_is_told() -> None:
+def test_a_reducer_that_failed_is_shown() -> None:
     card = views.answer_card(views.FULL, "", replace(REPLY, reducer_faults=("X: raised <b>",)), 0.1)
     assert "All tokens were kept: X: raised &lt;b&gt;" in card
     assert "All tokens were kept" not in views.answer_card(views.FULL, "", REPLY, 0.1)
@@ -85,7 +85,7 @@ def test_drafted_text_is_marked_and_counted() -> None:
     card = views.answer_card("full", "", drafted, 0.1)
     assert '<p class="mm-answer">a &lt;b<mark class="mm-drafted">&gt; c</mark>at</p>' in card
     assert ": 4 of 8 tokens" in card
-    assert "<b>2.33</b> tokens per drafted pass" in card
+    assert "<b>2.33</b> tokens per step with a draft" in card
     assert "mm-drafted" not in views.answer_card("full", "", REPLY, 0.1)
 
 
