@@ -1,4 +1,4 @@
-"""Media of a request: where they come from, and what they are once decoded."""
+"""The media of a request: as they were sent, fetched, and decoded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Image:
 
     Attributes:
         pixels: uint8 RGB (H, W, 3).
-        content_hash: Names the content for caches; framed over kind, size and bytes.
+        content_hash: Hash of the content, for cache keys.
     """
 
     pixels: Pixels
@@ -41,9 +41,9 @@ class Video:
 
     Attributes:
         frames: uint8 RGB (T, H, W, 3), in order of time.
-        timestamps_s: True presentation time of each frame, seconds from the clip's start, length T.
+        timestamps_s: Presentation time of each frame in seconds from the clip's start, length T.
         duration_s: Length of the whole clip in seconds.
-        content_hash: Names the content and the sampling for caches.
+        content_hash: Hash of the content and of the frame sampling, for cache keys.
     """
 
     frames: Pixels
@@ -61,7 +61,7 @@ class MediaSource:
     """A media item as the sender gave it. Nothing of it was read yet.
 
     Attributes:
-        kind: What the sender says it is.
+        kind: The kind that the sender declared.
         source: Encoded file bytes, a local path, a `data:`, `http:` or `https:` URL, or pixels: a PIL image, or for
             images a uint8 array (H, W, 3) or (H, W).
         param: The request field it came from, for error messages.
@@ -77,7 +77,7 @@ class MediaFile:
     """A fetched and still encoded item. It has drawn its bytes from the request's budget.
 
     Attributes:
-        kind: What the sender says it is.
+        kind: The kind that the sender declared.
         data: The whole file.
         param: The request field it came from, for error messages.
     """

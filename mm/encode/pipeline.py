@@ -130,7 +130,7 @@ def encode_loaded(loaded: LoadedMedia, parts: EncodeParts) -> EncodedMedia:
     """The tokens of every item. Items that are not cached are one batch of the tower; equal ones are encoded once.
 
     Raises:
-        ReducerFault: The reducer failed, and the policy is to fail.
+        ReducerFault: The reducer failed, and the policy's `on_error` is "fail".
         CapacityError: The device has no memory for one item.
     """
     fresh: dict[str, LoadedItem] = {}
