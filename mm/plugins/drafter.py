@@ -1,4 +1,4 @@
-"""Speculation: what drafters propose, what they are told, and what they promise.
+"""Speculation: what drafters propose, what they observe, and what they promise.
 
 A drafter is a plugin in three stages, so that each thing lives as long as it should:
 
@@ -125,8 +125,7 @@ class DraftBudget:
         max_depth: Levels below the root.
         temperature: Of the answer; 0 is greedy.
         key: (seed, choice, position of the next token): the verifier draws the token at depth d with the noise of
-            (seed, choice, position + d - 1), see `mm.engine.sampling.noise`. A point draft may use that very noise; a
-            draft that is drawn from a law must use other randomness.
+            (seed, choice, position + d - 1), see `mm.engine.sampling.noise`. A draft may use that very noise.
     """
 
     max_tokens: int
@@ -144,7 +143,7 @@ class Observation:
 
     The *rows* of an answer are its prompt's, then one per token of the answer, without the newest: that is the root
     of the next round and has been through no pass yet. Row r is followed by the token of row r + 1; together they are
-    what a feature drafter is fed. Its rotary position is `prompt.positions[:, r]`, behind the prompt
+    what a feature drafter is fed. Its rotary position is `prompt.positions[:, r]`, after the prompt
     `prompt.next_position + r - prompt.length`.
 
     Attributes:
@@ -221,7 +220,7 @@ class Drafter(Protocol):
     """A plugin that proposes tokens ahead of the decoder. Immutable; options are its dataclass fields.
 
     Attributes:
-        needs: What observations have to hold beside tokens: "last_hidden" (the state behind the final norm, from which
+        needs: What observations have to hold beside tokens: "last_hidden" (the state after the final norm, from which
             the head makes logits), "hidden:3" (the input of decoder layer 3, counted from 0), "top_ids:8" (the ids of
             each verified row's 8 largest logits).
             One whose weights decide says it when it is loaded, by an attribute `needs` of what `load` gives.

@@ -1,14 +1,14 @@
 """MustDrop: merge what is alike in space, drop what the question ignores, cache only what the answer will use.
 
 Paper     arXiv:2411.10803, training-free.                   Stage  three of them, see below.
-Needs     cls_attention (H, N) for the key tokens.           Cost   O(N D), and attention rows of the text behind the
+Needs     cls_attention (H, N) for the key tokens.           Cost   O(N D), and attention rows of the text after the
           media at a few layers, 64 at a time; no full map.
 Equation  merging   a w x w window whose tokens' mean pairwise cosine is at least `similarity` becomes their mean;
                     of what is left the ceil(N' * key_ratio) tokens with most of [CLS]'s attention are key tokens.
           filtering with A (text rows, visual columns) of layer l, a token goes where sum_t A_tj is below
                     `global_share` of all columns' sum and max_t A_tj is below `peak`; key tokens stay.
           caching   the layers in which tokens were filtered keep only the tokens that survived all of them.
-Differs   from the paper: merging looks at projected tokens and not at those behind the tower's first block, so that
+Differs   from the paper: merging looks at projected tokens and not at those after the tower's first block, so that
           any tower will do; [CLS]'s attention to a merged token is the mean over its window.
           From the authors' code: a merged token stands where its window begins, windows that a border or an earlier
           reducer cuts stay as they are, original positions stay (theirs are counted anew, which moves cached keys
@@ -158,7 +158,7 @@ def filtered(sums: Tensor, peaks: Tensor, global_share: float, peak: float) -> T
 
 
 def _attention_of_text(view: PrefillView, layer: int) -> tuple[Tensor, Tensor]:
-    """Sum and largest attention, averaged over heads, that each visual row (V,) gets from the text behind all media."""
+    """Sum and largest attention, averaged over heads, that each visual row (V,) gets from the text after all media."""
     text = torch.arange(int(view.visual[-1]) + 1, view.num_rows, device=view.visual.device)
     text = text if len(text) else view.visual[-1:]
     parts = [view.attention_rows(rows, layer).mean(dim=0) for rows in text.split(ROWS_AT_A_TIME)]

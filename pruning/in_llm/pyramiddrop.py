@@ -27,7 +27,7 @@ class PyramidDrop(PrefillReducer):
     """Fewer visual tokens at each of several depths (PyramidDrop).
 
     Attributes:
-        keep_ratio: Visual tokens left behind the last stage / visual tokens in; the stages before fall to it in equal
+        keep_ratio: Visual tokens left after the last stage / visual tokens in; the stages before fall to it in equal
             steps of a ratio: 0.125 in three stages is 0.5, 0.25, 0.125.
         num_stages: How often tokens are dropped.
         at_layers: At whose inputs, one per stage; empty spreads the stages evenly over the decoder.
@@ -46,7 +46,7 @@ class PyramidDrop(PrefillReducer):
             raise InvalidOption("pyramiddrop", "at_layers", message)
 
     def ratio(self, stage: int) -> float:
-        """Tokens kept / tokens in behind `stage`, counted from 1."""
+        """Tokens kept / tokens in after `stage`, counted from 1."""
         return round(self.keep_ratio ** (stage / self.num_stages), 12)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:

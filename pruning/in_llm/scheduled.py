@@ -45,7 +45,7 @@ class Scheduled(PrefillReducer):
 
     @property
     def keep_ratio(self) -> float:
-        """What is left behind the last layer named."""
+        """What is left after the last layer named."""
         return self.keep_ratios[-1]
 
     def layers(self, num_layers: int) -> tuple[int, ...]:

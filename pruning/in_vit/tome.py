@@ -6,7 +6,7 @@ Needs     block_keys: a tower that runs its blocks one by one, and a projector t
 Cost      O(n^2 dh / 4) per block, less than the attention it saves.
 Equation  M = keys averaged over heads, at length 1. A = tokens at even places, B = at odd ones, [CLS] and other tokens
           that are no patches in neither. Each of A has a best partner in B by cosine; the r_l of A that are most alike
-          join theirs: x = sum s_i x_i / sum s_i, s = sum s_i. Attention behind it adds log s to the scores. Over L
+          join theirs: x = sum s_i x_i / sum s_i, s = sum s_i. Attention after it adds log s to the scores. Over L
           blocks r_l falls or rises along a line: lo = floor(r (1 - slope)), hi = 2 r - lo,
           r_l = int(lo + (hi - lo) l / (L - 1)), never more than half of what is left.
 Differs   from the paper in how much is asked for: `keep_ratio` gives the sum of all r_l, what r_l leaves of it goes to

@@ -80,4 +80,4 @@ BLOCK_ROWS = 256
 """What is not covered yet is computed for so many tokens at a time: a second N x N matrix would only be memory."""
 
 BROKEN = -1e30
-"""Puts a token behind all others, and before those that are chosen."""
+"""Ranks a token below all others, and above those that are chosen."""

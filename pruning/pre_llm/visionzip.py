@@ -10,7 +10,7 @@ Equation  with k = d + c: dominant = the d largest sum_h A[h, j]. Of the others,
           cosine with its own. A target becomes the mean of itself and those that joined it, in its own place.
 Differs   from the authors' code, which adds the target to the mean of the others, so that such a token is about twice
           as long as any: the paper's average is taken. Theirs merges before the projector, here tokens are merged
-          behind it; [CLS] is never among the tokens, so d counts patches. Where the model merges 2 x 2 patches, scores
+          after it; [CLS] is never among the tokens, so d counts patches. Where the model merges 2 x 2 patches, scores
           and keys are their means.
 """
 

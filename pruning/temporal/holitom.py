@@ -114,7 +114,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledToken:
+class PartReduction:
     """What becomes of a part: k kept tokens, and the m entries of their merge weights.
 
     Attributes:
@@ -140,15 +140,15 @@ def parts_of(still: Tensor) -> list[Part]:
     return [part for part in found if len(part.cells)]
 
 
-def _salient(attention: Tensor, part: Part, k: int) -> SampledToken:
+def _salient(attention: Tensor, part: Part, k: int) -> PartReduction:
     cells = part.cells[top_k_ascending(attention[part.first, part.cells], k)]
     keep = part.first * attention.shape[1] + cells
-    return SampledToken(
+    return PartReduction(
         keep=keep, rows=torch.arange(k, device=keep.device), columns=keep, weights=torch.ones(k).to(keep.device)
     )
 
 
-def _clustered(frames: Tensor, part: Part, k: int) -> SampledToken:
+def _clustered(frames: Tensor, part: Part, k: int) -> PartReduction:
     """The segment's means over time, thinned to `k` by clusters."""
     stretch = frames[part.first : part.last + 1, part.cells].float()
     num_frames, num_cells = stretch.shape[:2]
@@ -157,7 +157,7 @@ def _clustered(frames: Tensor, part: Part, k: int) -> SampledToken:
         centres, labels = dpc_knn(stretch.mean(dim=0), k, min(NEIGHBOURS, k))
     shares = _shares(centres, labels) / num_frames
     starts = torch.arange(part.first, part.last + 1, device=frames.device) * frames.shape[1]
-    return SampledToken(
+    return PartReduction(
         keep=part.first * frames.shape[1] + part.cells[centres],
         rows=labels.repeat(num_frames),
         columns=(starts.unsqueeze(1) + part.cells).flatten(),
@@ -173,7 +173,7 @@ def _shares(centres: Tensor, labels: Tensor) -> Tensor:
     return shares
 
 
-def _joined(parts: list[SampledToken], num_tokens: int) -> Reduction:
+def _joined(parts: list[PartReduction], num_tokens: int) -> Reduction:
     keep, order = torch.cat([part.keep for part in parts]).sort()
     row_of, device = torch.argsort(order), keep.device
     firsts = [sum(len(part.keep) for part in parts[:i]) for i in range(len(parts))]
