@@ -99,7 +99,7 @@ def setting(
         hidden=hidden,
         secret=secret,
     )
-    return cast(T, field(default=default, repr=not secret, metadata={KEY: bounds}))
+    return field(default=default, repr=not secret, metadata={KEY: bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,8 @@ class Setting:
         if value is None and self.is_optional:
             return None
         if self.is_list:
-            right = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+            items = cast("tuple[object, ...]", value) if isinstance(value, list | tuple) else None
+            right = items is not None and all(isinstance(item, str) for item in items)
             return None if right else f"was {value!r}; it has to be a list of texts"
         if not _is_kind(value, self.kind):
             return f"was {value!r}; it has to be {', '.join(filter(None, [KINDS[self.kind], self.bounds.allowed]))}"
@@ -236,10 +237,13 @@ def _paths(cls: type) -> dict[str, tuple[str, ...]]:
 
 
 def _built(cls: type[T], values: Mapping[tuple[str, ...], Any], given: T | None) -> T:
-    fields = {
-        path[0]: tuple(value) if isinstance(value, list) else value for path, value in values.items() if not path[1:]
-    }
+    fields: dict[str, Any] = {path[0]: _frozen(value) for path, value in values.items() if not path[1:]}
     for name, inner in _inner(cls).items():
         if deeper := {path[1:]: value for path, value in values.items() if path[0] == name and path[1:]}:
             fields[name] = _built(inner, deeper, fields.get(name, None if given is None else getattr(given, name)))
     return cls(**fields) if given is None else dataclasses.replace(cast(Any, given), **fields)
+
+
+def _frozen(value: Any) -> Any:
+    """A list as a tuple; any other value as it is."""
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value

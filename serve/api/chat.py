@@ -38,8 +38,15 @@ CLIENT_GONE = 499
 class Stream(EventSourceResponse):
     """A streamed response that frees what it holds, also when the client is gone before its first byte."""
 
-    def __init__(self, content: AsyncIterator[bytes], held: contextlib.AsyncExitStack, **options: Any) -> None:
-        super().__init__(content, **options)
+    def __init__(
+        self,
+        content: AsyncIterator[bytes],
+        held: contextlib.AsyncExitStack,
+        *,
+        headers: dict[str, str],
+        send_timeout: float,
+    ) -> None:
+        super().__init__(content, headers=headers, sep="\n", send_timeout=send_timeout)
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,7 +89,7 @@ class Chat:
             first, rest = await unless_gone(http, self._begin(call, arrived, deadline))
             slot.push_async_callback(rest.aclose)
             chunks = self._body(ChunkWriter(meta=meta, call=call), first, rest, request_id)
-            return Stream(chunks, slot.pop_all(), headers=headers, sep="\n", send_timeout=self._config.send_timeout_s)
+            return Stream(chunks, slot.pop_all(), headers=headers, send_timeout=self._config.send_timeout_s)
         events = await unless_gone(http, self._complete(call, arrived, deadline))
         body = completion(
             meta,
