@@ -24,7 +24,7 @@ from mm.data.tokens import Prompt
 from mm.encode.pipeline import encode
 from mm.engine.attention.gather import GatherAttention
 from mm.engine.kv_cache.blocks import KVCache
-from mm.engine.spec_decode.drafters.eagle.feature_rows import prompt_rows, sight_of
+from mm.engine.spec_decode.drafters.eagle.feature_rows import prompt_features, visual_context
 from mm.models.attention import AttentionMetadata
 
 LONG_KINDS = {"caption": 0.5, "tour": 0.17, "list": 0.17}  # of the questions on scenes; the rest are the other kinds
@@ -118,10 +118,10 @@ class Target:
         positions = torch.cat([prompt.positions, behind.to(ids.device).expand(len(prompt.positions), -1)], dim=1)
         last, states = self.states(embeddings, positions)
         every = torch.arange(len(last), device=ids.device)
-        sight = sight_of(prompt, every[: prompt.length], last[: prompt.length])
+        context = visual_context(prompt, every[: prompt.length], last[: prompt.length])
         return Sample(
-            sight=dataclasses.replace(sight, embeddings=sight.embeddings.float()),
-            rows=prompt_rows(prompt, ids, every, states),
+            context=dataclasses.replace(context, embeddings=context.embeddings.float()),
+            rows=prompt_features(prompt, ids, every, states),
             answer_states=last[prompt.length - 1 :],
             greedy=greedy,
             task=task,
@@ -133,7 +133,7 @@ class Target:
         cache = KVCache(shape, num_blocks=shape.num_blocks(len(embeddings)) * shape.num_layers, max_num_seqs=1)
         attention = GatherAttention(cache)
         slot = cache.open()
-        cache.grow(slot, len(embeddings))
+        cache.append_slots(slot, len(embeddings))
         batch = AttentionMetadata.of([slot], [len(embeddings)])
         rotary = self.language.rotary(positions)
         hidden, tapped = embeddings.clone(), []

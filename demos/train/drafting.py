@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.engine.spec_decode.drafters.eagle.feature_rows import FeatureRows
+from mm.engine.spec_decode.drafters.eagle.feature_rows import TextFeatures
 from mm.engine.spec_decode.drafters.eagle.head import DraftHead, rotary
 from mm.engine.spec_decode.drafters.eagle.vision_adapters import VisualContext
 from mm.models.attention import rotate
@@ -28,15 +28,15 @@ class Sample:
     `mm.engine.spec_decode.drafters.eagle` for rows.
 
     Attributes:
-        sight: The prompt's visual tokens.
+        context: The prompt's visual tokens.
         rows: Of the prompt's text and the answer.
         answer_states: (A, D), last hidden states of the answer's rows: row 0 gave the answer's first token.
         greedy: Whether the answer is the most probable one, token by token.
         task: What was asked for.
     """
 
-    sight: VisualContext
-    rows: FeatureRows
+    context: VisualContext
+    rows: TextFeatures
     answer_states: Tensor
     greedy: bool
     task: str
@@ -56,7 +56,7 @@ class Packed:
         seen: (B, A, M) bool, rows that each answer row attends to.
         answer_at: (B, A) int64, its place among the M.
         token_ids, is_row: (B, A), the token after each answer row, and whether there is a row.
-        told: (B, A, D), what the answer rows are told by the last item; zeros for nothing.
+        global_feature: (B, A, D), what the answer rows are global_feature by the last item; zeros for nothing.
         states: (B, A, D), the target's last hidden states, of the row's own first token on.
     """
 
@@ -66,7 +66,7 @@ class Packed:
     answer_at: Tensor
     token_ids: Tensor
     is_row: Tensor
-    told: Tensor
+    global_feature: Tensor
     states: Tensor
 
 
@@ -90,22 +90,22 @@ def pack(network: DraftHead, samples: Sequence[Sample]) -> Packed:
         answer_at=answer_at,
         token_ids=_pad([sample.answer_ids for sample in samples]),
         is_row=(steps < torch.tensor(counts)[:, None]).to(inputs.device),
-        told=torch.stack([row[2] for row in rows])[:, None].expand(-1, most, -1),
+        global_feature=torch.stack([row[2] for row in rows])[:, None].expand(-1, most, -1),
         states=_pad([sample.answer_states for sample in samples]),
     )
 
 
 def draft_rows(network: DraftHead, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs (n, D) and positions (n,) of all rows of a sample, and what its last item told (D,)."""
-    seen = network.seeing.look(sample.sight)
+    """Inputs (n, D) and positions (n,) of all rows of a sample, and what its last item global_feature (D,)."""
+    visual = network.vision_adapter.compress(sample.context)
     rows, features = sample.rows, network.features(sample.rows.states)
-    told = None
-    if seen.told is not None:
-        before = torch.cat([torch.zeros_like(seen.told[:1]), seen.told])
-        told = before[rows.items + 1]
-    text = network.inputs(network.seeing.tell(features, told), rows.token_ids)
-    last = features.new_zeros(features.shape[-1]) if told is None else told[-1]
-    return torch.cat([seen.inputs, text]), torch.cat([seen.positions, rows.positions]), last
+    global_feature = None
+    if visual.global_features is not None:
+        before = torch.cat([torch.zeros_like(visual.global_features[:1]), visual.global_features])
+        global_feature = before[rows.items + 1]
+    text = network.inputs(network.vision_adapter.condition(features, global_feature), rows.token_ids)
+    last = features.new_zeros(features.shape[-1]) if global_feature is None else global_feature[-1]
+    return torch.cat([visual.inputs, text]), torch.cat([visual.positions, rows.positions]), last
 
 
 def unroll(network: DraftHead, packed: Packed, num_steps: int) -> list[Tensor]:
@@ -127,9 +127,9 @@ def unroll(network: DraftHead, packed: Packed, num_steps: int) -> list[Tensor]:
     for step in range(num_steps):
         output = network.finish(inputs, attend(query, key, value, packed.seen, keys, values))
         if config.num_ahead > 1:
-            return list(network.guesses(output).unbind(-2))
+            return list(network.next_states(output).unbind(-2))
         guesses.append(output)
-        features = network.seeing.tell(output, packed.told)
+        features = network.vision_adapter.condition(output, packed.global_feature)
         inputs = network.inputs(features, packed.token_ids.roll(-step - 1, dims=1))
         own = network.project(inputs)
         places = packed.positions[batch, at] + step + 1

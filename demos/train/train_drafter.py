@@ -39,7 +39,7 @@ from demos.train.drafting import (
 )
 from demos.train.training import Optimisers, append_record, save_checkpoint
 from mm.device import has_bfloat16
-from mm.engine.spec_decode.drafters.eagle.head import DraftConfig, DraftHead, default_taps, fingerprint
+from mm.engine.spec_decode.drafters.eagle.head import DraftConfig, DraftHead, default_feature_layers, fingerprint
 
 WAYS = ("none", "msd", "vispec", "specvlm", "flash")
 BATCH = 16  # answers per step
@@ -76,9 +76,9 @@ def draft_config(args: argparse.Namespace, target: Target, seeing: str) -> Draft
         intermediate_size=args.intermediate or text.intermediate_size,
         norm_eps=text.rms_norm_eps,
         rope_theta=text.rope_parameters.get("rope_theta", 10000.0),
-        seeing=seeing,
-        seeing_options=json.loads(args.seeing_options) if args.seeing_options else {},
-        taps=target.taps,
+        vision_adapter=seeing,
+        vision_adapter_options=json.loads(args.seeing_options) if args.seeing_options else {},
+        feature_layers=target.taps,
         num_ahead=AHEAD if seeing == "flash" else 1,
         draft_vocab_size=args.draft_vocab,
         target=fingerprint(target.head),
@@ -87,7 +87,7 @@ def draft_config(args: argparse.Namespace, target: Target, seeing: str) -> Draft
 
 def optimisers_of(network: DraftHead, args: argparse.Namespace) -> Optimisers:
     """Muon for the matrices of the layer and what feeds it, AdamW for the rest."""
-    seeing = {id(p) for p in network.seeing.parameters()} | {id(network.own_head)}
+    seeing = {id(p) for p in network.vision_adapter.parameters()} | {id(network.own_head)}
     matrices = [p for p in network.parameters() if p.ndim == 2 and id(p) not in seeing]
     inside = {id(p) for p in matrices}
     others = [p for p in network.parameters() if id(p) not in inside]
@@ -101,11 +101,11 @@ def shown(sample: Sample, name: str, done: float, rng: random.Random) -> Sample:
     if name != "msd" or done >= 1 or rng.random() < (done - BLIND_SHARE) / (1 - BLIND_SHARE) * 2:
         return sample
     none = torch.zeros(0, dtype=torch.int64)
-    sight = sample.sight
+    context = sample.context
     hidden = dataclasses.replace(
-        sight, embeddings=sight.embeddings[none], positions=none, items=none, features=sight.question[:0]
+        context, embeddings=context.embeddings[none], positions=none, items=none, features=context.question[:0]
     )
-    return dataclasses.replace(sample, sight=hidden)
+    return dataclasses.replace(sample, context=hidden)
 
 
 def learn(learner: Learner, samples: list[Sample], head: Tensor, step: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     model = mm.load(args.target, device=args.device, dtype=args.dtype)
     num_layers = model.engine.family.language.num_layers
-    target = Target(model, default_taps(num_layers) if args.eagle3 else ())
+    target = Target(model, default_feature_layers(num_layers) if args.eagle3 else ())
     head, learners = target.head.float(), []
     for name in args.seeing.split(","):
         network = DraftHead(draft_config(args, target, name), target.embedding, head).to(args.device)

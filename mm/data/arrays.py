@@ -25,6 +25,16 @@ def ints(tensor: Tensor) -> list[int]:
     return cast("list[int]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
+def int_rows(tensor: Tensor) -> list[list[int]]:
+    """The numbers of a matrix (n, m) of integers, row by row."""
+    return cast("list[list[int]]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]
+
+
+def float_rows(tensor: Tensor) -> list[list[float]]:
+    """The numbers of a matrix (n, m) of floats, row by row."""
+    return cast("list[list[float]]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]
+
+
 def floats(tensor: Tensor) -> list[float]:
     """The numbers of a vector (n,) of floats."""
     return cast("list[float]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]

@@ -39,10 +39,10 @@ def test_three_steps_and_on(target, tmp_path, more):
     for way in ways.split(","):
         name = {"none": "eagle3" if more else "eagle"}.get(way, way + "-eagle3" * bool(more))
         config = read_draft_config(tmp_path / name)
-        assert config.seeing == way
+        assert config.vision_adapter == way
         assert config.trained["steps"] == 3
         assert config.draft_vocab_size == (40 if more else None)
-        assert len(config.taps) == (3 if more else 0)
+        assert len(config.feature_layers) == (3 if more else 0)
         found = records(tmp_path / name)
         assert found[0]["step"] == 0
         assert found[0]["loss"] > 0

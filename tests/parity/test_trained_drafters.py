@@ -7,7 +7,7 @@ import torch
 import mm
 from mm.config import SpeculationLimits
 from mm.engine.spec_decode.drafters.eagle.head import DraftConfig, DraftHead, fingerprint
-from mm.engine.spec_decode.drafters.eagle.vision_adapters import WAYS
+from mm.engine.spec_decode.drafters.eagle.vision_adapters import VISION_ADAPTERS
 from tests.helpers.checkpoints import random_llava
 from tests.helpers.speculating import let_control_waver
 
@@ -28,14 +28,14 @@ def drafters(folder):
     embedding = language.model.get_input_embeddings().weight.detach()
     sizes = {"width": 48, "vocab_size": language.vocab_size, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12}
     names = []
-    for way in (*sorted(WAYS), "eagle3"):
+    for way in (*sorted(VISION_ADAPTERS), "eagle3"):
         torch.manual_seed(len(names))
         config = DraftConfig(
             **sizes,
             intermediate_size=48,
-            seeing="msd" if way == "eagle3" else way,
-            seeing_options=OPTIONS.get(way, {}),
-            taps=(1, 2, 3) if way == "eagle3" else (),
+            vision_adapter="msd" if way == "eagle3" else way,
+            vision_adapter_options=OPTIONS.get(way, {}),
+            feature_layers=(1, 2, 3) if way == "eagle3" else (),
             num_ahead=4 if way == "flash" else 1,
             target=fingerprint(language.head_weight),
         )
@@ -94,7 +94,7 @@ def test_rubbish_changes_nothing_but_speed(folder, drafters, expected, width):
         num_drafts = stats.num_drafts - before.num_drafts
         assert stats.num_draft_tokens - before.num_draft_tokens > 2 * num_drafts > 0, spec
         before = stats
-    for source in model.engine.spec_decoder._sources.values():
+    for source in model.engine.spec_decoder._drafters.values():
         if source.spec != "none":
             assert source.loaded.num_sessions == 0, f"{source.spec} keeps sessions of answers that are over"
             assert source.loaded._layer.cache.num_free_blocks == source.loaded._layer.cache.num_blocks

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.data.arrays import BoolArray, floats, ints, to_tensor
+from mm.data.arrays import BoolArray, float_rows, floats, int_rows, ints, to_tensor
 from mm.data.sampling_params import MAX_TOP_LOGPROBS
 from mm.engine.sampling.logits_processors import add_logit_bias, apply_penalties, temper_and_truncate
 from mm.engine.sampling.noise import gumbel, keys_of
@@ -54,7 +54,7 @@ def greedy(logits: Tensor) -> list[SampledToken | EngineError]:
     """The largest logit of each row, the first of equals. One kernel and one copy to the host."""
     if logits.is_cuda:
         values, token_ids = logits.max(-1)
-        top, ids = map(floats, torch.stack([values.double(), token_ids.double()]).cpu())
+        top, ids = float_rows(torch.stack([values.double(), token_ids.double()]))
     else:  # numpy's argmax is 5 to 10 times faster than torch's on a CPU
         rows = logits.float().numpy()
         indices = rows.argmax(-1)
@@ -183,5 +183,5 @@ class _RawLogprobs:
     def _tops(self) -> list[list[tuple[int, float]]]:
         """Always as many as anyone may ask for: which of several equals is included must not depend on other rows."""
         values, ids = self.logprobs.topk(min(MAX_TOP_LOGPROBS, self.logprobs.shape[1]))
-        pairs = [list(zip(ints(i), floats(v), strict=True)) for i, v in zip(ids.cpu(), values.cpu(), strict=True)]
+        pairs = [zip(i, v, strict=True) for i, v in zip(int_rows(ids), float_rows(values), strict=True)]
         return [sorted(row, key=lambda pair: (-pair[1], pair[0])) for row in pairs]

@@ -1,15 +1,16 @@
-"""The trained drafter's network: one decoder layer over rows of (feature, next token), EAGLE's form.
+"""The network of a trained drafter: one decoder layer over pairs of (feature, next token), as in EAGLE.
 
-Papers    EAGLE, arXiv:2401.15077; EAGLE-3, arXiv:2503.01840; SpecFLASH, arXiv:2505.12728 (several tokens per pass).
-Rows      Row t pairs the target's state f_t with the token x_{t+1}, stands at position(x_{t+1}) - 1, and estimates
-          f_{t+1}: through the target's head, the law of x_{t+2}. Visual tokens become rows as `vision_adapters` says.
+Papers    EAGLE, arXiv:2401.15077; EAGLE-3, arXiv:2503.01840; SpecFLASH, arXiv:2505.12728 (several tokens per step).
+Inputs    Input t pairs the target's state f_t with the token x_{t+1}, has the position of x_{t+1} less one, and
+          estimates f_{t+1}: through the target's head, the distribution of x_{t+2}. See `vision_adapters` for visual
+          tokens.
 Equation  u = W [norm(e); f] + b;  h = u + Attn(norm(u));  out = h + MLP(norm(h));  logits = W_head out.
-          With taps, f is W_fuse [f_a; f_b; f_c] where the target made it and `out` where the drafter feeds itself,
-          normed before W; and logits = W_head norm(out).
+          With feature layers, f is W_fuse [f_a; f_b; f_c] where the target computed it and `out` where the drafter
+          reads its own output, normed before W; and logits = W_head norm(out).
 Differs   EAGLE has no norm before the attention (SpecVLM adds it) and none on e. EAGLE-3's code widens q, k and v
           where the paper fuses first, as here.
 
-It knows arithmetic and its folder; sessions, caches and trees are the drafter's.
+This file holds the arithmetic and the files of a drafter. Sessions, caches and trees are in the modules beside it.
 """
 
 from __future__ import annotations
@@ -31,21 +32,25 @@ from mm.engine.spec_decode.drafters.eagle.vision_adapters import build_vision_ad
 from mm.models.checkpoint import BadCheckpoint
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FIELD_NAMES = {"vision_adapter": "seeing", "vision_adapter_options": "seeing_options", "feature_layers": "taps"}
+"""Field of `DraftConfig` to its key in config.json, where they differ."""
+STORED_PREFIXES = {"vision_adapter.global_projection.": "seeing.told.", "vision_adapter.": "seeing."}
+"""Beginning of a parameter's name to that of its key in the weights, where they differ. The first that fits holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig:
-    """What a drafter's config.json says.
+    """The config.json of a drafter; `FIELD_NAMES` maps fields to keys in the file.
 
     Attributes:
-        width: Of the target's states.
-        vocab_size: Of the target.
-        seeing, seeing_options: Way of seeing and its options.
-        taps: Layers of the target whose inputs are fused; empty reads the last hidden state.
-        num_ahead: Tokens that one pass drafts.
+        width: Width of the target's hidden states.
+        vocab_size: Vocabulary size of the target.
+        vision_adapter, vision_adapter_options: Name and options of the vision adapter.
+        feature_layers: Layers of the target whose inputs are fused. Without any, the last hidden state is read.
+        num_ahead: Tokens that one step drafts.
         draft_vocab_size: Size of the drafter's own head; None uses the target's.
         target: Fingerprint of the target it was trained for.
-        trained: What is known of the training, for people.
+        trained: A record of the training, for people.
     """
 
     width: int
@@ -56,22 +61,22 @@ class DraftConfig:
     intermediate_size: int
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    seeing: str = "none"
-    seeing_options: Mapping[str, Any] = field(default_factory=dict)
-    taps: tuple[int, ...] = ()
+    vision_adapter: str = "none"
+    vision_adapter_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    feature_layers: tuple[int, ...] = ()
     num_ahead: int = 1
     draft_vocab_size: int | None = None
     target: str = ""
-    trained: Mapping[str, Any] = field(default_factory=dict)
+    trained: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def feature_width(self) -> int:
-        """Of what the drafter reads from the target per row."""
-        return self.width * max(1, len(self.taps))
+        """Width of the states that the drafter reads per token."""
+        return self.width * max(1, len(self.feature_layers))
 
 
 class Norm(nn.Module):
-    """RMS norm in its input's dtype, also where the weight is kept in another."""
+    """RMS norm in its input's dtype, also where the weight has another."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -82,7 +87,7 @@ class Norm(nn.Module):
 
 
 class DraftHead(nn.Module):
-    """The network. Of the target it uses embedding table and head, which are not its own and are not saved.
+    """The network. It reads the target's embedding table and head, which are not saved with it.
 
     Args:
         embedding: (vocab, D), the target's.
@@ -94,8 +99,8 @@ class DraftHead(nn.Module):
         self.config = config
         width, heads = config.width, config.num_heads * config.head_dim
         self.embedding_norm = Norm(width, config.norm_eps)
-        self.fuse = nn.Linear(config.feature_width, width, bias=False) if config.taps else None
-        self.feature_norm = Norm(width, config.norm_eps) if config.taps else None
+        self.fuse = nn.Linear(config.feature_width, width, bias=False) if config.feature_layers else None
+        self.feature_norm = Norm(width, config.norm_eps) if config.feature_layers else None
         self.fc = nn.Linear(2 * width, width)
         self.input_norm = Norm(width, config.norm_eps)
         self.qkv = nn.Linear(width, heads + 2 * config.num_kv_heads * config.head_dim, bias=False)
@@ -103,11 +108,11 @@ class DraftHead(nn.Module):
         self.mlp_norm = Norm(width, config.norm_eps)
         self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, width, bias=False)
-        self.out_norm = Norm(width, config.norm_eps) if config.taps else None
+        self.out_norm = Norm(width, config.norm_eps) if config.feature_layers else None
         more = config.num_ahead - 1
         self.ahead_in = nn.Linear(width, width) if more else None
         self.ahead_out = nn.Linear(width, more * width, bias=False) if more else None
-        self.seeing = build_vision_adapter(config.seeing, width, **config.seeing_options)
+        self.vision_adapter = build_vision_adapter(config.vision_adapter, width, **config.vision_adapter_options)
         self.own_head: nn.Parameter | None = None
         self.vocab_ids: Tensor | None
         self.register_buffer("vocab_ids", None)
@@ -119,7 +124,7 @@ class DraftHead(nn.Module):
 
     @torch.no_grad()
     def _start(self) -> None:
-        """Begin near the identity on features, so that the first guesses are the target's own states."""
+        """Begin near the identity on features, so that the first estimates are the target's own states."""
         width = self.config.width
         nn.init.normal_(self.fc.weight[:, :width], std=width**-0.5)
         self.fc.weight[:, width:].copy_(torch.eye(width))
@@ -150,11 +155,11 @@ class DraftHead(nn.Module):
     # ── arithmetic ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def features(self, states: Tensor) -> Tensor:
-        """(..., feature_width) states of the target to the (..., D) features of rows."""
+        """(..., feature_width) states of the target to (..., D) features."""
         return states if self.fuse is None else self.fuse(states)
 
     def inputs(self, features: Tensor, token_ids: Tensor) -> Tensor:
-        """(..., D) inputs of the layer for text rows, of features (..., D) and their next tokens (...)."""
+        """(..., D) inputs of the layer for text, from features (..., D) and the tokens after them (...)."""
         tokens = self.embedding_norm(nn.functional.embedding(token_ids, self._shared[0]).to(features.dtype))
         features = features if self.feature_norm is None else self.feature_norm(features)
         return self.fc(torch.cat([tokens, features], dim=-1))
@@ -163,22 +168,22 @@ class DraftHead(nn.Module):
         """(..., D) to queries, keys and values (..., H + 2 * H_kv, d), not rotated."""
         return self.qkv(self.input_norm(inputs)).unflatten(-1, (-1, self.config.head_dim))
 
-    def finish(self, inputs: Tensor, seen: Tensor) -> Tensor:
-        """(..., D) output of the layer, of its inputs and what attention saw (..., H * d)."""
-        hidden = inputs + self.out(seen)
+    def finish(self, inputs: Tensor, attended: Tensor) -> Tensor:
+        """(..., D) output of the layer, from its inputs and the output of attention (..., H * d)."""
+        hidden = inputs + self.out(attended)
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
         return hidden + self.down(nn.functional.silu(gate) * up)
 
-    def guesses(self, output: Tensor) -> Tensor:
-        """(..., num_ahead, D) estimates of the next states, of the layer's output (..., D)."""
+    def next_states(self, output: Tensor) -> Tensor:
+        """(..., num_ahead, D) estimates of the next states, from the layer's output (..., D)."""
         if self.ahead_in is None or self.ahead_out is None:
             return output.unsqueeze(-2)
         later = self.ahead_out(nn.functional.silu(self.ahead_in(output)))
         return torch.cat([output.unsqueeze(-2), later.unflatten(-1, (-1, self.config.width))], dim=-2)
 
-    def logits(self, guesses: Tensor) -> Tensor:
+    def logits(self, states: Tensor) -> Tensor:
         """(..., vocab or draft_vocab_size) of estimated states (..., D)."""
-        states = guesses if self.out_norm is None else self.out_norm(guesses)
+        states = states if self.out_norm is None else self.out_norm(states)
         return nn.functional.linear(states, self._shared[1] if self.own_head is None else self.own_head)
 
     def token_ids(self, indices: Tensor) -> Tensor:
@@ -191,26 +196,29 @@ class DraftHead(nn.Module):
         """Write config.json and model.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.state_dict().items()}
-        save_file({name: t.contiguous() for name, t in state.items()}, folder / WEIGHTS)
+        save_file({_stored_name(name): t.contiguous() for name, t in state.items()}, folder / WEIGHTS)
         (folder / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone
-        (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        fields = {FIELD_NAMES.get(name, name): value for name, value in dataclasses.asdict(self.config).items()}
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def read_draft_config(folder: Path) -> DraftConfig:
     """The configuration of a drafter's folder.
 
     Raises:
-        BadCheckpoint: It is none.
+        BadCheckpoint: The folder holds no such configuration.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise BadCheckpoint(str(folder), f"has no {CONFIG}; give a folder that demos.train.train_drafter wrote")
-    known = {f.name for f in dataclasses.fields(DraftConfig)}
-    given = json.loads(path.read_text())
-    if unknown := sorted(given.keys() - known):
+    field_of = {FIELD_NAMES.get(f.name, f.name): f.name for f in dataclasses.fields(DraftConfig)}
+    given: dict[str, Any] = json.loads(path.read_text())
+    if unknown := sorted(given.keys() - field_of.keys()):
         raise BadCheckpoint(str(folder), f"has the unknown setting {unknown[0]!r} in {CONFIG}: is it a drafter's?")
     try:
-        return DraftConfig(**given | {"taps": tuple(given.get("taps", ()))})
+        fields = {field_of[key]: value for key, value in given.items()}
+        fields["feature_layers"] = tuple(fields.get("feature_layers", ()))
+        return DraftConfig(**fields)
     except TypeError as error:
         raise BadCheckpoint(str(folder), f"cannot be read as a drafter: {error}") from error
 
@@ -219,10 +227,10 @@ def load_draft_head(folder: Path, embedding: Tensor, head: Tensor) -> DraftHead:
     """A trained head in the target's dtype and on its device.
 
     Args:
-        embedding, head: The target's.
+        embedding, head: (vocab, D), the target's.
 
     Raises:
-        BadCheckpoint: The folder holds no drafter, or one of another target.
+        BadCheckpoint: The folder holds no drafter, or a drafter of another target.
     """
     config = read_draft_config(folder)
     if config.target != fingerprint(head):
@@ -232,15 +240,24 @@ def load_draft_head(folder: Path, embedding: Tensor, head: Tensor) -> DraftHead:
         )
     network = DraftHead(config, embedding, head)
     tensors = load_file(folder / WEIGHTS)
-    wrong = network.state_dict().keys() ^ tensors.keys()
+    names = {_stored_name(name): name for name in network.state_dict()}
+    wrong = names.keys() ^ tensors.keys()
     if wrong:
         raise BadCheckpoint(str(folder), f"lacks {sorted(wrong)[0]} or has it in excess in {WEIGHTS}")
-    network.load_state_dict(tensors)
+    network.load_state_dict({names[key]: tensor for key, tensor in tensors.items()})
     return network.to(head.device, head.dtype).eval()
 
 
+def _stored_name(name: str) -> str:
+    """The key of a parameter in the file of weights."""
+    for prefix, stored in STORED_PREFIXES.items():
+        if name.startswith(prefix):
+            return stored + name.removeprefix(prefix)
+    return name
+
+
 def fingerprint(head: Tensor) -> str:
-    """Names a target by the values of its head, whatever precision they were loaded in."""
+    """A hash of the target's head that does not depend on the precision in which it was loaded."""
     rows = head[:: max(1, head.shape[0] // 64)].detach().to("cpu", torch.bfloat16)
     digest = hashlib.blake2b(digest_size=8)
     digest.update(str(tuple(head.shape)).encode())
@@ -248,8 +265,8 @@ def fingerprint(head: Tensor) -> str:
     return digest.hexdigest()
 
 
-def default_taps(num_layers: int) -> tuple[int, ...]:
-    """Layers whose inputs EAGLE-3 fuses: 2, L / 2 and L - 3; spread where a target is too shallow for that."""
+def default_feature_layers(num_layers: int) -> tuple[int, ...]:
+    """Layers whose inputs EAGLE-3 fuses: 2, L / 2 and L - 3, or evenly spread ones where a target has too few."""
     wanted = (2, num_layers // 2, num_layers - 3)
     if wanted[0] < wanted[1] < wanted[2]:
         return wanted

@@ -1,4 +1,4 @@
-"""A trained drafter's layer over a cache of its own: keys and values of one layer, a slot per answer."""
+"""The layer of a trained drafter with its own KV cache of one layer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm.data.arrays import to_tensor
 from mm.engine.attention.base import build_attention
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.spec_decode.cost_model import MOST_WARM, warm_up
@@ -18,20 +19,22 @@ from mm.models.kv_cache_spec import KVCacheSpec
 
 
 class DraftLayer:
-    """Runs rows of several answers through the layer.
+    """Runs tokens of several sequences through the layer.
 
     Args:
-        num_bytes: Size of the cache.
-        num_slots: Answers at a time.
+        num_bytes: Size of the KV cache.
+        max_num_seqs: Number of sequences at a time.
     """
 
-    def __init__(self, network: DraftHead, dtype: torch.dtype, device: torch.device, num_bytes: int, num_slots: int):
+    def __init__(
+        self, network: DraftHead, dtype: torch.dtype, device: torch.device, num_bytes: int, max_num_seqs: int
+    ) -> None:
         config = network.config
         shape = KVCacheSpec(
             num_layers=1, num_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=dtype, device=device
         )
         self.network = network
-        self.cache = KVCache(shape, num_blocks=max(1, num_bytes // shape.block_bytes), max_num_seqs=num_slots)
+        self.cache = KVCache(shape, num_blocks=max(1, num_bytes // shape.block_bytes), max_num_seqs=max_num_seqs)
         self._attention = build_attention(self.cache)
         self._table = rotary(torch.arange(1024, device=device), config.head_dim, config.rope_theta)
 
@@ -39,53 +42,55 @@ class DraftLayer:
         self,
         inputs: Tensor,
         positions: Tensor,
-        slots: Sequence[int],
+        seq_indices: Sequence[int],
         counts: Sequence[int],
         wanted: Tensor,
         masks: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """Append rows to the cache, whose room was made by `grow`, and give the layer's output (w, D) of some.
+        """Append tokens, for which `append_slots` was called, and return the layer's output (w, D) for some of them.
 
         Args:
-            inputs: (R, D), slot after slot.
-            positions: (R,) int64.
-            counts: Rows of each slot.
-            wanted: (w,) int64, rows whose output is asked for.
+            inputs: (T, D), sequence after sequence.
+            positions: (T,) int64.
+            seq_indices, counts: The sequences, and the number of tokens of each.
+            wanted: (w,) int64, indices of the tokens whose output is returned.
             masks: As in `AttentionMetadata`.
         """
-        rows = self.network.project(inputs)
-        seen = self._attention.attend(0, rows, AttentionMetadata.of(slots, counts, masks), self._rotary(positions))
+        metadata = AttentionMetadata.of(seq_indices, counts, masks)
+        attended = self._attention.attend(0, self.network.project(inputs), metadata, self._rotary(positions))
         if wanted.shape[0] != inputs.shape[0]:
-            inputs, seen = inputs[wanted], seen[wanted]
-        return self.network.finish(inputs, seen.flatten(1))
+            inputs, attended = inputs[wanted], attended[wanted]
+        return self.network.finish(inputs, attended.flatten(1))
 
     @torch.inference_mode()
     def warm(self) -> None:
-        """Run rows that mean nothing, of each number in turn: the first run of a number is slow, as of the target's."""
-        network, shape, slot = self.network, self.cache.shape, self.cache.allocate()
+        """Run steps of each number of tokens: the first step of a number is slow, as it is for the target."""
+        network, shape, seq_index = self.network, self.cache.shape, self.cache.allocate()
 
         def run(count: int) -> float:
             start = time.perf_counter()
-            self.grow(slot, count)
+            self.append_slots(seq_index, count)
             every = torch.arange(count, device=shape.device)
             states = torch.zeros(count, network.config.feature_width, dtype=shape.dtype, device=shape.device)
             inputs = network.inputs(network.features(states), torch.zeros_like(every))
-            network.guesses(self.run(inputs, every, [slot], [count], every))
-            self.shrink(slot, 0)
+            network.next_states(self.run(inputs, every, [seq_index], [count], every))
+            self.truncate(seq_index, 0)
             return time.perf_counter() - start
 
         warm_up(run, min(MOST_WARM, self.cache.num_free_blocks * shape.block_size))
-        self.cache.free(slot)
+        self.cache.free(seq_index)
 
-    def grow(self, slot: int, num_rows: int) -> None:
-        self.cache.append_slots(slot, num_rows)
+    def append_slots(self, seq_index: int, num_tokens: int) -> None:
+        """Make room for new tokens; see `KVCache.append_slots`."""
+        self.cache.append_slots(seq_index, num_tokens)
 
-    def length(self, slot: int) -> int:
-        return int(self.cache.lengths[0, slot])
+    def length(self, seq_index: int) -> int:
+        """Number of tokens that the cache holds of a sequence."""
+        return int(self.cache.lengths[0, seq_index])
 
-    def shrink(self, slot: int, length: int) -> None:
-        """Forget what lies behind the first `length` rows."""
-        self.cache.truncate(slot, 0, length)
+    def truncate(self, seq_index: int, length: int) -> None:
+        """Keep only the first `length` tokens."""
+        self.cache.truncate(seq_index, 0, length)
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         most = int(positions.max()) + 1
@@ -97,5 +102,5 @@ class DraftLayer:
 
 
 def last_of(counts: Sequence[int], device: torch.device) -> Tensor:
-    """(n,) int64: the last row of each of several chunks that lie one behind the other."""
-    return torch.from_numpy(np.cumsum(counts) - 1).to(device)
+    """(n,) int64: the index of the last token of each of several consecutive chunks."""
+    return to_tensor(np.cumsum(counts) - 1, device)

@@ -1,8 +1,7 @@
-"""The tree that draft laws grow: the most probable paths, by the drafter's own account.
+"""Dynamic draft trees: the most probable paths, by the drafter's own estimate.
 
 EAGLE-2 (arXiv:2406.16858): a node's score is the sum of the log-probabilities on its path. Each level keeps the best
-few nodes as the next frontier, and of everything seen the best are proposed. The tree is a function of the context, so
-it is a point proposal. A chain is a tree of width 1.
+few nodes as the next frontier, and the best of all candidates are proposed. A chain is a tree of width 1.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from mm.data.arrays import BoolArray
+
 
 class DynamicTree:
-    """Candidates of one round. `begin` once, then `extend` for each further level.
+    """The candidates of one draft. Call `begin` once, then `extend` for each further level.
 
     Args:
         width: Children considered of a node, and nodes of a frontier.
@@ -23,7 +24,7 @@ class DynamicTree:
     Attributes:
         token_ids, parents, depths, scores: Per candidate; a parent is a candidate or -1 for the root, whose
             children have depth 1.
-        frontier: Candidates whose children are asked for next.
+        frontier: Candidates whose children are computed next.
     """
 
     def __init__(self, width: int) -> None:
@@ -35,12 +36,12 @@ class DynamicTree:
         self.frontier: list[int] = []
 
     def begin(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """The root's children, best first."""
+        """Add the root's children, best first."""
         self._add(-1, token_ids, logprobs)
         self.frontier = list(range(len(token_ids)))
 
     def extend(self, token_ids: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> None:
-        """Children of every frontier node, best first; the best `width` of them are the new frontier."""
+        """Add children of every frontier node, best first. The best `width` of them are the new frontier."""
         first = len(self.token_ids)
         for parent, tokens, probs in zip(self.frontier, token_ids, logprobs, strict=True):
             self._add(parent, tokens, probs)
@@ -65,7 +66,7 @@ class DynamicTree:
         return sorted(found)
 
     def strike(self, token_ids: Collection[int]) -> None:
-        """Make candidates of these tokens, and all below them, impossible."""
+        """Rule out candidates with these tokens, and everything below them."""
         for i, token in enumerate(self.token_ids):
             parent = self.parents[i]
             if token in token_ids or (parent >= 0 and self.scores[parent] == -math.inf):
@@ -74,8 +75,8 @@ class DynamicTree:
     def best(self, count: int, least: float = 0.0) -> tuple[list[int], list[int], list[float]]:
         """The best `count` candidates: token ids, parents (0 is the root, i + 1 the i-th of them), probabilities.
 
-        In order of the pool, so parents come first. Ties go to the shallower one, so that no node comes without its
-        parent even where a child's probability rounds to 1.
+        They are in the order in which they were added, so parents come first. Ties go to the shallower candidate, so
+        that no node comes without its parent even where a child's probability rounds to 1.
 
         Args:
             least: Candidates less probable than this are left out.
@@ -92,8 +93,8 @@ class DynamicTree:
         )
 
 
-def ancestor_mask(parents: Sequence[int]) -> np.ndarray:
-    """(n, n) bool: which of n nodes each one descends from, itself included. A parent outside is -1."""
+def ancestor_mask(parents: Sequence[int]) -> BoolArray:
+    """(n, n) bool: the ancestors of each of n nodes, itself included. A parent outside of the n is -1."""
     mask = np.eye(len(parents), dtype=np.bool_)
     for node, parent in enumerate(parents):
         if parent >= 0:

@@ -1,7 +1,7 @@
-"""How a drafter sees pictures: one file per way, each a small module that makes draft rows out of visual tokens.
+"""Vision adapters of trained drafters: small modules that turn a prompt's visual tokens into inputs of the draft layer.
 
-A way of seeing decides which rows of the drafter's cache stand for a prompt's visual tokens, and what text rows behind
-them are told. It may be as lossy as it likes: the verifier decides about every token.
+An adapter decides which positions of the drafter's cache stand for the visual tokens, and what it adds to the text
+after them. It may lose as much as it likes, since the target verifies every drafted token.
 """
 
 from __future__ import annotations
@@ -9,32 +9,35 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from mm.engine.spec_decode.drafters.eagle.vision_adapters.base import SeenRows, VisionAdapter, VisualContext
+from mm.engine.spec_decode.drafters.eagle.vision_adapters.base import AdapterOutput, VisionAdapter, VisualContext
 from mm.errors import InvalidOption, nearest
 
-WAYS = {
+VISION_ADAPTERS = {
     "flash": "mm.engine.spec_decode.drafters.eagle.vision_adapters.flash:LatentQueries",
-    "msd": "mm.engine.spec_decode.drafters.eagle.vision_adapters.msd:EveryRow",
-    "none": "mm.engine.spec_decode.drafters.eagle.vision_adapters.none:Unseen",
+    "msd": "mm.engine.spec_decode.drafters.eagle.vision_adapters.msd:AllVisualTokens",
+    "none": "mm.engine.spec_decode.drafters.eagle.vision_adapters.none:NoVisualTokens",
     "specvlm": "mm.engine.spec_decode.drafters.eagle.vision_adapters.specvlm:ElasticCompressor",
-    "vispec": "mm.engine.spec_decode.drafters.eagle.vision_adapters.vispec:OneRowAndGlobal",
+    "vispec": "mm.engine.spec_decode.drafters.eagle.vision_adapters.vispec:GlobalFeatureAdapter",
 }
-"""Name to class. Classes are imported when they are asked for."""
+"""Name to class. A class is imported when it is first used."""
 
 
 def build_vision_adapter(name: str, width: int, **options: Any) -> VisionAdapter:
-    """The untrained way of seeing `name` for a drafter of that width.
+    """The untrained adapter `name` for a drafter of that width.
 
     Raises:
-        InvalidOption: No such way, or an option it does not have.
+        InvalidOption: There is no such adapter, or it does not have one of the options.
     """
-    if name not in WAYS:
-        raise InvalidOption("drafter", "seeing", f"was {name!r}{nearest(name, list(WAYS))} (ways: {', '.join(WAYS)})")
-    module, _, member = WAYS[name].partition(":")
+    if name not in VISION_ADAPTERS:
+        known = ", ".join(VISION_ADAPTERS)
+        hint = nearest(name, list(VISION_ADAPTERS))
+        raise InvalidOption("drafter", "vision adapter", f"was {name!r}{hint} (adapters: {known})")
+    module, _, member = VISION_ADAPTERS[name].partition(":")
+    adapter: type[VisionAdapter] = getattr(importlib.import_module(module), member)
     try:
-        return getattr(importlib.import_module(module), member)(width, **options)
+        return adapter(width, **options)
     except TypeError as error:
         raise InvalidOption(name, ", ".join(options) or "options", f"cannot be used: {error}") from error
 
 
-__all__ = ["WAYS", "SeenRows", "VisionAdapter", "VisualContext", "build_vision_adapter"]
+__all__ = ["VISION_ADAPTERS", "AdapterOutput", "VisionAdapter", "VisualContext", "build_vision_adapter"]

@@ -1,4 +1,4 @@
-"""What a way of seeing is given, and what it answers."""
+"""What a vision adapter reads, and what it returns."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class VisualContext:
-    """Visual tokens of one prompt, as encoder and reducer left them, and what the target made of them.
+    """Visual tokens of one prompt after encoder and reducer, and what the target computed of them.
 
     Attributes:
-        embeddings: (V, D), what the target's first layer received, in order of the prompt.
-        positions: (V,) int64, their positions in the unreduced prompt.
-        items: (V,) int64, which item each belongs to: 0, 1, ...
-        features: (V, D), the target's last hidden states on them; rows of NaN where there is none, because the token
-            was dropped inside the decoder or came from a cached prefix. None where nobody asks for them.
-        question: (Q, D), last hidden states of the text behind the last item; may be empty.
+        embeddings: (V, D), inputs of the target's first layer, in order of the prompt.
+        positions: (V,) int64, positions in the unreduced prompt.
+        items: (V,) int64, the item that each token belongs to: 0, 1, ...
+        features: (V, D), the target's last hidden states. Tokens without one are NaN: they were dropped inside the
+            decoder, or came from a cached prefix. None where no adapter reads them.
+        question: (Q, D), last hidden states of the text after the last item. It may be empty.
     """
 
     embeddings: Tensor
@@ -31,31 +31,31 @@ class VisualContext:
     def num_items(self) -> int:
         return int(self.items[-1]) + 1 if len(self.items) else 0
 
-    def of_item(self, item: int) -> Tensor:
-        """(n,) int64: an item's rows."""
+    def tokens_of(self, item: int) -> Tensor:
+        """(n,) int64: indices of an item's tokens."""
         return (self.items == item).nonzero().squeeze(1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeenRows:
-    """Draft rows that stand for visual tokens.
+class AdapterOutput:
+    """Inputs of the draft layer that stand for visual tokens.
 
     Attributes:
-        inputs: (n, D), inputs of the draft layer.
+        inputs: (n, D).
         positions: (n,) int64.
-        told: (num_items, D), what text rows behind each item are told; None where they are told nothing.
+        global_features: (num_items, D), one vector per item that conditions the text after it. None without any.
     """
 
     inputs: Tensor
     positions: Tensor
-    told: Tensor | None = None
+    global_features: Tensor | None = None
 
 
 class VisionAdapter(nn.Module):
-    """Base of the ways of seeing.
+    """Base class of the adapters.
 
     Attributes:
-        reads_features: Whether `look` uses `VisualContext.features`.
+        reads_features: Whether `compress` reads `VisualContext.features`.
     """
 
     reads_features: bool = False
@@ -64,28 +64,30 @@ class VisionAdapter(nn.Module):
         super().__init__()
         self.width = width
 
-    def look(self, sight: VisualContext) -> SeenRows:
-        """Draft rows for a prompt's visual tokens."""
+    def compress(self, context: VisualContext) -> AdapterOutput:
+        """Inputs of the draft layer for a prompt's visual tokens."""
         raise NotImplementedError
 
-    def tell(self, features: Tensor, told: Tensor | None) -> Tensor:
-        """(n, D) features of text rows, changed by what the item before each of them has told.
+    def condition(self, features: Tensor, global_feature: Tensor | None) -> Tensor:
+        """(n, D) features of text, conditioned on the item before each.
 
         Args:
-            told: (n, D), zeros for rows before the first item; None where `look` gave None.
+            features: (n, D).
+            global_feature: (n, D), zeros for text before the first item. None where `compress` gave none.
         """
         return features
 
-    def no_rows(self, sight: VisualContext) -> SeenRows:
-        empty = sight.embeddings.new_empty(0, self.width)
-        return SeenRows(inputs=empty, positions=sight.positions.new_empty(0))
+    def no_tokens(self, context: VisualContext) -> AdapterOutput:
+        """An output in which nothing stands for the visual tokens."""
+        empty = context.embeddings.new_empty(0, self.width)
+        return AdapterOutput(inputs=empty, positions=context.positions.new_empty(0))
 
 
-def last_positions(sight: VisualContext, rows: Tensor, count: int) -> Tensor:
-    """(count,) int64: where compressed rows of an item stand, the last places of its span as draft rows count them.
+def last_positions(context: VisualContext, tokens: Tensor, count: int) -> Tensor:
+    """(count,) int64: positions of an item's compressed inputs, the last ones of its span, one before the token's own.
 
     Args:
-        rows: The item's rows.
+        tokens: Indices of the item's tokens.
     """
-    end = int(sight.positions[rows[-1]])
-    return torch.arange(end - count, end, device=rows.device)
+    end = int(context.positions[tokens[-1]])
+    return torch.arange(end - count, end, device=tokens.device)

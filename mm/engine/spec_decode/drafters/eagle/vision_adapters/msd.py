@@ -1,18 +1,18 @@
-"""MSD: every visual token is a draft row of its own, decoupled from the text rows.
+"""MSD: every visual token is an input of the draft layer, apart from the text.
 
-Paper     arXiv:2505.14260, section 3 (text rows are fused from token and feature, visual rows are embeddings alone).
-Reads     Visual embeddings as encoder and reducer left them; no features, so rows dropped inside the decoder stay seen.
+Paper     arXiv:2505.14260, section 3 (text inputs are fused from token and feature, visual inputs are embeddings).
+Reads     Visual embeddings after encoder and reducer, and no features. Tokens dropped inside the decoder stay in.
 Cost      One key and value per visual token.
-Differs   from the paper: nothing known. Each row stands one position before its token, as all draft rows do.
+Differs   from the paper: nothing known. Each input stands one position before its token, as all draft inputs do.
 """
 
 from __future__ import annotations
 
-from mm.engine.spec_decode.drafters.eagle.vision_adapters.base import SeenRows, VisionAdapter, VisualContext
+from mm.engine.spec_decode.drafters.eagle.vision_adapters.base import AdapterOutput, VisionAdapter, VisualContext
 
 
-class EveryRow(VisionAdapter):
-    """Visual embeddings enter the draft layer as they are."""
+class AllVisualTokens(VisionAdapter):
+    """Visual embeddings enter the draft layer unchanged."""
 
-    def look(self, sight: VisualContext) -> SeenRows:
-        return SeenRows(inputs=sight.embeddings, positions=sight.positions - 1)
+    def compress(self, context: VisualContext) -> AdapterOutput:
+        return AdapterOutput(inputs=context.embeddings, positions=context.positions - 1)

@@ -1,18 +1,18 @@
-"""No visual rows: text rows carry what the target saw.
+"""No visual inputs: the features of text carry what the target saw.
 
 Paper     HiViS, arXiv:2509.23928.
-Reads     Nothing but features of text rows: the target's state on the last visual row is that of the first text row.
-Cost      Nothing: neither prefill nor cache grow with the visual tokens.
-Differs   Text rows keep the positions they have beside the visual ones; the paper's are compact.
+Reads     Features of text alone: the target's state on the last visual token is the feature of the first text token.
+Cost      None: neither prefill nor cache grow with the visual tokens.
+Differs   Text keeps the positions that it has beside the visual tokens; the paper's are compact.
 """
 
 from __future__ import annotations
 
-from mm.engine.spec_decode.drafters.eagle.vision_adapters.base import SeenRows, VisionAdapter, VisualContext
+from mm.engine.spec_decode.drafters.eagle.vision_adapters.base import AdapterOutput, VisionAdapter, VisualContext
 
 
-class Unseen(VisionAdapter):
-    """Visual rows are hidden from the drafter."""
+class NoVisualTokens(VisionAdapter):
+    """The draft layer gets no visual tokens."""
 
-    def look(self, sight: VisualContext) -> SeenRows:
-        return self.no_rows(sight)
+    def compress(self, context: VisualContext) -> AdapterOutput:
+        return self.no_tokens(context)

@@ -3,9 +3,9 @@
 Paper     SpecVLM (fast speculative decoding in vision-language models), arXiv:2509.11815: the selecting mode.
 Equation  branch = argmax gate(mean feature of the question); in training a straight-through Gumbel softmax.
 Reads     Visual embeddings, and last hidden states of the question.
-Cost      From 0 to N / 3 rows per item.
-Differs   Pruning draws from a generator seeded by the number of tokens, so that a prompt is always seen alike. The
-          gate's weight, which is 1, multiplies the chosen rows: by its gradient the gate learns.
+Cost      From 0 to N / 3 inputs per item.
+Differs   Pruning draws from a generator seeded by the number of tokens, so that a prompt is always compressed alike.
+          The gate's weight, which is 1, multiplies the chosen inputs: by its gradient the gate learns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.engine.spec_decode.drafters.eagle.vision_adapters.base import (
-    SeenRows,
+    AdapterOutput,
     VisionAdapter,
     VisualContext,
     last_positions,
@@ -29,10 +29,10 @@ class ElasticCompressor(VisionAdapter):
     """Five branches and the gate over them.
 
     Args:
-        strong: Tokens per row of pruning and pooling.
-        stride: Tokens per row of the convolution.
-        num_queries: Rows of the resampler.
-        branch: Always this one, without a gate; None lets the gate choose.
+        strong: Tokens per input of pruning and pooling.
+        stride: Tokens per input of the convolution.
+        num_queries: Inputs of the resampler.
+        branch: Always this one, without a gate. None lets the gate choose.
     """
 
     def __init__(
@@ -50,49 +50,56 @@ class ElasticCompressor(VisionAdapter):
             self.convolution.weight.copy_(torch.eye(width).repeat(1, stride) / stride)
             self.convolution.bias.zero_()
 
-    def choose(self, question: Tensor) -> Tensor:
+    def choose_branch(self, question: Tensor) -> Tensor:
         """(5,) weights of the branches, one of them 1 and the others 0."""
         if self.branch is not None:
             return nn.functional.one_hot(torch.tensor(BRANCHES.index(self.branch)), len(BRANCHES)).to(question)
         mean = question.mean(0) if len(question) else question.new_zeros(self.width)
-        logits = self.gate(mean)
+        logits: Tensor = self.gate(mean)
         if self.training:
             return nn.functional.gumbel_softmax(logits.float(), hard=True).to(logits.dtype)
         return nn.functional.one_hot(logits.argmax(), len(BRANCHES)).to(logits)
 
-    def look(self, sight: VisualContext) -> SeenRows:
-        if not sight.num_items:
-            return self.no_rows(sight)
-        weights = self.choose(sight.question)
+    def compress(self, context: VisualContext) -> AdapterOutput:
+        if not context.num_items:
+            return self.no_tokens(context)
+        weights = self.choose_branch(context.question)
         which = int(weights.argmax())
-        compress: Callable[[Tensor], Tensor] = getattr(self, BRANCHES[which])
-        inputs, positions = [], []
-        for item in range(sight.num_items):
-            rows = sight.of_item(item)
-            seen = compress(sight.embeddings[rows])
-            inputs.append(seen * weights[which])
-            positions.append(last_positions(sight, rows, len(seen)))
-        return SeenRows(inputs=torch.cat(inputs), positions=torch.cat(positions))
+        branch: Callable[[Tensor], Tensor] = getattr(self, BRANCHES[which])
+        inputs: list[Tensor] = []
+        positions: list[Tensor] = []
+        for item in range(context.num_items):
+            tokens = context.tokens_of(item)
+            compressed = branch(context.embeddings[tokens])
+            inputs.append(compressed * weights[which])
+            positions.append(last_positions(context, tokens, len(compressed)))
+        return AdapterOutput(inputs=torch.cat(inputs), positions=torch.cat(positions))
 
     def prune(self, embeddings: Tensor) -> Tensor:
+        """A random subset of an item's tokens."""
         generator = torch.Generator().manual_seed(len(embeddings))
         kept = torch.randperm(len(embeddings), generator=generator)[: self._few(embeddings)].sort().values
         return embeddings[kept.to(embeddings.device)]
 
     def pool(self, embeddings: Tensor) -> Tensor:
+        """Means of adjacent tokens."""
         return torch.stack([part.mean(0) for part in embeddings.tensor_split(self._few(embeddings))])
 
     def convolve(self, embeddings: Tensor) -> Tensor:
+        """A strided convolution; the last token pads the end."""
         missing = -len(embeddings) % self.stride
         padded = torch.cat([embeddings, embeddings[-1:].expand(missing, -1)])
         return self.convolution(padded.view(-1, self.stride * self.width))
 
     def resample(self, embeddings: Tensor) -> Tensor:
-        key, value = self.key_value(embeddings).chunk(2, dim=-1)
+        """Attention of learned queries to the tokens."""
+        projected: Tensor = self.key_value(embeddings)
+        key, value = projected.chunk(2, dim=-1)
         scores = self.queries.to(key.dtype) @ key.T * self.width**-0.5
         return scores.softmax(-1) @ value
 
     def leave_out(self, embeddings: Tensor) -> Tensor:
+        """Nothing."""
         return embeddings[:0]
 
     def _few(self, embeddings: Tensor) -> int:

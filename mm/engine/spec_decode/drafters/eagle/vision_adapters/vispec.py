@@ -1,11 +1,11 @@
-"""ViSpec: an item becomes one draft row, and one vector that every text row behind it is told.
+"""ViSpec: an item becomes one input of the draft layer, and one global feature for the text after it.
 
 Paper     arXiv:2509.15235, section 3.
-Equation  queries attend to the item's embeddings once (no positions, no norm); all but the last result are rows, the
-          last is the global vector g, and f' = W [f; g] for text rows behind the item, W = [1, 0] at first.
+Equation  queries attend to the item's embeddings once (no positions, no norm). All but the last result are inputs. The
+          last is the global feature g, and f' = W [f; g] for text after the item, with W = [1, 0] at first.
 Reads     Visual embeddings.
 Cost      One softmax over N tokens per prompt; cache and drafting do not depend on N.
-Differs   With several items, text is told of the item before it; the authors' code mixes the items up.
+Differs   With several items, text is conditioned on the item before it; the authors' code mixes the items up.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from mm.engine.spec_decode.drafters.eagle.vision_adapters.base import (
-    SeenRows,
+    AdapterOutput,
     VisionAdapter,
     VisualContext,
     last_positions,
 )
 
 
-class OneRowAndGlobal(VisionAdapter):
-    """Compressed visual rows and a global feature.
+class GlobalFeatureAdapter(VisionAdapter):
+    """Compressed visual inputs and a global feature.
 
     Args:
-        num_heads: Of the attention that compresses.
-        num_rows: Rows an item becomes.
+        num_heads: Heads of the attention that compresses.
+        num_rows: Inputs per item.
     """
 
     def __init__(self, width: int, num_heads: int = 4, num_rows: int = 1) -> None:
@@ -36,29 +36,33 @@ class OneRowAndGlobal(VisionAdapter):
         self.queries = nn.Parameter(torch.randn(num_heads, num_rows + 1, head_dim) / head_dim)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.told = nn.Linear(2 * width, width, bias=False)
+        self.global_projection = nn.Linear(2 * width, width, bias=False)
         with torch.no_grad():
-            self.told.weight.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1))
+            self.global_projection.weight.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1))
 
-    def look(self, sight: VisualContext) -> SeenRows:
-        if not sight.num_items:
-            return self.no_rows(sight)
-        rows, positions, told = [], [], []
-        for item in range(sight.num_items):
-            at = sight.of_item(item)
-            seen = self.compress(sight.embeddings[at])
-            rows.append(seen[:-1])
-            told.append(seen[-1])
-            positions.append(last_positions(sight, at, self.num_rows))
-        return SeenRows(inputs=torch.cat(rows), positions=torch.cat(positions), told=torch.stack(told))
+    def compress(self, context: VisualContext) -> AdapterOutput:
+        if not context.num_items:
+            return self.no_tokens(context)
+        inputs: list[Tensor] = []
+        positions: list[Tensor] = []
+        global_features: list[Tensor] = []
+        for item in range(context.num_items):
+            tokens = context.tokens_of(item)
+            pooled = self.pool(context.embeddings[tokens])
+            inputs.append(pooled[:-1])
+            global_features.append(pooled[-1])
+            positions.append(last_positions(context, tokens, self.num_rows))
+        return AdapterOutput(
+            inputs=torch.cat(inputs), positions=torch.cat(positions), global_features=torch.stack(global_features)
+        )
 
-    def compress(self, embeddings: Tensor) -> Tensor:
+    def pool(self, embeddings: Tensor) -> Tensor:
         """(N, D) to (num_rows + 1, D)."""
-        split = self.key_value(embeddings).unflatten(-1, (2, self.num_heads, -1))
-        key, value = split.permute(1, 2, 0, 3)
+        projected: Tensor = self.key_value(embeddings)
+        key, value = projected.unflatten(-1, (2, self.num_heads, -1)).permute(1, 2, 0, 3)
         mixed = nn.functional.scaled_dot_product_attention(self.queries.to(key.dtype), key, value)
         return self.out(mixed.transpose(0, 1).flatten(1))
 
-    def tell(self, features: Tensor, told: Tensor | None) -> Tensor:
-        told = torch.zeros_like(features) if told is None else told
-        return self.told(torch.cat([features, told], dim=-1))
+    def condition(self, features: Tensor, global_feature: Tensor | None) -> Tensor:
+        global_feature = torch.zeros_like(features) if global_feature is None else global_feature
+        return self.global_projection(torch.cat([features, global_feature], dim=-1))

@@ -6,16 +6,16 @@ import torch
 from demos.train.drafting import Sample, pack, unroll
 from mm.data.tokens import Prompt
 from mm.engine.spec_decode.drafters.eagle.drafter import Eagle
-from mm.engine.spec_decode.drafters.eagle.feature_rows import prompt_rows, sight_of
+from mm.engine.spec_decode.drafters.eagle.feature_rows import prompt_features, visual_context
 from mm.engine.spec_decode.drafters.eagle.head import (
     DraftConfig,
     DraftHead,
-    default_taps,
+    default_feature_layers,
     fingerprint,
     load_draft_head,
     read_draft_config,
 )
-from mm.engine.spec_decode.drafters.eagle.vision_adapters import WAYS
+from mm.engine.spec_decode.drafters.eagle.vision_adapters import VISION_ADAPTERS
 from mm.errors import InvalidOption
 from mm.models.checkpoint import BadCheckpoint
 from mm.plugins.drafter import DraftBudget, DraftTarget, Observation
@@ -27,13 +27,13 @@ OPTIONS = {"vispec": {"num_heads": 2}, "flash": {"num_rows": 3}, "specvlm": {"st
 ANSWER = [7, 8, 9, 10, 11, 12, 13, 14]
 
 
-def config(seeing="none", **more):
+def config(vision_adapter="none", **more):
     sizes = {"width": WIDTH, "vocab_size": VOCAB, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     return DraftConfig(
         **sizes,
         intermediate_size=48,
-        seeing=seeing,
-        seeing_options=OPTIONS.get(seeing, {}),
+        vision_adapter=vision_adapter,
+        vision_adapter_options=OPTIONS.get(vision_adapter, {}),
         target=fingerprint(HEAD),
         **more,
     )
@@ -78,8 +78,8 @@ def prompt(seed=1, length=12, pictures=True):
     )
 
 
-def hidden_states(count, taps=(), seed=2):
-    names = ["last_hidden", *(f"hidden:{layer}" for layer in taps)]
+def hidden_states(count, feature_layers=(), seed=2):
+    names = ["last_hidden", *(f"hidden:{layer}" for layer in feature_layers)]
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(count, WIDTH, generator=generator) for name in names}
 
@@ -107,30 +107,31 @@ def budget(tokens=5, depth=5, **more):
     return DraftBudget(max_tokens=tokens, max_depth=depth, **more)
 
 
-def told(drafter, asked, seen):
+def observed(drafter, asked, seen):
     session = drafter.open(asked)
     for observation in seen:
         drafter.observe([session], [observation])
     return session
 
 
-@pytest.mark.parametrize("taps", [(), (2, 4, 5)])
-@pytest.mark.parametrize("seeing", sorted(WAYS))
-def test_serving_drafts_what_training_computed(tmp_path, seeing, taps):
+@pytest.mark.parametrize("feature_layers", [(), (2, 4, 5)])
+@pytest.mark.parametrize("vision_adapter", sorted(VISION_ADAPTERS))
+def test_serving_drafts_what_training_computed(tmp_path, vision_adapter, feature_layers):
     """A chain in serving is a row of `unroll`, when the answer goes on as drafted."""
-    made, asked = network(seeing=seeing, taps=taps), prompt()
-    states = hidden_states(asked.length + 20, taps)
+    made, asked = network(vision_adapter=vision_adapter, feature_layers=feature_layers), prompt()
+    states = hidden_states(asked.length + 20, feature_layers)
     drafter = loaded(tmp_path, made, depth=4)
-    session = told(drafter, asked, observations(asked, states))
+    session = observed(drafter, asked, observations(asked, states))
     draft = drafter.propose([session], [budget(4)])[0]
     known = sum((1, 1, 3, 1))
     answer = ANSWER[:known] + list(draft.token_ids)
     last = states["last_hidden"][: asked.length + len(answer) - 1]
-    tapped = torch.cat([states[f"hidden:{layer}"][: len(last)] for layer in taps], dim=-1) if taps else last
+    fused = [states[f"hidden:{layer}"][: len(last)] for layer in feature_layers]
+    tapped = torch.cat(fused, dim=-1) if fused else last
     every = torch.arange(len(last))
     sample = Sample(
-        sight=sight_of(asked, every[: asked.length], last[: asked.length]),
-        rows=prompt_rows(asked, torch.tensor(answer), every, tapped),
+        context=visual_context(asked, every[: asked.length], last[: asked.length]),
+        rows=prompt_features(asked, torch.tensor(answer), every, tapped),
         answer_states=last[asked.length - 1 :],
         greedy=True,
         task="",
@@ -145,13 +146,13 @@ def test_serving_drafts_what_training_computed(tmp_path, seeing, taps):
 
 
 @pytest.mark.parametrize("ahead", [1, 4])
-@pytest.mark.parametrize("seeing", sorted(WAYS))
+@pytest.mark.parametrize("vision_adapter", sorted(VISION_ADAPTERS))
 @pytest.mark.parametrize("width", [1, 3])
-def test_a_refreshed_cache_equals_a_fresh_one(tmp_path, seeing, ahead, width):
+def test_a_refreshed_cache_equals_a_fresh_one(tmp_path, vision_adapter, ahead, width):
     """Drafting between the observations leaves no trace: the guesses' rows go, true states come."""
     asked = prompt()
     states = hidden_states(asked.length + 20)
-    drafter = loaded(tmp_path, network(seeing=seeing, num_ahead=ahead), width=width)
+    drafter = loaded(tmp_path, network(vision_adapter=vision_adapter, num_ahead=ahead), width=width)
     eager, lazy = drafter.open(asked), drafter.open(asked)
     for observation in observations(asked, states):
         drafter.observe([eager], [observation])
@@ -162,22 +163,22 @@ def test_a_refreshed_cache_equals_a_fresh_one(tmp_path, seeing, ahead, width):
     assert after.token_ids == between.token_ids
     assert after.parents == between.parents
     assert after.path_scores == pytest.approx(between.path_scores, rel=1e-4)
-    assert drafter._layer.length(eager.slot) == drafter._layer.length(lazy.slot)
+    assert drafter._layer.length(eager.seq_index) == drafter._layer.length(lazy.seq_index)
 
 
 @pytest.mark.parametrize(("ahead", "width"), [(1, 1), (1, 3), (4, 1), (4, 3)])
 def test_together_as_alone(tmp_path, ahead, width):
-    drafter = loaded(tmp_path, network(seeing="vispec", num_ahead=ahead), width=width)
+    drafter = loaded(tmp_path, network(vision_adapter="vispec", num_ahead=ahead), width=width)
     alone, sessions, budgets = [], [], []
     for i in range(4):
         asked = prompt(seed=i, length=10 + i, pictures=i != 3)
         states = hidden_states(asked.length + 20, seed=i)
         seen = observations(asked, states, steps=(1, 1 + i))
         limits = budget(tokens=4 + i, depth=2 + i % 3)
-        single = told(drafter, asked, seen)
+        single = observed(drafter, asked, seen)
         alone.append(drafter.propose([single], [limits])[0])
         drafter.close(single)
-        sessions.append(told(drafter, asked, seen))
+        sessions.append(observed(drafter, asked, seen))
         budgets.append(limits)
     together = drafter.propose(sessions, budgets)
     for one, other, limits in zip(alone, together, budgets, strict=True):
@@ -190,15 +191,15 @@ def test_together_as_alone(tmp_path, ahead, width):
 
 def test_a_node_of_a_tree_is_what_a_chain_along_its_path_gives(tmp_path):
     """Each level of the tree passes through the layer at once; its laws are those of the paths one by one."""
-    made, asked = network(seeing="msd"), prompt()
+    made, asked = network(vision_adapter="msd"), prompt()
     states = hidden_states(asked.length + 20)
     drafter = loaded(tmp_path, made, width=3, depth=4)
-    session = told(drafter, asked, observations(asked, states))
+    session = observed(drafter, asked, observations(asked, states))
     tree = drafter.propose([session], [budget(tokens=40, depth=4)])[0]
     assert max(tree.depths) == 4
     assert not tree.is_chain
     layer = drafter._layer
-    stable = layer.length(session.slot)
+    stable = layer.length(session.seq_index)
     paths = {0: ()}
     for row, (token, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True), start=1):
         paths[row] = (*paths[parent], token)
@@ -208,9 +209,9 @@ def test_a_node_of_a_tree_is_what_a_chain_along_its_path_gives(tmp_path):
         output, score = session.output.unsqueeze(0), 1.0
         for level, token in enumerate(path):
             score *= float(made.logits(output).softmax(-1)[0, token])
-            layer.grow(session.slot, 1)
-            output = drafter._guesser._next(output, [session], [token], level)
-        layer.shrink(session.slot, stable)
+            layer.append_slots(session.seq_index, 1)
+            output = drafter._builder._next(output, [session], [token], level)
+        layer.truncate(session.seq_index, stable)
         assert tree.path_scores[row - 1] == pytest.approx(score, rel=1e-3), path
 
 
@@ -219,9 +220,9 @@ def test_placeholders_are_never_drafted(tmp_path):
     head = HEAD.clone()
     drafter = loaded(tmp_path, made, width=3)
     asked = prompt()
-    session = told(drafter, asked, observations(asked, hidden_states(30)))
+    session = observed(drafter, asked, observations(asked, hidden_states(30)))
     likely = drafter.propose([session], [budget()])[0].token_ids[0]
-    drafter._guesser._barred = frozenset({likely})
+    drafter._builder._excluded = frozenset({likely})
     assert likely not in drafter.propose([session], [budget()])[0].token_ids
     assert torch.equal(head, HEAD)
 
@@ -230,11 +231,11 @@ def test_paths_that_are_improbable_are_not_drafted(tmp_path):
     asked, states = prompt(), hidden_states(40)
     for width in (1, 3):
         drafter = loaded(tmp_path, network(), width=width)
-        session = told(drafter, asked, observations(asked, states))
+        session = observed(drafter, asked, observations(asked, states))
         scores = drafter.propose([session], [budget()])[0].path_scores
         bound = sorted(scores)[len(scores) // 2]
         picky = loaded(tmp_path, network(), width=width, stop_below=bound)
-        session = told(picky, asked, observations(asked, states))
+        session = observed(picky, asked, observations(asked, states))
         kept = picky.propose([session], [budget()])[0].path_scores
         assert kept == pytest.approx([score for score in scores if score >= bound])
         assert 0 < len(kept) < len(scores)
@@ -244,7 +245,7 @@ def test_paths_that_are_improbable_are_not_drafted(tmp_path):
 def test_at_a_temperature_drafts_are_drawn_with_the_given_noise(tmp_path, ahead):
     """Near zero they are the greedy ones, each level from a law of its own."""
     drafter, asked = loaded(tmp_path, network(num_ahead=ahead)), prompt()
-    session = told(drafter, asked, observations(asked, hidden_states(40)))
+    session = observed(drafter, asked, observations(asked, hidden_states(40)))
     greedy = drafter.propose([session], [budget()])[0]
     drawn = [drafter.propose([session], [budget(temperature=1.0, key=(s, 0, 4))])[0].token_ids for s in range(12)]
     again = drafter.propose([session], [budget(temperature=1.0, key=(5, 0, 4))])[0]
@@ -258,7 +259,7 @@ def test_slots_are_given_back_and_a_full_house_is_silent(tmp_path):
     drafter, asked = loaded(tmp_path, network(), max_sessions=2), prompt()
     seen = observations(asked, hidden_states(40))
     free = drafter._layer.cache.num_free_blocks
-    sessions = [told(drafter, asked, seen) for _ in range(3)]
+    sessions = [observed(drafter, asked, seen) for _ in range(3)]
     drafts = drafter.propose(sessions, [budget()] * 3)
     assert [draft.num_tokens > 0 for draft in drafts] == [True, True, False]
     assert drafter.num_sessions == 2
@@ -271,10 +272,10 @@ def test_slots_are_given_back_and_a_full_house_is_silent(tmp_path):
 def test_a_full_cache_silences_and_never_fails(tmp_path):
     token_bytes = 2 * 2 * 8 * 4
     drafter, asked = (
-        loaded(tmp_path, network(seeing="msd"), cache_mb=16 * token_bytes / 2**20, depth=9),
+        loaded(tmp_path, network(vision_adapter="msd"), cache_mb=16 * token_bytes / 2**20, depth=9),
         prompt(length=14),
     )
-    session = told(drafter, asked, observations(asked, hidden_states(40), steps=(1,)))
+    session = observed(drafter, asked, observations(asked, hidden_states(40), steps=(1,)))
     assert 0 < drafter.propose([session], [budget(tokens=9, depth=9)])[0].num_tokens < 9, (
         "16 rows, of which 13 are the prompt's"
     )
@@ -286,7 +287,7 @@ def test_a_full_cache_silences_and_never_fails(tmp_path):
 
 def test_an_answer_that_is_never_drafted_for_is_forgotten(tmp_path):
     drafter, asked = loaded(tmp_path, network()), prompt()
-    session = told(drafter, asked, observations(asked, hidden_states(40)))
+    session = observed(drafter, asked, observations(asked, hidden_states(40)))
     later = observations(asked, hidden_states(40), steps=(1, 1))[1]
     for _ in range(300):
         drafter.observe([session], [later])
@@ -295,7 +296,7 @@ def test_an_answer_that_is_never_drafted_for_is_forgotten(tmp_path):
 
 
 def test_save_and_load(tmp_path):
-    made = network(seeing="vispec", taps=(1, 2, 3), draft_vocab_size=12)
+    made = network(vision_adapter="vispec", feature_layers=(1, 2, 3), draft_vocab_size=12)
     made.take_vocabulary(torch.tensor([5, 3, 39, *range(10, 19)]))
     made.save(tmp_path)
     again = load_draft_head(tmp_path, EMBEDDING, HEAD)
@@ -314,7 +315,7 @@ def test_a_small_vocabulary_proposes_only_its_own(tmp_path):
     ids = torch.tensor([4, 9, 11, 20, 33, 38])
     made.take_vocabulary(ids)
     drafter, asked = loaded(tmp_path, made, width=4), prompt()
-    session = told(drafter, asked, observations(asked, hidden_states(40)))
+    session = observed(drafter, asked, observations(asked, hidden_states(40)))
     for limits in (budget(tokens=20), budget(temperature=1.0)):
         found = drafter.propose([session], [limits])[0].token_ids
         assert found
@@ -343,10 +344,10 @@ def test_a_folder_of_another_target_is_refused(tmp_path):
 
 
 def test_taps_are_distinct_layers():
-    assert default_taps(32) == (2, 16, 29)
-    assert default_taps(4) == (1, 2, 3)
+    assert default_feature_layers(32) == (2, 16, 29)
+    assert default_feature_layers(4) == (1, 2, 3)
     for depth in range(4, 40):
-        taps = default_taps(depth)
-        assert len(set(taps)) == 3
-        assert min(taps) > 0
-        assert max(taps) < depth
+        feature_layers = default_feature_layers(depth)
+        assert len(set(feature_layers)) == 3
+        assert min(feature_layers) > 0
+        assert max(feature_layers) < depth

@@ -13,7 +13,13 @@ from mm.engine.spec_decode.drafters.eagle.layer import DraftLayer
 @pytest.mark.parametrize(("num_bytes", "most"), [(1 << 20, MOST_WARM), (4096, 16)])
 def test_each_number_of_rows_is_run_once_before_the_first_answer_and_leaves_nothing(num_bytes, most, monkeypatch):
     config = DraftConfig(
-        width=32, vocab_size=50, intermediate_size=32, num_heads=2, num_kv_heads=2, head_dim=16, taps=(0, 1, 2)
+        width=32,
+        vocab_size=50,
+        intermediate_size=32,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        feature_layers=(0, 1, 2),
     )
     table = torch.randn(50, 32)
     network = DraftHead(config, table, table).requires_grad_(False)
