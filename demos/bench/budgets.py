@@ -1,7 +1,7 @@
-"""The reduction methods that benchmarks compare, and how a share of tokens is spelled for each.
+"""The reduction methods that benchmarks compare, and how each takes its budget of tokens.
 
-`pool2` has only its quarter. FastV acts at layer 1 of the shipped model's 4: its published layer 2 of 32 would be none
-of them, and the default of 2 keeps all in half of the decoder. MustDrop has thresholds in place of a ratio.
+`pool2` has only its quarter. FastV acts at layer 1 of the shipped model's 4. Its published layer 2 of 32 would be none
+of them, and the default of 2 keeps all tokens in half of the decoder. MustDrop has thresholds in place of a ratio.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from mm.data.media import Kind
 from mm.plugins.registry import get, names, options_of
 
 RATIOS = (0.1, 0.25, 0.05, 0.5, 1.0)
-"""In the order in which they are run: the most telling first."""
+"""In the order in which they are run: the most informative first."""
 
 NO_METHOD = frozenset({"none", "pipeline", "scheduled"})
 """Made of others, or of a schedule that `mm tune` finds."""
@@ -25,7 +25,7 @@ def methods_for(kind: Kind) -> list[str]:
 
 
 def ratios_of(method: str) -> tuple[float, ...]:
-    """At which of `RATIOS` a method can be run."""
+    """The ones of `RATIOS` at which a method can be run."""
     if method == "none":
         return (1.0,)
     if method == "pool2":
@@ -47,6 +47,6 @@ def spec_of(method: str, keep_ratio: float, threshold: float | None = None) -> s
         keys = min(0.08, keep_ratio / 2)
         return f"mustdrop:key_ratio={keys:g},global_share={threshold:.6g},peak={threshold:.6g}"
     if "keep_ratio" not in options_of(get("reducer", method)):
-        raise SystemExit(f"{method} has no keep_ratio: tell spec_of how its budget is spelled")
+        raise SystemExit(f"{method} has no keep_ratio: add its budget to spec_of")
     extra = BASE.get(method)
     return f"{method}:{f'{extra},' if extra else ''}keep_ratio={keep_ratio:g}"

@@ -3,11 +3,11 @@
 Run python -m demos.bench.decode [--model tiny | --shape 256m] [--batch 1 --batch 8] [--rounds 5] [--out FILE]
 
 Both answer the same `batch` questions about one picture, greedily, `--new-tokens` each, in turn in one process and one
-thread. A step is everything between two tokens of all answers: for ours scheduling, the pass, choosing, text and
-events; for `generate` (static batch, dynamic cache, SDPA) what it does between two calls of its stopping criterion.
-Prompts are equally long, so it pads nothing. The median step is told, in processor time of the thread: on a machine
-shared with other work wall time tells their load. `floor` is what the step takes at least at this run's own rates of
-reading memory and of multiplying.
+thread. A step is everything between two tokens of all sequences. For ours that is scheduling, the forward, sampling,
+text and events. For `generate` (static batch, dynamic cache, SDPA) it is what it does between two calls of its stopping
+criterion. Prompts have the same length, so it pads nothing. The median step is given in processor time of the thread,
+because on a shared machine wall time would include the load of others. `floor` is the least time of a step at this
+run's own rates of reading memory and of multiplying.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def our_steps(
 
 
 class Stamps:
-    """A stopping criterion that never stops and notes when it was asked."""
+    """A stopping criterion that never stops and records when it was called."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.times: list[float] = []

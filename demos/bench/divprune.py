@@ -2,15 +2,15 @@
 
 Run  python -m demos.bench.divprune [--threads 1] [--repeats 5] [--out FILE]      (five minutes on one core)
 
-Three ways to the same tokens, interleaved in one process, from embeddings to chosen indices; normalising and the N x N
-similarities are included:
+Three implementations that choose the same tokens, interleaved in one process, from embeddings to chosen indices. The
+times include normalising and the N x N similarities:
 
     ours         our reducer: half of the symmetric matrix, a running minimum
     plain rows   the authors' loop: the minimum over all rows chosen so far, read again from the full matrix each step
     plain full   the whole matrix read at each step, with the rows not chosen masked (which also writes a masked copy)
 
-`limit` is half a float32 product of N x D by D x N at the rate measured here: the first token needs every pair, and a
-way that computes every pair once in float32 cannot be faster. At large D all ways are bound by it.
+`limit` is half a float32 product of N x D by D x N at the rate measured here. The first token needs every pair, and an
+implementation that computes every pair once in float32 cannot be faster. At large D the limit bounds all of them.
 """
 
 from __future__ import annotations

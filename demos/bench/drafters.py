@@ -2,26 +2,26 @@
 
 Run python -m demos.bench.drafters [--drafter copy --drafter recycle ...] [--batch 1 --batch 4] [--seconds 20] [--out F]
 
-All engines answer a batch of questions one after the other, in an order drawn anew, then the next batch, in one process
-and one thread; a row tells the median over rounds of four questions or more of the ratio to the engine without a
-drafter, so a machine that slows down slows all of them, and a 95 % interval of that median. Seconds are processor time
-of the process, with wall time beside them: on a shared machine wall time tells the others' load. The row `none` is a
-second engine without a drafter: that it is not 1 is the noise. What falls below 0.97 is measured again, alone beside
-the engine without a drafter and for as long; the row is then of this second time, and `first` tells of the one before.
-`hf` is transformers' `generate` with prompt lookup (batch 1, greedy) against its own `generate`.
+All engines answer a batch of questions one after the other, in a new random order, then the next batch, in one process
+and one thread. A round is four questions or more. A row gives the median over rounds of the ratio to the engine without
+a drafter, so a machine that slows down slows all engines, and a 95 % interval of that median. Seconds are processor
+time of the process, with wall time beside them, because on a shared machine wall time includes the load of others. The
+row `none` is a second engine without a drafter: its distance from 1 is the noise. What falls below 0.97 is measured
+again, alone beside the engine without a drafter and for as long. The row then holds the second measurement, and `first`
+the one before. `hf` is transformers' `generate` with prompt lookup (batch 1, greedy) against its own `generate`.
 
-Before a row's rounds every engine serves the same task for `--warm-up` seconds: control has to see what pays. Pictures
-and prompts are in the caches then, so what is timed is decoding.
+Before a row's rounds every engine serves the same task for `--warm-up` seconds, so that the controller can measure what
+pays. Pictures and prompts are in the caches then, so the timed part is decoding.
 
-    length      tokens per pass with a draft, the bonus token included
-    per step    tokens per pass and answer, with or without a draft
+    length      tokens per step with a draft, the bonus token included
+    per step    tokens per step and sequence, with or without a draft
     draft       share of the time in the drafter
-    v(n)        a pass with the mean number of drafted rows over a pass without, as the engine has measured it
-    break-even  speed-up that arithmetic predicts: per step / (v of the mean number of rows + draft share of a pass)
+    v(n)        a step with the mean number of drafted tokens over a step without, as the engine has measured it
+    break-even  speed-up that arithmetic predicts: per step / (v of the mean number of tokens + draft share of a step)
 
-Asked again: in a chat the model has described a picture at some length, and is asked the same once more. `repeats` is
-the share of the answers' tokens that end four tokens of the earlier answer: the model leaves things out and goes on in
-the same words.
+In the chats of the task "asked again" the model has described a picture at some length, and is asked the same once
+more. `repeats` is the share of the answers' tokens that end four tokens of the earlier answer: the model leaves things
+out and continues in the same words.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Spent:
 def answer_all(
     models: dict[str, mm.Model], requests: list[Request], batch: int, turns: random.Random
 ) -> dict[str, Spent]:
-    """Let each engine answer some requests: batch by batch, all engines in turn, in an order drawn anew."""
+    """Let each engine answer some requests: batch by batch, all engines in turn, in a new random order."""
     found: dict[str, list[Spent]] = {name: [] for name in models}
     for start in range(0, len(requests), batch):
         for name in turns.sample(list(models), len(models)):
@@ -213,7 +213,7 @@ def row_of(spec: str, rounds: list[tuple[Spent, Spent]], model: mm.Model, batch:
 
 
 def interval_of_median(values: list[float]) -> list[float]:
-    """Between two of the values, so many places beside the middle that chance passes them in one case of twenty."""
+    """The two values whose ranks bound the median with a probability of 95 %."""
     ordered, away = sorted(values), 0.98 * len(values) ** 0.5
     low, high = int(len(values) / 2 - away), math.ceil(len(values) / 2 + away) - 1
     return [round(ordered[max(low, 0)], 3), round(ordered[min(high, len(values) - 1)], 3)]

@@ -1,7 +1,7 @@
 """Is the order of the reduction methods the same on three disjoint parts of the held-out set, and does reduction hurt?
 
-Every registered reducer with a `keep_ratio` answers the held-out questions on pictures at each budget, beside `none`.
-The pictures are dealt into three folds, so no picture is in two. A method's score is the mean over tasks of its exact
+Every registered reducer with a `keep_ratio`, and `none`, answers the held-out questions on pictures at each budget. The
+pictures are split into three folds, so no picture is in two. A method's score is the mean over tasks of its exact
 match, so that no task counts for more because it has more questions. Prints tables, then one JSON line.
 
     python -m demos.bench.folds [--model tiny] [--keep 0.25 0.1 0.05] [--limit N] [--out FILE]
@@ -87,7 +87,7 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def compare(keep: float, right: dict[str, np.ndarray], scorer: Scorer, folds: np.ndarray) -> dict:
-    """One budget: scores by fold, their order, and which pairs of methods can be told apart."""
+    """One budget: scores by fold, their order, and which pairs of methods differ significantly."""
     rows = {}
     for name, outcomes in right.items():
         low, high = interval(scorer.resampled(outcomes))
@@ -145,10 +145,10 @@ def reading_cost(items: Sequence[Item], none: np.ndarray, random: np.ndarray) ->
     }
 
 
-# ── telling ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── report ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def told(result: dict) -> str:
+def report(result: dict) -> str:
     lines = [f"{result['num_items']} questions on {result['num_media']} pictures; `none`: {result['none']:.3f}"]
     for budget in result["budgets"]:
         rows = [
@@ -170,9 +170,9 @@ def told(result: dict) -> str:
             f"same order in all folds: {'yes' if budget['same_order_in_all_folds'] else 'no'}; "
             f"rank correlation of the folds: {correlations}; "
             f"in {budget['resamples_with_this_order']:.0%} of the resamples the order is the same",
-            f"told apart on all pictures: {', '.join(apart) or 'none'}; "
+            f"clearly different on all pictures: {', '.join(apart) or 'none'}; "
             f"each holds in every fold: {'yes' if budget['told_apart_hold_in_all_folds'] else 'no'}",
-            f"too close to tell: {', '.join(close) or 'none'}",
+            f"no clear difference: {', '.join(close) or 'none'}",
         ]
     if reading := result["reading"]:
         low, high = reading["interval"]
@@ -186,7 +186,7 @@ def told(result: dict) -> str:
 
 
 def usable(candidates: Sequence[str], model: str, items: Sequence[Item]) -> tuple[list[str], list[str]]:
-    """Methods that this model can use, and why the others cannot."""
+    """Methods that this model can use, and why it cannot use the others."""
     good, problems = [], []
     backend = LocalBackend(ModelConfig(model=model, num_threads=1), num_frames=16, max_tokens=4)
     for name in candidates:
@@ -238,7 +238,7 @@ def main() -> None:
         "machine": facts(),
     }
     text = (
-        f"$ python -m demos.bench.folds {' '.join(sys.argv[1:])}\n\n{told(result)}\n\n{json.dumps(rounded(result))}\n"
+        f"$ python -m demos.bench.folds {' '.join(sys.argv[1:])}\n\n{report(result)}\n\n{json.dumps(rounded(result))}\n"
     )
     print(text)
     if args.out:

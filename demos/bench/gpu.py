@@ -6,11 +6,12 @@ Try it without a GPU: python -m demos.bench.gpu --device cpu --shape 256m --batc
 Random weights of a real model's shape, bfloat16. The device's own rates are measured first: reading memory, and one
 large product. Then
 
-    prefill    one pass of `--prompt-rows` rows, against the product rate
+    prefill    one forward of `--prompt-rows` tokens, against the product rate
     decode     the median step of a batch, against reading weights and cache once, or the products, whichever is more;
                beside it `generate` (static batch, dynamic cache, SDPA), which answers the same questions
 
-Each figure is appended to `--out` as a line of JSON when it is there, so a run that is cut off leaves what it has.
+Each figure is appended to `--out` as a line of JSON as soon as it is known, so a run that is cut off keeps
+what it has.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from mm.engine.model_runner import ModelRunner
 
 
 class Report:
-    """Prints each figure, and keeps it at once."""
+    """Prints each figure and stores it at once."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -55,7 +56,7 @@ class Report:
 
 
 def prefill(model: mm.Model, num_rows: int, rates: dict[str, float], device: str) -> dict:
-    """A pass of its own: no scheduler, one sequence, nothing known of it."""
+    """One forward of one sequence, without the scheduler and without any cached prefix."""
     language = model.engine.family.language
     shape = language.kv_cache_spec
     cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(num_rows), max_num_seqs=1)

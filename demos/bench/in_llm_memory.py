@@ -1,8 +1,8 @@
 """How much memory does a method inside the decoder take beyond the prefill itself?
 
-A prompt of 3,000 visual tokens goes through a small decoder with random weights, once without a reducer and then with
-each method; what counts is how far the process's peak grows, and the largest tensor that any operation returned. Last,
-as a control, one full attention map of the same prompt is made: what none of the methods does.
+A prompt of 3,000 visual tokens is prefilled by a small decoder with random weights, once without a reducer and then
+with each method. Measured are the growth of the process's peak memory, and the largest tensor that any operation
+returned. As a control, one full attention map of the same prompt is made at the end: no method makes one.
 
     python -m demos.bench.in_llm_memory
 """
@@ -55,7 +55,7 @@ class Largest(TorchDispatchMode):
 
 
 def peak_bytes() -> int:
-    """Of this program alone: what `getrusage` tells begins with the peak of the process that started it."""
+    """Peak memory of this program alone. `getrusage` would begin with the peak of the process that started it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
@@ -95,7 +95,7 @@ def build_prompt(width: int) -> Prompt:
 
 
 def prefill(language: LanguageModel, prompt: Prompt, cache: KVCache, spec: str) -> tuple[int, int]:
-    """Largest tensor in bytes, and visual tokens left behind the last layer at which some were dropped."""
+    """Largest tensor in bytes, and visual tokens left after the last layer at which some were dropped."""
     reducer = build_reducer(spec)
     hooks = {layer: stage for stage in in_prefill(reducer) for layer in stage.layers(language.num_layers)}
     visual = prompt.is_visual.nonzero().squeeze(1)
@@ -123,7 +123,7 @@ def prefill(language: LanguageModel, prompt: Prompt, cache: KVCache, spec: str) 
 
 
 def full_map(language: LanguageModel, prompt: Prompt) -> int:
-    """Largest tensor of one layer's attention, made whole."""
+    """Largest tensor of one layer's attention when the map is made whole."""
     with Largest() as largest, torch.inference_mode():
         rotary = language.rotary(prompt.positions)
         query, key = language.queries(0, prompt.embeddings, rotary), language.keys(0, prompt.embeddings, rotary)
@@ -140,7 +140,7 @@ def main() -> None:
         prompt = build_prompt(256)
         shape = language.kv_cache_spec
         cache = KVCache(shape, num_blocks=shape.num_layers * shape.num_blocks(prompt.length), max_num_seqs=1)
-        prefill(language, prompt, cache, "none")  # what is set up once counts for nobody
+        prefill(language, prompt, cache, "none")  # what is set up once is charged to no method
         before = peak_bytes()
         for spec in ("none", *REDUCERS, "a full map"):
             whole = spec == "a full map"

@@ -1,12 +1,12 @@
-"""What dropping tokens inside the decoder frees, how many more answers fit, and what a known beginning saves.
+"""What dropping tokens inside the decoder frees, how many more sequences fit, and what prefix caching saves.
 
 Run python -m demos.bench.kv_cache [--model tiny | --shape 256m] [--rounds 5] [--out FILE]
 
-Bytes: the cache behind one prompt with a picture, as the engine counts its blocks, beside what arithmetic says for the
-rows that each layer keeps; then how many answers decode at once in a cache of `--requests` unreduced prompts, beside
-what follows from the bytes: each has its prompt and one block per layer to grow into.
+Bytes: the cache after one prompt with a picture, as the engine counts its blocks, beside what arithmetic gives for the
+tokens that each layer keeps. Then how many sequences decode at once in a cache of `--requests` unreduced prompts,
+beside what follows from the bytes: each has its prompt and one more block per layer to grow into.
 Reuse: time to the first token of a first and a second question about a picture, everything included, in processor
-time; with both caches, without the one for prompts, and without any.
+time: with both caches, without the prefix cache, and without any cache.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run_until_first_token(model: mm.Model, feed: OutputQueue) -> None:
 
 
 def expected_bytes(model: mm.Model, num_rows: int, num_visual: int, layer: int | None) -> int:
-    """Blocks of every layer: all rows before `layer`, and from it on those that are left."""
+    """Blocks of every layer: all tokens below `layer`, and from it on those that are left."""
     shape = model.engine.cache.shape
     left = num_rows - num_visual + round(KEEP * num_visual)
     rows = [num_rows if layer is None or i < layer else left for i in range(shape.num_layers)]
@@ -59,7 +59,7 @@ def expected_bytes(model: mm.Model, num_rows: int, num_visual: int, layer: int |
 
 
 def capacity(model: mm.Model, image: bytes, reducer: str, count: int) -> int:
-    """Most answers that decode at once before any of them has to give up its place."""
+    """Most sequences that decode at once before one of them has to be preempted."""
     for _ in range(count):
         submit(model, ask(image, num_tokens=400), reducer)
     most = 0
@@ -147,7 +147,7 @@ def reuse_table(path: Path, rounds: int) -> list[dict]:
         side_px = model.encode_parts.encoder.config.vision_config.image_size
         times: list[Sequence[float]] = []
         for turn in range(rounds + 1):
-            image = picture(side_px) + bytes(turn)  # another file each round, so that nothing of it is known
+            image = picture(side_px) + bytes(turn)  # another file each round, so that nothing of it is cached
             times.append([first_token_ms(model, image, question) for question in QUESTIONS])
         first, second = (statistics.median(column) for column in zip(*times[1:], strict=True))
         found.append({"caches": name, "first_ms": first, "second_ms": second})

@@ -1,4 +1,4 @@
-"""What a benchmark says about where it ran, and what that machine can do at most, measured in the same run."""
+"""Where a benchmark ran, and what that machine can do at most, measured in the same run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def facts() -> dict:
 
 
 def wall_s(device: str = "cpu") -> float:
-    """The time by which all that was asked of the device is done."""
+    """Wall time at which the device has finished all its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -59,7 +59,7 @@ def read_gb_per_s(repeats: int = 5, device: str = "cpu") -> float:
 def product_gflop_per_s(
     rows: int, inner: int, columns: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> float:
-    """Rate of one (rows, inner) x (inner, columns) product, the weight laid out as it is multiplied fastest."""
+    """Rate of one (rows, inner) x (inner, columns) product, with the weight prepacked."""
     left = torch.randn(rows, inner, dtype=dtype, device=device)
     right = PackedLinear(torch.randn(columns, inner, dtype=dtype, device=device))
     right.prepack()

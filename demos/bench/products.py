@@ -1,10 +1,10 @@
-"""How much faster are products with a weight that was laid out for them once?
+"""How much faster are products with a prepacked weight?
 
     python -m demos.bench.products [--out FILE]
 
-One thread, microseconds of processor time, the best of five medians' worth of calls, weights taken in turn from a dozen
-so that none lies in the nearest cache. `torch`: `nn.functional.linear`; `laid out`: `mm.models.linear`. The limit is
-what reading the weight once takes at this machine's bandwidth, or the arithmetic at the rate of a large product.
+One thread, microseconds of processor time, the best of five medians' worth of calls. The weights are taken in turn from
+a dozen, so that none is in the nearest cache. `torch`: `nn.functional.linear`; `packed`: `mm.models.linear`. The limit
+is what reading the weight once takes at this machine's bandwidth, or the arithmetic at the rate of a large product.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write table and figures here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    lines, found = [f"{'dtype':10}{'weight':>12}{'rows':>6}{'torch':>9}{'laid out':>10}{'ratio':>8}{'limit':>9}"], []
+    lines, found = [f"{'dtype':10}{'weight':>12}{'rows':>6}{'torch':>9}{'packed':>10}{'ratio':>8}{'limit':>9}"], []
     for dtype in (torch.float32, torch.bfloat16):
         limits = read_gb_per_s(), product_gflop_per_s(512, 1024, 1024, dtype)
         for shape in SHAPES:

@@ -5,8 +5,8 @@
 
 Of each file one table: the mean over tasks of right answers with its 95 % bootstrap interval (resampled by medium) and
 as a share of that of `none`; tokens, CPU times and KV bytes beside it; then, at the chosen ratio, every method against
-DivPrune question by question, which tells far smaller differences apart than two intervals beside each other do, and
-the tasks one by one. Sentences say what the tables show, so that no text has to be kept in step by hand.
+DivPrune question by question, whose intervals are much narrower than two separate ones, and the tasks one by one.
+Sentences say what the tables show, so that no text has to be updated by hand.
 One plot per file: right answers against tokens kept, averaged over layers, and against CPU time to the first token.
 `--docs` puts the tables where a page has the markers `<!-- NAME -->` and `<!-- end -->`, NAME being the file's name.
 """

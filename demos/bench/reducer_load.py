@@ -1,11 +1,11 @@
-"""Does reduction still raise throughput when many requests are under way?
+"""Does reduction still raise throughput with many concurrent requests?
 
 Run python -m demos.bench.reducer_load [--model tiny | --shape 256m] [--in-flight 32] [--requests 96] [--out FILE]
 
-Pictures are encoded and reduced first; then the engine answers `--requests` questions, `--in-flight` of them under way
-at a time, each for `--new-tokens` greedy tokens. Told is the decoder's throughput, in answers' tokens per second of
-processor time (one thread), prefill included, and with encoding and selection counted too; methods take turns, round
-after round, and the ratio to `none` of the same round is told. Every question shows a picture of its own.
+Pictures are encoded and reduced first. Then the engine answers `--requests` questions, `--in-flight` of them at a time,
+each for `--new-tokens` greedy tokens. The report gives the decoder's throughput, in generated tokens per second of
+processor time (one thread), prefill included, and the same with encoding and selection counted too. Methods take turns,
+round after round, and the ratio is to `none` of the same round. Every question shows a picture of its own.
 """
 
 from __future__ import annotations

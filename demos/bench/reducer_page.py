@@ -1,20 +1,20 @@
-"""The evidence of docs/reducers.md in one command: measure what reduction costs and saves, and write the page's tables.
+"""The measurements of docs/reducers.md in one command: what reduction costs and saves, and the page's tables.
 
     python -m demos.bench.reducer_page [--restart] [--minutes 40] [--jobs 2]      measure, then write the page
     python -m demos.bench.reducer_page --no-measure                               only write the page
     python -m demos.bench.reducer_page --only-plain [--restart] [--minutes 16]    measure tiny_plain alone
 
-Pictures and clips are asked by `demos.bench.reducers`, one after the other or, with `--jobs 2`, side by side. What was
-measured before with the same settings is not measured again, so a run that was stopped goes on; `--restart` begins
-anew, as is needed after the model has changed. Rows come in the order in which they tell most, a tenth of the tokens
-first: when the minutes are over, what there is makes the page.
+`demos.bench.reducers` asks pictures and clips, one after the other or, with `--jobs 2`, at the same time. What was
+measured before with the same settings is not measured again, so a stopped run can be continued. `--restart` begins
+anew; use it after the model has changed. The most informative rows come first, a tenth of the tokens: when the minutes
+are over, the page is made from what was measured.
 
 The defaults take some 40 minutes of one core. 280 questions make an interval of a method's mean over tasks of about
-five points either way; these are several times as many. Differences between methods are told finer, question by
-question.
+five points either way; these are several times as many. Methods are compared question by question, which gives narrower
+intervals of their differences.
 
-Tables and sentences with figures stand between markers of the page and come from files in demos/bench/results alone, of
-which those of `reducer_load`, `reducer_speed` and `tuning` are only read here. Plots lie beside the page.
+Tables and sentences with figures stand between markers of the page and come from files in demos/bench/results alone.
+Those of `reducer_load`, `reducer_speed` and `tuning` are only read here. Plots are beside the page.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PLAIN_METHODS = ("none", "divprune", "pyramiddrop", "fastv", "mustdrop", "unifor
 """Those that rank by the decoder's attention, and what they are compared with."""
 
 PLAIN_RATIOS, PLAIN_SHARE = (0.25, 0.1, 0.05), 0.3
-"""At which the twin is asked, and its share of the minutes."""
+"""Ratios at which the twin is measured, and its share of the minutes."""
 
 
 def path_of(kind: str, model: str = MODEL) -> Path:
@@ -96,13 +96,13 @@ def write_page(page: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--restart", action="store_true", help="forget what was measured before")
-    parser.add_argument("--minutes", type=float, default=40, help="of measuring, from when on no method is begun")
+    parser.add_argument("--minutes", type=float, default=40, help="minutes after which no method is started")
     parser.add_argument("--jobs", type=int, default=1, choices=(1, 2), help="processes of one thread each")
     parser.add_argument(
         "--limit", type=int, nargs=2, default=(60, 40), help="pictures' and clips' questions of each task and wording"
     )
     parser.add_argument("--only-plain", action="store_true", help=f"measure {PLAIN} and not {MODEL}")
-    parser.add_argument("--no-measure", action="store_true", help="only write the page from the files there are")
+    parser.add_argument("--no-measure", action="store_true", help="only write the page from the existing files")
     args = parser.parse_args()
     if not args.no_measure:
         for model in (PLAIN,) if args.only_plain else (MODEL, PLAIN):

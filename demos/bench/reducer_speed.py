@@ -2,12 +2,12 @@
 
     python -m demos.bench.reducer_speed [--out FILE]
 
-2,880 visual tokens, a quarter of which is kept. Selection is measured at width 4,096, that of a 7B decoder; prefill of
-the same number of tokens by a decoder of 256M's shape (30 layers of 576) with random weights. A 7B decoder's prefill
-costs about 50 times as much, so the share that selection takes here is an upper bound of the share there. Methods in
-front of the decoder leave the same number of rows, whose prefill is measured once; those inside the decoder decide
-during prefill, each measured by itself. The ideal is the share of FLOPs: of projections and MLP per row, of attention
-per pair of rows. Seconds are CPU time of this process with one thread.
+There are 2,880 visual tokens, and a quarter is kept. Selection is measured at width 4,096, that of a 7B decoder.
+Prefill of the same number of tokens is measured with a decoder of 256M's shape (30 layers of 576) and random weights.
+A 7B decoder's prefill costs about 50 times as much, so the share that selection takes here is an upper bound of the
+share there. Methods in front of the decoder leave the same number of tokens, whose prefill is measured once. Those inside the
+decoder decide during prefill, and each is measured by itself. The ideal is the share of FLOPs: of projections and MLP
+per token, of attention per pair of tokens. Seconds are CPU time of this process with one thread.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def cpu_s(run: Callable[[], object]) -> float:
 
 
 def methods() -> list[str]:
-    """All but those that act inside the tower: what they cost and save is in the tower's own time."""
+    """All but those that act inside the tower, whose cost and saving are in the tower's own time."""
     found = [name for name in names("reducer") if name not in NO_METHOD]
     return [name for name in found if Stage.IN_VIT not in get("reducer", name).acts_at]
 
@@ -66,7 +66,7 @@ def methods() -> list[str]:
 
 
 def tokens_of(width: int, kind: str) -> VisualTokens:
-    """Random tokens with all auxiliary features there are. Neighbours resemble each other, as they do in pictures."""
+    """Random tokens with all auxiliary features. Neighbours resemble each other, as they do in pictures."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -99,7 +99,7 @@ def selection_s(method: str, repeats: int) -> float:
 
 
 def prefill(model: mm.Model, tokens: VisualTokens, spec: str) -> tuple[float, float, int]:
-    """CPU seconds to the first token, those of them that the method took inside the decoder, and rows of all layers."""
+    """CPU seconds to the first token, those of the method in the decoder, and tokens of all layers."""
     reducer, feed = Timed(build_reducer(spec)), OutputQueue()
     request = build_request("What is in the picture?", images=[blank(model)], max_new_tokens=2, temperature=0.0)
     start = time.process_time()
@@ -118,7 +118,7 @@ def blank(model: mm.Model) -> Any:
 
 
 def flops(rows: Sequence[int]) -> float:
-    """Of a prefill that has so many rows in each layer."""
+    """FLOPs of a prefill with so many tokens in each layer."""
     shape = SHAPES[SHAPE]
     head = shape.width // shape.num_heads
     linear = 2 * shape.width * (2 * shape.width + 2 * shape.num_kv_heads * head + 3 * shape.ffn)

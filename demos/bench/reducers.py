@@ -1,28 +1,29 @@
 """What does each reduction method cost in right answers, and what does it save, on the model we ship?
 
-Every registered reducer at keep_ratio 1, .5, .25, .1 and .05 answers the same questions of the held-out set in one
-process, through the engine that serves, with the attention that serves; `none` is one of them. Pictures and clips are
-two runs. Each method and ratio is one JSON line, written as soon as it is known: run it again to go on.
+Every registered reducer at keep_ratio 1, .5, .25, .1 and .05, `none` included, answers the same questions of the
+held-out set in one process, through the same engine and attention that serve requests. Pictures and clips are two runs.
+Each method and ratio is one JSON line, written as soon as it is known: run the command again to continue.
 `demos.bench.reducer_figures` makes tables and plots of the file.
 
     python -m demos.bench.reducers --kind image --out demos/bench/results/reducers-tiny-image.jsonl [--limit 40]
         [--task color --task read] [--methods divprune fastv] [--minutes 20]
 
-`demos.bench.reducer_page` runs both kinds and puts the tables where they are read.
+`demos.bench.reducer_page` runs both kinds and puts the tables into the page.
 
 Accuracy: right answers per question, scored as `mm eval` does. `--limit` takes the first so many of each task and
-wording, the same for all. A picture is encoded once, with all that any method asks of the tower, and then reduced by
+wording, the same for all. A picture is encoded once, with all that any method needs from the tower, and then reduced by
 each. At keep_ratio 1 a method has nothing to do: its answers to a few questions are compared with those of `none`,
 and the others are not asked again.
 
-Cost: a few questions one at a time, in turns with `none`, nothing cached. Seconds are CPU time of this process with
-one thread, as others use the machine: `encode` of decoded pixels with what the method asks of the tower, `select` its
-own decisions (those inside the decoder are part of `prefill` too), `prefill` to the first token, and `ttft`, the sum
-of encoding, selecting outside the decoder and prefill. KV bytes are of the rows in the cache at the first token.
+Cost: a few questions one at a time, in turns with `none`, nothing cached. Seconds are CPU time of this process with one
+thread, as others use the machine. `encode` is the time of decoded pixels with what the method needs from the tower.
+`select` is the method's own decisions (those inside the decoder are part of `prefill` too). `prefill` is the time to
+the first token, and `ttft` the sum of encoding, selecting outside the decoder and prefill. KV bytes are those of the
+tokens in the cache at the first token.
 
-A method's ratio is the share of tokens left behind the last layer that drops some; `layers_kept` is the mean over
-layers. `budgets.py` says how budgets are spelled; of MustDrop the thresholds that leave the wanted share of a few
-items' tokens are searched for.
+A method's ratio is the share of tokens left after the last layer that drops some; `layers_kept` is the mean over
+layers. `budgets.py` gives the form of each method's budget. For MustDrop the thresholds that leave the wanted share of
+a few items' tokens are searched.
 """
 
 from __future__ import annotations
@@ -97,10 +98,10 @@ class Timed:
 
 
 class Bench:
-    """The model, the pictures it was shown, and all that is asked of it.
+    """The model, its encoded pictures, and all measurements on it.
 
     Args:
-        needs: Auxiliary features that any of the methods asks for; pictures are encoded with it once.
+        needs: Auxiliary features that any of the methods needs; pictures are encoded with them once.
     """
 
     def __init__(self, model: mm.Model, needs: frozenset[str]) -> None:
@@ -121,7 +122,7 @@ class Bench:
         return self._media[item.media_index]
 
     def encode(self, item: Item, reducer: Any, needs: frozenset[str]) -> VisualTokens:
-        """By the tower, in which a reducer of that stage merges."""
+        """Encode with the tower, in which a reducer of that stage merges."""
         merging = in_tower(reducer)
         hosted: dict[str, Any] = {} if merging is None else {"merging": merging}
         return self.encoder.encode([self.medium(item)], needs, **hosted)[0]
@@ -147,7 +148,7 @@ class Bench:
         return Encoded(tokens=tokens if in_tower(reducer) else reduce_tokens(reducer, tokens, text))
 
     def answers(self, items: Sequence[Item], spec: str) -> dict[str, tuple[str, int, int]]:
-        """Per item the answer, and its visual tokens in and kept; many at a time."""
+        """The answer to each item, with its visual tokens in and kept; many at a time."""
         waiting = iter(sorted(items, key=lambda item: item.media_index))
         running: dict[str, OutputQueue] = {}
         done: dict[str, tuple[str, int, int]] = {}
@@ -168,7 +169,7 @@ class Bench:
         return done
 
     def encode_s(self, items: Sequence[Item], reducer: Any, repeats: int) -> float:
-        """Median CPU seconds of the tower for one of the items; measured once for what several methods ask of it."""
+        """Median CPU seconds of the tower for one of the items; measured once per set of needed features."""
         key = reducer.needs, in_tower(reducer)
         if key not in self._encode_s:
             runs = []
@@ -181,7 +182,7 @@ class Bench:
         return self._encode_s[key]
 
     def cost(self, item: Item, spec: str) -> dict[str, float]:
-        """One encoded request alone up to its first token: CPU seconds, and rows and bytes in the cache."""
+        """One encoded request alone up to its first token: CPU seconds, and tokens and bytes in the cache."""
         request, reducer, feed = self.request(item, 2), build_reducer(spec), OutputQueue()
         tokens, timed = self.tokens(item, reducer), Timed(reducer)
         start = time.process_time()
@@ -216,7 +217,7 @@ def _up_to(items: Iterator[Item], count: int) -> Iterable[Item]:
 
 
 def probes(items: Sequence[Item], count: int) -> list[Item]:
-    """A few items, each of another medium and, as far as it goes, of another task."""
+    """A few items, each of another medium and, where possible, of another task."""
     chosen: dict[int, Item] = {}
     by_task: dict[str, list[Item]] = {}
     for item in items:

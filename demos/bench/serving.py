@@ -1,4 +1,4 @@
-"""Requests of mixed lengths that arrive at random: how much is served, and how long does each wait for its first token?
+"""Requests of mixed lengths that arrive at random: what is the throughput, and how long is the time to the first token?
 
 Run python -m demos.bench.serving [--model tiny | --shape 256m] [--requests 64] [--rounds 3] [--out FILE]
 
@@ -6,12 +6,12 @@ Each request shows none, one or two pictures of its own, asks a question of rand
 greedy tokens. The same requests, at the same times, are served in turn by
 
     ours              mm's engine; one waiting request is encoded between two of its steps
-    static            transformers' `generate` on all that wait, at most `--static-batch`, padded; rows that are done
-                      stay until the batch is
-    one at a time     transformers' `generate` on the request that waited longest
+    static            transformers' `generate` on all waiting requests, at most `--static-batch`, padded; finished
+                      sequences stay until the whole batch is finished
+    one at a time     transformers' `generate` on the request that has waited longest
 
 in one process and one thread. The clock is the processor time of the process, and it jumps to the next arrival when
-there is nothing to do: on a machine shared with other work wall time would tell their load. Requests arrive within
+there is nothing to do, because on a shared machine wall time would include the load of others. Requests arrive within
 `--window` of the time that `ours` takes alone for all of them at once, so that every server is kept busy.
 """
 
@@ -124,7 +124,7 @@ def serve_ours(model: mm.Model, asks: list[Ask]) -> None:
 
 
 class Lengths:
-    """Ends each row after as many tokens as it wants; tells when they came."""
+    """Ends each sequence after its wanted number of tokens, and records when they came."""
 
     def __init__(self, asks: list[Ask], clock: Clock) -> None:
         self._asks, self._clock, self._count = asks, clock, 0
@@ -140,7 +140,7 @@ class Lengths:
 
 
 class Theirs:
-    """transformers' `generate` behind a line."""
+    """transformers' `generate` with a waiting queue in front of it."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(

@@ -57,7 +57,7 @@ SHAPES = {
         tower_layers=24,
         tower_heads=16,
     ),
-    # Qwen2.5-VL-7B's decoder (28 heads, 4 for keys and values) behind the same tower.
+    # Qwen2.5-VL-7B's decoder (28 heads, 4 for keys and values) with the same tower.
     "qwen2.5-7b": Shape(
         width=3584,
         num_layers=28,

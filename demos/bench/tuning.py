@@ -3,12 +3,12 @@
     python -m demos.bench.tuning [--restart] [--budget 0.4 0.6] [--trials 16] [--tune-limit 8] [--limit 30]
 
 Searches the shipped model with the first `--tune-limit` questions on pictures of each task and wording: the sigmoid
-under each budget, and the greedy search. The files it finds, which `mm serve --reducer FILE` takes, and the trials are
-kept in demos/bench/results/tuned; a run that was stopped goes on, `--restart` forgets.
+under each budget, and the greedy search. The resulting files, which `mm serve --reducer FILE` takes, and the trials are
+kept in demos/bench/results/tuned. A stopped run can be continued; `--restart` forgets it.
 
-The questions behind those, `--limit` of each task and wording, then compare what was found with what needs no search:
-FastV at one layer and PyramidDrop, their ratio set so that a prefill takes as many FLOPs. Answers are compared question
-by question, with bootstrap intervals over pictures. Below ten minutes on a quiet core.
+The next `--limit` questions of each task and wording then compare the results with what needs no search: FastV at one
+layer and PyramidDrop, with their ratio set so that a prefill takes as many FLOPs. Answers are compared question by
+question, with bootstrap intervals over pictures. This takes less than ten minutes on a quiet core.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def ratio_for(shape: Shape, schedule: Callable[[float], Schedule], flop_share: f
 
 
 def split(items: Sequence[Item], first: int, then: int) -> tuple[list[Item], list[Item]]:
-    """The first so many questions of each task and wording, and so many behind those, on other pictures."""
+    """The first so many questions of each task and wording, and so many after those, on other pictures."""
     taken: dict[tuple[str, str], int] = {}
     tuned, rest = [], []
     for item in items:
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--tune-limit", type=int, default=8, help="questions of each task and wording to search with")
-    parser.add_argument("--limit", type=int, default=30, help="questions behind those to compare with")
+    parser.add_argument("--limit", type=int, default=30, help="questions after those, to compare with")
     parser.add_argument("--out", type=Path, default=RESULTS / "tuning-tiny.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
