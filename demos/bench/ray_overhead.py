@@ -5,8 +5,8 @@ Run  python -m demos.bench.ray_overhead [--requests 60] [--out FILE]
 Two servers run on this machine, both started by `mm serve`: one on Ray (ingress, encoder and decoder apart), one in
 process. The same requests go to both in turn, so that a slow moment hits both; the answers are checked to be the
 same. There are three sorts: text alone; a picture that the encoder has seen (it comes from the cache, and its features
-still travel); a new picture each time. For streams the time to the first chunk is taken as well. The figure is the median of the
-paired differences. One client, one request at a time, tiny model, float32, one thread per process.
+still travel); a new picture each time. For streams the time to the first chunk is measured as well. The figure is the
+median of the paired differences. One client, one request at a time, tiny model, float32, one thread per process.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
 There are 2,880 visual tokens, and a quarter is kept. Selection is measured at width 4,096, that of a 7B decoder.
 Prefill of the same number of tokens is measured with a decoder of 256M's shape (30 layers of 576) and random weights.
 A 7B decoder's prefill costs about 50 times as much, so the share that selection takes here is an upper bound of the
-share there. Methods in front of the decoder leave the same number of tokens, whose prefill is measured once. Those inside the
-decoder decide during prefill, and each is measured by itself. The ideal is the share of FLOPs: of projections and MLP
-per token, of attention per pair of tokens. Seconds are CPU time of this process with one thread.
+share there. Methods in front of the decoder leave the same number of tokens, whose prefill is measured once. Those
+inside the decoder decide during prefill, and each is measured by itself. The ideal is the share of FLOPs: of
+projections and MLP per token, of attention per pair of tokens. Seconds are CPU time of this process with one thread.
 """
 
 from __future__ import annotations
