@@ -37,7 +37,7 @@ ROOMS = (
 )
 """Rooms of `mm`, lowest first. A room imports itself and lower ones; rooms of one set do not import each other."""
 
-BESIDE = {("engine", "encode"), ("encode", "engine"), ("engine", "media"), ("models", "media"), ("pruning", "models")}
+BESIDE = {("engine", "encode"), ("encode", "engine"), ("engine", "media"), ("models", "media")}
 """Imports that the order would allow, and that nothing needs: the two halves meet only in `build` and above."""
 
 ONLY_IN_SERVE = frozenset({"ray", "fastapi", "starlette", "uvicorn", "sse_starlette", "prometheus_client"})

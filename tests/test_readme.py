@@ -1,31 +1,34 @@
-"""What README shows works as it stands: its Python runs, its commands and options exist, its links lead somewhere."""
+"""README and the guide work as they stand: their Python runs as printed, commands and options exist, links lead somewhere."""
 
-import base64
+from __future__ import annotations
+
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import typer.main
 
 from serve.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "architecture.md"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-def test_the_python_example_answers(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    exec(compile(blocks("python")[0], "README.md", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].strip()
-    assert lines[-1] == "64 of 256 visual tokens"
+SNIPPETS = [
+    pytest.param(page, code, id=f"{page.stem}-{i}") for page in PAGES for i, code in enumerate(blocks(page, "python"))
+]
+EXPECTED = {"README-0": "64 of 256 visual tokens", "guide-0": "prompt tokens were cached", "guide-1": " 64"}
+"""How the output of some snippets ends."""
 
 
-def test_the_client_example_answers(monkeypatch, capsys):
+@pytest.fixture
+def at_port_8000(monkeypatch):
+    """The server that a client of the guide finds at its address, without a socket."""
     import openai
     from fastapi.testclient import TestClient
 
@@ -33,55 +36,60 @@ def test_the_client_example_answers(monkeypatch, capsys):
     from serve.config import ServeConfig
     from serve.stages import build_local_runtime
 
-    monkeypatch.chdir(ROOT)
     config = ServeConfig()
     runtime = build_local_runtime(config)
+    original = openai.OpenAI
     try:
         with TestClient(create_app(runtime, config), base_url="http://127.0.0.1:8000") as client:
             monkeypatch.setattr(openai, "OpenAI", lambda **options: original(**options, http_client=client))
-            exec(compile(blocks("python")[1], "README.md", "exec"), {"data_url": data_url})
+            yield
     finally:
         runtime.close()
-    assert capsys.readouterr().out.strip().endswith(" 64")
 
 
-def test_the_batch_example_answers(monkeypatch, capsys):
+@pytest.mark.parametrize(("page", "code"), SNIPPETS)
+def test_python_runs_as_printed(page, code, request, monkeypatch, capsys):
+    if "OpenAI(" in code:
+        request.getfixturevalue("at_port_8000")
     monkeypatch.chdir(ROOT)
-    exec(compile(blocks("python")[2], "README.md", "exec"), {})
-    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("prompt tokens were cached")]
-    assert len(told) == 3
-
-
-def data_url(path: str) -> str:
-    return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
-
-
-def original(**options):
-    from openai._client import OpenAI
-
-    return OpenAI(**options)
+    exec(compile(code, page.name, "exec"), {})
+    written = capsys.readouterr().out
+    assert written.strip()
+    assert written.rstrip().endswith(EXPECTED.get(request.node.callspec.id, ""))
 
 
 def commands() -> list[list[str]]:
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    lines = [
+        line.split("#")[0].strip() for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()
+    ]
     return [shlex.split(line) for line in lines if line.startswith("mm ")]
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_commands_and_options_exist(command):
-    known = app.commands[command[1]]
+    group = typer.main.get_command(app)
+    known = group.commands[command[1]]
     options = {option for parameter in known.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in command[2:] if word.startswith("--")} <= options
 
 
 def test_make_targets_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = set(re.findall(r"^make (\w+)", README, flags=re.MULTILINE))
+    named = set(re.findall(r"^make (\w+)", PAGES[0].read_text(), flags=re.MULTILINE))
     assert named == {"serve", "test"}
     assert named <= targets
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     assert links
-    assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
+    assert [link for link in links if not link.startswith("http") and not (page.parent / link).exists()] == []
+
+
+def test_paths_of_the_architecture_exist():
+    """Every path in code marks that begins with a package is there."""
+    text = PAGES[2].read_text()
+    paths = re.findall(r"`((?:mm|serve|pruning|encoders|tests|demos)/[\w/.]+)`", text)
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []

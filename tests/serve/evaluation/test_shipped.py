@@ -56,7 +56,7 @@ def test_every_item_of_the_set_is_whole(shipped):
 def test_the_readme_reads_the_file_with_pyarrow_alone(shipped, monkeypatch, capsys):
     root = Path(__file__).resolve().parents[3]
     snippet = next(
-        b for b in re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S) if "parquet" in b
+        b for b in re.findall(r"```python\n(.*?)```", (root / "docs" / "guide.md").read_text(), re.S) if "parquet" in b
     )
     monkeypatch.chdir(root)
     exec(compile(snippet, "README.md", "exec"), {})
