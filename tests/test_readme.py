@@ -1,4 +1,4 @@
-"""README and the guide work as they stand: their Python runs as printed, commands and options exist, links lead somewhere."""
+"""README and guide work as they stand: Python runs as printed, commands and options exist, links lead somewhere."""
 
 from __future__ import annotations
 
