@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Generic, TypeVar
 
@@ -26,6 +27,9 @@ from serve.runtime import LocalRuntime, default_reducer
 L = TypeVar("L")
 """Loaded media, on their way from `load` to `encode`."""
 
+MAX_DOWNLOADS = 16
+"""Requests that may wait for remote media beside those that compute."""
+
 
 class EncoderStage(Generic[L]):
     """Encodes in threads.
@@ -34,7 +38,7 @@ class EncoderStage(Generic[L]):
         load: Fetches and decodes the media of a request.
         encode: Runs the tower and the reducer on them.
         kinds: Kinds of media that it takes.
-        workers: Requests that it works on at a time.
+        workers: Requests that compute at a time.
         num_threads: CPU threads of torch in each worker; None leaves torch's own choice.
     """
 
@@ -50,18 +54,29 @@ class EncoderStage(Generic[L]):
         self.kinds = tuple(sorted(kinds))
         self._load, self._encode = load, encode
         set_threads = None if num_threads is None else functools.partial(torch.set_num_threads, num_threads)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="encode", initializer=set_threads)
+        self._pool = ThreadPoolExecutor(workers + MAX_DOWNLOADS, thread_name_prefix="encode", initializer=set_threads)
+        self._may_compute = threading.Semaphore(workers)
 
     async def encode(self, request: Request) -> EncodedMedia:
-        """The request's encoded media.
+        """The request's encoded media, computed in one thread.
 
-        Cancelling drops a request that waits for a worker. What a running worker computes is cached.
+        Cancelling drops a request that does not compute yet. What is being computed is cached.
         """
-        run = asyncio.get_running_loop().run_in_executor
-        if any(is_remote(item) for item in request.media):
-            # A download may take seconds; it must not occupy a worker that could compute.
-            return await run(self._pool, self._encode, await asyncio.to_thread(self._load, request))
-        return await run(self._pool, lambda: self._encode(self._load(request)))
+        is_cancelled = threading.Event()
+        work = asyncio.get_running_loop().run_in_executor(self._pool, self._run, request, is_cancelled)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            is_cancelled.set()
+            raise
+
+    def _run(self, request: Request, is_cancelled: threading.Event) -> EncodedMedia:
+        """Load and encode. A download may take seconds, so it does not count as computing."""
+        loaded = self._load(request) if any(is_remote(item) for item in request.media) else None
+        with self._may_compute:
+            if is_cancelled.is_set():
+                raise CancelledError
+            return self._encode(self._load(request) if loaded is None else loaded)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer.main
 
 from serve.cli.app import app
 
@@ -67,8 +66,7 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_commands_and_options_exist(command):
-    group = typer.main.get_command(app)
-    known = group.commands[command[1]]
+    known = app.commands[command[1]]
     options = {option for parameter in known.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in command[2:] if word.startswith("--")} <= options
 
