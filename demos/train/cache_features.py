@@ -1,4 +1,4 @@
-"""Between the stages: run the trained tower over the pictures of the first N seeds and keep its patch features on disk.
+"""Between the stages: run the trained tower over the pictures of the first N seeds and store its patch features.
 
 Writes scenes.bin (N, 256, D) and clips.bin (all distinct frames of all clips, 256, D) in bfloat16, and features.json.
 

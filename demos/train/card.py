@@ -1,8 +1,8 @@
-"""Put the figures into a model's card: what `mm eval` found, pictures from outside, and how many parameters there are.
+"""Put the figures into a model's card: the results of `mm eval`, pictures from outside, and the number of parameters.
 
-The card is README.md in the model's folder. Its words are written by hand; what stands between a line
-`<!-- NAME -->` and the next `<!-- /NAME -->` is replaced by the table of that name: parameters, bars, tasks, objects,
-outside. A card needs not have all of them.
+The card is README.md in the model's folder. Its text is written by hand. What stands between a line `<!-- NAME -->` and
+the next `<!-- /NAME -->` is replaced by the table of that name: parameters, bars, tasks, objects, outside. A card need
+not have all of them.
 
     python -m demos.train.card --model mm/models/weights/tiny --evaluation FILE [--outside FILE]
 """
@@ -51,7 +51,7 @@ def parameters(folder: Path) -> str:
 
 
 def bars(rows: Sequence[Row]) -> str:
-    """What the model is held to, and whether it is met."""
+    """The bar of each task, and whether it is met."""
     by_name = {(row["task"], row["group"]): row for row in rows}
     lines = []
     for task, group, bar in BARS:
@@ -92,10 +92,10 @@ def _cells(row: Row) -> list[str]:
 
 
 def fill(card: str, tables: Mapping[str, str]) -> str:
-    """The card with its marked places filled.
+    """The card with its marked parts filled.
 
     Raises:
-        SystemExit: A table has no place in the card.
+        SystemExit: A table has no markers in the card.
     """
     for name, table in tables.items():
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

@@ -1,7 +1,7 @@
-"""Where a drafter's training gets its answers: pictures and questions of the generator, asked of the frozen target.
+"""Where a drafter's training gets its answers: pictures and questions of the generator, answered by the frozen target.
 
-Nothing is stored: a seed gives a picture and its questions, the engine answers them, and one more pass of the target
-over prompt and answer gives the states that a drafter reads.
+Nothing is stored. A seed gives a picture and its questions, the engine answers them, and one more forward of the target
+over prompt and answer gives the hidden states that a drafter reads.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def questions(seed: int, takes_clips: bool) -> list[Asked]:
 
 
 class Target:
-    """The frozen model: answers questions, and tells its states on the answers.
+    """The frozen model: answers questions, and gives its hidden states on the answers.
 
     Args:
         taps: Layers whose inputs are the states that a drafter reads; empty for the last hidden state.
@@ -111,11 +111,11 @@ class Target:
 
     @torch.no_grad()
     def sample(self, prompt: Prompt, answer: list[int], greedy: bool, task: str) -> Sample:
-        """What the engine would hand to a drafter for this answer."""
+        """What the engine would give to a drafter for this answer."""
         ids = torch.tensor(answer, device=prompt.token_ids.device)
-        behind = torch.arange(prompt.next_position, prompt.next_position + len(answer) - 1)
+        after = torch.arange(prompt.next_position, prompt.next_position + len(answer) - 1)
         embeddings = torch.cat([prompt.embeddings, self.language.embed(ids[:-1])])
-        positions = torch.cat([prompt.positions, behind.to(ids.device).expand(len(prompt.positions), -1)], dim=1)
+        positions = torch.cat([prompt.positions, after.to(ids.device).expand(len(prompt.positions), -1)], dim=1)
         last, states = self.states(embeddings, positions)
         every = torch.arange(len(last), device=ids.device)
         context = visual_context(prompt, every[: prompt.length], last[: prompt.length])
@@ -128,13 +128,13 @@ class Target:
         )
 
     def states(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Last hidden states (n, D) of a sequence's rows, and what a drafter reads of them (n, F)."""
+        """Last hidden states (n, D) of a sequence's tokens, and what a drafter reads of them (n, F)."""
         shape = self.language.kv_cache_spec
         cache = KVCache(shape, num_blocks=shape.num_blocks(len(embeddings)) * shape.num_layers, max_num_seqs=1)
         attention = GatherAttention(cache)
-        slot = cache.open()
-        cache.append_slots(slot, len(embeddings))
-        batch = AttentionMetadata.of([slot], [len(embeddings)])
+        seq_index = cache.allocate()
+        cache.append_slots(seq_index, len(embeddings))
+        batch = AttentionMetadata.of([seq_index], [len(embeddings)])
         rotary = self.language.rotary(positions)
         hidden, tapped = embeddings.clone(), []
         for index in range(self.language.num_layers):
@@ -153,7 +153,7 @@ def stream(
     reducers: tuple[str, ...] = ("none",),
     sampled_share: float = SAMPLED_SHARE,
 ) -> Iterator[list[Sample]]:
-    """Batches of samples of ever new seeds, each batch under one reducer."""
+    """Batches of samples of new seeds, without end; each batch has one reducer."""
     takes_clips = "video" in target.family.kinds
     for number in itertools.count():
         rng = np.random.default_rng([14, first_seed, number])

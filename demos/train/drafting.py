@@ -1,9 +1,9 @@
-"""What a drafter learns from: answers of the frozen target with its states, and the losses on them.
+"""What a drafter learns from: answers of the frozen target with its hidden states, and the losses on them.
 
-A `Sample` is one answer: the rows that the engine would hand to a drafter for it, in serving as in training. `unroll`
-runs the drafter over all rows of an answer at once, feeding itself as it will when it drafts (EAGLE-3's training-time
-test, arXiv:2503.01840, section 3.2): step s at row t reads the token x_{t+1+s}, its own output of step s - 1 in place
-of the target's state, and is compared with the target's law behind x_{t+1+s}.
+A `Sample` is one answer: the tokens that the engine would give to a drafter for it, in serving as in training. `unroll`
+runs the drafter over all tokens of an answer at once, and the drafter reads its own outputs as it will when it drafts
+(EAGLE-3's training-time test, arXiv:2503.01840, section 3.2). Step s at row t reads the token x_{t+1+s} and its own
+output of step s - 1 in place of the target's state. It is compared with the target's distribution after x_{t+1+s}.
 """
 
 from collections.abc import Sequence
@@ -54,9 +54,9 @@ class Packed:
     Attributes:
         inputs, positions: (B, M, D) and (B, M), rows as the draft layer gets them.
         seen: (B, A, M) bool, rows that each answer row attends to.
-        answer_at: (B, A) int64, its place among the M.
+        answer_at: (B, A) int64, its index among the M.
         token_ids, is_row: (B, A), the token after each answer row, and whether there is a row.
-        global_feature: (B, A, D), what the answer rows are global_feature by the last item; zeros for nothing.
+        global_feature: (B, A, D), the last item's global feature for the answer rows; zeros without one.
         states: (B, A, D), the target's last hidden states, of the row's own first token on.
     """
 
@@ -71,7 +71,7 @@ class Packed:
 
 
 def pack(network: DraftHead, samples: Sequence[Sample]) -> Packed:
-    """Rows of several samples, padded. Differentiable in the way of seeing and in what makes the rows."""
+    """Rows of several samples, padded. Differentiable in the vision adapter and in what makes the rows."""
     rows = [draft_rows(network, sample) for sample in samples]
     inputs = _pad([row[0] for row in rows])
     positions = _pad([row[1] for row in rows])
@@ -96,7 +96,7 @@ def pack(network: DraftHead, samples: Sequence[Sample]) -> Packed:
 
 
 def draft_rows(network: DraftHead, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs (n, D) and positions (n,) of all rows of a sample, and what its last item global_feature (D,)."""
+    """Inputs (n, D) and positions (n,) of all rows of a sample, and the global feature of its last item (D,)."""
     visual = network.vision_adapter.compress(sample.context)
     rows, features = sample.rows, network.features(sample.rows.states)
     global_feature = None
@@ -109,7 +109,7 @@ def draft_rows(network: DraftHead, sample: Sample) -> tuple[Tensor, Tensor, Tens
 
 
 def unroll(network: DraftHead, packed: Packed, num_steps: int) -> list[Tensor]:
-    """Estimated states (B, A, D) of each step; with a drafter of several tokens per pass, the steps of one pass.
+    """Estimated states (B, A, D) of each step; with a drafter of several tokens per forward, those of one forward.
 
     Entry s of answer row t estimates the target's state t + 1 + s.
     """
@@ -132,8 +132,8 @@ def unroll(network: DraftHead, packed: Packed, num_steps: int) -> list[Tensor]:
         features = network.vision_adapter.condition(output, packed.global_feature)
         inputs = network.inputs(features, packed.token_ids.roll(-step - 1, dims=1))
         own = network.project(inputs)
-        places = packed.positions[batch, at] + step + 1
-        turned = rotary(places, config.head_dim, config.rope_theta)
+        positions = packed.positions[batch, at] + step + 1
+        turned = rotary(positions, config.head_dim, config.rope_theta)
         query, own_key, own_value = own.split([num_heads, kv_heads, kv_heads], dim=-2)
         query = _turn(query, *turned)
         keys.append(_turn(own_key, *turned))
@@ -144,7 +144,7 @@ def unroll(network: DraftHead, packed: Packed, num_steps: int) -> list[Tensor]:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor, own_keys: list[Tensor], own_values: list[Tensor]
 ) -> Tensor:
-    """What each answer row sees (B, A, H * d): true rows up to its own, and its own guesses behind them.
+    """What each answer row attends to (B, A, H * d): true rows up to its own, and its own guesses after them.
 
     Args:
         query: (B, A, H, d).
@@ -167,7 +167,7 @@ def attend(
 def losses(
     network: DraftHead, guesses: Sequence[Tensor], packed: Packed, head: Tensor, feature_weight: float
 ) -> tuple[Tensor, list[float]]:
-    """Loss of all steps, and each one's share of rows in which the drafter's and the target's choice agree."""
+    """Loss of all steps, and for each step the share of rows in which the drafter's and the target's token agree."""
     total, agreed = packed.inputs.new_zeros(()), []
     for step, guess in enumerate(guesses):
         if step + 1 >= packed.states.shape[1]:
@@ -178,16 +178,16 @@ def losses(
             break
         target = packed.states.roll(-step - 1, dims=1)[valid]
         with torch.no_grad():
-            law = F.linear(target, head)
-            wanted = law.argmax(-1)
+            target_logits = F.linear(target, head)
+            wanted = target_logits.argmax(-1)
         logits = network.logits(guess[valid])
         drafted = network.token_ids(logits.argmax(-1))
         if network.vocab_ids is not None:
             known = torch.isin(wanted, network.vocab_ids)
-            law = law[:, network.vocab_ids]
+            target_logits = target_logits[:, network.vocab_ids]
         else:
             known = torch.ones_like(wanted, dtype=torch.bool)
-        crossed = -(law.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+        crossed = -(target_logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
         step_loss = (crossed * known).sum() / known.sum().clamp(min=1)
         if feature_weight and network.out_norm is None:
             step_loss = step_loss + feature_weight * F.smooth_l1_loss(guess[valid], target)
@@ -198,9 +198,9 @@ def losses(
 
 @torch.no_grad()
 def ranks(network: DraftHead, guesses: Sequence[Tensor], packed: Packed) -> Tensor:
-    """(B, A, steps) int64: how many tokens the drafter finds likelier than the answer's own, behind each answer row.
+    """(B, A, steps) int64: how many tokens the drafter finds more likely than the answer's own, after each answer row.
 
-    1 << 30 where there is none any more, or where the drafter's vocabulary lacks it.
+    1 << 30 where the answer has ended, or where the drafter's vocabulary lacks the token.
     """
     found = torch.full((*packed.is_row.shape, len(guesses)), 1 << 30)
     for step, guess in enumerate(guesses):
@@ -224,10 +224,10 @@ STATIC_TREE = {
 
 
 def accepted(path: Sequence[int], tree: dict[tuple[int, ...], int] | int) -> int:
-    """How many tokens of a drafted round are accepted.
+    """How many tokens of one draft are accepted.
 
     Args:
-        path: Ranks of the answer's tokens in the drafter's laws along the answer.
+        path: Ranks of the answer's tokens in the drafter's distributions along the answer.
         tree: Children by path of ranks, or the length of a chain.
     """
     if isinstance(tree, int):
@@ -240,9 +240,9 @@ def accepted(path: Sequence[int], tree: dict[tuple[int, ...], int] | int) -> int
 
 
 def accepted_length(found: Tensor, num_rows: Sequence[int], tree: dict[tuple[int, ...], int] | int) -> tuple[int, int]:
-    """(tokens, rounds) of answers drafted round by round, the bonus token included.
+    """(tokens, drafts) of answers drafted again and again, the bonus token included.
 
-    The answer's first token comes out of the prompt. A round at row t knows the token t and drafts those behind it.
+    The answer's first token comes from the prompt. A draft at row t knows the token t and proposes those after it.
 
     Args:
         found: (B, A, steps), of `ranks`.

@@ -1,9 +1,8 @@
 """Ask a model folder held-out questions and count the right answers, generated freely by `transformers`.
 
-An answer is right if it is the true one, word for word; a description, if it says the same of the same things in the
-same order (`content`), in whatever style.
-The control asks the same questions on another item's picture: what it still gets right does not come from seeing.
-Prints a table, then one JSON line.
+An answer is right if it is the true one, word for word. A description is right if it names the same things with the
+same properties in the same order (`content`), in any style. The control asks the same questions about another item's
+picture: what is still right does not come from the picture. Prints a table, then one JSON line.
 
     python -m demos.train.evaluate --model mm/models/weights/tiny --scenes 150 --clips 60 [--unseen] [--json FILE]
 """

@@ -1,4 +1,4 @@
-"""Write the model of a run's checkpoint as a Hugging Face folder (bfloat16), file by file in one move each.
+"""Write the model of a run's checkpoint as a Hugging Face folder (bfloat16); each file is moved into place at once.
 
 python -m demos.train.export --run RUN --start FOLDER --out mm/models/weights/tiny
 """

@@ -1,8 +1,8 @@
-"""Questions → token rows: many questions share one picture in a row, each seeing what it would see alone.
+"""Questions → token rows: many questions share one picture in a row, and each attends to what it would attend to alone.
 
 A row is   <s><|user|> visual tokens | question<|assistant|>answer</s> | question<|assistant|>answer</s> | ... Every
-question attends to the shared prefix and to itself, and its positions go on from the prefix's end, so the packed row
-computes what single prompts would. Some rows come in other shapes of the same chat template: turn after turn (no
+question attends to the shared prefix and to itself, and its positions continue after the prefix's end. So the packed
+row computes what single prompts would. Some rows have other shapes of the same chat template: turn after turn (no
 sharing, plain causal), with a system message, or with the question before the picture (then there is only one).
 """
 
@@ -23,13 +23,13 @@ LENGTH_STEP = 32  # rows are padded to a multiple: few shapes, so that kernels c
 
 @dataclass
 class Row:
-    """One token sequence. group 0 is seen by all; a look is (place, slot, visual tokens to look at)."""
+    """One token sequence. All attend to group 0. A look is (index, slot, visual tokens to attend to)."""
 
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     group: list[int] = field(default_factory=list)
     visual_at: int = 0
-    targets: list[tuple[int, int, float, int]] = field(default_factory=list)  # place, next token, weight, question
+    targets: list[tuple[int, int, float, int]] = field(default_factory=list)  # index, next token, weight, question
     looks: list[tuple[int, int, Focus]] = field(default_factory=list)
     events: list[tuple[int, int, int]] = field(default_factory=list)  # visual token, kind and order
 
@@ -86,7 +86,7 @@ class Packer:
         return row
 
     def answer(self, row: Row, question: Question, index: int, group: int, position: int) -> int:
-        """Append answer and </s>, with what is to be predicted and looked at from the place before each token."""
+        """Append answer and </s>, with what is to be predicted and attended to from the token before each one."""
         encoding = self.encoder.encode(question.answer)
         for i, (token, (start, _)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
             place = len(row.ids) - 1 + i
@@ -107,11 +107,11 @@ class Packer:
 
 @dataclass
 class Packed:
-    """A batch of rows. B rows, T places, S targets, K looks.
+    """A batch of rows. B rows, T tokens, S targets, K looks.
 
-    ids, positions (B, T); mask (B, 1, T, T) True where attended; visual_at (B,): first place of the visual tokens;
-    kept (B, n): which visual tokens they are, then -1. Targets and looks are flat, with the row and place they belong
-    to.
+    ids, positions (B, T); mask (B, 1, T, T) True where attended; visual_at (B,): index of the first visual token; kept
+    (B, n): which visual tokens they are, then -1. Targets and looks are flat, with the row and the index that they
+    belong to.
     """
 
     ids: Tensor

@@ -1,14 +1,14 @@
 """Train drafters for a frozen model, from its own answers to the generator's questions about pictures and clips.
 
-Nothing is stored: the target answers, its states and laws on these answers are what is learnt (online distillation),
-and the last few hundred answers are gone through again and again while new ones come in. Several ways of seeing may be
-trained in one run: they share the target's work, and their curves can be compared step by step.
+Nothing is stored. The target answers, and the drafters learn from its hidden states and output distributions on these
+answers (online distillation). The last few hundred answers are used again and again while new ones come in. Several
+vision adapters may be trained in one run: they share the target's work, and their curves can be compared step by step.
 
     python -m demos.train.train_drafter --target tiny --seeing none,msd --out RUN/drafters --steps 1500 [--resume]
 
-Each drafter is a folder (config.json, model.safetensors, training.jsonl) that `eagle:weights=FOLDER` names; in the
-target's own folder, under drafters/, it is found by its name. RUN/drafters/state.pt (state-eagle3.pt) lets --resume go
-on.
+Each drafter is a folder (config.json, model.safetensors, training.jsonl) that `eagle:weights=FOLDER` names. In the
+target's own folder, under drafters/, it is found by its name. `--resume` continues from RUN/drafters/state.pt
+(state-eagle3.pt).
 """
 
 import argparse
@@ -43,14 +43,14 @@ from mm.engine.spec_decode.drafters.eagle.head import DraftConfig, DraftHead, de
 
 WAYS = ("none", "msd", "vispec", "specvlm", "flash")
 BATCH = 16  # answers per step
-POOL = 640  # answers that are gone through
+POOL = 640  # answers that are used again and again
 PICTURES = 16  # asked about at a time, PER_PICTURE questions each
 PER_REFILL = 20  # steps between two batches of new answers
-UNROLL = 3  # steps that a drafter feeds itself in training
-AHEAD = 8  # tokens per pass of FLASH
+UNROLL = 3  # steps in which a drafter reads its own outputs in training
+AHEAD = 8  # tokens per forward of FLASH
 MUON_LR, ADAM_LR = 0.01, 6e-4
 FEATURE_SHARE = 0.33  # of the steps, in which the distance to the target's states counts
-BLIND_SHARE = 0.4  # of the steps in which MSD sees text only, the first of its two stages; then pictures come in
+BLIND_SHARE = 0.4  # of the steps in which MSD reads text only, the first of its two stages; pictures follow
 CHAIN = 7  # of the simulated chain
 HELD_OUT_BATCHES = 6
 FIRST_SEED = 0  # of the training's pictures; held-out ones begin at HELD_OUT
@@ -97,7 +97,7 @@ def optimisers_of(network: DraftHead, args: argparse.Namespace) -> Optimisers:
 
 
 def shown(sample: Sample, name: str, done: float, rng: random.Random) -> Sample:
-    """The sample as a way of seeing gets it at this point of the training: MSD learns on text first."""
+    """The sample as a vision adapter gets it at this point of the training: MSD learns on text first."""
     if name != "msd" or done >= 1 or rng.random() < (done - BLIND_SHARE) / (1 - BLIND_SHARE) * 2:
         return sample
     none = torch.zeros(0, dtype=torch.int64)
@@ -109,7 +109,7 @@ def shown(sample: Sample, name: str, done: float, rng: random.Random) -> Sample:
 
 
 def learn(learner: Learner, samples: list[Sample], head: Tensor, step: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One step. Loss, and the agreement with the target's choice by depth."""
+    """One step. Loss, and the agreement with the target's token by depth."""
     network, done = learner.network.train(), step / args.steps
     rng = random.Random(step)
     weight = FEATURE_WEIGHT if done < FEATURE_SHARE else 0.0
@@ -166,23 +166,23 @@ def held_out(target: Target, args: argparse.Namespace) -> list[list[Sample]]:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="tiny", help="what mm.load takes: a shipped model, a folder or a hub name")
-    parser.add_argument("--seeing", default="none", help=f"ways of seeing, comma-separated: {', '.join(WAYS)}")
+    parser.add_argument("--seeing", default="none", help=f"vision adapters, comma-separated: {', '.join(WAYS)}")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--stop-at", type=int, help="leave early, the schedule being that of --steps")
+    parser.add_argument("--stop-at", type=int, help="stop early, with the schedule of --steps")
     parser.add_argument("--eagle3", action="store_true", help="read three layers of the target instead of the last")
-    parser.add_argument("--unroll", type=int, default=UNROLL, help="steps that the drafter feeds itself")
+    parser.add_argument("--unroll", type=int, default=UNROLL, help="steps in which the drafter reads its own outputs")
     parser.add_argument(
         "--draft-vocab", type=int, help="draft only so many of the most frequent tokens, by an own head"
     )
     parser.add_argument("--intermediate", type=int, help="width of the MLP; the target's by default")
     parser.add_argument("--seeing-options", help='JSON, such as {"num_rows": 8}')
-    parser.add_argument("--suffix", default="", help="put behind the names of the folders")
+    parser.add_argument("--suffix", default="", help="appended to the names of the folders")
     parser.add_argument("--reducers", default="none", help="specifications, separated by ;, drawn from batch by batch")
     parser.add_argument("--lr", type=float, default=MUON_LR)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--pool", type=int, default=POOL)
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="asked about at a time")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="pictures that are asked about at a time")
     parser.add_argument("--eval-every", type=int, default=250)
     parser.add_argument("--held-out-batches", type=int, default=HELD_OUT_BATCHES)
     parser.add_argument("--device", default="cpu")
@@ -243,7 +243,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def folder(args: argparse.Namespace, learner: Learner) -> Path:
-    """Named as the drafters are that look for it: what sees no picture is plain EAGLE."""
+    """Named as the drafters that look for it: a drafter that reads no visual token is plain EAGLE."""
     if learner.name == "none":
         return args.out / f"eagle{3 if args.eagle3 else ''}{args.suffix}"
     return args.out / f"{learner.name}{'-eagle3' if args.eagle3 else ''}{args.suffix}"

@@ -1,8 +1,8 @@
 """Stage 2: train projector and decoder on cached features of the frozen tower.
 
-Rows of many questions on one picture (see packing.py, lm_data.py). Losses: the answers' tokens; an attention loss that
-makes a few heads look at the tokens an answer is read from; and read-outs by which clip tokens tell what happens where
-they are. Kinds of short questions that are still answered badly are asked more often.
+Rows hold many questions on one picture (see packing.py, lm_data.py). There are three losses: on the answers' tokens; an
+attention loss that makes a few heads attend to the tokens an answer is read from; and read-outs by which clip tokens
+encode what happens where they are. Kinds of short questions that are still answered badly are asked more often.
 
     python -m demos.train.train_lm --run RUN --start FOLDER --steps 4000 [--resume] [--device cuda]
 
@@ -40,8 +40,8 @@ ATTENTION_WEIGHT = 0.5
 PREVIOUS_WEIGHT = 0.2
 EVENT_WEIGHT = 1.0
 HEADS = ((1, 0), (1, 1), (3, 2), (3, 3))  # (layer, head) of each look slot: asked thing, second thing, written, before
-PREVIOUS_HEAD = (0, 3)  # in clips, every visual token looks at its own place one frame earlier
-KIND_LAYER, ORDER_LAYER = 1, 2  # after which clip tokens are to tell what happens there, and as which event
+PREVIOUS_HEAD = (0, 3)  # in clips, every visual token attends to its own cell one frame earlier
+KIND_LAYER, ORDER_LAYER = 1, 2  # layers after which the read-outs apply: what happens there, and as which event
 CALM_FROM, CALM_SCALE, CALM_SHARE = 0.44, 0.2, 0.05  # see calm()
 MIX_EVERY = 100
 
@@ -50,7 +50,7 @@ MIX_EVERY = 100
 
 
 class Readouts(nn.Module):
-    """What clip tokens are to tell of what happens to them; thrown away after the training."""
+    """Read-outs of what happens to each clip token; thrown away after the training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def visual_tokens(model: LlavaForConditionalGeneration, features: Features, batc
 def splice(
     model: LlavaForConditionalGeneration, packed: Packed, visual: list[Tensor], dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """Embeddings (B, T, D) of the rows with the visual tokens in their places."""
+    """Embeddings (B, T, D) of the rows, with the visual tokens in place of their placeholders."""
     embeds = model.model.language_model.embed_tokens(packed.ids).to(dtype)
     rows = []
     for row, tokens, at in zip(embeds, visual, packed.visual_at.tolist(), strict=True):
@@ -112,7 +112,7 @@ def run_layer(
 
 
 def attention_loss(logits: Tensor, packed: Packed, slot: int) -> Tensor:
-    """Sum over the looks of one slot of -log(attention mass on the tokens to look at); logits (B, T, T), masked."""
+    """Sum over the looks of one slot of -log(attention on the tokens to attend to); logits (B, T, T), masked."""
     mine = packed.look_slot == slot
     log_mass = logits[packed.look_row[mine], packed.look_place[mine]].float().log_softmax(-1)
     return -log_mass.masked_fill(~packed.look_at[mine], -math.inf).logsumexp(-1).sum()
@@ -124,13 +124,13 @@ def previous_frame_loss(logits: Tensor, packed: Packed) -> Tensor:
     for row, at, kept in zip(logits, packed.visual_at.tolist(), packed.kept, strict=True):
         kept = kept[kept >= 0]
         cells = int((kept < FRAME_TOKENS).sum())
-        places = at + torch.arange(cells, len(kept), device=row.device)
-        losses.append(F.cross_entropy(row[places].float(), places - cells))
+        indices = at + torch.arange(cells, len(kept), device=row.device)
+        losses.append(F.cross_entropy(row[indices].float(), indices - cells))
     return torch.stack(losses).mean()
 
 
 def event_loss(readout: nn.Module, hidden: Tensor, packed: Packed, labels: Tensor) -> Tensor:
-    """Cross-entropy of what the clip tokens tell; those where something happens weigh as much as all others."""
+    """Cross-entropy of the clip tokens' read-outs; tokens where something happens weigh as much as all others."""
     losses = []
     for row, at, label in zip(hidden, packed.visual_at.tolist(), labels, strict=True):
         label = label[label >= 0]
@@ -242,8 +242,8 @@ def calm(projector: nn.Module, optimisers: Optimisers) -> None:
     """Shrink visual tokens to CALM_SCALE of their size, and train the projector at CALM_SHARE of the rate from here on.
 
     Its inputs are large, so at the full rate its outputs grow until what the layers add to a visual token is a
-    twentieth of it, and the token tells next to nothing of those around it or of the frame before. Every layer
-    normalises what it reads, so smaller tokens say the same.
+    twentieth of it. The token then encodes next to nothing of those around it or of the frame before. Every layer
+    normalises its input, so smaller tokens carry the same information.
     """
     with torch.no_grad():
         for weight in projector.linear_2.parameters():

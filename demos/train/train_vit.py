@@ -1,11 +1,11 @@
-"""Stage 1: train the tower alone, to say in every patch what is there and where it is.
+"""Stage 1: train the tower alone, to classify in every patch what is there and where it is.
 
 Fresh pictures for every step: crowded ones (many texts and things) and scenes. Per-patch labels: see data/labels.py;
 from [CLS]: which colored shapes and characters are present. For the first part of the run only the labelled patches,
 their neighbours and some ground go through the tower.
 
     python -m demos.train.train_vit --out RUN --steps 2000 [--resume] [--device cuda --batch 128]
-    python -m demos.train.train_vit --out RUN --steps 2000 --init mm/models/weights/tiny     # not from nothing
+    python -m demos.train.train_vit --out RUN --steps 2000 --init mm/models/weights/tiny     # not from scratch
 """
 
 import argparse
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
-    parser.add_argument("--init", type=Path, help="exported folder whose tower to start from, instead of from nothing")
+    parser.add_argument("--init", type=Path, help="exported folder whose tower to start from, instead of from scratch")
     parser.add_argument("--resume", action="store_true", help="continue OUT/vit.pt; --steps may be larger than before")
     parser.add_argument("--eval-every", type=int, default=250)
     args = parser.parse_args()

@@ -48,7 +48,7 @@ def table(asked: list[tuple[dict, str]]) -> str:
 
 
 def shortened(answer: str) -> str:
-    """On one line, without what would end a cell, and not without end."""
+    """On one line, without characters that would end a cell, and not too long."""
     line = " ".join(answer.split()).replace("|", "/")
     return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
 

@@ -1,6 +1,6 @@
-"""Strokes and grounds: how a thing, a text or a chart is put into a picture, and what is behind and over them all.
+"""Strokes and grounds: how a thing, a text or a chart is drawn into a picture, its background, and what covers it all.
 
-Everything random comes from the generator that is handed in.
+Everything random comes from the generator that is passed in.
 """
 
 import io
@@ -25,7 +25,7 @@ RGB = tuple[int, int, int]
 
 
 def draw_ground(rng: np.random.Generator, in_use: Iterable[RGB], *, plain: bool) -> Image.Image:
-    """What is behind everything: one flat colour if plain, else a texture in two close colours."""
+    """The background: one flat colour if plain, else a texture in two close colours."""
     far_from = np.array(sorted(set(in_use)) or [(-999, -999, -999)], dtype=float)
     contrast = MIN_CONTRAST
     while True:

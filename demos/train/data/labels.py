@@ -1,8 +1,8 @@
-"""What the tower is told about each patch of a picture, and crowded pictures that hold much to be told about.
+"""What the tower learns about each patch of a picture, and crowded pictures that have many labels.
 
 Labels per patch, 0 for nothing, else 1 + class: shape, color and size of the thing in it; the cell of the thing's
-centre; the characters whose centres lie in it, the place of the first of them in its text (what a reader needs to go on
-from character to character) and whether it is the last; height of a bar, and whether it is the highest or lowest.
+centre; the characters whose centres lie in it, the position of the first of them in its text (what a reader needs to go
+on from character to character) and whether it is the last; height of a bar, and whether it is the highest or lowest.
 """
 
 import numpy as np
@@ -159,7 +159,7 @@ def crowd_text(rng: np.random.Generator, color: str) -> Text:
 
 
 def claim(taken: np.ndarray, left: float, top: float, right: float, bottom: float) -> bool:
-    """Mark a box as taken and say True, or say False when part of it is."""
+    """Mark a box as taken and return True, or return False when part of it is taken."""
     box = (slice(max(0, int(top)), int(bottom) + 1), slice(max(0, int(left)), int(right) + 1))
     if taken[box].any():
         return False

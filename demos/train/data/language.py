@@ -1,4 +1,4 @@
-"""The language of questions: whole templates, and phrases that frames make questions of, dressed in many ways.
+"""The language of questions: whole templates, phrases from which frames make questions, and many variations of both.
 
 "{}" is what is asked about: "star", "red text", ... Each kind has direct questions, noun phrases ("the color of the
 {}", for "Name ...", "What is ...?") and clauses ("what color the {} is", for "Can you tell me ...?"). Some templates of

@@ -53,7 +53,7 @@ class SceneAsker(Asker):
         return thing.shape if i in alone(self.things, "shape") and self.chance(plain) else thing.name
 
     def text_reference(self, i: int) -> str:
-        """ "text", or what tells it from the other texts: its color or its place."""
+        """ "text", or what distinguishes it from the other texts: its color or its cell."""
         text, noun = self.scene.texts[i], self.pick(TEXT_NOUNS)
         if len(self.scene.texts) == 1 and self.chance(0.6):
             return noun

@@ -1,6 +1,6 @@
 """What pictures are made of, as plain data: things, texts, charts, and the vocabulary of all of them.
 
-Nothing here draws or asks. A place is one of 3x3 cells; x and y are px from the top left corner.
+Nothing here draws or asks. There are 3x3 cells; x and y are px from the top left corner.
 """
 
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ MORE_COLORS = {
 SIZES = {"small": (11, 15), "large": (22, 28)}  # radius in px, inclusive
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
-# Texts are letters and the digits 2-9: 0 and 1 stand only in numbers, which are digits throughout, so that O and 0,
-# and I and 1, are told apart by their neighbours even where a font draws them alike.
+# Texts are letters and the digits 2-9. 0 and 1 occur only in numbers, which consist of digits. So the neighbours decide
+# between O and 0, and between I and 1, even where a font draws them alike.
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789"
 CHARACTERS = LETTERS + DIGITS
@@ -112,7 +112,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Text:
-    """One line of characters. x, y: left edge and vertical middle; panel: colour of a box behind it."""
+    """One line of characters. x, y: left edge and vertical middle; panel: colour of the box under it."""
 
     string: str
     color: str
