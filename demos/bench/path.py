@@ -33,6 +33,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mm
 from demos.bench.machine import facts, product_gflop_per_s, read_gb_per_s
+from mm.models.checkpoint import find
 
 STAGES = ("load", "encode", "reduce", "prefill", "decode")
 QUESTION = "What is in the picture?"
@@ -134,10 +135,10 @@ def limits(model: mm.Model, prompt_tokens: int) -> dict[str, float]:
 def bench(folder: str | Path, reducers: list[str], repeats: int, num_tokens: int) -> dict:
     model = mm.load(folder, dtype="float32", cache_bytes=0, prefix_caching=False)
     theirs = AutoModelForImageTextToText.from_pretrained(
-        mm.api.find(folder), dtype=torch.float32, local_files_only=True
+        find(folder), dtype=torch.float32, local_files_only=True
     ).eval()
-    processor = AutoProcessor.from_pretrained(mm.api.find(folder), local_files_only=True)
-    theirs.generation_config.eos_token_id = None  # both go on to the last token; a minimum would forbid the end token
+    processor = AutoProcessor.from_pretrained(find(folder), local_files_only=True)
+    theirs.generation_config.eos_token_id = None  # both run to the last token; min_length would forbid the end
     clock = Clock(theirs)
     image = picture(model.encode_parts.encoder.config.vision_config.image_size)
     ways = {

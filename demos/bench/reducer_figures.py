@@ -303,7 +303,7 @@ def report(results: Results) -> str:
 
 
 def put_into(page: Path, name: str, text: str) -> None:
-    """Replace what stands between a page's markers of this name.
+    """Replace the text between a page's markers of this name.
 
     Raises:
         SystemExit: The page has no such markers.

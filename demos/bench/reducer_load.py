@@ -139,7 +139,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = write_shape(Path(temporary), args.shape) if args.shape else find(args.model)
         rows = bench(path, args)
-    title = f"{name}: {args.in_flight} requests under way, {args.new_tokens} tokens each, {args.dtype}, one thread"
+    title = f"{name}: {args.in_flight} concurrent requests, {args.new_tokens} tokens each, {args.dtype}, one thread"
     report = [title, HEADER, *map(line, rows), "", json.dumps(facts() | {"model": name, "rows": rows}), ""]
     print("\n".join(report))
     if args.out:

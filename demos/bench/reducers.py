@@ -340,7 +340,7 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=3, help="questions whose costs are measured")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument(
-        "--minutes", type=float, help="begin no method later than this; the next run goes on from there"
+        "--minutes", type=float, help="start no method later than this; the next run continues from there"
     )
     args = parser.parse_args()
     begun = time.monotonic()
@@ -364,7 +364,7 @@ def main() -> None:
             continue
         if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
             print(
-                f"{args.minutes:g} minutes are over: run it again to go on from {method} at {keep_ratio:g}", flush=True
+                f"{args.minutes:g} minutes are over: run again to continue from {method} at {keep_ratio:g}", flush=True
             )
             break
         start, cpu = time.perf_counter(), time.process_time()

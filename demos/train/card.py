@@ -1,6 +1,6 @@
 """Put the figures into a model's card: the results of `mm eval`, pictures from outside, and the number of parameters.
 
-The card is README.md in the model's folder. Its text is written by hand. What stands between a line `<!-- NAME -->` and
+The card is README.md in the model's folder. Its text is written by hand. The text between a line `<!-- NAME -->` and
 the next `<!-- /NAME -->` is replaced by the table of that name: parameters, bars, tasks, objects, outside. A card need
 not have all of them.
 

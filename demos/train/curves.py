@@ -19,7 +19,7 @@ UNSEEN_LINES = ("color", "where", "exist", "count", "read", "chart", "clip happe
 
 
 def read_records(path: Path) -> list[dict]:
-    """Records in order; where a run was resumed, the later record of a step stands."""
+    """Records in order; where a run was resumed, the later record of a step counts."""
     by_key = {}
     for line in path.read_text().splitlines():
         record = json.loads(line)

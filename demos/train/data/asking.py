@@ -105,7 +105,7 @@ def alone(things: tuple[Thing, ...], attribute: str) -> list[int]:
 def content(answer: str) -> tuple[frozenset[str], ...]:
     """What a description says, piece by piece in order, apart from how it says it.
 
-    A piece is what stands between stops: its words for colors, shapes, sizes and cells, and its quoted text.
+    A piece is the text between full stops: its words for colors, shapes, sizes and cells, and its quoted text.
     """
     pieces = []
     for piece in re.split(r"[.;,:]| and ", answer):

@@ -79,7 +79,7 @@ class ClipAsker(Asker):
         tail = "" if event.kind == "size" else detail.get(event.kind, f" {event.detail}")
         return f"The {thing.name} {verb}{tail}."
 
-    def tell(self, composer: Composer, event: Event) -> None:
+    def describe(self, composer: Composer, event: Event) -> None:
         after, before = self.moments(event)
         space = " " if composer.answer else ""
         if event.kind != "text":
@@ -94,7 +94,7 @@ class ClipAsker(Asker):
     def narrate(self, kind: str, events: list[Event]) -> Question:
         composer = Composer()
         for event in events:
-            self.tell(composer, event)
+            self.describe(composer, event)
         return composer.question(kind, self.word(kind))
 
     def ask_happens(self) -> Question:

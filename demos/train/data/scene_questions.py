@@ -231,7 +231,7 @@ class SceneAsker(Asker):
             spots = self.spots(self.scene.display)
             composer.add(f"{' ' if composer.answer else ''}The display shows ", spots)
             composer.spell(self.scene.display.string, spots).add(".", spots)
-        self.tell_bars(composer)
+        self.describe_bars(composer)
         return composer
 
     def quote(self, composer: Composer, style: int, text: Text, characters: Focus) -> None:
@@ -243,7 +243,7 @@ class SceneAsker(Asker):
         composer.add(f'{space}The {text.color} text "', characters)
         composer.spell(text.string, characters).add(f'" is at the {place}.', characters)
 
-    def tell_bars(self, composer: Composer) -> None:
+    def describe_bars(self, composer: Composer) -> None:
         """A bar chart shows red 12, blue 4."""
         for i, bar in enumerate(self.bars):
             spots = self.spots(bar.value_text) if bar.value_text else ()
