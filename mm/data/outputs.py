@@ -1,4 +1,4 @@
-"""What an engine gives back: events of a request, token counts, seconds."""
+"""What an engine returns: the events of a request, token counts and timings."""
 
 from __future__ import annotations
 
@@ -24,11 +24,18 @@ class KeptMap:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Token counts of one request. `num_prompt_tokens` is what the decoder really saw, after reduction.
+    """Token counts of one request.
 
-    Of visual tokens: `_in` came from the encoder, `_prompt` entered the decoder, `_kept` are left behind the last layer
-    at whose input some were dropped. Of drafted tokens: `_accepted` are part of the answers, `_rejected` were verified
-    for nothing; `num_drafts` passes verified them, and each gave a token of its own besides.
+    Attributes:
+        num_prompt_tokens: Tokens of the prompt that entered the decoder, after reduction.
+        num_completion_tokens: Generated tokens of all choices.
+        num_cached_tokens: Tokens of the prompt that the prefix cache held.
+        num_image_tokens_in, num_video_tokens_in: Visual tokens that the encoder made.
+        num_image_tokens_prompt, num_video_tokens_prompt: Those that entered the decoder.
+        num_image_tokens_kept, num_video_tokens_kept: Those that were left after the last layer that dropped some.
+        num_accepted_tokens: Draft tokens that became part of the output.
+        num_rejected_tokens: Draft tokens that were verified and found wrong.
+        num_drafts: Steps that verified a draft. Each gave one more token, which is not counted as accepted.
     """
 
     num_prompt_tokens: int
@@ -54,13 +61,20 @@ class Usage:
 
     @property
     def mean_acceptance_length(self) -> float | None:
-        """Tokens that a pass with a draft gave, its own included; None where nothing was drafted."""
+        """Tokens that a step with a draft gave, its bonus token included; None where nothing was drafted."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds per stage of one request, summed over its media items."""
+    """Seconds per stage of one request.
+
+    Attributes:
+        load_s, encode_s, reduce_s: Stages of the encoder, summed over the media items.
+        queue_s: From arrival at the engine until the request is first scheduled.
+        prefill_s: From there to the first token.
+        decode_s: From the first token to the last.
+    """
 
     load_s: float = 0.0
     encode_s: float = 0.0
@@ -72,13 +86,14 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """How probable a token was under the model's own law, before penalties, temperature or truncation.
+    """Log-probability of a token, from the raw logits: before penalties, temperature and truncation.
 
     Attributes:
-        token: Its text; bytes that are no whole characters are written as escapes such as \\xf0.
-        utf8: Its bytes in the answer; None for a token that gives no text.
+        token_id: The token.
+        token: Its text. Bytes that are no whole characters are written as escapes such as \\xf0.
+        utf8: Its bytes in the text; None for a token that adds no text.
         logprob: Natural logarithm of its probability.
-        top: The most probable tokens at this place, in order; the chosen one need not be among them.
+        top: The most probable tokens at this position, in order. The sampled token need not be among them.
     """
 
     token_id: int
@@ -90,11 +105,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """New text of one choice. The last delta of a choice carries its finish reason ("stop" or "length").
+    """New text of one choice.
 
-    `num_prompt_tokens` is what the decoder saw of the prompt; the first delta of a request says it, for running totals.
-    `logprobs` has one entry for each of `token_ids` when the request asks for them, and is empty otherwise.
-    `num_drafted` of `token_ids` were drafted ahead and found right; the token that ends an answer is the pass's own.
+    Attributes:
+        choice: Index of the choice.
+        text: What the tokens make visible. It may be empty, since text that may become a stop string is held back.
+        token_ids: The new tokens.
+        finish_reason: "stop" or "length" in the last delta of a choice, None before.
+        num_prompt_tokens: Tokens of the prompt that entered the decoder; only in the first delta of a request.
+        logprobs: One for each of `token_ids` when the request asks for them, else empty.
+        num_drafted: How many of `token_ids` a drafter had proposed.
     """
 
     choice: int
@@ -111,7 +131,11 @@ class Summary:
     """The last event of a request.
 
     Attributes:
-        reducer_faults: What reducers did wrong; what they were to reduce was kept whole.
+        usage: Token counts.
+        timings: Seconds per stage.
+        kept: Per media item, which tokens were kept; empty unless the request asks for it.
+        reducer: Canonical text of the reducer.
+        reducer_faults: What reducers did wrong. The items that they should have reduced were kept whole.
         kv_bytes: Bytes of the KV cache of the first choice when its first token came, shared blocks included.
     """
 

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from mm.config import OnError, SpeculationLimits
 from mm.data.request import Request
 from mm.data.tokens import EncodedMedia
-from mm.engine.attention.base import AttentionBackend, build_attention
+from mm.engine.admission import AdmissionControl
+from mm.engine.attention.base import build_attention
+from mm.engine.attention.cuda_graphs import build_graphs
 from mm.engine.engine_stats import collect_stats
 from mm.engine.input_processor import InputProcessor
-from mm.engine.kv_cache.blocks import KVCache
+from mm.engine.kv_cache.build import build_cache
 from mm.engine.kv_cache.prefix_cache import PrefixCache
 from mm.engine.lifecycle import RequestLifecycle
 from mm.engine.model_runner import ModelRunner
@@ -28,7 +30,7 @@ from mm.engine.sequence import EngineRequest, OutputSink
 from mm.engine.spec_decode.drafter_instance import target_of
 from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.stats import Counters, EngineStats
-from mm.errors import CapacityError, EngineError
+from mm.errors import EngineError
 from mm.models.family import CheckpointFamily
 from mm.plugins.reducer import Reducer
 
@@ -61,17 +63,11 @@ class LLMEngine:
     ) -> None:
         self.engine_id = uuid.uuid4().hex
         self.family, self.config = family, config
-        spec = family.language.kv_cache_spec
-        num_blocks = kv_bytes // spec.block_bytes
-        if num_blocks < spec.num_layers:
-            least = spec.num_layers * spec.block_bytes
-            raise EngineError(f"a KV cache of {kv_bytes} bytes is too small; {least} hold {spec.block_size} tokens")
-        cuda_graphs = cuda_graphs and spec.device.type == "cuda"
-        self.cache = KVCache(spec, num_blocks=num_blocks, max_num_seqs=config.max_num_seqs + cuda_graphs)
+        cuda_graphs = cuda_graphs and family.language.device.type == "cuda"
+        self.cache = build_cache(family.language.kv_cache_spec, kv_bytes, config.max_num_seqs + cuda_graphs)
         self.prefix_cache = PrefixCache(self.cache, enabled=prefix_caching)
         self._build_parts(speculation or SpeculationLimits(), prefix_caching, cuda_graphs, on_error)
         self._lock, self._arrival_lock = threading.Lock(), threading.Lock()
-        self._is_draining = False
         self.wake = threading.Event()
 
     def _build_parts(
@@ -82,9 +78,11 @@ class LLMEngine:
         attention = build_attention(cache)
         self._counters = Counters()
         self._scheduler = Scheduler(cache, self.prefix_cache, config)
-        self._runner = ModelRunner(family.language, attention)
-        if cuda_graphs:
-            self._record_graphs(attention)
+        self._admission = AdmissionControl(config, self._scheduler, self._counters)
+        width = cache.shape.num_blocks(family.max_context_tokens)
+        bounds = {"max_num_seqs": config.max_num_seqs, "max_num_blocks": width}
+        graphs = build_graphs(family.language, attention, **bounds) if cuda_graphs else None
+        self._runner = ModelRunner(family.language, attention, graphs)
         self.spec_decoder = SpecDecoder(
             target_of(family), cache.shape.block_size, speculation, has_prefix_cache=prefix_caching
         )
@@ -120,10 +118,10 @@ class LLMEngine:
             ContextTooLong, InvalidRequest, MediaError: It cannot be served as asked.
             CapacityError: Too many requests wait already, or the engine is draining.
         """
-        self._check_capacity()
+        self._admission.check(self._lifecycle.num_arrivals)
         seqs = self._inputs.process(params, media, sink, reducer)
         with self._arrival_lock:
-            self._check_capacity()  # again: other requests may have arrived meanwhile
+            self._admission.check(self._lifecycle.num_arrivals)  # again: others may have arrived meanwhile
             self._lifecycle.arrive(seqs)
         self.wake.set()
         return seqs[0].request
@@ -144,22 +142,11 @@ class LLMEngine:
 
     def drain(self) -> None:
         """Refuse new requests. Those that were accepted are completed."""
-        self._is_draining = True
+        self._admission.is_draining = True
 
     def close(self) -> None:
         """Stop the threads that compile schemas."""
         self._inputs.close()
-
-    def _check_capacity(self) -> None:
-        if self._is_draining:
-            raise CapacityError("the server is being stopped; ask another one", 5)
-        num_waiting = len(self._scheduler.waiting) + self._lifecycle.num_arrivals
-        if num_waiting >= self.config.max_waiting:
-            raise CapacityError(f"{num_waiting} requests are waiting already; try again shortly", self._retry_after_s())
-
-    def _retry_after_s(self) -> int:
-        step_s = self._counters.step_s / max(1, self._counters.num_steps)
-        return max(1, min(60, round(step_s * len(self._scheduler.waiting))))
 
     # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -194,7 +181,7 @@ class LLMEngine:
         except Exception as error:
             log.exception("a step failed: num_tokens=%d", num_tokens)
             for seq in scheduled.seqs:
-                reason = f"a pass of the decoder failed: {type(error).__name__}"
+                reason = f"a step of the decoder failed: {type(error).__name__}"
                 self._lifecycle.fail(seq.request, EngineError(reason))
         self._counters.record_step(num_tokens, time.perf_counter() - start)
         return True

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mm.data.arrays import to_tensor
+from mm.data.arrays import ints, to_tensor
 from mm.engine.kv_cache.blocks import KVCache
 from mm.errors import MmError, ReducerFault
 from mm.models.attention import Rotary
@@ -79,8 +79,7 @@ class PrefillView:
         self.layer, self.hidden, self.num_layers = layer, hidden, model.num_layers
         self.visual, self.origins = state.visual, state.origins
         self.items, self.protected = state.items[state.origins], state.protected[state.origins]
-        sizes: list[int] = torch.bincount(state.items).tolist()  # pyright: ignore[reportUnknownMemberType]
-        self.item_sizes: tuple[int, ...] = tuple(sizes)
+        self.item_sizes: tuple[int, ...] = tuple(ints(torch.bincount(state.items)))
         self._model, self._cache, self._seq_index = model, cache, seq_index
         self._previous, self._rotary = previous, rotary
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mm.data.arrays import ints
 from mm.data.media import Kind
 from mm.data.outputs import KeptMap, Summary, Timings, Usage
 from mm.engine.sequence import EngineRequest
@@ -74,6 +75,5 @@ def _kept_maps(request: EngineRequest) -> tuple[KeptMap, ...]:
         if left is not None:
             indices = indices[left[(left >= first) & (left < first + tokens.num_tokens)] - first]
         first += tokens.num_tokens
-        kept: list[int] = indices.tolist()  # pyright: ignore[reportUnknownMemberType]
-        maps.append(KeptMap(kind=tokens.kind, grid=tokens.grid, kept=tuple(kept)))
+        maps.append(KeptMap(kind=tokens.kind, grid=tokens.grid, kept=tuple(ints(indices))))
     return tuple(maps)

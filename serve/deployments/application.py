@@ -29,9 +29,9 @@ NO_LIMIT = 1_000_000
 
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray starts its workers at niceness 15; behind any other load a replica would answer late.
+    # Ray starts its workers at niceness 15. Any other load on the machine would then slow a replica down.
     "RAY_worker_niceness": "0",
-    # Replicas compute in threads of their own, so their event loops are free: no second loop for user code or routing.
+    # Replicas compute in threads of their own. Their event loops are free, and need no second loop beside them.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",

@@ -121,4 +121,4 @@ def test_draining_completes_what_was_accepted(model):
         assert len(token_ids(list(loop.read(submitted)))) == 8
         assert loop.is_idle
     finally:
-        model.engine._is_draining = False
+        model.engine._admission.is_draining = False
