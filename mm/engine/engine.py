@@ -94,15 +94,6 @@ class LLMEngine:
             cache, self.prefix_cache, self._scheduler, self.spec_decoder, self._lifecycle, self._counters
         )
 
-    def _record_graphs(self, attention: AttentionBackend) -> None:
-        from mm.engine.attention.cuda_graphs import build_graphs
-
-        width = self.cache.shape.num_blocks(self.family.max_context_tokens)
-        graphs = build_graphs(
-            self.family.language, attention, max_num_seqs=self.config.max_num_seqs, max_num_blocks=width
-        )
-        self._runner = ModelRunner(self.family.language, attention, graphs)
-
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def submit(

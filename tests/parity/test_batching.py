@@ -174,10 +174,10 @@ def test_tokens_are_those_of_each_request_alone(model, name):
     single = build(family, sharing=False, max_num_seqs=3)
     alone = [answer_alone(single, one) for one in questions]
     longest = max(family.splice(q.request.messages, [e.tokens for e in q.encoded]).length for q in questions)
-    for seed, (max_batch_tokens, max_num_seqs, room) in enumerate(SCENARIOS):
+    for seed, (max_num_batched_tokens, max_num_seqs, room) in enumerate(SCENARIOS):
         order = list(range(len(questions)))
         random.Random(seed).shuffle(order)
-        limits = {"max_batch_tokens": max_batch_tokens, "max_num_seqs": max_num_seqs}
+        limits = {"max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs}
         engine = build(family, num_rows=int((longest + MOST_TOKENS) * room), **limits)
         traffic = Traffic(engine, random.Random(seed), order)
         traffic.run(questions)
