@@ -79,15 +79,14 @@ class LLMEngine:
         self._counters = Counters()
         self._scheduler = Scheduler(cache, self.prefix_cache, config)
         self._admission = AdmissionControl(config, self._scheduler, self._counters)
-        width = cache.shape.num_blocks(family.max_context_tokens)
-        bounds = {"max_num_seqs": config.max_num_seqs, "max_num_blocks": width}
-        graphs = build_graphs(family.language, attention, **bounds) if cuda_graphs else None
+        graphs, width = None, cache.shape.num_blocks(family.max_context_tokens)
+        if cuda_graphs:
+            graphs = build_graphs(family.language, attention, max_num_seqs=config.max_num_seqs, max_num_blocks=width)
         self._runner = ModelRunner(family.language, attention, graphs)
         self.spec_decoder = SpecDecoder(
             target_of(family), cache.shape.block_size, speculation, has_prefix_cache=prefix_caching
         )
-        if self.spec_decoder.is_on:
-            self.spec_decoder.calibrate(self._runner, config.max_num_batched_tokens)
+        self.spec_decoder.calibrate(self._runner, config.max_num_batched_tokens)
         self._lifecycle = RequestLifecycle(self._scheduler, self.spec_decoder, on_error=on_error)
         self._inputs = InputProcessor(family, cache, self.spec_decoder, on_error=on_error)
         self._outputs = OutputProcessor(
@@ -148,18 +147,17 @@ class LLMEngine:
     def step(self) -> bool:
         """Compute one step. Returns whether there was anything to do."""
         with self._lock:
-            self._lifecycle.update()
             return self._step()
 
     def step_unless(self, condition: Callable[[], bool]) -> None:
         """Compute one step, unless another thread's step has made `condition` true while this one waited for it."""
         with self._lock:
             if not condition():
-                self._lifecycle.update()
                 self._step()
 
     def _step(self) -> bool:
         start = time.perf_counter()
+        self._lifecycle.update()
         if num_seqs := min(self._lifecycle.num_live, self.config.max_num_seqs):
             decoding = [seq for seq in self._scheduler.running if seq.is_decoding]
             self.spec_decoder.propose(decoding, self.config.max_num_batched_tokens, num_seqs)
@@ -171,9 +169,9 @@ class LLMEngine:
             self._execute(scheduled)
         except Exception as error:
             log.exception("a step failed: num_tokens=%d", num_tokens)
+            failure = EngineError(f"a step of the decoder failed: {type(error).__name__}")
             for seq in scheduled.seqs:
-                reason = f"a step of the decoder failed: {type(error).__name__}"
-                self._lifecycle.fail(seq.request, EngineError(reason))
+                self._lifecycle.fail(seq.request, failure)
         self._counters.record_step(num_tokens, time.perf_counter() - start)
         return True
 

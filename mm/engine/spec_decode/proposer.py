@@ -85,11 +85,13 @@ class SpecDecoder:
         return bool(self._active)
 
     def calibrate(self, runner: Forward, max_tokens: int) -> None:
-        """Measure what steps cost, with meaningless tokens.
+        """Measure what steps cost, with meaningless tokens, if any sequence may get drafts.
 
         Args:
             max_tokens: Tokens of the largest step.
         """
+        if not self.is_on:
+            return
         target, cache = self._target, runner.cache
         max_tokens = min(
             max_tokens, MOST_WARM, cache.num_free_blocks // cache.shape.num_layers * cache.shape.block_size
