@@ -1,0 +1,141 @@
+"""Cubes measured: accuracy per task beside uniform cubes, true cuts and no reduction, and where borders are placed."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+
+from demos.train.cube_data import Asked, CubeBatches, Prompt, build_prompt, event_frames, frame_tokens
+from demos.train.cubing import CubeNetwork, border_errors, num_borders, uniform_borders
+from demos.train.frozen import CHECK_SEED, FrozenFeatures
+from demos.train.train_lm import exact, run_decoder, splice, to_device
+
+EVENT_TASKS = ("happens", "first", "last", "direction", "becomes", "appears", "vanishes", "text")
+RESAMPLES = 2000
+BATCH = 4
+
+
+def held_out_clips(model: LlavaForConditionalGeneration, count: int) -> FrozenFeatures:
+    return FrozenFeatures.of_seeds(model, 0, count, CHECK_SEED)
+
+
+def true_borders(asked: Asked, count: int) -> list[int]:
+    """The frames at which events begin, then those at which they end, then others, as many as are allowed."""
+    ends = [event.after_frame for event in asked.clip.events]
+    wanted = [*event_frames(asked.clip), *ends, *range(1, asked.clip.num_frames)]
+    return [0, *sorted(list(dict.fromkeys(wanted))[:count])]
+
+
+def every_frame(frames: Tensor) -> Prompt:
+    """No reduction: the tokens of all frames at consecutive positions."""
+    tokens = frames.flatten(0, 1)
+    return Prompt(tokens, list(range(len(tokens))), [-1] * len(tokens), len(tokens))
+
+
+def prompt_of(
+    network: CubeNetwork, frames: Tensor, asked: Asked, variant: str, per_cube: int
+) -> tuple[Prompt, list[int]]:
+    if variant == "none":
+        return every_frame(frames), []
+    count = num_borders(len(frames), per_cube)
+    given = {"uniform": uniform_borders(len(frames), count), "true": true_borders(asked, count)}.get(variant)
+    cubes = network(frames, per_cube, borders=given)
+    return build_prompt(network.shape, cubes), cubes.borders
+
+
+@torch.no_grad()
+def ask_all(
+    model: nn.Module, network: CubeNetwork, batches: CubeBatches, features: FrozenFeatures, variant: str, per_cube: int
+) -> tuple[list[list[tuple[str, bool]]], list[tuple[list[int], list[int]]], float]:
+    """(task, right) of each question per clip; (borders, event frames) per clip; visual tokens per frame."""
+    device, rng = model.device.type, np.random.default_rng(32)
+    answers: list[list[tuple[str, bool]]] = []
+    borders, tokens, frames_seen = [], 0, 0
+    for start in range(0, features.info["clips"], BATCH):
+        items = range(start, min(start + BATCH, features.info["clips"]))
+        asked = [batches.ask(item, rng, unseen=bool(item % 2)) for item in items]
+        with torch.autocast(device, torch.bfloat16):
+            frames = [frame_tokens(model, features, item, device) for item in items]
+            made = [prompt_of(network, f, a, variant, per_cube) for f, a in zip(frames, asked, strict=True)]
+            prompts = [prompt for prompt, _ in made]
+            batch = batches.pack(asked, prompts)
+            packed = to_device(batch.packed, device)
+            visual = [p.embeddings(model.model.language_model.embed_tokens, batches.digits) for p in prompts]
+            logits, *_ = run_decoder(model, splice(model, packed, visual), packed, clip=False)
+        answers += by_clip(exact(logits, batch), asked)
+        borders += [(own, event_frames(a.clip)) for (_, own), a in zip(made, asked, strict=True)]
+        tokens += sum(len(p.places) for p in prompts)
+        frames_seen += sum(len(f) for f in frames)
+    return answers, borders, tokens / frames_seen
+
+
+def by_clip(rights: list[tuple[str, bool]], asked: list[Asked]) -> list[list[tuple[str, bool]]]:
+    parts, at = [], 0
+    for one in asked:
+        parts.append([(kind.removeprefix("clip "), right) for kind, right in rights[at : at + len(one.questions)]])
+        at += len(one.questions)
+    return parts
+
+
+def task_means(answers: list[list[tuple[str, bool]]]) -> dict[str, float]:
+    found: dict[str, list[bool]] = {}
+    for task, right in (pair for clip in answers for pair in clip):
+        found.setdefault(task, []).append(right)
+    return {task: float(np.mean(rights)) for task, rights in sorted(found.items())}
+
+
+def event_mean(answers: list[list[tuple[str, bool]]]) -> float:
+    means = task_means(answers)
+    return float(np.mean([means[task] for task in EVENT_TASKS if task in means]))
+
+
+def paired(one: list[list[tuple[str, bool]]], two: list[list[tuple[str, bool]]]) -> list[float]:
+    """Difference of the means over event tasks, with its 95 % interval: bootstrap over clips, the same for both."""
+    rng, found = np.random.default_rng(33), []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(len(one), size=len(one))
+        found.append(event_mean([one[i] for i in drawn]) - event_mean([two[i] for i in drawn]))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return [round(float(v), 4) for v in (event_mean(one) - event_mean(two), low, high)]
+
+
+def border_figures(borders: list[tuple[list[int], list[int]]]) -> dict[str, float]:
+    """Share of events with a border within one frame, and of clips in which all have one."""
+    near = [[error <= 1 for error in border_errors(own, events)] for own, events in borders]
+    flat = [value for clip in near for value in clip]
+    return {"events": round(float(np.mean(flat)), 4), "clips": round(float(np.mean([all(c) for c in near])), 4)}
+
+
+def evaluate(
+    model: nn.Module,
+    base: dict[str, Tensor],
+    network: CubeNetwork,
+    tokenizer: PreTrainedTokenizerBase,
+    features: FrozenFeatures,
+    budgets: tuple[int, ...],
+    *,
+    short: bool = False,
+) -> dict:
+    """Every variant at every number of frames per cube; short: without the base model and the interval."""
+    decoder, result = model.model.language_model, {}
+    batches, own = CubeBatches(tokenizer, features.info), {n: t.clone() for n, t in decoder.state_dict().items()}
+    for per_cube in budgets:
+        answers = {}
+        for variant in ("cubes", "uniform") if short else ("cubes", "uniform", "true"):
+            answers[variant], borders, tokens = ask_all(model, network, batches, features, variant, per_cube)
+            row = {"events": round(event_mean(answers[variant]), 4), "tokens_per_frame": round(tokens, 2)}
+            row |= {"borders": border_figures(borders), **({} if short else rounded(answers[variant]))}
+            result[f"{variant}, {per_cube} frames per cube"] = row
+        if not short:
+            result[f"cubes - uniform, {per_cube} frames per cube"] = paired(answers["cubes"], answers["uniform"])
+    if not short:
+        for name, state in (("none", base), ("adapted decoder, all tokens", own)):
+            decoder.load_state_dict(state)
+            found, _, tokens = ask_all(model, network, batches, features, "none", budgets[0])
+            result[name] = {"events": round(event_mean(found), 4), "tokens_per_frame": tokens, **rounded(found)}
+        decoder.load_state_dict(own)
+    return result
+
+
+def rounded(answers: list[list[tuple[str, bool]]]) -> dict[str, float]:
+    return {task: round(value, 4) for task, value in task_means(answers).items()}
