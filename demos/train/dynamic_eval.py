@@ -46,10 +46,10 @@ def accuracy(
     kept: Counter[str] = Counter()
     for batch in held_out.batches:
         packed = to_device(batch.packed, device)
-        here = decide
-        if chosen:
+        here = replace(decide, images=decide.images and not batch.clip)  # clips keep their visual tokens
+        if chosen and not batch.clip:
             here = replace(
-                decide, fixed=torch.from_numpy(other_choice(batch, chosen, decide.image_ratio, rng)).to(device)
+                here, fixed=torch.from_numpy(other_choice(batch, chosen, decide.image_ratio, rng)).to(device)
             )
         with torch.autocast(device, torch.bfloat16):
             embeds = splice(model, packed, visual_tokens(model, held_out.features, batch, device))
@@ -93,9 +93,9 @@ def report(
 ) -> dict:
     """Accuracy of every variant, shares of FLOPs and cache bytes; the decoder's weights are left as they were."""
     own = {name: t.clone() for name, t in model.model.language_model.state_dict().items()}
-    full, sparse = Decide(text=False), Decide(image_ratio=image_ratio)
+    full, sparse = Decide(images=False, text=False), Decide(image_ratio=image_ratio)
     variants = {"dynamic": ("own", sparse, ""), "dynamic, image only": ("own", replace(sparse, text=False), "")}
-    variants |= {"dynamic, output only": ("own", Decide(), ""), "adapted, all kept": ("own", full, "")}
+    variants |= {"dynamic, output only": ("own", Decide(images=False), ""), "adapted, all kept": ("own", full, "")}
     variants |= {"none": ("base", full, ""), "base, predicted image tokens": ("base", replace(sparse, text=False), "")}
     variants |= {f"base, {c} image tokens": ("base", replace(sparse, text=False), c) for c in ("random", "uniform")}
     variants |= {f"adapted, {c} image tokens": ("own", replace(sparse, text=False), c) for c in ("random", "uniform")}

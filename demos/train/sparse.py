@@ -34,6 +34,7 @@ class Shape:
     num_blocks: int = 2
     image_layer: int = 0
     text_layer: int = 1
+    keep_first: int = 6  # so many generated tokens are kept whatever the predictor says: short answers stay whole
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,12 +133,13 @@ def top_keep(logits: Tensor, keep_ratio: float) -> Tensor:
 class Decide:
     """How decisions are made. Training: a temperature and a source of noise. Serving: top-k and a threshold.
 
-    Without image_ratio (or text) nothing of that sort is dropped. fixed: image decisions (B, N) from elsewhere.
+    Without images (or text) nothing of that sort is dropped. fixed: image decisions (B, N) from elsewhere.
     """
 
     temperature: float | None = None
     rng: torch.Generator | None = None
-    image_ratio: float | None = None
+    image_ratio: float = 1.0
+    images: bool = True
     text: bool = True
     threshold: float = 0.0  # keep iff logit 0 - logit 1 > threshold
     fixed: Tensor | None = None
@@ -168,12 +170,19 @@ def answer_places(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
     return packed.target_row[inside], packed.target_place[inside], asked[inside]
 
 
-def by_answer(packed: Packed, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """(number of tokens, share kept) of each answer that has any tokens to drop."""
+def place_in_answer(question: Tensor) -> Tensor:
+    """(A,) index of each answer token in its answer; tokens of one answer stand together."""
+    _, counts = question.unique_consecutive(return_counts=True)
+    return torch.arange(len(question), device=question.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+
+
+def by_answer(packed: Packed, kept: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
+    """(number of tokens, share kept) of each answer, its first `skip` tokens not counted in the share."""
     _, _, question = answer_places(packed)
-    _, index = question.unique(return_inverse=True)
-    count = torch.zeros(int(index.max()) + 1, device=kept.device).index_add_(0, index, torch.ones_like(kept))
-    return count, torch.zeros_like(count).index_add(0, index, kept) / count
+    _, index, counts = question.unique_consecutive(return_inverse=True, return_counts=True)
+    counted = (place_in_answer(question) >= skip).to(kept.dtype)
+    total = torch.zeros(len(counts), device=kept.device).index_add(0, index, counted)
+    return counts, torch.zeros_like(total).index_add(0, index, kept * counted) / total.clamp(min=1)
 
 
 # ── forward ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -248,8 +257,7 @@ def run_sparse(
     rotary = decoder.rotary_emb(embeds, packed.positions)
     hidden, decisions, policy = embeds, Decisions([]), None
     for i, layer in enumerate(decoder.layers):
-        trained = decide.temperature is not None or decide.image_ratio is not None or decide.fixed is not None
-        if i == shape.image_layer and trained:
+        if i == shape.image_layer and decide.images:
             decisions.image = image_decisions(predictors, hidden, packed, decide)
             rows = [
                 torch.cat([row.new_ones(at), row, row.new_ones(packed.ids.shape[1] - at - len(row))])
@@ -257,8 +265,9 @@ def run_sparse(
             ]
             policy = torch.stack(rows)
         if i == shape.text_layer and decide.text:
-            row, place, _ = answer_places(packed)
-            decisions.output = decide.output(predictors.text(hidden[row, place]))
+            row, place, question = answer_places(packed)
+            drawn = decide.output(predictors.text(hidden[row, place]))
+            decisions.output = torch.where(place_in_answer(question) < shape.keep_first, 1.0, drawn)
             policy = hidden.new_ones(packed.ids.shape, dtype=torch.float32) if policy is None else policy
             policy = policy.index_put((row, place), decisions.output)
         hidden = run_layer(layer, hidden, rotary, packed.mask, policy)

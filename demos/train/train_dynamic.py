@@ -32,13 +32,13 @@ from demos.train.sparse import Decide, Predictors, Shape, by_answer, run_sparse
 from demos.train.train_lm import splice, to_device, visual_tokens
 from demos.train.training import Optimisers, append_record, mean_where, save_checkpoint, split_matrices
 
-IMAGE_RATIO, TEXT_RATIO = 0.2, 0.35
+IMAGE_RATIO, TEXT_RATIO = 0.22, 0.3  # of the visual tokens of an image; of generated tokens after the first few
 RATIO_WEIGHT = 100.0
 START_RATIO, ANNEAL = 0.9, 0.25
 FREE_FROM = 0.15
-LONG_TOKENS = 20  # answers of so many tokens are held to TEXT_RATIO; shorter ones drop what they like
+LONG_TOKENS = 20  # answers of so many tokens are held to TEXT_RATIO
 TEMPERATURE = (1.0, 0.1)
-PREDICTOR_LR, MUON_LR, NORM_SHARE = 2e-3, 1e-3, 0.1
+PREDICTOR_LR, MUON_LR, NORM_SHARE = 2e-3, 7e-4, 0.1
 WARMUP_STEPS, DECAY_FROM = 30, 0.4
 SCENES, CLIPS, CLIP_SHARE = 6, 2, 0.12  # per batch; share of the batches that are clips
 OTHER_ROWS = 0.25  # of the batches: with turns, system messages, questions first; nothing generated is dropped there
@@ -59,12 +59,14 @@ def batch_of(batches: FrozenBatches, step: int) -> tuple[Batch, bool]:
 # ── losses ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def budget_losses(packed: Packed, image: list[Tensor], output: Tensor | None, goals: tuple[float, float]) -> Tensor:
+def budget_losses(
+    packed: Packed, image: list[Tensor], output: Tensor | None, goals: tuple[float, float], skip: int
+) -> Tensor:
     """Squared distance of the kept shares from the goals: over pictures, and over long answers."""
-    loss = torch.stack([(kept.mean() - goals[0]) ** 2 for kept in image]).mean()
+    loss = torch.stack([(kept.mean() - goals[0]) ** 2 for kept in image]).mean() if image else torch.zeros(())
     if output is None:
         return loss
-    count, share = by_answer(packed, output)
+    count, share = by_answer(packed, output, skip)
     return loss + mean_where((share - goals[1]) ** 2, count >= LONG_TOKENS)
 
 
@@ -93,6 +95,7 @@ def ship(args: argparse.Namespace, model: nn.Module, predictors: Predictors, ste
         "parameters": {p: sum(t.numel() for t in getattr(predictors, p).parameters()) for p in ("image", "text")}
     }
     config["parameters"]["decoder"] = sum(p.numel() for p in changed.values())
+    config["media"] = ["image"]  # whose visual tokens are dropped
     config["decoder_prefix"] = "model.language_model."
     config["trained"] = {"steps": step, "of_steps": args.steps, "seed": args.seed, "adapt": args.adapt, **more}
     config["data"] = {"scenes": args.info["scenes"], "clips": args.info["clips"], "first_seed": args.info["first_seed"]}
@@ -112,16 +115,18 @@ def learn(
     goals, temperature = progress(step, args.steps)
     packed = to_device(batch.packed, args.device)
     decide = Decide(temperature, torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step), text=plain)
+    decide.images = not batch.clip  # clips keep their visual tokens; they are here for the decoder not to forget them
     with torch.autocast(args.device, torch.bfloat16):
         embeds = splice(model, packed, visual_tokens(model, features, batch, args.device))
         logits, decisions = run_sparse(model, predictors, embeds, packed, decide)
     losses = F.cross_entropy(logits.float(), packed.target_token, reduction="none")
     answer = mean_where(losses, packed.target_weight)
-    budget = budget_losses(packed, decisions.image, decisions.output, goals)
+    budget = budget_losses(packed, decisions.image, decisions.output, goals, predictors.shape.keep_first)
     record = {"answer_loss": round(answer.item(), 4), "budget_loss": round(budget.item(), 5), "clip": batch.clip}
-    record["image_kept"] = round(float(torch.stack([k.detach().mean() for k in decisions.image]).mean()), 3)
+    if decisions.image:
+        record["image_kept"] = round(float(torch.stack([k.detach().mean() for k in decisions.image]).mean()), 3)
     if plain:
-        count, share = by_answer(packed, decisions.output.detach())
+        count, share = by_answer(packed, decisions.output.detach(), predictors.shape.keep_first)
         record["text_kept"] = round(mean_where(share, count >= LONG_TOKENS).item(), 3)
     return answer + RATIO_WEIGHT * budget, record
 
@@ -205,7 +210,7 @@ def run(args: argparse.Namespace) -> None:
         loss.backward()
         optimisers.step(step)
         if step % 10 == 0:
-            bar.set_postfix_str(f"answer {record['answer_loss']} kept {record['image_kept']}", refresh=False)
+            bar.set_postfix_str(f"answer {record['answer_loss']} kept {record.get('image_kept')}", refresh=False)
             append_record(out / "training.jsonl", step=step, **record)
         last = step + 1 == (args.stop_at or args.steps)
         if (step + 1) % SAVE_EVERY == 0 or last:

@@ -17,6 +17,7 @@ from demos.train.sparse import (
     Predictors,
     Shape,
     answer_places,
+    by_answer,
     gumbel_keep,
     run_sparse,
     top_keep,
@@ -47,7 +48,7 @@ def made(base):
 @pytest.fixture
 def predictors():
     torch.manual_seed(0)
-    return Predictors(Shape(256, 32))
+    return Predictors(Shape(256, 32, keep_first=0))
 
 
 @torch.no_grad()
@@ -81,19 +82,30 @@ def test_a_dropped_image_token_has_no_influence_and_a_kept_one_has(base, made, p
 def test_a_dropped_answer_token_is_seen_below_its_layer_and_by_itself_only(base, made, predictors):
     """With the text layer at the bottom and all answer tokens dropped, a logit depends on its own token alone."""
     batch, embeds = made
-    lowest = Predictors(Shape(256, 32, text_layer=0))
+    lowest = Predictors(Shape(256, 32, text_layer=0, keep_first=0))
     row, place, question = answer_places(batch.packed)
     long = question == question.bincount().argmax()
     row, place = row[long], place[long]
     here = (batch.packed.target_question == question[long][0]) & (batch.packed.target_place > place[0])
     for layer, threshold, seen in ((0, 1e9, False), (0, -1e9, True), (1, 1e9, True)):
         chosen = lowest if layer == 0 else predictors
-        decide, changed = Decide(threshold=threshold), embeds.clone()
+        decide, changed = Decide(images=False, threshold=threshold), embeds.clone()
         changed[row[0], place[0]] += 1.0
         before, _ = run_sparse(base, chosen, embeds, batch.packed, decide)
         after, _ = run_sparse(base, chosen, changed, batch.packed, decide)
         assert torch.equal(before[here], after[here]) != seen
         assert not torch.equal(before[~here], after[~here])  # what the token itself predicts
+
+
+@torch.no_grad()
+def test_the_first_tokens_of_every_answer_are_kept(base, made):
+    batch, embeds = made
+    shape = Shape(256, 32, keep_first=2)
+    _, decisions = run_sparse(base, Predictors(shape), embeds, batch.packed, Decide(images=False, threshold=1e9))
+    count, share = by_answer(batch.packed, decisions.output)
+    assert count.max() > 10
+    torch.testing.assert_close(share, count.clamp(max=2) / count)
+    assert by_answer(batch.packed, decisions.output, 2)[1].sum() == 0
 
 
 def test_the_gradient_of_a_decision_is_that_of_the_masked_softmax():
