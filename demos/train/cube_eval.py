@@ -5,13 +5,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
+from demos.train.compare import Answers, answers_by_row, mean_of, paired, summary
 from demos.train.cube_data import Asked, CubeBatches, Prompt, build_prompt, event_frames, frame_tokens
 from demos.train.cubing import CubeNetwork, border_errors, num_borders, uniform_borders
+from demos.train.data.questions import CLIP_KINDS
 from demos.train.frozen import CHECK_SEED, FrozenFeatures
-from demos.train.train_lm import exact, run_decoder, splice, to_device
+from demos.train.train_lm import run_decoder, splice, to_device
 
-EVENT_TASKS = ("happens", "first", "last", "direction", "becomes", "appears", "vanishes", "text")
-RESAMPLES = 2000
+EVENT_TASKS = tuple(f"clip {kind}" for kind in CLIP_KINDS if kind not in ("frames", "color", "where"))
 BATCH = 4
 
 
@@ -46,10 +47,10 @@ def prompt_of(
 @torch.no_grad()
 def ask_all(
     model: nn.Module, network: CubeNetwork, batches: CubeBatches, features: FrozenFeatures, variant: str, per_cube: int
-) -> tuple[list[list[tuple[str, bool]]], list[tuple[list[int], list[int]]], float]:
+) -> tuple[Answers, list[tuple[list[int], list[int]]], float]:
     """(task, right) of each question per clip; (borders, event frames) per clip; visual tokens per frame."""
     device, rng = model.device.type, np.random.default_rng(32)
-    answers: list[list[tuple[str, bool]]] = []
+    answers: Answers = []
     borders, tokens, frames_seen = [], 0, 0
     for start in range(0, features.info["clips"], BATCH):
         items = range(start, min(start + BATCH, features.info["clips"]))
@@ -62,41 +63,11 @@ def ask_all(
             packed = to_device(batch.packed, device)
             visual = [p.embeddings(model.model.language_model.embed_tokens, batches.digits) for p in prompts]
             logits, *_ = run_decoder(model, splice(model, packed, visual), packed, clip=False)
-        answers += by_clip(exact(logits, batch), asked)
+        answers += answers_by_row(logits, batch)
         borders += [(own, event_frames(a.clip)) for (_, own), a in zip(made, asked, strict=True)]
         tokens += sum(len(p.places) for p in prompts)
         frames_seen += sum(len(f) for f in frames)
     return answers, borders, tokens / frames_seen
-
-
-def by_clip(rights: list[tuple[str, bool]], asked: list[Asked]) -> list[list[tuple[str, bool]]]:
-    parts, at = [], 0
-    for one in asked:
-        parts.append([(kind.removeprefix("clip "), right) for kind, right in rights[at : at + len(one.questions)]])
-        at += len(one.questions)
-    return parts
-
-
-def task_means(answers: list[list[tuple[str, bool]]]) -> dict[str, float]:
-    found: dict[str, list[bool]] = {}
-    for task, right in (pair for clip in answers for pair in clip):
-        found.setdefault(task, []).append(right)
-    return {task: float(np.mean(rights)) for task, rights in sorted(found.items())}
-
-
-def event_mean(answers: list[list[tuple[str, bool]]]) -> float:
-    means = task_means(answers)
-    return float(np.mean([means[task] for task in EVENT_TASKS if task in means]))
-
-
-def paired(one: list[list[tuple[str, bool]]], two: list[list[tuple[str, bool]]]) -> list[float]:
-    """Difference of the means over event tasks, with its 95 % interval: bootstrap over clips, the same for both."""
-    rng, found = np.random.default_rng(33), []
-    for _ in range(RESAMPLES):
-        drawn = rng.integers(len(one), size=len(one))
-        found.append(event_mean([one[i] for i in drawn]) - event_mean([two[i] for i in drawn]))
-    low, high = np.quantile(found, [0.025, 0.975])
-    return [round(float(v), 4) for v in (event_mean(one) - event_mean(two), low, high)]
 
 
 def border_figures(borders: list[tuple[list[int], list[int]]]) -> dict[str, float]:
@@ -123,19 +94,21 @@ def evaluate(
         answers = {}
         for variant in ("cubes", "uniform") if short else ("cubes", "uniform", "true"):
             answers[variant], borders, tokens = ask_all(model, network, batches, features, variant, per_cube)
-            row = {"events": round(event_mean(answers[variant]), 4), "tokens_per_frame": round(tokens, 2)}
-            row |= {"borders": border_figures(borders), **({} if short else rounded(answers[variant]))}
+            row = {"events": round(mean_of(answers[variant], EVENT_TASKS), 4), "tokens_per_frame": round(tokens, 2)}
+            row |= {"borders": border_figures(borders), **({} if short else summary(answers[variant]))}
             result[f"{variant}, {per_cube} frames per cube"] = row
         if not short:
-            result[f"cubes - uniform, {per_cube} frames per cube"] = paired(answers["cubes"], answers["uniform"])
+            result[f"cubes - uniform, {per_cube} frames per cube"] = paired(
+                answers["cubes"], answers["uniform"], EVENT_TASKS
+            )
     if not short:
         for name, state in (("none", base), ("adapted decoder, all tokens", own)):
             decoder.load_state_dict(state)
             found, _, tokens = ask_all(model, network, batches, features, "none", budgets[0])
-            result[name] = {"events": round(event_mean(found), 4), "tokens_per_frame": tokens, **rounded(found)}
+            result[name] = {
+                "events": round(mean_of(found, EVENT_TASKS), 4),
+                "tokens_per_frame": tokens,
+                **summary(found),
+            }
         decoder.load_state_dict(own)
     return result
-
-
-def rounded(answers: list[list[tuple[str, bool]]]) -> dict[str, float]:
-    return {task: round(value, 4) for task, value in task_means(answers).items()}

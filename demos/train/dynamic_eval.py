@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from demos.train.compare import Answers, answers_by_row, paired, summary
 from demos.train.frozen import CHECK_SEED, FrozenBatches, FrozenFeatures
 from demos.train.lm_data import Batch
+from demos.train.packing import Packed
 from demos.train.sparse import Decide, Predictors, by_answer, prefill_share, run_sparse
-from demos.train.train_lm import exact, splice, to_device, visual_tokens
+from demos.train.train_lm import splice, to_device, visual_tokens
 
 MEDIUM_TOKENS, LONG_TOKENS = 20, 40  # answers of so many tokens and more are counted by themselves
 
@@ -34,38 +36,37 @@ class HeldOut:
 
 
 @torch.no_grad()
-def accuracy(
+def ask(
     model: nn.Module, predictors: Predictors, held_out: HeldOut, decide: Decide, chosen: str = ""
-) -> tuple[dict[str, float], dict]:
-    """(share of right answers per task, counts of kept answer tokens); teacher-forced, so exact as greedy decoding.
+) -> tuple[Answers, Answers, dict[str, int]]:
+    """Answers about pictures, about clips, and counts of kept answer tokens.
 
-    chosen: "random" or "uniform" image tokens instead of the predictor's.
+    chosen: "random" or "uniform" image tokens instead of the predictor's. Clips keep their visual tokens.
     """
     device, rng = model.device.type, np.random.default_rng(23)
-    found: dict[str, list[bool]] = {}
-    kept: Counter[str] = Counter()
+    pictures, clips, kept = [], [], Counter()
     for batch in held_out.batches:
-        packed = to_device(batch.packed, device)
-        here = replace(decide, images=decide.images and not batch.clip)  # clips keep their visual tokens
+        packed, here = to_device(batch.packed, device), replace(decide, images=decide.images and not batch.clip)
         if chosen and not batch.clip:
-            here = replace(
-                here, fixed=torch.from_numpy(other_choice(batch, chosen, decide.image_ratio, rng)).to(device)
-            )
+            fixed = torch.from_numpy(other_choice(batch, chosen, decide.image_ratio, rng))
+            here = replace(here, fixed=fixed.to(device))
         with torch.autocast(device, torch.bfloat16):
             embeds = splice(model, packed, visual_tokens(model, held_out.features, batch, device))
             logits, decisions = run_sparse(model, predictors, embeds, packed, here)
-        for kind, right in exact(logits, batch):
-            found.setdefault(kind, []).append(right)
+        (clips if batch.clip else pictures).extend(answers_by_row(logits, batch))
         if decisions.output is not None and not batch.clip:
-            count, share = by_answer(packed, decisions.output)
-            for name, where in (
-                ("long", count >= LONG_TOKENS),
-                ("medium", count >= MEDIUM_TOKENS),
-                ("all", count > 0),
-            ):
-                kept[name] += int(count[where].sum())
-                kept[f"{name} kept"] += round(float((count * share)[where].sum()))
-    return {kind: round(float(np.mean(rights)), 4) for kind, rights in sorted(found.items())}, dict(kept)
+            kept.update(count_kept(packed, decisions.output))
+    return pictures, clips, dict(kept)
+
+
+def count_kept(packed: Packed, output: Tensor) -> Counter[str]:
+    """Answer tokens, and those of them that are kept, in long, medium and all answers."""
+    kept, (count, share) = Counter(), by_answer(packed, output)
+    for name, least in (("long", LONG_TOKENS), ("medium", MEDIUM_TOKENS), ("all", 1)):
+        where = count >= least
+        kept[name] += int(count[where].sum())
+        kept[f"{name} kept"] += round(float((count * share)[where].sum()))
+    return kept
 
 
 def other_choice(batch: Batch, chosen: str, keep_ratio: float, rng: np.random.Generator) -> np.ndarray:
@@ -77,10 +78,6 @@ def other_choice(batch: Batch, chosen: str, keep_ratio: float, rng: np.random.Ge
     return result
 
 
-def mean_of(scores: dict[str, float], clips: bool) -> float:
-    return round(float(np.mean([v for kind, v in scores.items() if kind.startswith("clip ") == clips] or [0])), 4)
-
-
 def cache_share(predictors: Predictors, num_layers: int, kept: dict, name: str) -> float:
     """Bytes of keys and values of generated tokens / those without dropping."""
     below = predictors.shape.text_layer
@@ -88,25 +85,32 @@ def cache_share(predictors: Predictors, num_layers: int, kept: dict, name: str) 
     return round((below + (num_layers - below) * share) / num_layers, 4)
 
 
+def variants(image_ratio: float) -> dict[str, tuple[str, Decide, str]]:
+    """Name: (whose decoder, how is decided, which image tokens instead of the predictor's)."""
+    full, sparse = Decide(images=False, text=False), Decide(image_ratio=image_ratio)
+    image = replace(sparse, text=False)
+    found = {"none": ("base", full, ""), "dynamic": ("own", sparse, ""), "dynamic, image only": ("own", image, "")}
+    found |= {"dynamic, output only": ("own", Decide(images=False), ""), "adapted, all kept": ("own", full, "")}
+    found |= {"base, predicted image tokens": ("base", image, "")}
+    found |= {f"base, {c} image tokens": ("base", image, c) for c in ("random", "uniform")}
+    return found | {f"adapted, {c} image tokens": ("own", image, c) for c in ("random", "uniform")}
+
+
 def report(
     model: nn.Module, base: dict[str, Tensor], predictors: Predictors, held_out: HeldOut, image_ratio: float
 ) -> dict:
     """Accuracy of every variant, shares of FLOPs and cache bytes; the decoder's weights are left as they were."""
-    own = {name: t.clone() for name, t in model.model.language_model.state_dict().items()}
-    full, sparse = Decide(images=False, text=False), Decide(image_ratio=image_ratio)
-    variants = {"dynamic": ("own", sparse, ""), "dynamic, image only": ("own", replace(sparse, text=False), "")}
-    variants |= {"dynamic, output only": ("own", Decide(images=False), ""), "adapted, all kept": ("own", full, "")}
-    variants |= {"none": ("base", full, ""), "base, predicted image tokens": ("base", replace(sparse, text=False), "")}
-    variants |= {f"base, {c} image tokens": ("base", replace(sparse, text=False), c) for c in ("random", "uniform")}
-    variants |= {f"adapted, {c} image tokens": ("own", replace(sparse, text=False), c) for c in ("random", "uniform")}
-    result: dict = {"accuracy": {}}
-    for name, (weights, decide, chosen) in variants.items():
-        model.model.language_model.load_state_dict(own if weights == "own" else base)
-        scores, kept = accuracy(model, predictors, held_out, decide, chosen)
-        result["accuracy"][name] = {"pictures": mean_of(scores, False), "clips": mean_of(scores, True), **scores}
+    decoder, result, pictures = model.model.language_model, {}, {}
+    own = {name: t.clone() for name, t in decoder.state_dict().items()}
+    for name, (weights, decide, chosen) in variants(image_ratio).items():
+        decoder.load_state_dict(own if weights == "own" else base)
+        pictures[name], clips, kept = ask(model, predictors, held_out, decide, chosen)
+        result[name] = {"pictures": summary(pictures[name]), "clips": summary(clips)}
         if name == "dynamic":
             result["kept_answer_tokens"] = kept
-    model.model.language_model.load_state_dict(own)
+    decoder.load_state_dict(own)
+    for name in [name for name in pictures if name != "none"]:
+        result[f"{name} - none"] = paired(pictures[name], pictures["none"])
     config = model.config.text_config
     visual = model.config.image_seq_length
     text = text_tokens(held_out)

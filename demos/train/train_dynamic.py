@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from demos.train.dynamic_eval import HeldOut, accuracy, mean_of, report
+from demos.train.compare import summary
+from demos.train.dynamic_eval import HeldOut, ask, report
 from demos.train.frozen import FrozenBatches, FrozenFeatures, fingerprint, load_base, save_reducer
 from demos.train.lm_data import Batch, Features
 from demos.train.packing import Packed
@@ -207,18 +208,19 @@ def run(args: argparse.Namespace) -> None:
                 parameter.requires_grad_(True)
         batch, plain = batch_of(batches, step)
         loss, record = learn(model, predictors, features, batch, plain, args, step)
-        loss.backward()
-        optimisers.step(step)
+        if loss.requires_grad:  # not where nothing is decided and the decoder is frozen
+            loss.backward()
+            optimisers.step(step)
         if step % 10 == 0:
             bar.set_postfix_str(f"answer {record['answer_loss']} kept {record.get('image_kept')}", refresh=False)
             append_record(out / "training.jsonl", step=step, **record)
         last = step + 1 == (args.stop_at or args.steps)
         if (step + 1) % SAVE_EVERY == 0 or last:
             seconds = time.time() - start
-            scores, kept = accuracy(model, predictors, held_out, Decide(image_ratio=IMAGE_RATIO))
-            summary = {"pictures": mean_of(scores, False), "clips": mean_of(scores, True), "kept": kept}
-            append_record(out / "training.jsonl", step=step + 1, seconds=round(seconds), **summary, held_out=scores)
-            tqdm.write(f"step {step + 1} {summary} {scores}")
+            pictures, clips, kept = ask(model, predictors, held_out, Decide(image_ratio=IMAGE_RATIO))
+            scores = {"pictures": summary(pictures), "clips": summary(clips), "kept": kept}
+            append_record(out / "training.jsonl", step=step + 1, seconds=round(seconds), held_out=scores)
+            tqdm.write(f"step {step + 1} {scores}")
             save_checkpoint(
                 out / "state.pt",
                 decoder=decoder.state_dict(),
@@ -227,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
                 step=step + 1,
                 seconds=seconds,
             )
-            ship(args, model, predictors, step + 1, {"seconds": round(seconds), "held_out": summary})
+            ship(args, model, predictors, step + 1, {"seconds": round(seconds), "held_out": scores})
         if last:
             break
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from demos.train.compare import Answers, answers_by_row, paired, summary
 from demos.train.data.questions import Question
 from demos.train.frozen import (
     CHECK_SEED,
@@ -35,7 +36,7 @@ from demos.train.frozen import (
     pack_rows,
     save_reducer,
 )
-from demos.train.train_lm import exact, run_decoder, splice, to_device
+from demos.train.train_lm import run_decoder, splice, to_device
 from demos.train.training import append_record, save_checkpoint
 
 GROUP = 2  # patches along a side of a group
@@ -46,7 +47,6 @@ LR, BATCH, UPDATES, MINIBATCH = 1e-3, 6, 30, 1024  # scenes per step; updates of
 RECENT = 60_000  # groups that are gone through again
 BUDGETS = (0.3, 0.4, 0.5)  # kept tokens / tokens, those of compressed groups included
 SAVE_EVERY = 20
-RESAMPLES = 2000
 
 
 class Router(nn.Module):
@@ -138,7 +138,7 @@ def scores_of(router: Router, groups: Tensor, variant: str, rng: np.random.Gener
 @torch.no_grad()
 def ask(
     model: nn.Module, router: Router, batches: FrozenBatches, features: FrozenFeatures, variant: str, keep_ratio: float
-) -> list[list[tuple[str, bool]]]:
+) -> Answers:
     """(task, right) of every question, by picture."""
     device, result = model.device.type, []
     rng, asking = np.random.default_rng(42), np.random.default_rng(43)
@@ -158,29 +158,8 @@ def ask(
             batch = pack_rows(batches.packer, asked, places, [tokens.shape[1]] * len(items), clip=False)
             packed = to_device(batch.packed, device)
             logits, *_ = run_decoder(model, splice(model, packed, [kept for kept, _ in made]), packed, clip=False)
-        rights, at = exact(logits, batch), 0
-        for own in asked:
-            result.append(rights[at : at + len(own)])
-            at += len(own)
+        result += answers_by_row(logits, batch)
     return result
-
-
-def mean_over_tasks(answers: list[list[tuple[str, bool]]]) -> tuple[float, dict[str, float]]:
-    found: dict[str, list[bool]] = {}
-    for task, right in (pair for picture in answers for pair in picture):
-        found.setdefault(task, []).append(right)
-    means = {task: round(float(np.mean(rights)), 4) for task, rights in sorted(found.items())}
-    return float(np.mean(list(means.values()))), means
-
-
-def paired(one: list[list[tuple[str, bool]]], two: list[list[tuple[str, bool]]]) -> list[float]:
-    """Difference of the means over tasks with its 95 % interval, bootstrap over pictures."""
-    rng, found = np.random.default_rng(44), []
-    for _ in range(RESAMPLES):
-        drawn = rng.integers(len(one), size=len(one))
-        found.append(mean_over_tasks([one[i] for i in drawn])[0] - mean_over_tasks([two[i] for i in drawn])[0])
-    low, high = np.quantile(found, [0.025, 0.975])
-    return [round(float(v), 4) for v in (mean_over_tasks(one)[0] - mean_over_tasks(two)[0], low, high)]
 
 
 def evaluate(
@@ -188,13 +167,12 @@ def evaluate(
 ) -> dict:
     """Accuracy at each budget beside the training-free rule and chance; short: the router at one budget."""
     if short:
-        return {"router 0.4": round(mean_over_tasks(ask(model, router, batches, features, "router", 0.4))[0], 4)}
+        return {"router 0.4": summary(ask(model, router, batches, features, "router", 0.4))["mean"]}
     result, found = {}, {}
     plan = [("none", 1.0), ("pooled", 0.25)] + [(v, b) for b in BUDGETS for v in ("router", "spread", "random")]
     for variant, budget in plan:
         found[variant, budget] = ask(model, router, batches, features, variant, budget)
-        mean, tasks = mean_over_tasks(found[variant, budget])
-        result[f"{variant} {budget}"] = {"mean": round(mean, 4), **tasks}
+        result[f"{variant} {budget}"] = summary(found[variant, budget])
     for budget in BUDGETS:
         result[f"router - spread {budget}"] = paired(found["router", budget], found["spread", budget])
     return result

@@ -184,6 +184,20 @@ def test_interrupted_and_whole_runs_end_with_the_same_weights(ready):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_a_step_in_which_nothing_is_decided_changes_nothing(base, ready, monkeypatch):
+    """A clip, in a row of several turns, while the decoder is frozen."""
+    clips = FrozenFeatures.of_seeds(base, 0, 1, SEED).clips
+    (ready / "clips.bin").write_bytes(clips.view(torch.uint16).numpy().tobytes())
+    info = json.loads((ready / "features.json").read_text())
+    (ready / "features.json").write_text(json.dumps({**info, "clips": 1}))
+    for name, value in (("CLIP_SHARE", 1.0), ("OTHER_ROWS", 1.0), ("CLIPS", 1)):
+        monkeypatch.setattr(train_dynamic, name, value)
+    start(ready, "--stop-at", "1", "--adapt", "none", "--name", "one")
+    start(ready, "--stop-at", "2", "--adapt", "none", "--name", "two")
+    one, two = (load_file(ready / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_features_of_another_checkpoint_are_refused(ready):
     info = json.loads((ready / "features.json").read_text())
     (ready / "features.json").write_text(json.dumps({**info, "base": "0" * 64}))
