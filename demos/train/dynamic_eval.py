@@ -4,8 +4,10 @@ Teacher-forced: an answer is right if every token is the most likely one after t
 greedy decoding gives for all answers that have one wording.
 """
 
+import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from demos.train.packing import Packed
 from demos.train.sparse import Decide, Predictors, by_answer, prefill_share, run_sparse
 from demos.train.train_lm import splice, to_device, visual_tokens
 
+THRESHOLDS = (-1.0, -2.0, -4.0)  # of the text predictor; at 0 it keeps what it says
 MEDIUM_TOKENS, LONG_TOKENS = 20, 40  # answers of so many tokens and more are counted by themselves
 
 
@@ -65,6 +68,7 @@ def count_kept(packed: Packed, output: Tensor) -> Counter[str]:
     for name, least in (("long", LONG_TOKENS), ("medium", MEDIUM_TOKENS), ("all", 1)):
         where = count >= least
         kept[name] += int(count[where].sum())
+        kept[f"{name} answers"] += int(where.sum())
         kept[f"{name} kept"] += round(float((count * share)[where].sum()))
     return kept
 
@@ -78,11 +82,22 @@ def other_choice(batch: Batch, chosen: str, keep_ratio: float, rng: np.random.Ge
     return result
 
 
-def cache_share(predictors: Predictors, num_layers: int, kept: dict, name: str) -> float:
-    """Bytes of keys and values of generated tokens / those without dropping."""
-    below = predictors.shape.text_layer
-    share = kept.get(f"{name} kept", 0) / max(1, kept.get(name, 0))
-    return round((below + (num_layers - below) * share) / num_layers, 4)
+def cache_shares(
+    predictors: Predictors, config: Any, kept: dict, image_ratio: float, prompt: tuple[int, float]
+) -> dict:
+    """Bytes of keys and values / those without dropping: of generated tokens, and of the whole cache at the end.
+
+    prompt: visual tokens and others. Of answers of LONG_TOKENS and more.
+    """
+    shape, layers = predictors.shape, config.num_hidden_layers
+    share = kept["long kept"] / max(1, kept["long"])
+    generated = (shape.text_layer + (layers - shape.text_layer) * share) / layers
+    visual, text = prompt
+    reduced = math.floor(visual * image_ratio)
+    prefill = text + (shape.image_layer * visual + (layers - shape.image_layer) * reduced) / layers
+    length = kept["long"] / max(1, kept["long answers"])
+    whole = (prefill + length * generated) / (visual + text + length)
+    return {"generated": round(generated, 4), "whole": round(whole, 4), "mean_length": round(length, 1)}
 
 
 def variants(image_ratio: float) -> dict[str, tuple[str, Decide, str]]:
@@ -91,9 +106,10 @@ def variants(image_ratio: float) -> dict[str, tuple[str, Decide, str]]:
     image = replace(sparse, text=False)
     found = {"none": ("base", full, ""), "dynamic": ("own", sparse, ""), "dynamic, image only": ("own", image, "")}
     found |= {"dynamic, output only": ("own", Decide(images=False), ""), "adapted, all kept": ("own", full, "")}
+    found |= {f"dynamic, threshold {t}": ("own", replace(sparse, threshold=t), "") for t in THRESHOLDS}
     found |= {"base, predicted image tokens": ("base", image, "")}
     found |= {f"base, {c} image tokens": ("base", image, c) for c in ("random", "uniform")}
-    return found | {f"adapted, {c} image tokens": ("own", image, c) for c in ("random", "uniform")}
+    return found
 
 
 def report(
@@ -102,23 +118,18 @@ def report(
     """Accuracy of every variant, shares of FLOPs and cache bytes; the decoder's weights are left as they were."""
     decoder, result, pictures = model.model.language_model, {}, {}
     own = {name: t.clone() for name, t in decoder.state_dict().items()}
+    config, prompt = model.config.text_config, (model.config.image_seq_length, text_tokens(held_out))
     for name, (weights, decide, chosen) in variants(image_ratio).items():
         decoder.load_state_dict(own if weights == "own" else base)
         pictures[name], clips, kept = ask(model, predictors, held_out, decide, chosen)
         result[name] = {"pictures": summary(pictures[name]), "clips": summary(clips)}
-        if name == "dynamic":
-            result["kept_answer_tokens"] = kept
+        if decide.text and decide.images:
+            result[name] |= {"kept": kept, "cache": cache_shares(predictors, config, kept, image_ratio, prompt)}
     decoder.load_state_dict(own)
     for name in [name for name in pictures if name != "none"]:
         result[f"{name} - none"] = paired(pictures[name], pictures["none"])
-    config = model.config.text_config
-    visual = model.config.image_seq_length
-    text = text_tokens(held_out)
-    result["prefill_flops_share"] = round(prefill_share(config, predictors, visual, text, image_ratio), 4)
-    for name in ("long", "medium", "all"):
-        result[f"decode_cache_share_{name}"] = cache_share(
-            predictors, config.num_hidden_layers, result["kept_answer_tokens"], name
-        )
+    result["prefill_flops_share"] = round(prefill_share(config, predictors, *prompt, image_ratio), 4)
+    result["prompt"] = {"visual": prompt[0], "text": round(prompt[1], 2)}
     return result
 
 
