@@ -33,11 +33,10 @@ def event_frames(clip: Clip) -> list[int]:
 
 
 def changed_frames(clip: Clip, num_frames: int) -> Tensor:
-    """(F,) 1 where a cube should begin: an event begins, or has come to its end."""
+    """(F,) 1 where something happens: the frames of every event, from the first in which it shows."""
     labels = torch.zeros(num_frames, dtype=torch.long)
     for event in clip.events:
-        labels[event.before_frame + 1] = 1
-        labels[event.after_frame] = 1
+        labels[event.before_frame + 1 : event.after_frame + 1] = 1
     return labels
 
 

@@ -8,7 +8,8 @@ Thumbnail the frames at which cubes begin, averaged; first in the prompt. By it 
 Differs   aggregation has a GELU before the mean: a linear map of the mean is blind to what moves from one place to
           another. Noise is float32 and clamped. One frame is one cube. Thumbnail tokens are square blocks, not runs. A
           query stands at a block of the grid; its output is added to the block's mean over the cube, and starts at
-          zero, so that an untrained resampler pools. Frames are divided by one number (`scale`) first.
+          zero, so that an untrained resampler pools. Frames are divided by one number (`scale`) first. A cube begins
+          where the share rises, not where it is highest: a slow event is high in all of its frames.
 """
 
 import math
@@ -64,6 +65,14 @@ def pick_borders(score: Tensor, count: int) -> list[int]:
     return [0, *sorted(chosen.tolist())]
 
 
+def onsets(share: Tensor) -> Tensor:
+    """(F - 1,) how much each change begins something: its share less that of the change before it.
+
+    Of changes that go on, a little remains, so that what borders are left over fall on them.
+    """
+    return share - F.pad(share[:-1], (1, 0)) + 0.1 * share
+
+
 def uniform_borders(num_frames: int, count: int) -> list[int]:
     """As many cubes of about one length."""
     return [i * num_frames // (count + 1) for i in range(count + 1)]
@@ -103,8 +112,9 @@ class Cubing(nn.Module):
         )
 
     def forward(self, frames: Tensor) -> Tensor:
-        change = momentum(frames.float() / self.shape.scale)
-        return self.mlp(F.gelu(self.aggregate(change)).mean(-2))
+        with torch.autocast(frames.device.type, enabled=False):
+            change = momentum(frames.float() / self.shape.scale)
+            return self.mlp(F.gelu(self.aggregate(change)).mean(-2))
 
 
 def gumbel_share(logits: Tensor, noise: float, rng: torch.Generator | None) -> Tensor:
@@ -179,7 +189,7 @@ class CubeNetwork(nn.Module):
         logits = self.cubing(frames) if num_frames > 1 else frames.new_zeros(0, 2)
         share = gumbel_share(logits, noise, rng)
         if borders is None:
-            borders = pick_borders(share.detach(), num_borders(num_frames, frames_per_cube))
+            borders = pick_borders(onsets(share.detach()), num_borders(num_frames, frames_per_cube))
         hard = torch.zeros(num_frames, device=frames.device)
         hard[borders] = 1.0
         weight = hard + F.pad(share - share.detach(), (1, 0))  # frame 0 has no logits

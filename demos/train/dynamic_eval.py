@@ -21,7 +21,7 @@ from demos.train.packing import Packed
 from demos.train.sparse import Decide, Predictors, by_answer, prefill_share, run_sparse
 from demos.train.train_lm import splice, to_device, visual_tokens
 
-THRESHOLDS = (-1.0, -2.0, -4.0)  # of the text predictor; at 0 it keeps what it says
+THRESHOLDS = (-2.0, -4.0)  # of the text predictor; at 0 it keeps what it says
 MEDIUM_TOKENS, LONG_TOKENS = 20, 40  # answers of so many tokens and more are counted by themselves
 
 
