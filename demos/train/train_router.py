@@ -55,12 +55,15 @@ class Router(nn.Module):
     def __init__(self, width: int, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.norm_mean, self.norm_spread = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(2 * width, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        self.mlp = nn.Sequential(nn.Linear(2 * width + 1, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
     def forward(self, groups: Tensor) -> Tensor:
         mean = groups.mean(-2)
         spread = (groups - mean[..., None, :]).abs().mean(-2)
-        return self.mlp(torch.cat([self.norm_mean(mean), self.norm_spread(spread)], dim=-1))[..., 0]
+        size = (
+            spread.mean(-1, keepdim=True).add(1e-6).log()
+        )  # what the norm takes away, and the training-free rule reads
+        return self.mlp(torch.cat([self.norm_mean(mean), self.norm_spread(spread), size], dim=-1))[..., 0]
 
 
 def group_index(side: int) -> Tensor:
