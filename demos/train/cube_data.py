@@ -94,6 +94,6 @@ class CubeBatches:
         return Asked(clip, [q for kind in CLIP_KINDS for _ in range(PER_KIND) if (q := asker.ask(kind))])
 
     def pack(self, asked: list[Asked], prompts: list[Prompt]) -> Batch:
-        """Rows of many questions each behind their own visual part."""
+        """Rows of many questions, each after its own visual part."""
         questions = [one.questions for one in asked]
         return pack_rows(self.packer, questions, [p.places for p in prompts], [p.length for p in prompts], clip=True)

@@ -133,7 +133,7 @@ class FrozenBatches(Batches):
 def pack_rows(
     packer: Packer, asked: list[list[Question]], places: list[list[int]], lengths: list[int], *, clip: bool
 ) -> Batch:
-    """Rows of questions behind visual parts of any make: the position of each token, and positions in all, per row."""
+    """Positions of questions that follow visual parts of any size: of each token, and the number of positions per row."""
     rows, starts, rng = [], [], np.random.default_rng(0)  # plain rows draw nothing
     for own, at, length in zip(asked, places, lengths, strict=True):
         starts.append(sum(len(row) for row in asked[: len(rows)]))
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=2400)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--resume", action="store_true", help="go on behind what RUN holds; the counts are larger now")
+    parser.add_argument("--resume", action="store_true", help="add to what RUN holds; give larger counts")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
