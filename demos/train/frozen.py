@@ -133,7 +133,7 @@ class FrozenBatches(Batches):
 def pack_rows(
     packer: Packer, asked: list[list[Question]], places: list[list[int]], lengths: list[int], *, clip: bool
 ) -> Batch:
-    """Positions of questions that follow visual parts of any size: of each token, and the number of positions per row."""
+    """Positions of questions that follow visual parts of any size: per token, and their number per row."""
     rows, starts, rng = [], [], np.random.default_rng(0)  # plain rows draw nothing
     for own, at, length in zip(asked, places, lengths, strict=True):
         starts.append(sum(len(row) for row in asked[: len(rows)]))
