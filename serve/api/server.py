@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
 from collections.abc import Callable
 
 import uvicorn
@@ -54,6 +56,9 @@ def run_in_process(config: ServeConfig, on_ready: Callable[[], None] | None = No
         timeout_graceful_shutdown=int(config.drain_timeout_s),
         server_header=False,
     )
+    # uvicorn raises the signal again after its shutdown, for the handler from before; ours makes the exit code 0.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         _Server(settings, on_ready, runtime.drain).run()
     finally:

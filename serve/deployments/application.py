@@ -106,6 +106,9 @@ def serving(config: ServeConfig) -> Iterator[None]:
     finally:
         if ray.is_initialized():
             with contextlib.suppress(Exception):
+                # Shutting down at once would cut streams. Deleting the application lets its replicas drain first.
+                ray_serve.delete(APPLICATION)
+            with contextlib.suppress(Exception):
                 ray_serve.shutdown()
             ray.shutdown()
 
