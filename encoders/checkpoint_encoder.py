@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,14 @@ from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module,
 
 Rename = Callable[[str], str | None]
 """A key of the checkpoint to the module's own name, or None for tensors of other modules."""
+
+
+class HasSettings(Protocol):
+    """A processor of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its settings, as JSON."""
+        ...
 
 
 class CheckpointEncoder:
@@ -82,7 +90,7 @@ class CheckpointEncoder:
         load_module(module, tensors, dtype=self.dtype, device=str(self.device), folder=self.path)
         return module.eval()
 
-    def finish(self, modules: dict[str, nn.Module], *processors: Any) -> None:
+    def finish(self, modules: dict[str, nn.Module], *processors: HasSettings) -> None:
         """Compute the fingerprint, once all modules are loaded.
 
         Args:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
 import openai
@@ -15,6 +15,10 @@ from openai import Omit, OpenAI
 
 from mm.data.media import Kind
 from mm.errors import MmError
+
+if TYPE_CHECKING:
+    import httpx
+
 
 CONNECT_TIMEOUT_S = 10.0
 STANDARD_FIELDS = frozenset({"model", "messages", "max_tokens", "temperature", "seed"})
@@ -74,7 +78,7 @@ class ServerClient:
         api_key: str | None = None,
         timeout_s: float = 600.0,
         num_retries: int = 0,
-        transport: Any = None,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = url
         if not _is_address(url):
@@ -88,7 +92,7 @@ class ServerClient:
             timeout=timeout,
             max_retries=num_retries,
             default_headers=unset,
-            http_client=openai.DefaultHttpxClient(transport=transport, timeout=timeout, trust_env=False),
+            http_client=openai.DefaultHttpxClient(transport=cast(Any, transport), timeout=timeout, trust_env=False),
         )
 
     def close(self) -> None:

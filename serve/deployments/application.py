@@ -48,7 +48,7 @@ class RayDidNotStart(MmError):
     """No node came up on this machine."""
 
 
-def build_application(config: ServeConfig) -> Any:
+def build_application(config: ServeConfig) -> ray_serve.Application:
     """The Serve application of `config`, to be given to `ray.serve.run`."""
     config = config.with_threads()
     encoder = Encoder.options(

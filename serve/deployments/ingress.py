@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI
 from ray import serve as ray_serve
@@ -44,7 +44,7 @@ def _num_running(deployment: Any) -> int:
     return deployment.replica_states.get("RUNNING", 0)
 
 
-def build_ingress(config: ServeConfig) -> Any:
+def build_ingress(config: ServeConfig) -> ray_serve.Deployment:
     """The ingress deployment, still to be bound to an encoder and a decoder."""
 
     def build_app() -> FastAPI:
@@ -54,4 +54,5 @@ def build_ingress(config: ServeConfig) -> Any:
         # Serve's proxy puts x-request-id on the answer itself.
         return create_app(runtime, config, echo_request_id=False)
 
-    return ray_serve.deployment(ray_serve.ingress(build_app)(), name="Ingress")
+    deployment: ray_serve.Deployment = cast(Any, ray_serve.deployment)(ray_serve.ingress(build_app)(), name="Ingress")
+    return deployment

@@ -16,6 +16,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
 
 from mm.data.outputs import Event
 from mm.data.request import Request
@@ -48,7 +49,11 @@ class RayRuntime:
     """
 
     def __init__(
-        self, encoder: Any, decoder: Any, default_reducer: str, is_healthy: Callable[[], Awaitable[bool]]
+        self,
+        encoder: DeploymentHandle,
+        decoder: DeploymentHandle,
+        default_reducer: str,
+        is_healthy: Callable[[], Awaitable[bool]],
     ) -> None:
         # Object references are only counted, and so kept alive, on calls that go through Ray itself.
         self._encode_by_reference = encoder.options(_by_reference=True).encode

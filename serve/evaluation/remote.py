@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve.client import JsonObject, ServerClient, ServerError, media_part
 from serve.evaluation.client import EvalRequest, Reply
 from serve.evaluation.items import EvaluationError
+
+if TYPE_CHECKING:
+    import httpx
+
 
 NUM_TRIES = 5
 """How often one request is sent while the server is busy or the connection fails."""
@@ -50,7 +54,7 @@ class RemoteBackend:
         num_frames: int = 16,
         max_tokens: int = 192,
         timeout_s: float = 600.0,
-        transport: Any = None,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._url = _with_path(url)
         self._concurrency, self._num_frames, self._max_tokens = concurrency, num_frames, max_tokens

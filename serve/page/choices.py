@@ -97,7 +97,7 @@ def reducer_spec(
     return (f"{choice.name}:{tail}" if tail else choice.name), budget
 
 
-def written(value: Any) -> str:
+def written(value: object) -> str:
     """A value as a specification has it; a list also where only its items were written, nothing as nothing."""
     if value is None:
         return ""

@@ -11,12 +11,15 @@ import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm.data.media import Kind
 from mm.data.outputs import KeptMap
 from mm.errors import MmError
 from serve.client import ServerClient, ServerError, media_part
+
+if TYPE_CHECKING:
+    import httpx
 
 
 class ServerProblem(MmError):
@@ -146,7 +149,12 @@ class Client:
     """
 
     def __init__(
-        self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0, transport: Any = None
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._has_key = api_key is not None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
 from serve.page import views
 from serve.page.choices import DEFAULT_REDUCER, ReducerChoice, written
@@ -34,7 +35,7 @@ class Inputs:
     max_tokens: gr.Slider
 
     @property
-    def form(self) -> list[Any]:
+    def form(self) -> list[Component]:
         """The components of `Form`, in its order."""
         chosen = [self.file, self.question, self.reducer, self.keep_ratio, self.drafter]
         return [*chosen, self.num_frames, self.seed, self.temperature, self.max_tokens, *self.options]
@@ -50,8 +51,9 @@ class Outputs:
     curl: gr.Code
 
     @property
-    def all(self) -> list[Any]:
-        return [self.summary, self.full, self.reduced, self.kept, self.command, self.curl]
+    def all(self) -> list[Component]:
+        shown: list[Any] = [self.summary, self.full, self.reduced, self.kept, self.command, self.curl]
+        return shown
 
 
 def make_inputs(samples: Sequence[Sample], choices: Sequence[ReducerChoice]) -> Inputs:

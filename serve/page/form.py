@@ -30,10 +30,10 @@ class Form:
     options: Mapping[str, Any]
 
     @classmethod
-    def of(cls, values: Sequence[Any], choices: Sequence[ReducerChoice]) -> Form:
+    def of(cls, values: Sequence[object], choices: Sequence[ReducerChoice]) -> Form:
         """From what Gradio hands over: `Inputs.form`."""
         names = [field.name for field in fields(cls) if field.name != "options"]
-        form = dict(zip(names, values, strict=False))
+        form: dict[str, Any] = dict(zip(names, values, strict=False))
         given = zip(option_keys(choices), values[len(names) :], strict=True)
         chosen = {option: value for (reducer, option), value in given if reducer == form["reducer"].strip()}
         return cls(**form, options=chosen)

@@ -22,13 +22,17 @@ from serve.page.samples import Sample
 WRITTEN_OUT = "Sent as written, such as: uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5"
 
 
+Update = dict[str, Any]
+"""What `gr.update` returns: JSON for the browser."""
+
+
 class Handlers:
     """What happens on the page. Holds no state of a visitor."""
 
     def __init__(self, client: Client, samples: Sequence[Sample], choices: Sequence[ReducerChoice]) -> None:
         self._client, self._samples, self._choices = client, tuple(samples), tuple(choices)
 
-    def heading(self) -> tuple[str, Any]:
+    def heading(self) -> tuple[str, Update]:
         """The first line, with the server or the reason why it cannot be reached, and the drafters to choose from."""
         try:
             offer = self._client.offer()
@@ -38,7 +42,7 @@ class Handlers:
         chosen = gr.update(choices=drafters, value=next(iter(drafters), None), visible=len(drafters) > 1)
         return views.heading(views.server_line(offer.model, self._client.url)), chosen
 
-    def show_upload(self, path: str | None, num_frames: float) -> tuple[Any, Any]:
+    def show_upload(self, path: str | None, num_frames: float) -> tuple[Update, Update]:
         """The picture, or the frames that the encoder gets."""
         if path is None:
             return gr.update(value="", visible=False), gr.update(visible=False)
@@ -54,7 +58,7 @@ class Handlers:
         title = f"{len(shown.urls)} frames of the clip" if is_clip else ""
         return gr.update(value=views.plain_pictures(shown, title), visible=True), gr.update(visible=is_clip)
 
-    def show_options(self, reducer: str) -> list[Any]:
+    def show_options(self, reducer: str) -> list[Update]:
         """Show the inputs of the chosen reducer: its summary, its budget, its group of options."""
         choice = next((choice for choice in self._choices if choice.name == reducer), None)
         if choice is None:
@@ -67,7 +71,7 @@ class Handlers:
         sample = self._samples[int(event.index)]
         return str(sample.path), sample.question
 
-    def ask(self, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def ask(self, *values: object) -> Iterator[tuple[Update | str, ...]]:
         """Both answers, each as soon as it has come."""
         form = Form.of(values, self._choices)
         hidden, folded = gr.update(value="", visible=False), gr.update(visible=False)

@@ -199,7 +199,7 @@ def _warm_up(client: Client) -> None:
 
 
 @contextlib.contextmanager
-def serving(app: Any, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def serving(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """`app` served from a thread while the context is open; its address."""
     with _bound(host, port) as listener:
         server = _server(app)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Schedule = tuple[float, ...]
 """Tokens kept / tokens in, layer by layer from layer 0, where it is always 1; never rising."""
@@ -33,14 +36,15 @@ class Shape:
     num_text: float
 
     @classmethod
-    def of(cls, config: Any, head_dim: int, num_visual: float, num_text: float) -> Shape:
+    def of(cls, config: PretrainedConfig, head_dim: int, num_visual: float, num_text: float) -> Shape:
         """Of a text model's configuration."""
+        text = cast(Any, config)  # the fields are those of the architecture
         return cls(
-            num_layers=config.num_hidden_layers,
-            width=config.hidden_size,
-            inner_width=config.intermediate_size,
-            query_width=config.num_attention_heads * head_dim,
-            key_width=config.num_key_value_heads * head_dim,
+            num_layers=text.num_hidden_layers,
+            width=text.hidden_size,
+            inner_width=text.intermediate_size,
+            query_width=text.num_attention_heads * head_dim,
+            key_width=text.num_key_value_heads * head_dim,
             num_visual=num_visual,
             num_text=num_text,
         )
