@@ -193,8 +193,8 @@ def row_of(spec: str, rounds: list[tuple[Spent, Spent]], model: mm.Model, batch:
     stats = _stats({name: sum(getattr(b.stats, name) for _, b in rounds) for name in COUNTS})
     cpu_s = sum(b.cpu_s for _, b in rounds)
     drafted = stats.num_draft_tokens / max(1, stats.num_target_steps)
-    passes = model.engine.spec_decoder.costs.seconds(batch, batch * np.array([0.0, drafted]))
-    draft_of_pass = stats.draft_s / max(1, stats.num_target_steps) * batch / passes[0]
+    step_s = model.engine.spec_decoder.costs.step_s(batch, batch * np.array([0.0, drafted]))
+    draft_of_step = stats.draft_s / max(1, stats.num_target_steps) * batch / step_s[0]
     return {
         "drafter": spec,
         "speedup_cpu": round(statistics.median(ratios), 3),
@@ -206,8 +206,8 @@ def row_of(spec: str, rounds: list[tuple[Spent, Spent]], model: mm.Model, batch:
         "draft_share": round(stats.draft_s / cpu_s, 3),
         "verify_share": round(stats.verify_s / max(1e-9, sum(b.wall_s for _, b in rounds)), 3),
         "rows_per_step": round(1 + drafted, 2),
-        "pass_cost": round(float(passes[1] / passes[0]), 2),
-        "break_even": round(float(stats.tokens_per_target_step / (passes[1] / passes[0] + draft_of_pass)), 2),
+        "pass_cost": round(float(step_s[1] / step_s[0]), 2),
+        "break_even": round(float(stats.tokens_per_target_step / (step_s[1] / step_s[0] + draft_of_step)), 2),
         "rounds": len(rounds),
     }
 

@@ -23,7 +23,7 @@ from mm.engine.sampling.sampler import SampledToken
 from mm.engine.scheduler import ScheduledChunk, Scheduler
 from mm.engine.sequence import Sequence
 from mm.engine.spec_decode.proposer import SpecDecoder
-from mm.engine.spec_decode.verifier import Rows, TreeVerification
+from mm.engine.spec_decode.verifier import StepLogits, TreeVerification
 from mm.engine.stats import Counters
 from mm.engine.step_result import StepResult
 from mm.errors import EngineError
@@ -130,11 +130,11 @@ class OutputProcessor:
 
     def _sample(self, results: abc.Sequence[StepResult], logits: Tensor) -> None:
         """Sample token after token, all sequences together, as long as drafts had the sampled tokens."""
-        rows = Rows(logits)
+        step_logits = StepLogits(logits)
         active = list(results)
         while active:
-            sampled = rows.sample(
-                [result.first_row + result.verification.row for result in active],
+            sampled = step_logits.sample(
+                [result.first_row + result.verification.node for result in active],
                 [result.seq.sampler for result in active],
                 [result.seq.output.position for result in active],
             )

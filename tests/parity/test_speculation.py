@@ -22,7 +22,7 @@ from mm.errors import InvalidRequest, MmError
 from mm.plugins import registry as plugins
 from tests.helpers.checkpoints import random_llava, random_qwen2_5_vl
 from tests.helpers.drafters import TRUTH
-from tests.helpers.speculating import learn_truths, let_control_waver
+from tests.helpers.speculating import draft_at_random, learn_truths
 
 STAGES = ("pre_llm", "in_prefill", "in_decode")
 REDUCERS = [
@@ -233,7 +233,7 @@ def test_states_are_those_of_their_rows_however_late_a_drafter_is_asked(folder, 
         for i in range(12)
     ]
     truths = [tokens for tokens, *_ in answers(load(folder), asked)]
-    let_control_waver(monkeypatch)
+    draft_at_random(monkeypatch)
     model = load(folder, "wild:states=last_hidden,truth=0.5,shape=chain", prefix_caching=False)
     learn_truths(model, asked, truths)
     assert [tokens for tokens, *_ in answers(model, asked)] == truths
@@ -276,9 +276,9 @@ def test_drafters_pay_for_being_asked_and_for_the_states_they_watch(folder, monk
     monkeypatch.setattr(model.engine.spec_decoder, "clock", lambda: now[0])
     monkeypatch.setattr(source, "clock", lambda: now[0])
     monkeypatch.setattr(model.engine._runner, "forward", timed(model.engine._runner.forward, 10.0, []))
-    monkeypatch.setattr(source.controller, "is_asked", timed(source.controller.is_asked, 1.0, asked))
-    monkeypatch.setattr(source.controller, "watched", timed(source.controller.watched, 0.0, watched))
-    monkeypatch.setattr(source.controller, "spent", lambda seconds, **of_what: bills.append(seconds))
+    monkeypatch.setattr(source.controller, "should_propose", timed(source.controller.should_propose, 1.0, asked))
+    monkeypatch.setattr(source.controller, "record_capture", timed(source.controller.record_capture, 0.0, watched))
+    monkeypatch.setattr(source.controller, "record_cost", lambda seconds, **of_what: bills.append(seconds))
     answers(model, requests(6, seed=3, forms=({},)))
     assert sum(bills) == len(asked) > 0
     assert len(watched) > 6

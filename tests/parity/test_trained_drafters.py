@@ -9,7 +9,7 @@ from mm.config import SpeculationLimits
 from mm.engine.spec_decode.drafters.eagle.head import DraftConfig, DraftHead, fingerprint
 from mm.engine.spec_decode.drafters.eagle.vision_adapters import VISION_ADAPTERS
 from tests.helpers.checkpoints import random_llava
-from tests.helpers.speculating import let_control_waver
+from tests.helpers.speculating import draft_at_random
 
 QUESTIONS = ("Describe the picture.", "red blue red blue", "What is left of it?", "1 2 3 1 2 3")
 REDUCERS = ("none", "uniform:keep_ratio=0.5", "fastv:keep_ratio=0.5", "pyramiddrop")
@@ -108,7 +108,7 @@ def test_a_full_draft_cache_changes_nothing(folder, drafters, expected):
 
 
 def test_drafters_are_told_of_the_prompt_however_late_they_are_asked(folder, drafters, expected, monkeypatch):
-    let_control_waver(monkeypatch)
+    draft_at_random(monkeypatch)
     for prefix_caching in (True, False):
         limits = SpeculationLimits(drafters=tuple(drafters), max_draft_tokens=10)
         model = mm.load(folder, dtype="float32", speculation=limits, max_num_seqs=5, prefix_caching=prefix_caching)

@@ -23,7 +23,7 @@ class DrafterInstance:
     Attributes:
         spec: Canonical text of the drafter.
         loaded: The drafter with its weights.
-        controller: Decides when it is asked, and how much of its drafts is verified.
+        controller: Decides when it drafts, and how much of its drafts is verified.
         clock: Seconds, for what drafting costs.
         states: Names of the hidden states that it needs.
         num_top_ids: How many of a token's largest logits it needs the ids of.
@@ -41,7 +41,7 @@ class DrafterInstance:
         """Charge the drafter for the time that the body takes."""
         start = self.clock()
         yield
-        self.controller.spent(self.clock() - start)
+        self.controller.record_cost(self.clock() - start)
 
 
 def load_drafter(spec: str, target: DraftTarget, controller: Controller, clock: Callable[[], float]) -> DrafterInstance:

@@ -1,4 +1,4 @@
-"""Speculative decoding of one engine: which drafter serves which sequence, when it is asked, and what it observes.
+"""Speculative decoding of one engine: which drafter serves which sequence, when it drafts and what it observes.
 
 The engine calls `propose` before it schedules a step, and `observe` after it. Between the two, the output processor
 verifies the drafts. A drafter that fails costs its sequences their drafts: the failure is logged and counted, and the
@@ -22,9 +22,9 @@ from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.model_input import Chunk
 from mm.engine.sequence import Sequence
 from mm.engine.spec_decode.controller import Controller, ControlState
-from mm.engine.spec_decode.cost_model import MOST_WARM, CostModel
+from mm.engine.spec_decode.cost_model import MAX_WARM_TOKENS, CostModel
 from mm.engine.spec_decode.drafter_instance import DrafterInstance, load_drafter
-from mm.engine.spec_decode.hidden_state_cache import StateCache
+from mm.engine.spec_decode.hidden_state_cache import HiddenStateCache
 from mm.engine.spec_decode.metrics import SpecDecodeStats
 from mm.engine.spec_decode.observation import observe_prompt, observe_step
 from mm.engine.spec_decode.spec_state import SpecState
@@ -71,7 +71,7 @@ class SpecDecoder:
         self.clock = clock or (time.perf_counter if target.device.type == "cuda" else time.thread_time)
         self.costs = CostModel()
         self._target, self._block_size = target, block_size
-        self._states = StateCache(STATE_BYTES, block_size) if has_prefix_cache else None
+        self._states = HiddenStateCache(STATE_BYTES, block_size) if has_prefix_cache else None
         self.stats = SpecDecodeStats(num_accepted_per_position=[0] * limits.max_draft_tokens)
         drafters = [load_drafter(spec, target, Controller(self.costs), self.clock) for spec in limits.offered]
         self._drafters = {drafter.spec: drafter for drafter in drafters}
@@ -94,7 +94,7 @@ class SpecDecoder:
             return
         target, cache = self._target, runner.cache
         max_tokens = min(
-            max_tokens, MOST_WARM, cache.num_free_blocks // cache.shape.num_layers * cache.shape.block_size
+            max_tokens, MAX_WARM_TOKENS, cache.num_free_blocks // cache.shape.num_layers * cache.shape.block_size
         )
 
         def run(num_tokens: int) -> float:
@@ -119,16 +119,16 @@ class SpecDecoder:
         Raises:
             InvalidRequest: The request asks for something that the operator does not allow.
         """
-        asked = request.speculation
-        drafter = self._drafter(asked.drafter)
+        options = request.speculation
+        drafter = self._drafter(options.drafter)
         limit = self.limits.max_draft_tokens
-        if asked.max_draft_tokens is not None:
-            if asked.max_draft_tokens > limit:
+        if options.max_draft_tokens is not None:
+            if options.max_draft_tokens > limit:
                 raise InvalidRequest(
-                    f"speculation.max_draft_tokens was {asked.max_draft_tokens}; this server allows up to {limit}",
+                    f"speculation.max_draft_tokens was {options.max_draft_tokens}; this server allows up to {limit}",
                     "speculation.max_draft_tokens",
                 )
-            limit = asked.max_draft_tokens
+            limit = options.max_draft_tokens
         return None if drafter.spec == "none" or not limit else SpecState(drafter, limit)
 
     def _drafter(self, spec: str | None) -> DrafterInstance:
@@ -157,7 +157,7 @@ class SpecDecoder:
         """
         self._num_seqs = num_seqs
         for drafter in self._active:
-            drafter.controller.pass_begins(len(seqs), num_seqs)
+            drafter.controller.start_step(len(seqs), num_seqs)
         groups: dict[DrafterInstance, list[Sequence]] = {}
         for seq in seqs:
             if seq.spec is not None:
@@ -165,17 +165,17 @@ class SpecDecoder:
                 groups.setdefault(seq.spec.drafter, []).append(seq)
         for drafter, members in groups.items():
             with drafter.charged():
-                asked = [seq for seq in members if self._is_asked(seq)]
-            if asked:
-                max_tokens -= self._propose(drafter, asked, max_tokens)
+                proposing = [seq for seq in members if self._should_propose(seq)]
+            if proposing:
+                max_tokens -= self._propose(drafter, proposing, max_tokens)
 
-    def _is_asked(self, seq: Sequence) -> bool:
-        """Whether control asks for a draft for it, it can use one, and its session is up to date."""
+    def _should_propose(self, seq: Sequence) -> bool:
+        """Whether the controller wants a draft for a sequence, its session is open, and it may emit two tokens."""
         spec = seq.spec
         if spec is None or spec.control is None:
             return False
-        is_asked = not self.limits.control or spec.drafter.controller.is_asked(spec.control)
-        return is_asked and spec.session is not None and seq.output.num_remaining_tokens > 1
+        is_wanted = not self.limits.control or spec.drafter.controller.should_propose(spec.control)
+        return is_wanted and spec.session is not None and seq.output.num_remaining_tokens > 1
 
     def _propose(self, drafter: DrafterInstance, seqs: list[Sequence], max_tokens: int) -> int:
         start = self.clock()
@@ -189,31 +189,31 @@ class SpecDecoder:
             self._fail(drafter, seqs, error)
             return 0
         if self.limits.control:
-            drafts = drafter.controller.choose(drafts, [_control(spec) for spec in specs], max_tokens)
+            drafts = drafter.controller.select(drafts, [_control(spec) for spec in specs], max_tokens)
         for spec, draft in zip(specs, drafts, strict=True):
             spec.draft = draft
         seconds = self.clock() - start
         self.stats.draft_s += seconds
-        drafter.controller.spent(seconds, num_asked=len(seqs))
+        drafter.controller.record_cost(seconds, num_proposed=len(seqs))
         return sum(draft.num_tokens for draft in drafts)
 
     def start_sequences(self, seqs: Iterable[Sequence]) -> None:
         """Decide for newly scheduled sequences whether they get drafts. Their first step may have to capture states."""
         if not self._active:
             return
-        # A drafter that reads no states may begin at any step. Where none can begin now, sequences need not be asked.
+        # A drafter that reads no states may start at any step. Drafters that may not start now are left out at once.
         control = self.limits.control
-        closed = {d for d in self._active if control and not d.controller.may_begin(self._num_seqs)}
+        closed = {d for d in self._active if control and not d.controller.may_start(self._num_seqs)}
         for seq in seqs:
             spec = seq.spec
             if spec is None:
                 continue
             if spec.control is None and (spec.drafter.states or spec.drafter not in closed):
-                self._begin(seq, spec)
+                self._start(seq, spec)
             if spec.states_to_capture:
-                spec.drafter.controller.watched()
+                spec.drafter.controller.record_capture()
 
-    def _begin(self, seq: Sequence, spec: SpecState) -> None:
+    def _start(self, seq: Sequence, spec: SpecState) -> None:
         """Start drafting for a sequence if that may pay. A drafter that reads states has to start with the prompt."""
         reads_states = bool(spec.drafter.states)
         start, controller = self.clock(), spec.drafter.controller
@@ -221,9 +221,9 @@ class SpecDecoder:
         if not self.limits.control and not is_late:
             spec.control = ControlState()
         elif not is_late:
-            spec.control = controller.begin(self._num_seqs, reads_states=reads_states)
+            spec.control = controller.start(self._num_seqs, reads_states=reads_states)
         if spec.control is not None:
-            controller.spent(self.clock() - start)
+            controller.record_cost(self.clock() - start)
         elif reads_states:
             seq.spec = None
 
@@ -231,14 +231,14 @@ class SpecDecoder:
 
     def record_step(self, num_seqs: int, num_draft_tokens: int, seconds: float) -> None:
         """Record how long a step took that did nothing but decode."""
-        self.costs.observe(num_seqs, num_draft_tokens, seconds)
+        self.costs.record(num_seqs, num_draft_tokens, seconds)
         charged = [drafter.controller for drafter in self._active if drafter.controller.estimated_s]
-        estimated, added = sum(one.estimated_s for one in charged), seconds - self.costs.plain(num_seqs)
+        estimated, added = sum(one.estimated_s for one in charged), seconds - self.costs.decode_s(num_seqs)
         for one in charged:
-            one.took(added * one.estimated_s / estimated)
+            one.record_step_cost(added * one.estimated_s / estimated)
 
     def observe(self, results: SequenceOf[StepResult], logits: Tensor) -> None:
-        """Let drafters observe what a step gave, for the sequences that they are asked about next.
+        """Let drafters observe what a step gave, for the sequences that get a draft next.
 
         Args:
             logits: (n, vocab) of the step.
@@ -250,8 +250,8 @@ class SpecDecoder:
                 continue
             is_first = len(result.emitted) == len(seq.output.token_ids)
             if seq.spec.control is None and is_first:  # its prompt was computed as a sibling's
-                self._begin(seq, seq.spec)
-            spec = seq.spec  # beginning may have ended it
+                self._start(seq, seq.spec)
+            spec = seq.spec  # starting may have ended it
             if spec is not None and spec.control is not None:  # pyright: ignore[reportUnnecessaryComparison]
                 groups.setdefault(spec.drafter, []).append(result)
         for drafter, group in groups.items():
@@ -264,16 +264,16 @@ class SpecDecoder:
             seconds = self.clock() - start
             self.stats.draft_s += seconds
             if self.limits.control:
-                drafter.controller.spent(seconds, num_observed=len(due))
+                drafter.controller.record_cost(seconds, num_observed=len(due))
 
     def _is_due(self, result: StepResult) -> bool:
-        """Whether the sequence is asked for a draft next. Takes note of what the step showed."""
+        """Whether a sequence gets a draft next. Records the acceptance of its last draft, and keeps hidden states."""
         seq, spec = result.seq, result.seq.spec
         assert spec is not None
         control = _control(spec)
         if control.draft.num_tokens:
-            spec.drafter.controller.learn(control, result.verification.draft, result.emitted)
-        if not control.is_near:
+            spec.drafter.controller.record_acceptance(control, result.verification.draft, result.emitted)
+        if not control.is_due_soon:
             spec.forget(seq.num_prompt_tokens)
         elif spec.drafter.states and result.states:
             path, stop = result.verification.path, seq.num_tokens - 1  # the newest token has no state yet
@@ -303,7 +303,7 @@ class SpecDecoder:
         if not spec.captured or self._states is None:
             return
         self._states.put(seq.block_hashes, spec.captured)
-        num_found = int(spec.captured[0][0][0]) // self._block_size
+        num_found = spec.captured[0].first // self._block_size
         found = self._states.get(seq.block_hashes[:num_found], spec.drafter.states) if num_found else None
         if found is not None:
             spec.captured.insert(0, found)
@@ -322,7 +322,7 @@ class SpecDecoder:
         if spec is None:
             return
         if spec.control is not None and self.limits.control:
-            spec.drafter.controller.end()
+            spec.drafter.controller.stop()
         if spec.session is None:
             return
         try:
@@ -333,7 +333,7 @@ class SpecDecoder:
 
 
 def _control(spec: SpecState) -> ControlState:
-    assert spec.control is not None, "only sequences whose drafting has begun get here"
+    assert spec.control is not None, "only sequences that have started to draft get here"
     return spec.control
 
 

@@ -29,16 +29,16 @@ def distribution(tenths: Sequence[float]) -> torch.Tensor:
 # ── greedy ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def walked(draft: Draft, argmax: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Path and emitted tokens where the target's choice at each row is given."""
-    walk, emitted = TreeVerification(draft), []
+def verified(draft: Draft, argmax: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Path and emitted tokens where the target's token at each node is given."""
+    verification, emitted = TreeVerification(draft), []
 
     def emit(alive: list[int]) -> list[int | None]:
-        emitted.append(argmax[walk.row])
+        emitted.append(argmax[verification.node])
         return [emitted[-1]]
 
-    verify([walk], emit)
-    return walk.path, emitted
+    verify([verification], emit)
+    return verification.path, emitted
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def walked(draft: Draft, argmax: Sequence[int]) -> tuple[list[int], list[int]]:
     [((3, 1, 4, 2), [0, 1, 2, 3], [3, 1, 4, 2]), ((3, 1, 0, 2), [0, 1, 2], [3, 1, 0]), ((0, 1, 4, 2), [0], [0])],
 )
 def test_greedy_chain(argmax, path, emitted):
-    assert walked(Draft.chain((3, 1, 4)), argmax) == (path, emitted)
+    assert verified(Draft.chain((3, 1, 4)), argmax) == (path, emitted)
 
 
 TREE = Draft(token_ids=(4, 7, 2, 4, 1, 7, 3), parents=(0, 0, 1, 1, 2, 3, 5))
@@ -61,7 +61,7 @@ TREE = Draft(token_ids=(4, 7, 2, 4, 1, 7, 3), parents=(0, 0, 1, 1, 2, 3, 5))
     ],
 )
 def test_greedy_tree(argmax, path, emitted):
-    assert walked(TREE, argmax) == (path, emitted)
+    assert verified(TREE, argmax) == (path, emitted)
 
 
 def test_the_shape_of_a_tree():
@@ -98,19 +98,21 @@ def test_drafts_that_cannot_be_verified_are_refused(draft):
 # ── verification with the engine's own noise ──────────────────────────────────────────────────────────────────────────
 
 
-def walk_with(
+def verify_with(
     draft: Draft, distributions: torch.Tensor, sampler: Sampler, position: int = 0
 ) -> tuple[TreeVerification, list[int]]:
     """A verification whose nodes have the logits log(distributions)."""
-    walk, emitted = TreeVerification(draft), []
+    verification, emitted = TreeVerification(draft), []
 
     def emit(alive: list[int]) -> list[int | None]:
-        sampled = sample(distributions[walk.row : walk.row + 1].log(), [sampler], [position + len(emitted)])[0]
+        sampled = sample(
+            distributions[verification.node : verification.node + 1].log(), [sampler], [position + len(emitted)]
+        )[0]
         emitted.append(sampled.token_id)  # type: ignore[union-attr]
         return [emitted[-1]]
 
-    verify([walk], emit)
-    return walk, emitted
+    verify([verification], emit)
+    return verification, emitted
 
 
 def frequencies(tokens: Sequence[int], vocab: int) -> list[float]:
@@ -126,23 +128,25 @@ S2 = (5, 2, 2, 1)
 def test_drafts_are_accepted_as_often_as_the_target_samples_them(children, masses):
     draft = Draft(token_ids=children, parents=(0,) * len(children))
     distributions = distribution(S2).expand(len(children) + 1, -1)
-    walks = [
-        walk_with(draft, distributions, Sampler(ResolvedSamplingParams(temperature=1.0, seed=seed)))
+    verifications = [
+        verify_with(draft, distributions, Sampler(ResolvedSamplingParams(temperature=1.0, seed=seed)))
         for seed in range(2000)
     ]
     total = sum(masses)
     masses = [mass / (10 if total > 1 else 1) for mass in masses]
     for i, mass in enumerate(masses):
-        share = sum(walk.path[1:2] == [i + 1] for walk, _ in walks) / len(walks)
-        assert share == pytest.approx(mass, abs=4 * math.sqrt(mass * (1 - mass) / len(walks)))
-    assert frequencies([emitted[0] for _, emitted in walks], 4) == pytest.approx(distribution(S2).tolist(), abs=0.045)
+        share = sum(verification.path[1:2] == [i + 1] for verification, _ in verifications) / len(verifications)
+        assert share == pytest.approx(mass, abs=4 * math.sqrt(mass * (1 - mass) / len(verifications)))
+    assert frequencies([emitted[0] for _, emitted in verifications], 4) == pytest.approx(
+        distribution(S2).tolist(), abs=0.045
+    )
 
 
 def test_the_mean_length_of_a_tree():
     draft = Draft(token_ids=(0, 1, 2), parents=(0, 0, 1))
     distributions = torch.stack([distribution(S2), distribution((1, 1, 7, 1)), distribution(S2), distribution(S2)])
     lengths = [
-        len(walk_with(draft, distributions, Sampler(ResolvedSamplingParams(temperature=1.0, seed=seed)))[1])
+        len(verify_with(draft, distributions, Sampler(ResolvedSamplingParams(temperature=1.0, seed=seed)))[1])
         for seed in range(2000)
     ]
     assert sum(lengths) / len(lengths) == pytest.approx(41 / 20, abs=0.07)
@@ -153,7 +157,7 @@ def test_a_draft_makes_its_token_no_likelier():
     distributions = distribution((3, 2)).expand(2, -1)
     draft = Draft.chain((0,))
     sampled_ids = [
-        walk_with(draft, distributions, Sampler(ResolvedSamplingParams(temperature=1.0, seed=seed)))[1][0]
+        verify_with(draft, distributions, Sampler(ResolvedSamplingParams(temperature=1.0, seed=seed)))[1][0]
         for seed in range(2000)
     ]
     assert sampled_ids.count(0) / len(sampled_ids) == pytest.approx(3 / 5, abs=0.044)
@@ -174,13 +178,13 @@ def test_the_token_after_a_whole_draft_is_sampled_after_temperature(temperature,
     for seed in range(500):
         sampler = Sampler(ResolvedSamplingParams(temperature=temperature, seed=seed))
         assert sampling_logprobs(logits[1], sampler, 1).exp().tolist() == pytest.approx(expected, abs=1e-6)
-        _, emitted = walk_with(draft, logits.exp(), sampler)
+        _, emitted = verify_with(draft, logits.exp(), sampler)
         assert emitted[0] == 2
         sampled_ids.append(emitted[1])
     assert frequencies(sampled_ids, 3) == pytest.approx(expected, abs=0.09)
 
 
-def test_drafts_leave_the_sampled_text_as_it_is():
+def test_drafts_leave_the_sampled_tokens_as_they_are():
     """Random trees, random distributions, the verifier's own noise: token for token what is drawn without a draft."""
     random = torch.Generator().manual_seed(0)
     for seed in range(200):
@@ -191,16 +195,16 @@ def test_drafts_leave_the_sampled_text_as_it_is():
         draft = Draft(token_ids=tokens, parents=parents)
         params = ResolvedSamplingParams(temperature=1.0, top_p=0.9, seed=seed, repetition_penalty=1.3)
         plain, drafted = Sampler(params, 1), Sampler(params, 1)
-        walk, emitted, last = TreeVerification(draft), [], [3]
+        verification, emitted, last = TreeVerification(draft), [], [3]
 
         def emit(alive: list[int]) -> list[int | None]:
-            row = table[(3, *tokens)[walk.row]].log().unsqueeze(0)  # noqa: B023
+            row = table[(3, *tokens)[verification.node]].log().unsqueeze(0)  # noqa: B023
             sampled = sample(row, [drafted], [len(emitted)])[0]  # noqa: B023
             drafted.observe(sampled.token_id)  # type: ignore[union-attr]  # noqa: B023
             emitted.append(sampled.token_id)  # type: ignore[union-attr]  # noqa: B023
             return [emitted[-1]]  # noqa: B023
 
-        verify([walk], emit)
+        verify([verification], emit)
         for position, token in enumerate(emitted):
             alone = sample(table[last[-1]].log().unsqueeze(0), [plain], [position])[0]
             plain.observe(alone.token_id)  # type: ignore[union-attr]
@@ -216,7 +220,7 @@ def test_a_draft_drawn_with_the_verifiers_own_noise_is_accepted_more_often(p, q,
         noise = gumbel(torch.tensor(noise_key(seed, 0, 0)), torch.arange(len(p)))
         draft = Draft.chain((int((distribution(q).log() + noise).argmax()),))
         sampler = Sampler(ResolvedSamplingParams(temperature=1.0, seed=seed))
-        taken += walk_with(draft, distribution(p).expand(2, -1), sampler)[0].num_accepted
+        taken += verify_with(draft, distribution(p).expand(2, -1), sampler)[0].num_accepted
     assert taken / count == pytest.approx(rate, abs=0.045)
 
 
@@ -238,7 +242,7 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("rounds", [1500, pytest.param(40_000, marks=pytest.mark.slow)])
-def test_verified_texts_follow_the_targets_distribution(rounds):
+def test_verified_tokens_follow_the_targets_distribution(rounds):
     """First and second token against the target's distribution, at temperature 0.8."""
     random = torch.Generator().manual_seed(1)
     logits = torch.randn(8, 8, generator=random, dtype=torch.float64)
@@ -250,9 +254,9 @@ def test_verified_texts_follow_the_targets_distribution(rounds):
         draft = likely_tree(draft_distributions)
         sampler = Sampler(ResolvedSamplingParams(temperature=0.8, seed=seed))
         rows = torch.stack([logits[token].softmax(-1) for token in (0, *draft.token_ids)])
-        _, emitted = walk_with(draft, rows, sampler)
+        _, emitted = verify_with(draft, rows, sampler)
         lengths += len(emitted)
-        if len(emitted) == 1:  # the answer goes on without a draft
+        if len(emitted) == 1:  # the sequence goes on without a draft
             emitted.append(sample(logits[emitted[0]].unsqueeze(0), [sampler], [1])[0].token_id)
         pairs[emitted[0], emitted[1]] += 1
     assert lengths > 1.3 * rounds, "hardly anything was accepted: nothing was tested"

@@ -12,7 +12,7 @@ from torch import Tensor
 from mm.data.arrays import to_tensor
 from mm.engine.attention.base import build_attention
 from mm.engine.kv_cache.blocks import KVCache
-from mm.engine.spec_decode.cost_model import MOST_WARM, warm_up
+from mm.engine.spec_decode.cost_model import MAX_WARM_TOKENS, warm_up
 from mm.engine.spec_decode.drafters.eagle.head import DraftHead, rotary
 from mm.models.attention import AttentionMetadata
 from mm.models.kv_cache_spec import KVCacheSpec
@@ -77,7 +77,7 @@ class DraftLayer:
             self.truncate(seq_index, 0)
             return time.perf_counter() - start
 
-        warm_up(run, min(MOST_WARM, self.cache.num_free_blocks * shape.block_size))
+        warm_up(run, min(MAX_WARM_TOKENS, self.cache.num_free_blocks * shape.block_size))
         self.cache.free(seq_index)
 
     def append_slots(self, seq_index: int, num_tokens: int) -> None:

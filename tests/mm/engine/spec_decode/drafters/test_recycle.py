@@ -42,7 +42,7 @@ def test_one_round():
     walk, said = TreeVerification(draft), []
 
     def say(alive: list[int]) -> list[int | None]:
-        said.append(int(LOGITS[walk.row].argmax()))
+        said.append(int(LOGITS[walk.node].argmax()))
         return [said[-1]]
 
     verify([walk], say)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mm.engine.spec_decode.cost_model import MOST_WARM
+from mm.engine.spec_decode.cost_model import MAX_WARM_TOKENS
 from mm.engine.spec_decode.drafters.eagle.head import DraftConfig, DraftHead
 from mm.engine.spec_decode.drafters.eagle.layer import DraftLayer
 
 
-@pytest.mark.parametrize(("num_bytes", "most"), [(1 << 20, MOST_WARM), (4096, 16)])
+@pytest.mark.parametrize(("num_bytes", "most"), [(1 << 20, MAX_WARM_TOKENS), (4096, 16)])
 def test_each_number_of_rows_is_run_once_before_the_first_answer_and_leaves_nothing(num_bytes, most, monkeypatch):
     config = DraftConfig(
         width=32,
