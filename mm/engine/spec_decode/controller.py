@@ -271,7 +271,7 @@ class Controller:
             budget.observe_s.add(seconds / num_observed)
 
     def record_step_cost(self, seconds: float) -> None:
-        """Charge the seconds that draft tokens did add to the step, in place of the estimate charged before."""
+        """Charge the seconds that draft tokens added to the step. They replace the estimate that was charged."""
         self._budget.add(-COST_FACTOR * (seconds - self.estimated_s) / self._costs.decode_s(self._num_decoding))
 
     def record_acceptance(self, state: ControlState, verified: Draft, emitted: Sequence[int]) -> None:

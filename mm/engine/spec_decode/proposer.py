@@ -292,11 +292,11 @@ class SpecDecoder:
                 self._remember(seq, spec)
                 late += [(seq, spec)] if len(seq.output.token_ids) > 1 else []
         if late:  # the prompt is observed apart from the tokens that followed it
-            seen = [observe_prompt(seq, spec) for seq, spec in late]
-            drafter.loaded.observe([spec.session for _, spec in late], seen)
-        seen = [observe_step(result, spec, logits) for result, spec in pairs]
-        if seen:
-            drafter.loaded.observe([spec.session for _, spec in pairs], seen)
+            observations = [observe_prompt(seq, spec) for seq, spec in late]
+            drafter.loaded.observe([spec.session for _, spec in late], observations)
+        observations = [observe_step(result, spec, logits) for result, spec in pairs]
+        if observations:
+            drafter.loaded.observe([spec.session for _, spec in pairs], observations)
 
     def _remember(self, seq: Sequence, spec: SpecState) -> None:
         """Keep a prompt's hidden states for requests that find it in the prefix cache, and find those kept before."""
