@@ -1,4 +1,4 @@
-"""What a device has: bfloat16 arithmetic, and room for the KV cache."""
+"""What a device can do: whether bfloat16 is fast, and how much memory the KV cache may take."""
 
 from __future__ import annotations
 
@@ -10,35 +10,32 @@ from mm.errors import InvalidOption
 from mm.models.kv_cache_spec import KVCacheSpec
 
 GIB = 1 << 30
-
-
-CPU_SHARE = 0.25
-
-
-GPU_SHARE = 0.9
+CPU_SHARE, GPU_SHARE = 0.25, 0.9
+"""Shares of the free memory that the KV cache takes unless its size is given."""
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether the device multiplies in bfloat16 faster than in float32."""
+    """Whether the device multiplies faster in bfloat16 than in float32."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.startswith("cpu") and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # type: ignore[operator]
 
 
-def kv_cache_bytes(shape: KVCacheSpec, most_tokens: int, gigabytes: float | None) -> int:
-    """Bytes of the cache: what was asked for, else a share of what is free, but never more than can be used.
+def kv_cache_bytes(shape: KVCacheSpec, max_tokens: int, gigabytes: float | None) -> int:
+    """Size of the KV cache in bytes: the given size, or a share of the free memory.
 
     Args:
-        most_tokens: Rows per layer that could ever be held at a time.
-        gigabytes: In GiB; None takes a share.
+        shape: Size of one token.
+        max_tokens: Most tokens that the cache could ever hold per layer. A share is never larger than these need.
+        gigabytes: The size in GiB. None takes a share.
 
     Raises:
-        InvalidOption: More was asked for than there is.
+        InvalidOption: The given size is larger than the free memory.
     """
     free = _free_bytes(shape.device)
-    most = most_tokens * shape.token_bytes * shape.num_layers
+    needed = max_tokens * shape.token_bytes * shape.num_layers
     if gigabytes is None:
-        return min(most, int(free * (GPU_SHARE if shape.device.type == "cuda" else CPU_SHARE)))
+        return min(needed, int(free * (GPU_SHARE if shape.device.type == "cuda" else CPU_SHARE)))
     if gigabytes * GIB > free:
         raise InvalidOption("model", "kv_cache_gb", f"was {gigabytes}; {free / GIB:.1f} GiB are free on {shape.device}")
     return int(gigabytes * GIB)

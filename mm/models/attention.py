@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ class AttentionMetadata:
     Attributes:
         seq_indices: (C,) int64, the cache's index of each chunk's sequence.
         query_starts, query_lens: (C,) int64, the first token and the number of tokens of each chunk.
-        masks: Chunk to (count, count) bool: which of the chunk's tokens each one sees, itself included. A chunk without
-            a mask is causal. Every token sees everything that the cache held of its sequence before.
+        masks: Chunk to (count, count) bool: which of the chunk's tokens each one attends to, itself included. A chunk
+            without a mask is causal. Every token attends to all earlier tokens of its sequence in the cache.
         backend_state: What a backend derived from these fields, once for all layers.
     """
 
@@ -99,7 +99,7 @@ def attend_in_layer(
     *,
     mm_attention: Attention,
     mm_metadata: AttentionMetadata,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention for transformers' own layers: queries, keys and values are (1, heads, T, d) and rotated already."""
     qkv = torch.cat([query, key, value], dim=1).squeeze(0).transpose(0, 1).contiguous()

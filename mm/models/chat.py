@@ -1,7 +1,7 @@
 """Messages to token ids through a checkpoint's own chat template.
 
-Only the template may place control tokens. Text of a user that spells a special token is tokenised as plain characters,
-so nobody can forge a placeholder or a turn.
+Only the template may write control tokens. User text that spells a special token is tokenised as plain characters, so
+nobody can forge a placeholder or a turn.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 from jinja2 import TemplateError
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mm.data.request import MediaPart, Message
 from mm.errors import InvalidRequest
@@ -83,5 +83,14 @@ class ChatTemplate:
         return ids
 
     def _ids(self, text: str, **options: bool) -> list[int]:
-        tokenize = cast("Callable[..., BatchEncoding]", self._tokenizer)
-        return cast("list[int]", tokenize(text, **options).input_ids)
+        return tokenize(self._tokenizer, text, **options)
+
+
+class _Encoding(Protocol):
+    input_ids: list[int]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    """Token ids of a text. The options are those of the tokenizer's call."""
+    encode = cast("Callable[..., _Encoding]", tokenizer)
+    return encode(text, **options).input_ids

@@ -57,7 +57,7 @@ def find(model: str | Path) -> Path:
 
 
 def _download(name: str, shipped: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -182,15 +182,16 @@ def load_module(
         parameter.requires_grad_(False)
 
 
-def fill_buffers(model: Any, device: str | torch.device) -> None:
+def fill_buffers(model: nn.Module, device: str | torch.device) -> None:
     """Compute the buffers that no checkpoint holds, such as position ids, which the meta device left empty.
 
     Modules of transformers fill them in `_init_weights`. Weights that are filled too are replaced by `load_module`.
     """
     for module in model.modules():
-        if module._non_persistent_buffers_set:
+        if module._non_persistent_buffers_set:  # pyright: ignore[reportPrivateUsage]
             module.to_empty(device=device)
-            model._init_weights(module)
+            initialize = cast("Callable[[nn.Module], object]", model._init_weights)  # pyright: ignore[reportPrivateUsage]
+            initialize(module)
 
 
 def _few(names: list[str], most: int = 3) -> str:

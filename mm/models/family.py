@@ -1,7 +1,7 @@
-"""What model families share: a checkpoint's decoder half, its template, and the splice of tokens into a prompt.
+"""What model families share: the decoder of a checkpoint, its chat template, and the splice of visual tokens.
 
-A family adds which tokens stand for media, and where an item's tokens lie among the rotary positions. It does not know
-how pixels become tokens.
+A family adds which tokens stand for media, and the rotary positions of an item's tokens. It does not know how pixels
+become tokens.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from mm.data.media import Kind
 from mm.data.request import MediaPart, Message
@@ -30,13 +36,13 @@ from mm.models.language import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """Where one item's kept tokens lie, counted from the item's first position.
+    """The rotary positions of one item's kept tokens, counted from the item's first position.
 
     Attributes:
-        offsets: (P, N) int64, or (1, N) where all rows are equal.
-        advance: How far behind the item's first position the text goes on, whatever was dropped.
-        token_ids: (N,) ids of an item that brings text of its own, with placeholders where its kept tokens stand; None
-            where all rows are tokens.
+        offsets: (P, N) int64, or (1, N) where all P rows are equal.
+        advance: Position of the text after the item. It does not depend on what was dropped.
+        token_ids: (N,) ids of an item with text of its own, with a placeholder for each kept visual token. None where
+            all N tokens are visual.
     """
 
     offsets: Tensor
@@ -44,19 +50,23 @@ class Placed:
     token_ids: Tensor | None = None
 
 
+class _Processor(Protocol):
+    tokenizer: PreTrainedTokenizerBase
+
+
 class CheckpointFamily(ABC):
-    """Decoder side of a checkpoint: language model, tokenizer, template and splice.
+    """The decoder side of a checkpoint: language model, tokenizer, chat template and splice.
 
     Args:
         folder: Checkpoint in Hugging Face format.
-        device, dtype: Where and in what the language model lives.
+        device, dtype: Of the language model.
     """
 
     num_position_rows: ClassVar[int] = 1
-    """Rows of a prompt's positions: 3 for M-RoPE, also where they are equal."""
+    """Rows of a prompt's positions: 1, or 3 for M-RoPE."""
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        self.config = read_model_config(folder)
         self.tokenizer, template = self.load_tokenizer(folder)
         self.language = LanguageModel(folder, self.config, device, dtype)
         self.folder = folder
@@ -66,36 +76,37 @@ class CheckpointFamily(ABC):
         self.max_context_tokens: int = self.language.config.max_position_embeddings
         self.eos_token_ids = self._eos_token_ids()
 
-    def load_tokenizer(self, folder: Path) -> tuple[Any, str | None]:
-        """The tokenizer and the chat template, None for the tokenizer's own."""
-        processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    def load_tokenizer(self, folder: Path) -> tuple[PreTrainedTokenizerBase, str | None]:
+        """The tokenizer and the chat template. Without a template, the tokenizer's own is used."""
+        processor = cast("_Processor", AutoProcessor.from_pretrained(folder, local_files_only=True))  # pyright: ignore[reportUnknownMemberType]
         return processor.tokenizer, getattr(processor, "chat_template", None)
 
     @abstractmethod
     def placeholders(self) -> Mapping[int, Kind]:
-        """Token id to the kind of item that it stands for; one such token in a rendered template is one item."""
+        """Token id to the kind of item that it stands for. Each such token in a rendered template is one item."""
 
     @abstractmethod
     def place(self, tokens: VisualTokens) -> Placed:
-        """Where an item's kept tokens lie."""
+        """The positions of an item's kept tokens."""
 
     @property
     def text_tokenizer(self) -> Tokenizer:
         """The Rust tokenizer, for incremental decoding."""
-        return self.tokenizer.backend_tokenizer
+        return cast(PreTrainedTokenizerFast, self.tokenizer).backend_tokenizer
 
     @property
     def placeholder_ids(self) -> frozenset[int]:
-        """Tokens that stand for media in a prompt."""
+        """Ids of the tokens that stand for media in a prompt."""
         return frozenset(self._placeholders)
 
     @property
     def kinds(self) -> frozenset[Kind]:
+        """Kinds of media that the checkpoint takes."""
         return frozenset(self._placeholders.values())
 
     @property
     def default_sampling(self) -> dict[str, float]:
-        """Sampling options from the checkpoint's generation_config.json. `temperature` and `top_p` are always there."""
+        """Sampling options in generation_config.json, by name. `temperature` and `top_p` are always included."""
         options = sampling_options(SamplingParams)
         known = [name for name, declared in options.items() if declared.off is not None]
         named = {name: float(self._generation[name]) for name in known if self._generation.get(name) is not None}
@@ -104,17 +115,20 @@ class CheckpointFamily(ABC):
         return {"temperature": 1.0, "top_p": 1.0} | named
 
     def _eos_token_ids(self) -> frozenset[int]:
-        found = self._generation.get("eos_token_id", self.language.config.eos_token_id)
-        return frozenset(found if isinstance(found, list | tuple) else [] if found is None else [found])
+        found = cast("int | list[int] | None", self._generation.get("eos_token_id", self.language.config.eos_token_id))
+        if found is None:
+            return frozenset()
+        return frozenset([found] if isinstance(found, int) else found)
 
     def splice(self, messages: Sequence[Message], visual: Sequence[VisualTokens]) -> Prompt:
-        """The prompt's rows: text embeddings, with each placeholder replaced by its item's kept tokens.
+        """The prompt: embedded text, with each placeholder replaced by its item's kept tokens.
 
-        Rows keep the positions they have in the unreduced prompt: text behind an image does not move when tokens go.
+        Tokens keep the positions that they have in the unreduced prompt. So the text after an image does not move when
+        visual tokens are dropped.
 
         Raises:
-            InvalidRequest: The template does not place each item once, in order.
-            MediaError: The checkpoint does not take an item's kind.
+            InvalidRequest: The chat template does not render each item once and in order.
+            MediaError: The checkpoint does not take this kind of media.
         """
         for tokens in visual:
             if tokens.kind not in self.kinds:
@@ -143,12 +157,15 @@ def splice(
     place: Callable[[VisualTokens], Placed],
     num_position_rows: int = 1,
 ) -> Prompt:
-    """Rows of `ids` with each placeholder replaced by the next item's kept tokens, at their unreduced positions.
+    """The prompt of `ids` with each placeholder replaced by the next item's kept tokens.
 
     Args:
         ids: Token ids with one placeholder per item, in order.
-        embed: (L,) ids to (L, D) embeddings; decides device and dtype of the prompt.
-        place: Where an item's tokens lie.
+        placeholders: Ids of the placeholders.
+        visual: The items.
+        embed: (L,) ids to (L, D) embeddings. The prompt gets their device and dtype.
+        place: The positions of an item's tokens.
+        num_position_rows: P, rows of the prompt's positions.
     """
     items = iter(visual)
     media = torch.tensor(sorted(placeholders))
@@ -159,10 +176,10 @@ def splice(
         for group in [[token] for token in run] if is_item else [list(run)]:
             tokens = next(items) if is_item else None
             placed = _text(len(group)) if tokens is None else place(tokens)
-            runs.append(_rows(torch.tensor(group), tokens, placed, media, embed))
+            runs.append(_embedded(torch.tensor(group), tokens, placed, media, embed))
             positions.append(placed.offsets.cpu().expand(num_position_rows, -1) + next_position)
             next_position += placed.advance
-    embeddings = torch.cat([rows for _, rows in runs])
+    embeddings = torch.cat([embedded for _, embedded in runs])
     token_ids = torch.cat([run_ids for run_ids, _ in runs])
     return Prompt(
         token_ids=token_ids.to(embeddings.device),
@@ -173,18 +190,19 @@ def splice(
     )
 
 
-def _rows(
+def _embedded(
     group: Tensor, tokens: VisualTokens | None, placed: Placed, media: Tensor, embed: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Ids (N,) and embeddings (N, D) of a run of text, or of an item's kept tokens and its own text."""
+    """Ids (N,) and embeddings (N, D) of a run of text, or of an item: its kept tokens and its own text."""
     if tokens is None:
         return group, embed(group)
     if placed.token_ids is None:
         like = embed(group)
         return group.expand(tokens.num_tokens), tokens.embeddings.to(like.device, like.dtype)
-    rows = embed(placed.token_ids)
-    is_media = torch.isin(placed.token_ids, media).unsqueeze(1).to(rows.device)
-    return placed.token_ids, rows.masked_scatter(is_media, tokens.embeddings.to(rows.device, rows.dtype))
+    embedded = embed(placed.token_ids)
+    is_media = torch.isin(placed.token_ids, media).unsqueeze(1).to(embedded.device)
+    visual = tokens.embeddings.to(embedded.device, embedded.dtype)
+    return placed.token_ids, embedded.masked_scatter(is_media, visual)
 
 
 def in_sequence(tokens: VisualTokens) -> Placed:
@@ -193,18 +211,24 @@ def in_sequence(tokens: VisualTokens) -> Placed:
 
 
 def among_text(item_ids: Sequence[int], placeholder: int, tokens: VisualTokens) -> Placed:
-    """As `in_sequence`, for an item that brings text of its own, which stays whatever is dropped.
+    """As `in_sequence`, for an item with text of its own. The text is kept whatever is dropped.
 
     Args:
-        item_ids: The unreduced item: its text, and `placeholder` once per token, in reading order.
+        item_ids: The unreduced item: its text, and `placeholder` once per visual token, in reading order.
+        placeholder: Id of the placeholder.
     """
     ids = torch.tensor(item_ids)
     cells = torch.nonzero(ids == placeholder).flatten()
     if len(cells) != tokens.num_tokens_in:
-        raise AssertionError(f"{len(cells)} places for an item of {tokens.num_tokens_in} tokens")
+        raise AssertionError(f"{len(cells)} placeholders for an item of {tokens.num_tokens_in} tokens")
     stays = ids != placeholder
     stays[cells[tokens.indices.cpu()]] = True
     return Placed(offsets=torch.nonzero(stays).T, advance=len(ids), token_ids=ids[stays])
+
+
+def read_model_config(folder: Path) -> PretrainedConfig:
+    """The configuration of the whole model."""
+    return cast(PretrainedConfig, AutoConfig.from_pretrained(folder, local_files_only=True))  # pyright: ignore[reportUnknownMemberType]
 
 
 def _text(num_tokens: int) -> Placed:
@@ -212,6 +236,6 @@ def _text(num_tokens: int) -> Placed:
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
-    """What generation_config.json says itself; transformers' defaults are not the checkpoint's wish."""
+    """The values in generation_config.json, without the defaults that transformers would add."""
     path = folder / "generation_config.json"
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -68,7 +68,7 @@ class LanguageModel:
     """
 
     def __init__(self, folder: Path, config: PretrainedConfig, device: str, dtype: torch.dtype) -> None:
-        text = config.get_text_config()
+        text = config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
         if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
             raise BadCheckpoint(
                 str(folder), "has decoder layers without full attention, which this engine cannot drive"
@@ -76,7 +76,7 @@ class LanguageModel:
         tensors = read_tensors(folder, _text_key)
         head = tensors.pop("lm_head.weight", None)
         with torch.device("meta"):
-            module: nn.Module = AutoModel.from_config(text, attn_implementation=ATTENTION)  # pyright: ignore[reportUnknownMemberType]
+            module = cast(nn.Module, AutoModel.from_config(text, attn_implementation=ATTENTION))  # pyright: ignore[reportUnknownMemberType]
         load_module(module, tensors, dtype=dtype, device=device, folder=folder)
         self.model = cast(_TextModel, module)
         # Rotary frequencies are not weights: a module built on the meta device has none until it is built again.

@@ -125,7 +125,7 @@ class ModuleLayer:
         project = inner.get_submodule(f"{which}_proj")
         norm = cast(nn.Module, getattr(inner, f"{which}_norm", nn.Identity()))
         projected: Tensor = project(self._module.get_submodule("input_layernorm")(hidden))
-        return rotate(norm(projected.unflatten(-1, (-1, self._head_dim))), *rotary)
+        return rotate(norm(_heads(projected, self._head_dim)), *rotary)
 
 
 class _SelfAttention(Protocol):
@@ -179,7 +179,7 @@ class FusedLayer:
 
     def _before_attention(self, hidden: Tensor) -> Tensor:
         """(T, D) to queries, keys and values (T, H + 2 * H_kv, d)."""
-        return self._qkv(self._norm(hidden, 0)).unflatten(-1, (-1, self._head_dim))
+        return _heads(self._qkv(self._norm(hidden, 0)), self._head_dim)
 
     def _after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = self._out.add_to(hidden, attended.flatten(1))
@@ -202,12 +202,17 @@ class FusedLayer:
         return self._rotated(slice(self._num_queries, middle), hidden, rotary)
 
     def _rotated(self, part: slice, hidden: Tensor, rotary: Rotary) -> Tensor:
-        heads = self._qkv.part(self._norm(hidden, 0), part)
-        return rotate(heads.unflatten(-1, (-1, self._head_dim)), *rotary)
+        projected = self._qkv.part(self._norm(hidden, 0), part)
+        return rotate(_heads(projected, self._head_dim), *rotary)
 
     def _norm(self, hidden: Tensor, which: int) -> Tensor:
         weight, epsilon = self._norms[which]
         return nn.functional.rms_norm(hidden, (hidden.shape[-1],), weight, epsilon)
+
+
+def _heads(projected: Tensor, head_dim: int) -> Tensor:
+    """(T, H * d) to (T, H, d)."""
+    return cast(Tensor, projected.unflatten(-1, (-1, head_dim)))
 
 
 def _join(*parts: nn.Linear) -> PackedLinear:

@@ -1,17 +1,17 @@
-"""Speculation: what drafters propose, what they observe, and what they promise.
+"""The interface of drafters: what they propose, what they observe, and what the engine expects of them.
 
-A drafter is a plugin in three stages, so that each thing lives as long as it should:
+A drafter is a plugin with three stages, one for each lifetime:
 
-    drafter = create("drafter", "copy", min_match=3)     # immutable options, shared by everyone
+    drafter = create("drafter", "copy", min_match=3)     # immutable options, shared by all engines
     loaded = drafter.load(target)                        # weights and tables, one per engine
-    session = loaded.open(prompt, private=False)         # what it knows of one answer
+    session = loaded.open(prompt, private=False)         # the state of one sequence
 
-    drafts = loaded.propose(sessions, budgets)           # before a pass, for all answers that may draft
-    loaded.observe(sessions, observations)               # after it, for answers that are asked for a draft next
+    drafts = loaded.propose(sessions, budgets)           # before a step, for the sequences that may draft
+    loaded.observe(sessions, observations)               # after it, for the sequences that draft next
 
-The target checks a draft in the pass that would have made one token. Row 0 of that pass is the *root*, the newest
-token of the answer; row i + 1 is drafted token i. So a round gives at least one token, and however bad a draft is, it
-costs time and changes nothing. Sessions see tensors and token ids, never a model class.
+The target verifies a draft in the step that would have made one token. The first token of that step is the *root*, the
+newest token of the sequence. So every step gives at least one token. A bad draft costs time and changes no output.
+Sessions see tensors and token ids, never a model class.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,17 +27,23 @@ from torch import Tensor
 from mm.data.tokens import Prompt
 from mm.errors import DrafterFault
 
+SessionT = TypeVar("SessionT")
+"""A drafter's own type for the state of one sequence. The engine passes sessions back and never looks into them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A tree of tokens below the root; a chain is a tree with one child each. May be empty.
+    """A tree of tokens below the root. A chain is a tree in which each node has one child. A draft may be empty.
+
+    Node 0 is the root, and node i + 1 is drafted token i.
 
     Attributes:
-        token_ids: (n,) parents before children, siblings in the order in which they are tried. Number the most
-            probable path 1, 2, ... and accepting it moves nothing in the cache.
-        parents: (n,) row of the parent: 0 is the root, i + 1 is drafted token i.
-        path_scores: (n,) estimated probability that a node is reached; lets an engine cut where it pays least.
-        source: Which of several drafters this came from, for figures.
+        token_ids: (n,) parents before children, and siblings in the order in which they are tried. The cache need not
+            move anything if the most probable path comes first, as nodes 1, 2, ...
+        parents: (n,) the parent node of each drafted token.
+        path_scores: (n,) estimated probability that a node is accepted with all its ancestors. The engine uses it to
+            shorten drafts. None where the drafter has no estimate.
+        source: Name of the drafter, for metrics.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -46,8 +52,13 @@ class Draft:
     source: str = ""
 
     @classmethod
-    def chain(cls, token_ids: Sequence[int], **more: Any) -> Draft:
-        return cls(token_ids=tuple(token_ids), parents=tuple(range(len(token_ids))), **more)
+    def chain(
+        cls, token_ids: Sequence[int], *, path_scores: tuple[float, ...] | None = None, source: str = ""
+    ) -> Draft:
+        """A draft in which each token follows the one before it."""
+        return cls(
+            token_ids=tuple(token_ids), parents=tuple(range(len(token_ids))), path_scores=path_scores, source=source
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +66,7 @@ class Draft:
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
-        """(n + 1,) of each row, the root's 0."""
+        """(n + 1,) the depth of each node. The root has depth 0."""
         depths = [0]
         for parent in self.parents:
             depths.append(depths[parent] + 1)
@@ -67,21 +78,21 @@ class Draft:
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
-        """(n + 1,) rows below each row, in the order in which they are tried."""
+        """(n + 1,) the children of each node, in the order in which they are tried."""
         children: list[list[int]] = [[] for _ in range(self.num_tokens + 1)]
         for i, parent in enumerate(self.parents):
             children[parent].append(i + 1)
         return tuple(map(tuple, children))
 
     def mask(self) -> Tensor:
-        """(n + 1, n + 1) bool: row i sees row j where j is i itself or an ancestor of it."""
+        """(n + 1, n + 1) bool: entry (i, j) is true where node j is node i or an ancestor of it."""
         mask = torch.eye(self.num_tokens + 1, dtype=torch.bool)
         for i, parent in enumerate(self.parents):
             mask[i + 1] |= mask[parent]
         return mask
 
     def cut(self, num_tokens: int) -> Draft:
-        """The first `num_tokens` nodes: parents come first, so what is left is a tree."""
+        """The first `num_tokens` tokens. Parents come before children, so the result is a tree."""
         if num_tokens >= self.num_tokens:
             return self
         return Draft(
@@ -92,10 +103,10 @@ class Draft:
         )
 
     def check(self, vocab: int, budget: DraftBudget) -> None:
-        """Refuse what cannot be verified.
+        """Check that the draft is a tree within its budget and the vocabulary.
 
         Raises:
-            DrafterFault: Names what is wrong.
+            DrafterFault: It is not. The message names the reason.
         """
         if len(self.parents) != len(self.token_ids):
             raise DrafterFault(self.source, f"gave {len(self.token_ids)} tokens with {len(self.parents)} parents")
@@ -104,13 +115,14 @@ class Draft:
         if any(not 0 <= token < vocab for token in self.token_ids):
             raise DrafterFault(self.source, f"gave a token outside of the vocabulary of {vocab}")
         if self.num_tokens > budget.max_tokens or max(self.depths) > budget.max_depth:
-            allowed = f"{budget.max_tokens} tokens in {budget.max_depth} levels"
             raise DrafterFault(
-                self.source, f"gave {self.num_tokens} in {max(self.depths)} where it was allowed {allowed}"
+                self.source,
+                f"gave {self.num_tokens} tokens in {max(self.depths)} levels; its budget was {budget.max_tokens} "
+                f"tokens in {budget.max_depth} levels",
             )
-        siblings = [tuple(self.token_ids[row - 1] for row in rows) for rows in self.children]
+        siblings = [tuple(self.token_ids[node - 1] for node in nodes) for nodes in self.children]
         if any(len(set(tokens)) < len(tokens) for tokens in siblings):
-            raise DrafterFault(self.source, "gave siblings of the same token")
+            raise DrafterFault(self.source, "gave siblings with the same token")
 
 
 NO_DRAFT = Draft()
@@ -118,14 +130,14 @@ NO_DRAFT = Draft()
 
 @dataclass(frozen=True, kw_only=True)
 class DraftBudget:
-    """What one proposal may be.
+    """The limits of one draft, and how its sequence is sampled.
 
     Attributes:
-        max_tokens: Nodes; 0 asks for an empty draft.
-        max_depth: Levels below the root.
-        temperature: Of the answer; 0 is greedy.
-        key: (seed, choice, position of the next token): the verifier draws the token at depth d with the noise of
-            (seed, choice, position + d - 1), see `mm.engine.sampling.noise`. A draft may use that very noise.
+        max_tokens: Most tokens. With 0, the draft has to be empty.
+        max_depth: Most levels below the root.
+        temperature: Temperature of the sequence; 0 is greedy.
+        key: (seed, choice, position of the next token). The verifier samples the token at depth d with the noise of
+            (seed, choice, position + d - 1), see `mm.engine.sampling.noise`. A drafter may use the same noise.
     """
 
     max_tokens: int
@@ -136,35 +148,36 @@ class DraftBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What one answer learned since it was observed before: first from its prompt, then from passes that gave tokens.
+    """What happened to one sequence since its session observed something: its prompt first, then new tokens.
 
-    An answer that is not asked for drafts is not observed; one observation then tells of several passes. Of those in
-    between there may be no states, since keeping them costs time.
+    A sequence that does not draft is not observed. So one observation may cover several steps. Hidden states of the
+    steps in between may be missing, because capturing them costs time.
 
-    The *rows* of an answer are its prompt's, then one per token of the answer, without the newest: that is the root
-    of the next round and has been through no pass yet. Row r is followed by the token of row r + 1; together they are
-    what a feature drafter is fed. Its rotary position is `prompt.positions[:, r]`, after the prompt
-    `prompt.next_position + r - prompt.length`.
+    Tokens are counted from the start of the sequence, the prompt included. The newest token is the next root: the
+    target has not run it, so it has no state. Token t is followed by token t + 1; the state of the one and the id of
+    the other are a feature drafter's input. The rotary position of token t is `prompt.positions[:, t]`. After the
+    prompt it is `prompt.next_position + t - prompt.length`.
 
     Attributes:
-        token_ids: (k,) tokens that became part of the answer, in order; the last one is the new root.
-        rows: (r,) int64, ascending: rows whose states are in `hidden`; the last one gave `token_ids[-1]`. After the
-            prompt: its rows, without those that the prefix cache held or that a reducer dropped inside the decoder.
-            Later: the rows that gave `token_ids`, the last of them at least. Empty when the drafter needs no states.
-        hidden: State name, as in `Drafter.needs`, to (r, D).
-        row_token_ids: (n + 1,) tokens of the newest pass's rows, the rejected ones too: first the rows off the accepted
-            path, in order, then those on it, so that what came last is true.
-        row_top_ids: (n + 1, k) int64, the ids of their largest logits in descending order; None unless needed.
-        num_drafted, num_accepted: In the newest pass: tokens of the draft that was verified, and those of
-            them that were right.
-        is_prompt: Whether the prompt has just gone in.
+        token_ids: (k,) new tokens in order. The last one is the new root.
+        token_indices: (r,) int64, ascending: the tokens with states in `hidden`. The last one is the token before
+            `token_ids[-1]`. After the prompt: its tokens, without those that came from the prefix cache or were pruned
+            inside the decoder. Later: the tokens that `token_ids` were sampled from, or at least the last of them.
+            Empty when the drafter needs no states.
+        hidden: Name of a state, as in `Drafter.needs`, to (r, D).
+        step_token_ids: (n + 1,) the tokens of the newest step, with the rejected ones. Tokens off the accepted path
+            come first, then those on it. So the last entry for a token is the valid one.
+        step_top_ids: (n + 1, k) int64, the ids of each such token's largest logits, in descending order. None unless
+            the drafter needs them.
+        num_drafted, num_accepted: How many drafted tokens the newest step verified, and how many it accepted.
+        is_prompt: Whether this is the observation right after the prompt.
     """
 
     token_ids: tuple[int, ...]
-    rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    token_indices: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     hidden: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    row_token_ids: tuple[int, ...] = ()
-    row_top_ids: Tensor | None = None
+    step_token_ids: tuple[int, ...] = ()
+    step_top_ids: Tensor | None = None
     num_drafted: int = 0
     num_accepted: int = 0
     is_prompt: bool = False
@@ -172,13 +185,13 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftTarget:
-    """The model that drafts are for, as far as drafters may know it.
+    """The model that a drafter drafts for.
 
     Attributes:
-        name: The checkpoint's folder, in which trained weights are found.
-        embed: (n,) token ids to (n, D), the target's own table.
-        head_weight: (vocab, D): logits are its product with the state "last_hidden".
-        placeholder_ids: Tokens that stand for media in a prompt; never to be proposed.
+        name: The checkpoint's folder. Trained drafters are looked up in it.
+        embed: (n,) token ids to (n, D), the target's embedding table.
+        head_weight: (vocab, D). The logits are its product with the state "last_hidden".
+        placeholder_ids: Tokens that stand for media in a prompt. A drafter must not propose them.
     """
 
     name: str
@@ -192,38 +205,38 @@ class DraftTarget:
     placeholder_ids: frozenset[int] = frozenset()
 
 
-class LoadedDrafter(Protocol):
-    """A drafter with its weights and tables, for one engine, whose thread is the only one that calls it."""
+class LoadedDrafter(Protocol[SessionT]):
+    """A drafter with its weights and tables, for one engine. Only the engine's thread calls it."""
 
-    def open(self, prompt: Prompt, *, private: bool = False) -> Any:
-        """A session for one answer to `prompt`. `observe` follows once the prompt is in.
+    def open(self, prompt: Prompt, *, private: bool = False) -> SessionT:
+        """A session for one sequence. `observe` is called once the prompt is computed.
 
         Args:
-            private: The answer may neither read from nor leave traces in what answers share.
+            private: The session must not read or write state that sequences share.
         """
         ...
 
-    def propose(self, sessions: Sequence[Any], budgets: Sequence[DraftBudget]) -> list[Draft]:
-        """A draft for each, from what was observed so far. Changes nothing that a later answer could notice."""
+    def propose(self, sessions: Sequence[SessionT], budgets: Sequence[DraftBudget]) -> list[Draft]:
+        """One draft per session, from what it observed. Must not change what later sequences observe or get."""
         ...
 
-    def observe(self, sessions: Sequence[Any], seen: Sequence[Observation]) -> None:
-        """Take note, for each session, of what its answer was given since it was observed before."""
+    def observe(self, sessions: Sequence[SessionT], seen: Sequence[Observation]) -> None:
+        """Take one observation per session."""
         ...
 
-    def close(self, session: Any) -> None:
-        """The answer is over or was given up."""
+    def close(self, session: SessionT) -> None:
+        """End a session: its sequence is finished or was aborted."""
         ...
 
 
 class Drafter(Protocol):
-    """A plugin that proposes tokens ahead of the decoder. Immutable; options are its dataclass fields.
+    """A plugin that proposes tokens before the target computes them. It is immutable; its options are dataclass fields.
 
     Attributes:
-        needs: What observations have to hold beside tokens: "last_hidden" (the state after the final norm, from which
-            the head makes logits), "hidden:3" (the input of decoder layer 3, counted from 0), "top_ids:8" (the ids of
-            each verified row's 8 largest logits).
-            One whose weights decide says it when it is loaded, by an attribute `needs` of what `load` gives.
+        needs: What observations have to hold besides tokens. "last_hidden" is the state after the final norm, from
+            which the head computes logits. "hidden:3" is the input of decoder layer 3, counted from 0. "top_ids:8" are
+            the ids of the 8 largest logits of each verified token. A drafter whose needs depend on its weights gives
+            them as the attribute `needs` of what `load` returns.
         trained: Whether it has weights that belong to one target.
     """
 
@@ -233,11 +246,11 @@ class Drafter(Protocol):
     @property
     def trained(self) -> bool: ...
 
-    def load(self, target: DraftTarget) -> LoadedDrafter:
-        """Make ready for a target.
+    def load(self, target: DraftTarget) -> LoadedDrafter[Any]:
+        """Load weights and tables for a target. Only what is returned knows the type of its sessions.
 
         Raises:
-            IncompatiblePlugin: It cannot draft for this model.
+            IncompatiblePlugin: The drafter cannot draft for this model.
         """
         ...
 

@@ -78,10 +78,10 @@ class Driven:
         num_tops = max((int(need.partition(":")[2]) for need in self.needs if need.startswith("top_ids:")), default=0)
         return Observation(
             token_ids=token_ids,
-            rows=torch.arange(first, first + count) if states else torch.zeros(0, dtype=torch.int64),
+            token_indices=torch.arange(first, first + count) if states else torch.zeros(0, dtype=torch.int64),
             hidden={name: torch.randn(count, width, generator=drawn) for name in states},
-            row_token_ids=token_ids if num_tops else (),
-            row_top_ids=(50 + torch.arange(len(token_ids) * num_tops)).view(-1, num_tops) if num_tops else None,
+            step_token_ids=token_ids if num_tops else (),
+            step_top_ids=(50 + torch.arange(len(token_ids) * num_tops)).view(-1, num_tops) if num_tops else None,
             is_prompt=first == 0,
         )
 

@@ -199,7 +199,7 @@ def test_drafters_see_the_states_they_ask_for(folder):
         seen = [observation for other, observation in loaded.seen if other is prompt]
         assert seen[0].is_prompt
         assert not any(one.is_prompt for one in seen[1:])
-        rows = torch.cat([one.rows for one in seen])
+        rows = torch.cat([one.token_indices for one in seen])
         assert (rows[1:] > rows[:-1]).all()
         assert rows[-1] < prompt.length + 12
         text = (~prompt.is_visual).nonzero().squeeze(1)
@@ -208,9 +208,13 @@ def test_drafters_see_the_states_they_ask_for(folder):
             count = len(one.token_ids)
             states = one.hidden["last_hidden"][-count:]
             assert (states @ head.T).argmax(-1).tolist() == list(one.token_ids)
-            assert one.hidden["hidden:1"].shape == one.hidden["last_hidden"].shape == (len(one.rows), head.shape[1])
-            assert one.row_top_ids is not None
-            assert one.row_top_ids[-count:, 0].tolist() == list(one.token_ids)
+            assert (
+                one.hidden["hidden:1"].shape
+                == one.hidden["last_hidden"].shape
+                == (len(one.token_indices), head.shape[1])
+            )
+            assert one.step_top_ids is not None
+            assert one.step_top_ids[-count:, 0].tolist() == list(one.token_ids)
             assert one.num_accepted == (0 if one.is_prompt else count - 1)
         said = torch.tensor([token for one in seen for token in one.token_ids])[:-1]
         whole = torch.cat([prompt.embeddings, reference.get_input_embeddings()(said)]).unsqueeze(0)
@@ -248,9 +252,9 @@ def test_states_are_those_of_their_rows_however_late_a_drafter_is_asked(folder, 
         with torch.no_grad():
             expected = reference(inputs_embeds=whole, position_ids=places).last_hidden_state[0]
         assert seen[0].is_prompt
-        assert seen[0].rows.tolist() == list(range(len(seen[0].rows)))
-        assert len(seen[0].rows) >= prompt.length
-        rows = torch.cat([one.rows for one in seen])
+        assert seen[0].token_indices.tolist() == list(range(len(seen[0].token_indices)))
+        assert len(seen[0].token_indices) >= prompt.length
+        rows = torch.cat([one.token_indices for one in seen])
         assert (rows[1:] > rows[:-1]).all()
         num_late += len(rows) < prompt.length + sum(len(one.token_ids) for one in seen) - 1
         torch.testing.assert_close(

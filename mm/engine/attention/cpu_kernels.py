@@ -222,7 +222,7 @@ def _attend_for(dim: int, size: int) -> Kernel:
 def _compile(function: Any, name: str, **options: Any) -> Kernel:
     """Compile on first use for each dtype, and keep the result on disk where a folder can be written."""
     copy = FunctionType(function.__code__, function.__globals__, name, None, function.__closure__)
-    copy.__qualname__ = name  # by which the copies on disk are told apart
+    copy.__qualname__ = name  # names the copy on disk
     options = {"fastmath": True, "nogil": True, "error_model": "numpy"} | options
     try:
         return numba.njit(cache=True, **options)(copy)

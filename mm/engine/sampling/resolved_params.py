@@ -12,7 +12,7 @@ from mm.data.sampling_params import Floor, SamplingParams, sampling_options
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSamplingParams:
-    """What a request's sampler reads. The defaults sample greedily and change no logit.
+    """The parameters that the sampler reads. The defaults sample greedily and change no logit.
 
     Attributes:
         temperature: 0 is greedy.
@@ -22,7 +22,7 @@ class ResolvedSamplingParams:
         logit_bias: (token id, value) pairs.
         seed: Key of the noise.
         min_tokens: Before this many tokens, none of `ending_token_ids` is sampled.
-        ending_token_ids: Tokens that end the answer.
+        ending_token_ids: Tokens that end the text.
         num_logprobs: How many of the most probable tokens are returned with each sampled one. None returns no
             log-probabilities at all.
     """
@@ -52,7 +52,7 @@ class ResolvedSamplingParams:
 def resolve(
     sampling: SamplingParams, defaults: Mapping[str, float], eos_token_ids: frozenset[int]
 ) -> ResolvedSamplingParams:
-    """Fill in what a request leaves open.
+    """Fill in the values that a request does not give.
 
     Args:
         defaults: The checkpoint's own values, by option name.
@@ -73,7 +73,8 @@ def resolve(
             for name, declared in options.items()
             if declared.floor is not None and values[name] != declared.off
         ),
-        ending_token_ids=frozenset(sampling.stop_token_ids) | (eos_token_ids if not sampling.ignore_eos else set()),
+        ending_token_ids=frozenset(sampling.stop_token_ids)
+        | (eos_token_ids if not sampling.ignore_eos else frozenset[int]()),
         num_logprobs=sampling.top_logprobs if sampling.logprobs else None,
     )
 

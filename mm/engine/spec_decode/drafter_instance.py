@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 from mm.engine.spec_decode.controller import Controller
 from mm.errors import IncompatiblePlugin
@@ -30,7 +31,7 @@ class DrafterInstance:
     """
 
     spec: str
-    loaded: LoadedDrafter
+    loaded: LoadedDrafter[Any]
     controller: Controller
     clock: Callable[[], float]
     states: frozenset[str]

@@ -16,7 +16,7 @@ def observe_prompt(seq: Sequence, spec: SpecState) -> Observation:
     """The prompt and the first token of a sequence that has gone on since, without being observed."""
     rows, hidden = spec.take(stop=seq.num_prompt_tokens)
     spec.num_observed = 1
-    return Observation(token_ids=tuple(seq.output.token_ids[:1]), rows=rows, hidden=hidden, is_prompt=True)
+    return Observation(token_ids=tuple(seq.output.token_ids[:1]), token_indices=rows, hidden=hidden, is_prompt=True)
 
 
 def observe_step(result: StepResult, spec: SpecState, logits: Tensor) -> Observation:
@@ -29,7 +29,7 @@ def observe_step(result: StepResult, spec: SpecState, logits: Tensor) -> Observa
     rows, hidden = spec.take()
     seen = Observation(
         token_ids=tuple(token_ids[spec.num_observed :]),
-        rows=rows,
+        token_indices=rows,
         hidden=hidden,
         num_drafted=result.verification.draft.num_tokens,
         num_accepted=result.verification.num_accepted,
@@ -48,6 +48,6 @@ def _with_top_ids(seen: Observation, result: StepResult, logits: Tensor, num_top
     rows = logits[[result.first_row + row for row in order]]
     return replace(
         seen,
-        row_token_ids=tuple(tokens[row] for row in order),
-        row_top_ids=rows.topk(min(num_top_ids, rows.shape[1])).indices,
+        step_token_ids=tuple(tokens[row] for row in order),
+        step_top_ids=rows.topk(min(num_top_ids, rows.shape[1])).indices,
     )

@@ -1,8 +1,8 @@
-"""Idefics3 and SmolVLM: a picture as crops and a whole, each behind a tag that says which, one-dimensional positions.
+"""Idefics3 and SmolVLM: a picture is split into crops, each with a tag of its own. Positions are one-dimensional.
 
-A large picture is seen in rows and columns of square crops, then once as a whole. In the prompt each of these is a tag
-such as `<row_1_col_2>`, then its tokens; these texts stay when tokens are dropped. Pictures only: clips of SmolVLM are
-not taken.
+A large picture is encoded as rows and columns of square crops, and once as a whole. In the prompt, each of these is a
+tag such as `<row_1_col_2>` and then its tokens. The tags are kept when tokens are dropped. Only pictures are supported,
+not the clips of SmolVLM.
 """
 
 from __future__ import annotations
@@ -10,50 +10,57 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol, cast
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mm.data.media import Kind
 from mm.data.tokens import VisualTokens
+from mm.models.chat import tokenize
 from mm.models.family import CheckpointFamily, Placed, among_text
 
 AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
 
 
-class Idefics3(CheckpointFamily):
-    """Decoder side of an Idefics3 or SmolVLM checkpoint: language model, tokenizer, template, splice among tags.
+class _Config(Protocol):
+    image_token_id: int
 
-    Args:
-        folder: Checkpoint in Hugging Face format.
-        device, dtype: Where and in what the language model lives.
-    """
+
+class Idefics3(CheckpointFamily):
+    """The decoder side of an Idefics3 or SmolVLM checkpoint."""
 
     model_types: ClassVar[frozenset[str]] = frozenset({"idefics3", "smolvlm"})
 
-    def load_tokenizer(self, folder: Path) -> tuple[Any, str | None]:
-        """Without the processor: SmolVLM's cannot be made without a package (num2words) that only its clips use."""
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True), chat_template(folder)
+    def load_tokenizer(self, folder: Path) -> tuple[PreTrainedTokenizerBase, str | None]:
+        """As in the base class, without a processor: SmolVLM's needs num2words, a package that only its clips use."""
+        tokenizer = cast(
+            PreTrainedTokenizerBase,
+            AutoTokenizer.from_pretrained(folder, local_files_only=True),  # pyright: ignore[reportUnknownMemberType]
+        )
+        return tokenizer, chat_template(folder)
 
     def placeholders(self) -> Mapping[int, Kind]:
-        return {self.config.image_token_id: "image"}
+        return {self._image_token_id: "image"}
+
+    @property
+    def _image_token_id(self) -> int:
+        return cast(_Config, self.config).image_token_id
 
     def place(self, tokens: VisualTokens) -> Placed:
         _, height, width = tokens.grid
-        text = item_text(
-            tokens.crops, self.tokenizer.convert_ids_to_tokens(self.config.image_token_id) * height * width
-        )
-        # Text between control tokens is tokenised apart from what is around them, so an item can be by itself.
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return among_text(ids, self.config.image_token_id, tokens)
+        image_token = cast(str, self.tokenizer.convert_ids_to_tokens(self._image_token_id))
+        text = item_text(tokens.crops, image_token * height * width)
+        # Control tokens separate an item from the text around it, so it can be tokenised alone.
+        ids = tokenize(self.tokenizer, text, add_special_tokens=False)
+        return among_text(ids, self._image_token_id, tokens)
 
 
 def item_text(crops: tuple[int, int] | None, cells: str) -> str:
-    """What a picture is in the prompt, as `replace_image_token` of transformers' processors writes it.
+    """The text of a picture in the prompt, as `replace_image_token` of transformers' processors writes it.
 
     Args:
-        crops: Rows and columns of crops; None when there is the whole only.
-        cells: The placeholder, once per token of a crop.
+        crops: Rows and columns of crops. None where the picture is only encoded as a whole.
+        cells: The placeholder, repeated once per token of a crop.
     """
     rows, columns = crops or (0, 0)
     lines = [
@@ -64,7 +71,7 @@ def item_text(crops: tuple[int, int] | None, cells: str) -> str:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The folder's chat template where a file of its own holds it."""
+    """The chat template of a checkpoint that has a file for it, else None."""
     if (plain := folder / "chat_template.jinja").is_file():
         return plain.read_text()
     legacy = folder / "chat_template.json"

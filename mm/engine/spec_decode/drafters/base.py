@@ -1,30 +1,33 @@
-"""What drafters share: requests one by one where nothing is gained by taking them together."""
+"""A base class for drafters whose sessions work one by one, without gaining anything from a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 from mm.plugins.drafter import Draft, DraftBudget, Observation
 
 
 class DraftSession(Protocol):
-    """One answer's drafting."""
+    """A session that drafts and observes by itself."""
 
     def propose(self, budget: DraftBudget) -> Draft: ...
 
     def observe(self, seen: Observation) -> None: ...
 
 
-class OneByOne:
-    """A loaded drafter whose sessions do everything themselves. Batched ones are tested against this loop."""
+DraftSessionT = TypeVar("DraftSessionT", bound=DraftSession)
 
-    def propose(self, sessions: Sequence[DraftSession], budgets: Sequence[DraftBudget]) -> list[Draft]:
+
+class OneByOne(Generic[DraftSessionT]):
+    """A loaded drafter that calls its sessions one after another."""
+
+    def propose(self, sessions: Sequence[DraftSessionT], budgets: Sequence[DraftBudget]) -> list[Draft]:
         return [session.propose(budget) for session, budget in zip(sessions, budgets, strict=True)]
 
-    def observe(self, sessions: Sequence[DraftSession], seen: Sequence[Observation]) -> None:
+    def observe(self, sessions: Sequence[DraftSessionT], seen: Sequence[Observation]) -> None:
         for session, observation in zip(sessions, seen, strict=True):
             session.observe(observation)
 
-    def close(self, session: Any) -> None:
-        """Nothing is kept outside of the session."""
+    def close(self, session: DraftSessionT) -> None:
+        """Do nothing: all state is in the session."""

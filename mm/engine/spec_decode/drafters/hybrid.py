@@ -1,7 +1,7 @@
-"""Several drafters, the first of which that has something to propose is heard.
+"""Several drafters in an order: each sequence takes the draft of the first one that proposes something.
 
-So an answer copies where it repeats something and is drafted by a model where it does not, as SAM-Decoding does with
-its fallback (Hu et al. 2024). All of them observe everything, since nobody knows who will be asked next.
+So a sequence copies where it repeats something, and a model drafts for it elsewhere, as in SAM-Decoding with its
+fallback (Hu et al. 2024). Every stage observes every sequence, since any of them may draft next.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from mm.plugins.drafter import NO_DRAFT, Draft, DraftBudget, Drafter, DraftTarge
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid:
-    """Copies when it can and drafts otherwise: the first of `stages` that proposes something.
+    """Takes the draft of the first of `stages` that proposes something.
 
     Attributes:
-        stages: Drafters, the one that is asked first in front. In a specification: `copy + recycle`.
+        stages: Drafters in the order in which they are asked. In a specification: `copy + recycle`.
     """
 
     stages: tuple[Drafter, ...] = ()
@@ -31,7 +31,7 @@ class Hybrid:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset().union(*(stage.needs for stage in self.stages))
+        return frozenset(need for stage in self.stages for need in stage.needs)
 
     @property
     def trained(self) -> bool:
@@ -42,31 +42,31 @@ class Hybrid:
 
 
 class LoadedHybrid:
-    """Its sessions are lists: one session of each stage."""
+    """The loaded stages. A session is a list with one session of each stage."""
 
-    def __init__(self, drafters: Sequence[Drafter], stages: Sequence[LoadedDrafter]) -> None:
+    def __init__(self, drafters: Sequence[Drafter], stages: Sequence[LoadedDrafter[Any]]) -> None:
         self._stages = stages
         needs = [getattr(stage, "needs", drafter.needs) for drafter, stage in zip(drafters, stages, strict=True)]
         self.needs: frozenset[str] = frozenset().union(*needs)
 
-    def open(self, prompt: Prompt, *, private: bool = False) -> list[Any]:
+    def open(self, prompt: Prompt, *, private: bool = False) -> list[object]:
         return [stage.open(prompt, private=private) for stage in self._stages]
 
-    def propose(self, sessions: Sequence[list[Any]], budgets: Sequence[DraftBudget]) -> list[Draft]:
+    def propose(self, sessions: Sequence[list[object]], budgets: Sequence[DraftBudget]) -> list[Draft]:
         found = [NO_DRAFT] * len(sessions)
         for i, stage in enumerate(self._stages):
-            asked = [at for at, draft in enumerate(found) if not draft.num_tokens]
-            if not asked:
+            without = [at for at, draft in enumerate(found) if not draft.num_tokens]
+            if not without:
                 break
-            drafts = stage.propose([sessions[at][i] for at in asked], [budgets[at] for at in asked])
-            for at, draft in zip(asked, drafts, strict=True):
+            drafts = stage.propose([sessions[at][i] for at in without], [budgets[at] for at in without])
+            for at, draft in zip(without, drafts, strict=True):
                 found[at] = draft
         return found
 
-    def observe(self, sessions: Sequence[list[Any]], seen: Sequence[Observation]) -> None:
+    def observe(self, sessions: Sequence[list[object]], seen: Sequence[Observation]) -> None:
         for i, stage in enumerate(self._stages):
             stage.observe([session[i] for session in sessions], seen)
 
-    def close(self, session: list[Any]) -> None:
+    def close(self, session: list[object]) -> None:
         for stage, own in zip(self._stages, session, strict=True):
             stage.close(own)

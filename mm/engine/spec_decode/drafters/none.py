@@ -1,4 +1,4 @@
-"""No drafts: what every drafter is compared with."""
+"""No drafts: the baseline that every drafter is compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mm.plugins.drafter import NO_DRAFT, Draft, DraftBudget, DraftTarget, Observ
 
 @dataclass(frozen=True, kw_only=True)
 class NoDrafts:
-    """Proposes nothing: one token per pass."""
+    """Proposes nothing: each step gives one token."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     trained: ClassVar[bool] = False
@@ -21,14 +21,18 @@ class NoDrafts:
         return LoadedNoDrafts()
 
 
-class LoadedNoDrafts(OneByOne):
-    def open(self, prompt: Prompt, *, private: bool = False) -> NoSession:
-        return NoSession()
-
-
 class NoSession:
+    """A session without state."""
+
     def propose(self, budget: DraftBudget) -> Draft:
         return NO_DRAFT
 
     def observe(self, seen: Observation) -> None:
-        """Nothing is learned."""
+        """Do nothing."""
+
+
+class LoadedNoDrafts(OneByOne[NoSession]):
+    """Opens sessions without state."""
+
+    def open(self, prompt: Prompt, *, private: bool = False) -> NoSession:
+        return NoSession()

@@ -1,8 +1,8 @@
-"""What a text has said before: all substrings of a growing sequence of tokens, in time linear in its length.
+"""A suffix automaton: all substrings of a growing list of tokens, in time linear in its length.
 
-The on-line construction of Blumer et al. (1985). A state stands for all substrings that end at the same places; its
-suffix link leads to the longest suffix that also ends elsewhere. So the link of the newest state is the longest end of
-the text that occurred before, and no second structure has to search for it.
+The on-line construction of Blumer et al. (1985). A state stands for all substrings that end at the same positions. Its
+suffix link leads to the longest suffix that also ends at other positions. So the link of the newest state is the
+longest end of the text that occurred before.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MAX_MARKED = 16
-"""Suffixes whose latest place is noted per token; in "1 1 1 1 ..." there are as many as there are tokens."""
+"""Number of suffixes per token whose latest end is updated. A text like "1 1 1 1" has as many as it has tokens."""
 
 
 class SuffixAutomaton:
-    """Substrings of the tokens so far.
+    """The substrings of the tokens so far.
 
     Attributes:
         tokens: The text.
@@ -36,7 +36,7 @@ class SuffixAutomaton:
         return len(self._next)
 
     def append(self, token: int) -> None:
-        """Go on by a token; about 2 us."""
+        """Append a token, in about 2 us."""
         self._mark()
         following, link, length = self._next, self._link, self._length
         state, new = self._newest, self._add({}, self._length[self._newest] + 1, len(self.tokens), len(self.tokens))
@@ -62,7 +62,7 @@ class SuffixAutomaton:
         return len(self._next) - 1
 
     def _split(self, state: int, token: int, target: int) -> int:
-        """A copy of `target` for those of its substrings that end in more places than the others."""
+        """A copy of `target` for its substrings that now also end at the newest token."""
         copy = self._add(
             dict(self._next[target]), self._length[state] + 1, self._first_end[target], self._last_end[target]
         )
@@ -73,7 +73,7 @@ class SuffixAutomaton:
         return copy
 
     def _mark(self) -> None:
-        """Note that the repeated ends of the text so far end here too."""
+        """Set the latest end of the suffixes that occurred before to the newest token."""
         state, end = self._link[self._newest], len(self.tokens) - 1
         for _ in range(MAX_MARKED):
             if state <= 0:
@@ -81,7 +81,7 @@ class SuffixAutomaton:
             self._last_end[state] = end
             state = self._link[state]
 
-    # ── what the end of the text repeats ──────────────────────────────────────────────────────────────────────────────
+    # ── matches of the end of the text ───────────────────────────────────────────────────────────────────────────────
 
     @property
     def matched(self) -> int:
@@ -92,9 +92,9 @@ class SuffixAutomaton:
         """Index of the last token of an earlier occurrence of the text's end; -1 without one.
 
         Args:
-            longest: Looks for an end of at most this many tokens; None for the longest that occurred before.
-            latest: The last occurrence instead of the first. Where many ends repeat at once, short ones may be told
-                an earlier place than their last.
+            longest: Most tokens of the end that is searched for; None takes the longest that occurred before.
+            latest: The last earlier occurrence instead of the first. A short end may get an earlier occurrence than its
+                last, since `MAX_MARKED` limits how many are updated.
         """
         state = max(self._link[self._newest], 0)
         while longest is not None and self._length[max(self._link[state], 0)] >= longest:
@@ -104,12 +104,15 @@ class SuffixAutomaton:
     # ── matching another text ─────────────────────────────────────────────────────────────────────────────────────────
 
     def follow(self, state: int, matched: int, token: int) -> tuple[int, int]:
-        """Where another text, of which the last `matched` tokens led to `state`, is behind `token`.
+        """The state and the number of matched tokens of another text after one more token.
 
-        Stays right while this automaton grows.
+        The state stays valid while this automaton grows.
+
+        Args:
+            state, matched: Of the text before `token`; (0, 0) at its start.
         """
         while state and matched <= self._length[self._link[state]]:
-            state = self._link[state]  # it was split since
+            state = self._link[state]  # the state was split since
         while state and token not in self._next[state]:
             state = self._link[state]
             matched = self._length[state]
@@ -118,4 +121,5 @@ class SuffixAutomaton:
         return self._next[state][token], matched + 1
 
     def last_end(self, state: int) -> int:
+        """Index of the last token of the latest known occurrence of a state's substrings."""
         return self._last_end[state]

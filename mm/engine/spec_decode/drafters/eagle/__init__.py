@@ -1,1 +1,1 @@
-"""What trained drafters are made of: rows, the layer with its cache, trees, and guessing."""
+"""Trained drafters: their inputs, the network, the draft layer with its cache, and draft trees."""

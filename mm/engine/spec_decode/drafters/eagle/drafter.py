@@ -199,18 +199,18 @@ class LoadedEagle:
         for observation in session.pending:
             states, prompt = self._states(observation), session.prompt
             # Tokens that came while no states were captured have none. They are left out.
-            ids = torch.tensor(observation.token_ids[-max(1, len(observation.rows)) :], device=states.device)
+            ids = torch.tensor(observation.token_ids[-max(1, len(observation.token_indices)) :], device=states.device)
             if observation.is_prompt:
-                context = visual_context(prompt, observation.rows, observation.hidden["last_hidden"])
+                context = visual_context(prompt, observation.token_indices, observation.hidden["last_hidden"])
                 visual = self.network.vision_adapter.compress(context)
                 found.visual = visual.inputs
                 found.positions.append(visual.positions)
                 session.item = context.num_items - 1
                 session.global_feature = None if visual.global_features is None else visual.global_features[-1]
-                features = prompt_features(prompt, ids, observation.rows, states)
+                features = prompt_features(prompt, ids, observation.token_indices, states)
                 found.add(features, features_before(visual.global_features, features.items))
             else:
-                features = generated_features(prompt, ids, observation.rows, states, session.item)
+                features = generated_features(prompt, ids, observation.token_indices, states, session.item)
                 feature = session.global_feature
                 found.add(features, None if feature is None else feature.expand(len(ids), -1))
         session.pending = []

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 from mm.engine.spec_decode.drafters.eagle.vision_adapters import build_vision_adapter
@@ -82,8 +82,8 @@ class Norm(nn.Module):
         super().__init__()
         self.weight, self.epsilon = nn.Parameter(torch.ones(width)), epsilon
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return nn.functional.rms_norm(rows, self.weight.shape, self.weight.to(rows.dtype), self.epsilon)
+    def forward(self, states: Tensor) -> Tensor:
+        return nn.functional.rms_norm(states, self.weight.shape, self.weight.to(states.dtype), self.epsilon)
 
 
 class DraftHead(nn.Module):

@@ -61,7 +61,8 @@ def layer_inputs(network: DraftHead, pending: Sequence[PendingInputs]) -> Tensor
     text = network.inputs(network.vision_adapter.condition(features, global_feature), token_ids)
     if all(one.visual is None for one in pending):
         return text
-    parts = zip(pending, text.split([one.num_text_tokens for one in pending]), strict=True)
+    texts = torch.split(text, [one.num_text_tokens for one in pending])
+    parts = zip(pending, texts, strict=True)
     return torch.cat([part for one, own in parts for part in (one.visual, own) if part is not None])
 
 

@@ -66,7 +66,7 @@ class DynamicTree:
         return sorted(found)
 
     def strike(self, token_ids: Collection[int]) -> None:
-        """Rule out candidates with these tokens, and everything below them."""
+        """Exclude candidates with these tokens, and everything below them."""
         for i, token in enumerate(self.token_ids):
             parent = self.parents[i]
             if token in token_ids or (parent >= 0 and self.scores[parent] == -math.inf):

@@ -122,7 +122,9 @@ class TreeBuilder:
     def _likeliest(
         self, logits: Tensor, budgets: Sequence[DraftBudget], levels: Sequence[int]
     ) -> tuple[list[int], list[float]]:
-        """A token per row, and its probability: the most probable, or at a temperature the one that the noise samples.
+        """A token for each of n rows of logits, and its probability.
+
+        The token is the most probable one, or at a temperature the one that the noise samples.
 
         Args:
             logits: (n, vocab).

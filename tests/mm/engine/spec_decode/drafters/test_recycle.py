@@ -53,8 +53,8 @@ def test_one_round():
     session.observe(
         Observation(
             token_ids=tuple(said),
-            row_token_ids=tuple(tokens[row] for row in order),
-            row_top_ids=LOGITS[order].topk(3).indices,
+            step_token_ids=tuple(tokens[row] for row in order),
+            step_top_ids=LOGITS[order].topk(3).indices,
         )
     )
     assert table.top_ids.tolist() == [[1, 2, 5], [2, 4, 3], [1, 3, 5], [4, 5, 1], [0, 1, 4], [0, 1, 2]]
@@ -88,5 +88,5 @@ def test_a_private_answer_leaves_nothing_behind():
     loaded = LoadedRecycle(Table(6, 3))
     for private in (True, False):
         session = loaded.open(prompt_of([1]), private=private)
-        session.observe(Observation(token_ids=(4,), row_token_ids=(1,), row_top_ids=torch.tensor([[4, 3, 2]])))
+        session.observe(Observation(token_ids=(4,), step_token_ids=(1,), step_top_ids=torch.tensor([[4, 3, 2]])))
         assert (loaded.table.top_ids[1].tolist() == [4, 3, 2]) is not private

@@ -7,7 +7,6 @@ after them. It may lose as much as it likes, since the target verifies every dra
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 from mm.engine.spec_decode.drafters.eagle.vision_adapters.base import AdapterOutput, VisionAdapter, VisualContext
 from mm.errors import InvalidOption, nearest
@@ -22,7 +21,7 @@ VISION_ADAPTERS = {
 """Name to class. A class is imported when it is first used."""
 
 
-def build_vision_adapter(name: str, width: int, **options: Any) -> VisionAdapter:
+def build_vision_adapter(name: str, width: int, **options: object) -> VisionAdapter:
     """The untrained adapter `name` for a drafter of that width.
 
     Raises:

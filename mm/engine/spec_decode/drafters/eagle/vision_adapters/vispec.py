@@ -10,6 +10,8 @@ Differs   With several items, text is conditioned on the item before it; the aut
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +61,8 @@ class GlobalFeatureAdapter(VisionAdapter):
     def pool(self, embeddings: Tensor) -> Tensor:
         """(N, D) to (num_rows + 1, D)."""
         projected: Tensor = self.key_value(embeddings)
-        key, value = projected.unflatten(-1, (2, self.num_heads, -1)).permute(1, 2, 0, 3)
+        key_value = cast(Tensor, projected.unflatten(-1, (2, self.num_heads, -1)))
+        key, value = key_value.permute(1, 2, 0, 3)
         mixed = nn.functional.scaled_dot_product_attention(self.queries.to(key.dtype), key, value)
         return self.out(mixed.transpose(0, 1).flatten(1))
 

@@ -89,7 +89,7 @@ def observations(asked, states, answer=ANSWER, steps=(1, 1, 3, 1)):
     seen = [
         Observation(
             token_ids=(answer[0],),
-            rows=torch.arange(asked.length),
+            token_indices=torch.arange(asked.length),
             hidden={name: state[: asked.length] for name, state in states.items()},
             is_prompt=True,
         )
@@ -98,7 +98,7 @@ def observations(asked, states, answer=ANSWER, steps=(1, 1, 3, 1)):
     for count in steps[1:]:
         rows = torch.arange(asked.length + at - 1, asked.length + at - 1 + count)
         hidden = {name: state[rows] for name, state in states.items()}
-        seen.append(Observation(token_ids=tuple(answer[at : at + count]), rows=rows, hidden=hidden))
+        seen.append(Observation(token_ids=tuple(answer[at : at + count]), token_indices=rows, hidden=hidden))
         at += count
     return seen
 
