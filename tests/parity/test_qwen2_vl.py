@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 import mm
+from mm.config import MediaLimits
 from mm.data.request import Request
 from mm.data.tokens import Prompt
 from mm.encode.pipeline import encode
@@ -80,7 +81,7 @@ def theirs(folder):
 
 
 def request_for(images, clips, **options) -> Request:
-    budget = MediaBudget(mm.api.MediaLimits())
+    budget = MediaBudget(MediaLimits())
     videos = [
         video_from_array(
             item.frames,

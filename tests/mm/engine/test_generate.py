@@ -43,15 +43,15 @@ def test_streamed_text_adds_up_to_the_answer(model):
 
 def test_an_answer_ends_at_the_models_end_token(model):
     free = model.generate("What?", max_new_tokens=6, ignore_eos=True).token_ids[0]
-    family = model.engine.family
-    before, family.eos_token_ids = family.eos_token_ids, frozenset([free[3]])
+    samplers = model.engine._inputs._samplers
+    before, samplers._eos_token_ids = samplers._eos_token_ids, frozenset([free[3]])
     try:
         answer = model.generate("What?", max_new_tokens=6)
         assert answer.token_ids[0] == free[: free.index(free[3]) + 1]
         assert answer.finish_reasons == ("stop",)
         assert len(model.generate("What?", max_new_tokens=6, ignore_eos=True).token_ids[0]) == 6
     finally:
-        family.eos_token_ids = before
+        samplers._eos_token_ids = before
 
 
 def test_stop_strings_end_an_answer_and_are_not_part_of_it(model):

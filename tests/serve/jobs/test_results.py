@@ -138,9 +138,9 @@ def test_files_that_are_not_ours_are_neither_added_to_nor_deleted(tmp_path: Path
     (tmp_path / "captions.jsonl").write_text(line)
     if job_file is not None:
         (tmp_path / "job.json").write_text(job_file)
-    with pytest.raises(JobError, match=r"no job\.json that says"), open_output(tmp_path, SETTINGS):
+    with pytest.raises(JobError, match=r"no job\.json with the settings"), open_output(tmp_path, SETTINGS):
         pass
-    with pytest.raises(JobError, match=r"no job\.json that says"):
+    with pytest.raises(JobError, match=r"no job\.json with the settings"):
         discard(tmp_path)
     assert (tmp_path / "captions.jsonl").read_text() == line
 
