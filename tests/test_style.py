@@ -12,8 +12,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("mm", "pruning", "encoders", "serve")
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 50
-JSON_TYPES = ("dict[str, Any]", "Mapping[str, Any]", "dataclasses.Field[Any]", "NDArray[Any]", "Coroutine[Any, Any, T]")
-"""Where `Any` is meant: JSON, and library types that cannot be written without it."""
+JSON_TYPES = (
+    "dict[str, Any]",
+    "Mapping[str, Any]",
+    "dataclasses.Field[Any]",
+    "NDArray[Any]",
+    "Coroutine[Any, Any, T]",
+    "LoadedDrafter[Any]",
+)
+"""Where `Any` is meant: JSON, library types that need it, and sessions, which only their drafter knows."""
 
 JSON_VALUES = {
     "serve/api": "request and response bodies",
