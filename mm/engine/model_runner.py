@@ -77,7 +77,8 @@ class ModelRunner:
         chunks = self._make_chunks(scheduled.chunks, chunk_ids, embeddings[len(last_ids) :])
         decode = make_decode_batch(scheduled.decode, embeddings[: len(last_ids)])
         if decode is not None:
-            decode.capture = frozenset[str]().union(*(seq.states_to_capture for seq in scheduled.decode))
+            drafting = [seq.spec for seq in scheduled.decode if seq.spec is not None]
+            decode.capture = frozenset[str]().union(*(spec.states_to_capture for spec in drafting))
         started = time.perf_counter()
         logits = self.forward(chunks, decode)
         model_s = time.perf_counter() - started

@@ -70,10 +70,11 @@ class OutputProcessor:
 
     def _decode_results(self, output: StepOutput) -> list[StepResult]:
         results = list[StepResult]()
+        captured = {} if output.decode is None else output.decode.states
         for i, seq in enumerate(output.scheduled.decode):
             seq.num_computed_tokens += 1
-            captured = output.decode.states if output.decode is not None and seq.states_to_capture else {}
-            states = {name: state[i : i + 1] for name, state in captured.items()}
+            has_states = captured and seq.states_to_capture
+            states = {name: state[i : i + 1] for name, state in captured.items()} if has_states else {}
             results.append(StepResult(seq, seq.output.token_ids[-1], i, TreeVerification(), states))
         return results
 

@@ -124,8 +124,13 @@ class Scheduler:
             scheduled.append(self._next_chunk(seq, budget))
             num_blocks += self._num_blocks(scheduled[-1])
             budget -= scheduled[-1].num_tokens
-        decode = [item.seq for item in scheduled if _is_plain_decode(item.seq)]
-        return SchedulerOutput(decode=decode, chunks=[item for item in scheduled if not _is_plain_decode(item.seq)])
+        decode, chunks = list[Sequence](), list[ScheduledChunk]()
+        for item in scheduled:
+            if _is_plain_decode(item.seq):
+                decode.append(item.seq)
+            else:
+                chunks.append(item)
+        return SchedulerOutput(decode=decode, chunks=chunks)
 
     def _with_drafts(
         self, scheduled: list[ScheduledChunk], num_blocks: int, budget: int
@@ -248,7 +253,7 @@ def _order(seq: Sequence) -> tuple[int, int]:
 
 
 def _is_plain_decode(seq: Sequence) -> bool:
-    return seq.is_decoding and not seq.draft.num_tokens
+    return seq.is_decoding and (seq.spec is None or not seq.spec.draft.num_tokens)
 
 
 PRIORITY_LIMIT = 1 << 31

@@ -115,4 +115,4 @@ def test_drafters_are_told_of_the_prompt_however_late_they_are_asked(folder, dra
         for name in drafters:
             assert answers(model, speculation=name) == expected, name
             assert model.engine.stats.spec_decode.num_faults == 0, name
-        assert model.engine.stats.spec_decode.num_drafts > 100
+        assert model.engine.stats.spec_decode.num_drafts > 50
