@@ -93,8 +93,6 @@ class LLMEngine:
             cache, self.prefix_cache, self._scheduler, self.spec_decoder, self._lifecycle, self._counters
         )
 
-    # ── requests ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def submit(
         self, params: Request, media: EncodedMedia, sink: OutputSink, reducer: Reducer | None = None
     ) -> EngineRequest:
@@ -137,8 +135,6 @@ class LLMEngine:
     def close(self) -> None:
         """Stop the threads that compile schemas."""
         self._inputs.close()
-
-    # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def has_work(self) -> bool:
