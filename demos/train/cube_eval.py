@@ -3,21 +3,17 @@
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from demos.train.compare import Answers, answers_by_row, mean_of, paired, summary
 from demos.train.cube_data import Asked, CubeBatches, Prompt, build_prompt, event_frames, frame_tokens
 from demos.train.cubing import CubeNetwork, border_errors, num_borders, uniform_borders
 from demos.train.data.questions import CLIP_KINDS
-from demos.train.frozen import CHECK_SEED, FrozenFeatures
+from demos.train.frozen import FrozenFeatures
 from demos.train.train_lm import run_decoder, splice, to_device
 
 EVENT_TASKS = tuple(f"clip {kind}" for kind in CLIP_KINDS if kind not in ("frames", "color", "where"))
 BATCH = 4
-
-
-def held_out_clips(model: LlavaForConditionalGeneration, count: int) -> FrozenFeatures:
-    return FrozenFeatures.of_seeds(model, 0, count, CHECK_SEED)
 
 
 def true_borders(asked: Asked, count: int) -> list[int]:

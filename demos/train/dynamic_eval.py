@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedTokenizerBase
 
 from demos.train.compare import Answers, answers_by_row, paired, summary
-from demos.train.frozen import CHECK_SEED, FrozenBatches, FrozenFeatures
+from demos.train.frozen import FrozenBatches, FrozenFeatures
 from demos.train.lm_data import Batch
 from demos.train.packing import Packed
 from demos.train.sparse import Decide, Predictors, by_answer, prefill_share, run_sparse
@@ -28,12 +28,12 @@ MEDIUM_TOKENS, LONG_TOKENS = 20, 40  # answers of so many tokens and more are co
 class HeldOut:
     """Questions on held-out scenes and clips, with their features; made once."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, batches: FrozenBatches, scenes: int, clips: int) -> None:
-        self.features = FrozenFeatures.of_seeds(model, scenes, clips, CHECK_SEED)
-        batches, rng = FrozenBatches(batches.tokenizer, self.features.info), np.random.default_rng(22)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, features: FrozenFeatures) -> None:
+        self.features = features
+        batches, rng = FrozenBatches(tokenizer, features.info), np.random.default_rng(22)
         self.batches = [
             batches.draw(kind, list(range(i, min(i + size, count))), rng, unseen=bool((i // size) % 2))
-            for kind, count, size in (("scenes", scenes, 8), ("clips", clips, 2))
+            for kind, count, size in (("scenes", features.info["scenes"], 8), ("clips", features.info["clips"], 2))
             for i in range(0, count, size)
         ]
 

@@ -13,23 +13,21 @@ RUN/cubes gets state.pt, training.jsonl, model.safetensors, decoder.safetensors 
 """
 
 import argparse
-import json
-import time
-from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from demos.train.cube_data import Asked, CubeBatches, Prompt, build_prompt, changed_frames, frame_tokens
-from demos.train.cube_eval import evaluate, held_out_clips
+from demos.train.cube_eval import evaluate
 from demos.train.cubing import CubeNetwork, CubeShape, num_borders, uniform_borders
-from demos.train.frozen import FrozenFeatures, fingerprint, load_base, save_reducer
+from demos.train.frozen import FrozenFeatures, fingerprint, save_reducer
+from demos.train.reducer_training import ReducerTraining, build_parser, main
 from demos.train.train_lm import run_decoder, splice, to_device
-from demos.train.training import Optimisers, append_record, mean_where, save_checkpoint
+from demos.train.training import Optimisers, mean_where
 
 FRAMES_PER_CUBE = (3, 5, 8)
 AUX_WEIGHT, LABEL_WEIGHT = 1e-3, 0.5
@@ -40,7 +38,6 @@ MUON_LR, ADAM_LR = 3e-3, 1e-3
 FREE_FROM = 0.08  # share of the steps after which the decoder is trained too
 WARMUP_STEPS, DECAY_FROM = 40, 0.4
 CLIPS = 4  # per batch
-SAVE_EVERY = 250
 
 
 def noise_at(step: int, num_steps: int) -> float:
@@ -75,77 +72,75 @@ def cut(
     return prompts, logits
 
 
-def learn(
-    model: nn.Module,
-    network: CubeNetwork,
-    batches: CubeBatches,
-    features: FrozenFeatures,
-    args: argparse.Namespace,
-    step: int,
-) -> tuple[Tensor, dict]:
-    """The loss of one step, with what is to be recorded."""
-    rng = np.random.default_rng([31, step])
-    items = rng.integers(features.info["clips"], size=args.batch).tolist()
-    with torch.autocast(args.device, torch.bfloat16):
-        frames = [frame_tokens(model, features, item, args.device) for item in items]
-        prompts, logits = cut(network, frames, rng, noise_at(step, args.steps), args.seed * 1_000_003 + step)
-        asked = [batches.ask(item, rng) for item in items]
-        batch = batches.pack(asked, prompts)
-        packed = to_device(batch.packed, args.device)
-        visual = [prompt.embeddings(model.model.language_model.embed_tokens, batches.digits) for prompt in prompts]
-        states, *_ = run_decoder(model, splice(model, packed, visual), packed, clip=False)
-    losses = F.cross_entropy(states.float(), packed.target_token, reduction="none")
-    answer = mean_where(losses, packed.target_weight)
-    size, label = cubing_losses(logits, asked)
-    record = {
-        "answer_loss": round(answer.item(), 4),
-        "label_loss": round(label.item(), 4),
-        "size": round(size.item(), 3),
-    }
-    return answer + AUX_WEIGHT * size + args.label_weight * label, record
-
-
 # ── run ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def ship(args: argparse.Namespace, model: nn.Module, network: CubeNetwork, step: int, more: dict) -> None:
-    layers = model.model.language_model.layers
-    changed = {f"layers.{n}": p for n, p in layers.named_parameters()} if step > FREE_FROM * args.steps else {}
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
-    config = {"reducer": "cubes", "base": fingerprint(args.base), **network.shape.as_dict()}
-    config |= {"frames_per_cube": list(FRAMES_PER_CUBE), "default_frames_per_cube": FRAMES_PER_CUBE[0]}
-    config |= {"input": "projected frames, pooled 2x2", "timestamps": "frame number, digits before each cube"}
-    config |= {"parameters": {**parts, "decoder": sum(p.numel() for p in changed.values())}}
-    config["decoder_prefix"] = "model.language_model."
-    config["trained"] = {"steps": step, "of_steps": args.steps, "seed": args.seed, "batch": args.batch, **more}
-    config["data"] = {"clips": args.info["clips"], "first_seed": args.info["first_seed"]}
-    save_reducer(args.run / args.name, dict(network.state_dict()), config, changed)
+class CubesTraining(ReducerTraining):
+    """Trains the cubing and, from FREE_FROM on, the decoder's layers with it."""
 
+    save_every: ClassVar[int] = 250
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True, help="exported folder of the finished checkpoint")
-    parser.add_argument("--run", type=Path, required=True, help="folder with its features; results go to RUN/NAME")
-    parser.add_argument("--name", default="cubes")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--stop-at", type=int, help="leave early, the schedule being that of --steps")
-    parser.add_argument("--batch", type=int, default=CLIPS, help="clips per step")
-    parser.add_argument("--query-side", type=int, default=4, help="tokens per cube: its square")
-    parser.add_argument("--label-weight", type=float, default=LABEL_WEIGHT, help="0: no labels of changes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clips", type=int, default=40, help="held-out ones")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--evaluate", action="store_true", help="measure RUN/NAME and train nothing")
-    return parser
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        self.decoder = self.model.model.language_model
+        self.base = {name: t.clone() for name, t in self.decoder.state_dict().items()}
+        width, scale = self.model.config.text_config.hidden_size, mean_size(self.model, self.features)
+        self.network = CubeNetwork(CubeShape(width, query_side=args.query_side, scale=scale)).to(args.device)
+        self.batches = CubeBatches(AutoTokenizer.from_pretrained(args.base), self.features.info)
+        self.optimisers = build_optimisers(self.decoder.layers, self.network, args.steps)
+        self.held_out = self.held_out_features()
+        self.parts = {"decoder": self.decoder, "network": self.network, "optimisers": self.optimisers}
 
+    def learn(self, step: int) -> dict[str, Any]:
+        if step >= FREE_FROM * self.args.steps:
+            self.decoder.layers.requires_grad_(True)
+        loss, record = self.loss(step)
+        loss.backward()
+        self.optimisers.step(step)
+        return record
 
-def main() -> None:
-    args = arguments().parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    run(args)
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of one step, with what is to be recorded."""
+        args, rng = self.args, np.random.default_rng([31, step])
+        items = rng.integers(self.features.info["clips"], size=args.batch).tolist()
+        with torch.autocast(args.device, torch.bfloat16):
+            frames = [frame_tokens(self.model, self.features, item, args.device) for item in items]
+            prompts, logits = cut(self.network, frames, rng, noise_at(step, args.steps), args.seed * 1_000_003 + step)
+            asked = [self.batches.ask(item, rng) for item in items]
+            packed = to_device(self.batches.pack(asked, prompts).packed, args.device)
+            visual = [prompt.embeddings(self.decoder.embed_tokens, self.batches.digits) for prompt in prompts]
+            states, *_ = run_decoder(self.model, splice(self.model, packed, visual), packed, clip=False)
+        losses = F.cross_entropy(states.float(), packed.target_token, reduction="none")
+        answer = mean_where(losses, packed.target_weight)
+        size, label = cubing_losses(logits, asked)
+        record = {
+            "answer_loss": round(answer.item(), 4),
+            "label_loss": round(label.item(), 4),
+            "size": round(size.item(), 3),
+        }
+        return answer + AUX_WEIGHT * size + args.label_weight * label, record
+
+    def check(self) -> dict[str, Any]:
+        tokenizer = self.batches.packer.tokenizer
+        return evaluate(self.model, self.base, self.network, tokenizer, self.held_out, (3,), short=True)
+
+    def evaluate(self) -> dict[str, Any]:
+        tokenizer = self.batches.packer.tokenizer
+        return evaluate(self.model, self.base, self.network, tokenizer, self.held_out, FRAMES_PER_CUBE)
+
+    def save(self, step: int, trained: dict[str, Any]) -> None:
+        args, network, info = self.args, self.network, self.features.info
+        free = step > FREE_FROM * args.steps
+        changed = {f"layers.{n}": p for n, p in self.decoder.layers.named_parameters()} if free else {}
+        parts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
+        config = {"reducer": "cubes", "base": fingerprint(args.base), **network.shape.as_dict()}
+        config |= {"frames_per_cube": list(FRAMES_PER_CUBE), "default_frames_per_cube": FRAMES_PER_CUBE[0]}
+        config |= {"input": "projected frames, pooled 2x2", "timestamps": "frame number, digits before each cube"}
+        config |= {"parameters": {**parts, "decoder": sum(p.numel() for p in changed.values())}}
+        config["decoder_prefix"] = "model.language_model."
+        config["trained"] = {"steps": step, "of_steps": args.steps, "seed": args.seed, "batch": args.batch, **trained}
+        config["data"] = {"clips": info["clips"], "first_seed": info["first_seed"]}
+        save_reducer(self.out, dict(network.state_dict()), config, changed)
 
 
 def mean_size(model: nn.Module, features: FrozenFeatures) -> float:
@@ -154,9 +149,8 @@ def mean_size(model: nn.Module, features: FrozenFeatures) -> float:
     return round(torch.cat(parts).float().square().mean().sqrt().item(), 2)
 
 
-def build_optimisers(model: nn.Module, network: CubeNetwork, num_steps: int) -> Optimisers:
-    layers = list(model.model.language_model.layers.parameters())
-    parameters = [*layers, *network.parameters()]
+def build_optimisers(layers: nn.Module, network: CubeNetwork, num_steps: int) -> Optimisers:
+    parameters = [*layers.parameters(), *network.parameters()]
     return Optimisers(
         [p for p in parameters if p.ndim == 2],
         [p for p in parameters if p.ndim != 2],
@@ -168,61 +162,13 @@ def build_optimisers(model: nn.Module, network: CubeNetwork, num_steps: int) -> 
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    model, features = load_base(args.base, args.device), FrozenFeatures(args.run)
-    if features.info["base"] != fingerprint(args.base):
-        raise SystemExit(
-            f"{args.run} holds features of another checkpoint than {args.base}; run demos.train.frozen anew"
-        )
-    args.info, out, decoder = features.info, args.run / args.name, model.model.language_model
-    base = {name: t.clone() for name, t in decoder.state_dict().items()}
-    shape = CubeShape(
-        model.config.text_config.hidden_size, query_side=args.query_side, scale=mean_size(model, features)
-    )
-    network = CubeNetwork(shape).to(args.device)
-    batches = CubeBatches(AutoTokenizer.from_pretrained(args.base), features.info)
-    optimisers, first, seconds = build_optimisers(model, network, args.steps), 0, 0.0
-    if args.resume or args.evaluate:
-        state = torch.load(out / "state.pt", map_location=args.device)
-        decoder.load_state_dict(state["decoder"])
-        network.load_state_dict(state["network"])
-        optimisers.load_state_dict(state["optimisers"])
-        first, seconds = state["step"], state["seconds"]
-    held_out = held_out_clips(model, args.clips)
-    if args.evaluate:
-        result = evaluate(model, base, network, batches.packer.tokenizer, held_out, FRAMES_PER_CUBE)
-        ship(args, model, network, first, {"seconds": round(seconds), "held_out": result, "held_out_clips": args.clips})
-        print(json.dumps(result, indent=1))
-        return
-    start = time.time() - seconds
-    for step in (bar := tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=10)):
-        if step >= FREE_FROM * args.steps:
-            decoder.layers.requires_grad_(True)
-        loss, record = learn(model, network, batches, features, args, step)
-        loss.backward()
-        optimisers.step(step)
-        if step % 10 == 0:
-            bar.set_postfix_str(f"answer {record['answer_loss']}", refresh=False)
-            append_record(out / "training.jsonl", step=step, **record)
-        last = step + 1 == (args.stop_at or args.steps)
-        if (step + 1) % SAVE_EVERY == 0 or last:
-            seconds = time.time() - start
-            scores = evaluate(model, base, network, batches.packer.tokenizer, held_out, (3,), short=True)
-            append_record(out / "training.jsonl", step=step + 1, seconds=round(seconds), held_out=scores)
-            tqdm.write(f"step {step + 1} {scores}")
-            save_checkpoint(
-                out / "state.pt",
-                decoder=decoder.state_dict(),
-                network=network.state_dict(),
-                optimisers=optimisers.state_dict(),
-                step=step + 1,
-                seconds=seconds,
-            )
-            ship(args, model, network, step + 1, {"seconds": round(seconds)})
-        if last:
-            break
+def arguments() -> argparse.ArgumentParser:
+    parser = build_parser(__doc__, name="cubes", steps=2000, clips=40)
+    parser.add_argument("--batch", type=int, default=CLIPS, help="clips per step")
+    parser.add_argument("--query-side", type=int, default=4, help="tokens per cube: its square")
+    parser.add_argument("--label-weight", type=float, default=LABEL_WEIGHT, help="0: no labels of changes")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    main(CubesTraining, arguments())

@@ -13,25 +13,23 @@ decoder.safetensors (the changed tensors), config.json.
 """
 
 import argparse
-import json
-import time
-from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from demos.train.compare import summary
 from demos.train.dynamic_eval import HeldOut, ask, report
-from demos.train.frozen import FrozenBatches, FrozenFeatures, fingerprint, load_base, save_reducer
-from demos.train.lm_data import Batch, Features
+from demos.train.frozen import FrozenBatches, fingerprint, save_reducer
+from demos.train.lm_data import Batch
 from demos.train.packing import Packed
+from demos.train.reducer_training import ReducerTraining, build_parser, main
 from demos.train.sparse import Decide, Predictors, Shape, by_answer, run_sparse
 from demos.train.train_lm import splice, to_device, visual_tokens
-from demos.train.training import Optimisers, append_record, mean_where, save_checkpoint, split_matrices
+from demos.train.training import Optimisers, mean_where, split_matrices
 
 IMAGE_RATIO, TEXT_RATIO = 0.22, 0.3  # of the visual tokens of an image; of generated tokens after the first few
 RATIO_WEIGHT = 100.0
@@ -43,7 +41,6 @@ PREDICTOR_LR, MUON_LR, NORM_SHARE = 2e-3, 7e-4, 0.1
 WARMUP_STEPS, DECAY_FROM = 30, 0.4
 SCENES, CLIPS, CLIP_SHARE = 6, 2, 0.12  # per batch; share of the batches that are clips
 OTHER_ROWS = 0.25  # of the batches: with turns, system messages, questions first; nothing generated is dropped there
-SAVE_EVERY = 200
 
 
 # ── data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -88,151 +85,106 @@ def adapted(model: nn.Module, adapt: str) -> list[tuple[str, nn.Parameter]]:
     return [(f"layers.{name}", p) for name, p in layers.named_parameters() if names[adapt] in name]
 
 
-def ship(args: argparse.Namespace, model: nn.Module, predictors: Predictors, step: int, more: dict) -> None:
-    changed = dict(adapted(model, args.adapt)) if step > FREE_FROM * args.steps else {}
-    config = {"reducer": "dynamic", "base": fingerprint(args.base), **predictors.shape.as_dict()}
-    config |= {"image_keep_ratio": IMAGE_RATIO, "text_keep_ratio": TEXT_RATIO, "text_threshold": 0.0, "keep_class": 0}
-    config |= {
-        "parameters": {p: sum(t.numel() for t in getattr(predictors, p).parameters()) for p in ("image", "text")}
-    }
-    config["parameters"]["decoder"] = sum(p.numel() for p in changed.values())
-    config["media"] = ["image"]  # whose visual tokens are dropped
-    config["decoder_prefix"] = "model.language_model."
-    config["trained"] = {"steps": step, "of_steps": args.steps, "seed": args.seed, "adapt": args.adapt, **more}
-    config["data"] = {"scenes": args.info["scenes"], "clips": args.info["clips"], "first_seed": args.info["first_seed"]}
-    save_reducer(args.run / args.name, dict(predictors.state_dict()), config, changed)
+def build_optimisers(model: nn.Module, predictors: Predictors, trained: list[nn.Parameter], steps: int) -> Optimisers:
+    """Muon for the trained matrices of the decoder, AdamW for the predictors and, slower, for the decoder's norms."""
+    decoder, inside = model.model.language_model, {id(p) for p in trained}
+    matrices, _ = split_matrices(decoder, decoder.layers)
+    norms = [p for p in trained if p.ndim < 2]
+    optimisers = Optimisers(
+        [p for p in matrices if id(p) in inside] or [nn.Parameter(torch.zeros(1, 1))],  # Muon refuses an empty list
+        list(predictors.parameters()),
+        muon_lr=MUON_LR,
+        adam_lr=PREDICTOR_LR,
+        num_steps=steps,
+        warmup_steps=WARMUP_STEPS,
+        decay_from=DECAY_FROM,
+        calmed=norms,
+    )
+    optimisers.calm(NORM_SHARE if norms else 1.0)
+    return optimisers
 
 
-def learn(
-    model: nn.Module,
-    predictors: Predictors,
-    features: Features,
-    batch: Batch,
-    plain: bool,
-    args: argparse.Namespace,
-    step: int,
-) -> tuple[Tensor, dict]:
-    """The loss of one step, with what is to be recorded."""
-    goals, temperature = progress(step, args.steps)
-    packed = to_device(batch.packed, args.device)
-    decide = Decide(temperature, torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step), text=plain)
-    decide.images = not batch.clip  # clips keep their visual tokens; they are here for the decoder not to forget them
-    with torch.autocast(args.device, torch.bfloat16):
-        embeds = splice(model, packed, visual_tokens(model, features, batch, args.device))
-        logits, decisions = run_sparse(model, predictors, embeds, packed, decide)
-    losses = F.cross_entropy(logits.float(), packed.target_token, reduction="none")
-    answer = mean_where(losses, packed.target_weight)
-    budget = budget_losses(packed, decisions.image, decisions.output, goals, predictors.shape.keep_first)
-    record = {"answer_loss": round(answer.item(), 4), "budget_loss": round(budget.item(), 5), "clip": batch.clip}
-    if decisions.image:
-        record["image_kept"] = round(float(torch.stack([k.detach().mean() for k in decisions.image]).mean()), 3)
-    if plain:
-        count, share = by_answer(packed, decisions.output.detach(), predictors.shape.keep_first)
-        record["text_kept"] = round(mean_where(share, count >= LONG_TOKENS).item(), 3)
-    return answer + RATIO_WEIGHT * budget, record
+class DynamicTraining(ReducerTraining):
+    """Trains the predictors and, from FREE_FROM on, the adapted part of the decoder."""
+
+    save_every: ClassVar[int] = 200
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        width, decoder = self.model.config.text_config.hidden_size, self.model.model.language_model
+        self.base = {name: t.clone() for name, t in decoder.state_dict().items()}
+        shape = Shape(width, args.channels or width // 8, image_layer=args.image_layer, text_layer=args.text_layer)
+        self.predictors = Predictors(shape).to(args.device)
+        tokenizer = AutoTokenizer.from_pretrained(args.base)
+        self.batches = FrozenBatches(tokenizer, self.features.info)
+        self.trained = [p for _, p in adapted(self.model, args.adapt)]
+        self.optimisers = build_optimisers(self.model, self.predictors, self.trained, args.steps)
+        self.held_out = HeldOut(tokenizer, self.held_out_features())
+        self.parts = {"decoder": decoder, "predictors": self.predictors, "optimisers": self.optimisers}
+
+    def learn(self, step: int) -> dict[str, Any]:
+        if step >= FREE_FROM * self.args.steps:
+            for parameter in self.trained:
+                parameter.requires_grad_(True)
+        batch, plain = batch_of(self.batches, step)
+        loss, record = self.loss(batch, plain, step)
+        if loss.requires_grad:  # not where nothing is decided and the decoder is frozen
+            loss.backward()
+            self.optimisers.step(step)
+        return record
+
+    def loss(self, batch: Batch, plain: bool, step: int) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of one step, with what is to be recorded."""
+        args, keep_first = self.args, self.predictors.shape.keep_first
+        goals, temperature = progress(step, args.steps)
+        packed = to_device(batch.packed, args.device)
+        decide = Decide(temperature, torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step), text=plain)
+        decide.images = (
+            not batch.clip
+        )  # clips keep their visual tokens; they are in the data so that the decoder does not forget them
+        with torch.autocast(args.device, torch.bfloat16):
+            embeds = splice(self.model, packed, visual_tokens(self.model, self.features, batch, args.device))
+            logits, decisions = run_sparse(self.model, self.predictors, embeds, packed, decide)
+        losses = F.cross_entropy(logits.float(), packed.target_token, reduction="none")
+        answer = mean_where(losses, packed.target_weight)
+        budget = budget_losses(packed, decisions.image, decisions.output, goals, keep_first)
+        record = {"answer_loss": round(answer.item(), 4), "budget_loss": round(budget.item(), 5), "clip": batch.clip}
+        if decisions.image:
+            record["image_kept"] = round(float(torch.stack([k.detach().mean() for k in decisions.image]).mean()), 3)
+        if plain:
+            count, share = by_answer(packed, decisions.output.detach(), keep_first)
+            record["text_kept"] = round(mean_where(share, count >= LONG_TOKENS).item(), 3)
+        return answer + RATIO_WEIGHT * budget, record
+
+    def check(self) -> dict[str, Any]:
+        pictures, clips, kept = ask(self.model, self.predictors, self.held_out, Decide(image_ratio=IMAGE_RATIO))
+        return {"pictures": summary(pictures), "clips": summary(clips), "kept": kept}
+
+    def evaluate(self) -> dict[str, Any]:
+        return report(self.model, self.base, self.predictors, self.held_out, IMAGE_RATIO)
+
+    def save(self, step: int, trained: dict[str, Any]) -> None:
+        args, info, predictors = self.args, self.features.info, self.predictors
+        changed = dict(adapted(self.model, args.adapt)) if step > FREE_FROM * args.steps else {}
+        sizes = {p: sum(t.numel() for t in getattr(predictors, p).parameters()) for p in ("image", "text")}
+        config = {"reducer": "dynamic", "base": fingerprint(args.base), **predictors.shape.as_dict()}
+        config |= {"image_keep_ratio": IMAGE_RATIO, "text_keep_ratio": TEXT_RATIO, "text_threshold": 0.0}
+        config |= {"keep_class": 0, "media": ["image"]}  # media: whose visual tokens are dropped
+        config["parameters"] = {**sizes, "decoder": sum(p.numel() for p in changed.values())}
+        config["decoder_prefix"] = "model.language_model."
+        config["trained"] = {"steps": step, "of_steps": args.steps, "seed": args.seed, "adapt": args.adapt, **trained}
+        config["data"] = {name: info[name] for name in ("scenes", "clips", "first_seed")}
+        save_reducer(self.out, dict(predictors.state_dict()), config, changed)
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True, help="exported folder of the finished checkpoint")
-    parser.add_argument("--run", type=Path, required=True, help="folder with its features; results go to RUN/NAME")
-    parser.add_argument("--name", default="dynamic")
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--stop-at", type=int, help="leave early, the schedule being that of --steps")
+    parser = build_parser(__doc__, name="dynamic", steps=1600, scenes=48, clips=8)
     parser.add_argument("--adapt", choices=("all", "attention", "none"), default="all", help="of the decoder's layers")
     parser.add_argument("--channels", type=int, help="of the predictors; an eighth of the width by default")
     parser.add_argument("--image-layer", type=int, default=0)
     parser.add_argument("--text-layer", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--scenes", type=int, default=48, help="held-out ones")
-    parser.add_argument("--clips", type=int, default=8, help="held-out ones")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--evaluate", action="store_true", help="measure RUN/NAME and train nothing")
     return parser
 
 
-def main() -> None:
-    args = arguments().parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    run(args)
-
-
-def run(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    model = load_base(args.base, args.device)
-    width, decoder = model.config.text_config.hidden_size, model.model.language_model
-    base = {name: t.clone() for name, t in decoder.state_dict().items()}
-    shape = Shape(width, args.channels or width // 8, image_layer=args.image_layer, text_layer=args.text_layer)
-    predictors = Predictors(shape).to(args.device)
-    features = FrozenFeatures(args.run)
-    args.info, out = features.info, args.run / args.name
-    if features.info["base"] != fingerprint(args.base):
-        raise SystemExit(
-            f"{args.run} holds features of another checkpoint than {args.base}; run demos.train.frozen anew"
-        )
-    batches = FrozenBatches(AutoTokenizer.from_pretrained(args.base), features.info)
-    trained = [p for _, p in adapted(model, args.adapt)]
-    inside = {id(p) for p in trained}
-    matrices, _ = split_matrices(decoder, decoder.layers)
-    optimisers = Optimisers(
-        [p for p in matrices if id(p) in inside] or [nn.Parameter(torch.zeros(1, 1))],
-        list(predictors.parameters()),
-        muon_lr=MUON_LR,
-        adam_lr=PREDICTOR_LR,
-        num_steps=args.steps,
-        warmup_steps=WARMUP_STEPS,
-        decay_from=DECAY_FROM,
-        calmed=[p for p in trained if p.ndim < 2],
-    )
-    optimisers.calm(NORM_SHARE if any(p.ndim < 2 for p in trained) else 1.0)
-    first, seconds = 0, 0.0
-    if args.resume or args.evaluate:
-        state = torch.load(out / "state.pt", map_location=args.device)
-        decoder.load_state_dict(state["decoder"])
-        predictors.load_state_dict(state["predictors"])
-        optimisers.load_state_dict(state["optimisers"])
-        first, seconds = state["step"], state["seconds"]
-    held_out = HeldOut(model, batches, args.scenes, args.clips)
-    if args.evaluate:
-        result = report(model, base, predictors, held_out, IMAGE_RATIO)
-        ship(args, model, predictors, first, {"seconds": round(seconds), "held_out": result, "scenes": args.scenes})
-        print(json.dumps(result, indent=1))
-        return
-    start = time.time() - seconds
-    for step in (bar := tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=10)):
-        if step >= FREE_FROM * args.steps:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-        batch, plain = batch_of(batches, step)
-        loss, record = learn(model, predictors, features, batch, plain, args, step)
-        if loss.requires_grad:  # not where nothing is decided and the decoder is frozen
-            loss.backward()
-            optimisers.step(step)
-        if step % 10 == 0:
-            bar.set_postfix_str(f"answer {record['answer_loss']} kept {record.get('image_kept')}", refresh=False)
-            append_record(out / "training.jsonl", step=step, **record)
-        last = step + 1 == (args.stop_at or args.steps)
-        if (step + 1) % SAVE_EVERY == 0 or last:
-            seconds = time.time() - start
-            pictures, clips, kept = ask(model, predictors, held_out, Decide(image_ratio=IMAGE_RATIO))
-            scores = {"pictures": summary(pictures), "clips": summary(clips), "kept": kept}
-            append_record(out / "training.jsonl", step=step + 1, seconds=round(seconds), held_out=scores)
-            tqdm.write(f"step {step + 1} {scores}")
-            save_checkpoint(
-                out / "state.pt",
-                decoder=decoder.state_dict(),
-                predictors=predictors.state_dict(),
-                optimisers=optimisers.state_dict(),
-                step=step + 1,
-                seconds=seconds,
-            )
-            ship(args, model, predictors, step + 1, {"seconds": round(seconds), "held_out": scores})
-        if last:
-            break
-
-
 if __name__ == "__main__":
-    main()
+    main(DynamicTraining, arguments())

@@ -13,31 +13,20 @@ RUN/router gets state.pt, training.jsonl, model.safetensors and config.json.
 """
 
 import argparse
-import json
 import math
-import time
-from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from demos.train.compare import Answers, answers_by_row, paired, summary
 from demos.train.data.questions import Question
-from demos.train.frozen import (
-    CHECK_SEED,
-    FrozenBatches,
-    FrozenFeatures,
-    fingerprint,
-    load_base,
-    pack_rows,
-    save_reducer,
-)
+from demos.train.frozen import FrozenBatches, FrozenFeatures, fingerprint, pack_rows, save_reducer
+from demos.train.reducer_training import ReducerTraining, build_parser, main
 from demos.train.train_lm import run_decoder, splice, to_device
-from demos.train.training import append_record, save_checkpoint
 
 GROUP = 2  # patches along a side of a group
 HIDDEN = 64
@@ -46,7 +35,6 @@ OPEN_SHARE = 0.25  # of the groups of recent pictures that are labelled "all"
 LR, BATCH, UPDATES, MINIBATCH = 1e-3, 6, 30, 1024  # scenes per step; updates of the head per step, groups in each
 RECENT = 60_000  # groups that are gone through again
 BUDGETS = (0.3, 0.4, 0.5)  # kept tokens / tokens, those of compressed groups included
-SAVE_EVERY = 20
 
 
 class Router(nn.Module):
@@ -185,10 +173,13 @@ def evaluate(
 
 
 class Recent:
-    """Groups and their shares of the last pictures."""
+    """Groups and their shares of the last pictures.
+
+    A checkpoint stores the threshold only; a resumed run gathers groups anew.
+    """
 
     def __init__(self) -> None:
-        self.groups, self.shares = torch.zeros(0), torch.zeros(0)
+        self.groups, self.shares, self.stored_threshold = torch.zeros(0), torch.zeros(0), 0.0
 
     def add(self, groups: Tensor, shares: Tensor) -> None:
         groups, shares = groups.flatten(0, 1).cpu(), shares.flatten().cpu()
@@ -196,7 +187,13 @@ class Recent:
         self.shares = torch.cat([self.shares, shares])[-RECENT:]
 
     def threshold(self) -> float:
-        return self.shares.quantile(1 - OPEN_SHARE).item()
+        return self.shares.quantile(1 - OPEN_SHARE).item() if len(self.shares) else self.stored_threshold
+
+    def state_dict(self) -> dict[str, float]:
+        return {"threshold": self.threshold()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.stored_threshold = state["threshold"]
 
 
 def update(
@@ -215,91 +212,50 @@ def update(
     return float(np.mean(losses))
 
 
-def ship(args: argparse.Namespace, router: Router, threshold: float, step: int, more: dict) -> None:
-    config = {"reducer": "router", "base": fingerprint(args.base), "group": GROUP, "hidden": HIDDEN}
-    config |= {"input": "projected tokens of an image", "default_keep_ratio": 0.4, "loss_threshold": threshold}
-    config |= {"parameters": sum(p.numel() for p in router.parameters())}
-    config["trained"] = {"steps": step, "seed": args.seed, "pictures": step * BATCH, **more}
-    config["data"] = {"scenes": args.info["scenes"], "first_seed": args.info["first_seed"]}
-    save_reducer(args.run / args.name, dict(router.state_dict()), config)
+class RouterTraining(ReducerTraining):
+    """Trains the router; the checkpoint stays as it is."""
+
+    save_every: ClassVar[int] = 20
+    record_every: ClassVar[int] = 1
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        tokenizer = AutoTokenizer.from_pretrained(args.base)
+        self.router = Router(self.model.config.text_config.hidden_size).to(args.device)
+        self.batches = FrozenBatches(tokenizer, self.features.info)
+        self.optimiser, self.recent = torch.optim.AdamW(self.router.parameters(), lr=LR), Recent()
+        self.held_out = self.held_out_features()
+        self.held_out_batches = FrozenBatches(tokenizer, self.held_out.info)
+        self.parts = {"router": self.router, "optimiser": self.optimiser, "recent": self.recent}
+
+    def learn(self, step: int) -> dict[str, Any]:
+        rng = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+        groups, shares, rise, whole = rise_by_group(self.model, self.batches, self.features, step)
+        self.recent.add(groups, shares)
+        loss = update(self.router, self.optimiser, self.recent, rng, self.args.device)
+        record = {"loss": round(loss, 4), "rise": round(rise.mean().item(), 4), "whole": round(whole.mean().item(), 4)}
+        return {**record, "shared_out": round(shares.sum(1).mean().item(), 4)}
+
+    def check(self) -> dict[str, Any]:
+        return evaluate(self.model, self.router, self.held_out_batches, self.held_out, short=True)
+
+    def evaluate(self) -> dict[str, Any]:
+        return evaluate(self.model, self.router, self.held_out_batches, self.held_out)
+
+    def save(self, step: int, trained: dict[str, Any]) -> None:
+        args, info = self.args, self.features.info
+        config = {"reducer": "router", "base": fingerprint(args.base), "group": GROUP, "hidden": HIDDEN}
+        config |= {"input": "projected tokens of an image", "default_keep_ratio": 0.4}
+        config |= {"loss_threshold": self.recent.threshold()}
+        config |= {"parameters": sum(p.numel() for p in self.router.parameters())}
+        config["trained"] = {"steps": step, "seed": args.seed, "pictures": step * BATCH, **trained}
+        config["data"] = {"scenes": info["scenes"], "first_seed": info["first_seed"]}
+        save_reducer(self.out, dict(self.router.state_dict()), config)
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True, help="exported folder of the finished checkpoint")
-    parser.add_argument("--run", type=Path, required=True, help="folder with its features; results go to RUN/NAME")
-    parser.add_argument("--name", default="router")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--stop-at", type=int, help="leave early")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--scenes", type=int, default=32, help="held-out ones")
-    parser.add_argument("--resume", action="store_true", help="recent groups are gathered anew")
-    parser.add_argument("--evaluate", action="store_true", help="measure RUN/NAME and train nothing")
-    return parser
-
-
-def main() -> None:
-    args = arguments().parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    run(args)
-
-
-def run(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    model, features = load_base(args.base, args.device), FrozenFeatures(args.run)
-    if features.info["base"] != fingerprint(args.base):
-        raise SystemExit(
-            f"{args.run} holds features of another checkpoint than {args.base}; run demos.train.frozen anew"
-        )
-    args.info, out = features.info, args.run / args.name
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
-    router, batches = (
-        Router(model.config.text_config.hidden_size).to(args.device),
-        FrozenBatches(tokenizer, features.info),
-    )
-    optimiser, recent, first, seconds = torch.optim.AdamW(router.parameters(), lr=LR), Recent(), 0, 0.0
-    threshold = 0.0
-    if args.resume or args.evaluate:
-        state = torch.load(out / "state.pt", map_location=args.device)
-        router.load_state_dict(state["router"])
-        optimiser.load_state_dict(state["optimiser"])
-        first, seconds, threshold = state["step"], state["seconds"], state["threshold"]
-    checks = FrozenFeatures.of_seeds(model, args.scenes, 0, CHECK_SEED)
-    asking = FrozenBatches(tokenizer, checks.info)
-    if args.evaluate:
-        result = evaluate(model, router, asking, checks)
-        ship(args, router, threshold, first, {"seconds": round(seconds), "held_out": result, "scenes": args.scenes})
-        print(json.dumps(result, indent=1))
-        return
-    start, rng = time.time() - seconds, torch.Generator().manual_seed(args.seed + first)
-    for step in (bar := tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=10)):
-        groups, shares, rise, whole = rise_by_group(model, batches, features, step)
-        recent.add(groups, shares)
-        loss = update(router, optimiser, recent, rng, args.device)
-        record = {"loss": round(loss, 4), "rise": round(rise.mean().item(), 4), "whole": round(whole.mean().item(), 4)}
-        append_record(out / "training.jsonl", step=step, shared_out=round(shares.sum(1).mean().item(), 4), **record)
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        last = step + 1 == (args.stop_at or args.steps)
-        if (step + 1) % SAVE_EVERY == 0 or last:
-            seconds, threshold = time.time() - start, recent.threshold()
-            scores = evaluate(model, router, asking, checks, short=True)
-            append_record(out / "training.jsonl", step=step + 1, seconds=round(seconds), held_out=scores)
-            tqdm.write(f"step {step + 1} {scores}")
-            save_checkpoint(
-                out / "state.pt",
-                router=router.state_dict(),
-                optimiser=optimiser.state_dict(),
-                step=step + 1,
-                seconds=seconds,
-                threshold=threshold,
-            )
-            ship(args, router, threshold, step + 1, {"seconds": round(seconds)})
-        if last:
-            break
+    return build_parser(__doc__, name="router", steps=120, scenes=32)
 
 
 if __name__ == "__main__":
-    main()
+    main(RouterTraining, arguments())

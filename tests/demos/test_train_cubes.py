@@ -27,6 +27,7 @@ from demos.train.cubing import (
 )
 from demos.train.data.clips import sample_clip
 from demos.train.frozen import FrozenFeatures, fingerprint, load_base
+from demos.train.reducer_training import run
 
 FOLDER = Path(__file__).parents[2] / "mm" / "models" / "weights" / "tiny"
 SEED = 100_000
@@ -183,7 +184,7 @@ def ready(features, tmp_path):
 
 def start(folder, *more):
     options = ["--base", str(FOLDER), "--run", str(folder), "--steps", "4", "--clips", "2", "--batch", "2", *more]
-    train_cubes.run(train_cubes.arguments().parse_args(options))
+    run(train_cubes.CubesTraining, train_cubes.arguments().parse_args(options))
 
 
 def test_interrupted_and_whole_runs_end_with_the_same_weights(ready):

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from demos.train import train_dynamic
 from demos.train.frozen import FrozenBatches, FrozenFeatures, fingerprint, load_base
+from demos.train.reducer_training import run
 from demos.train.sparse import (
     Decide,
     MaskedSoftmax,
@@ -159,7 +160,7 @@ def ready(base, tmp_path, monkeypatch):
 
 def start(folder, *more):
     options = ["--base", str(FOLDER), "--run", str(folder), "--steps", "4", "--scenes", "1", "--clips", "0", *more]
-    train_dynamic.run(train_dynamic.arguments().parse_args(options))
+    run(train_dynamic.DynamicTraining, train_dynamic.arguments().parse_args(options))
 
 
 def test_three_steps_and_on(ready):

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from demos.train import train_router
 from demos.train.frozen import FrozenBatches, FrozenFeatures, fingerprint, load_base
+from demos.train.reducer_training import run
 from demos.train.train_router import group_index, num_open, rise_by_group, route
 
 FOLDER = Path(__file__).parents[2] / "mm" / "models" / "weights" / "tiny"
@@ -71,7 +72,7 @@ def ready(features, tmp_path):
 def test_two_steps_and_on(ready):
     def start(*more):
         options = ["--base", str(FOLDER), "--run", str(ready), "--steps", "3", "--scenes", "1", *more]
-        train_router.run(train_router.arguments().parse_args(options))
+        run(train_router.RouterTraining, train_router.arguments().parse_args(options))
 
     start("--stop-at", "2")
     before = load_file(ready / "router" / "model.safetensors")
