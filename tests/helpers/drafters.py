@@ -84,14 +84,14 @@ class WildSession:
             if parent < 0 or depths[parent] >= budget.max_depth:
                 break
             place = true.get(parent)
-            told = place is not None and fitting and place < len(fitting[0]) and rng.random() < options.truth
-            token = fitting[0][place] if told else rng.randrange(vocab)  # type: ignore[index]
+            correct = place is not None and fitting and place < len(fitting[0]) and rng.random() < options.truth
+            token = fitting[0][place] if correct else rng.randrange(vocab)  # type: ignore[index]
             if any(p == parent and t == token for p, t in zip(parents, tokens, strict=True)):
                 continue_with = next(
                     t for t in range(vocab) if (parent, t) not in set(zip(parents, tokens, strict=True))
                 )
-                token, told = continue_with, False
-            if told:
+                token, correct = continue_with, False
+            if correct:
                 true[row] = place + 1  # type: ignore[operator]
             tokens.append(token)
             parents.append(parent)

@@ -173,7 +173,7 @@ def test_an_encoder_that_lacks_the_features_refuses_the_reducer(model):
         check_compatible(Hungry(), model.encode_parts.encoder, "this model")
 
 
-def test_a_query_aware_reducer_is_told_the_question_and_shares_no_answers_of_others(model):
+def test_a_query_aware_reducer_gets_the_question_and_shares_no_answers_of_others(model):
     reducer = "cdpruner:keep_ratio=0.25"
 
     def kept(question: str, reducer: str = reducer) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ def same(answer, alone) -> bool:
 
 
 @pytest.mark.parametrize("on_error", ["fail", "keep_all"])
-def test_the_fault_is_told_and_neighbours_are_not_touched(on_error):
+def test_the_fault_is_reported_and_neighbours_are_not_touched(on_error):
     model = load(on_error)
     whole = model.generate(**QUESTION, **OPTIONS)
     good = {**QUESTION, "reducer": "fastv:keep_ratio=0.3"}
@@ -56,9 +56,9 @@ def test_the_fault_is_told_and_neighbours_are_not_touched(on_error):
     assert same(last, alone)
     assert not first.reducer_faults
     for (name, how), result in zip(FAULTS, results, strict=True):
-        told = " ".join(result.reducer_faults) if on_error == "keep_all" else str(result)
-        assert told.lower().startswith(f"{name}: "), (name, how, told)
-        assert "secret" not in told
+        report = " ".join(result.reducer_faults) if on_error == "keep_all" else str(result)
+        assert report.lower().startswith(f"{name}: "), (name, how, report)
+        assert "secret" not in report
         if on_error == "keep_all":
             assert same(result, whole), (name, how)
             assert len(result.reducer_faults) == 1

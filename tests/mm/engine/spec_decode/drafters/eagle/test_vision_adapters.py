@@ -109,7 +109,7 @@ def test_vispec_has_one_row_at_the_end_of_the_span_and_tells_text_the_rest():
     assert found.global_features.shape == (1, WIDTH)
     features = torch.randn(3, WIDTH)
     assert torch.allclose(adapter.condition(features, found.global_features.expand(3, -1)), features), (
-        "at first text is told nothing"
+        "at first the adapter adds nothing to text"
     )
     with torch.no_grad():
         adapter.global_projection.weight[:, WIDTH:] = torch.eye(WIDTH)
