@@ -1,12 +1,13 @@
 """How much CPU time does a request take here, against an earlier commit?
 
-Run  python -m demos.bench.against_commit --base FOLDER [--rounds 30] [--case "decode, batch 8"]
+Run  python -m demos.bench.against_commit --base FOLDER [--pairs 10] [--rounds 4] [--case "decode, batch 8"]
 
-FOLDER is a checkout of the earlier commit with its own virtual environment in .venv. Each side is one process with one
-compute thread that stays loaded. The two take turns case by case, in an order that alternates, so that what else the
-machine does falls on both alike. A figure is the median of the rounds' ratios (this commit / the other), with the 95 %
-interval of that median. Answers are compared token by token. Run it with this checkout as FOLDER for a control: the
-ratio has to be 1 within its interval.
+FOLDER is a checkout of the earlier commit with its own virtual environment in .venv. A pair is one process of each
+side, with one compute thread each. Its two processes take turns case by case, in an order that alternates, so that
+what else the machine does falls on both alike. Where a process's memory happens to lie makes it up to 10 % faster or
+slower for as long as it lives, so each pair is started anew: a figure is the median over the pairs of the median ratio
+of a pair's rounds (this commit / the other), with the 95 % interval of that median. Answers are compared token by
+token. Run it with this checkout as FOLDER for a control: the ratio has to be 1 within its interval.
 """
 
 from __future__ import annotations
@@ -151,16 +152,23 @@ class Side:
         self.process.communicate()
 
 
-def compare(this: Side, base: Side, case: str, rounds: int) -> dict[str, Any]:
+def compare(this: Side, base: Side, case: str, rounds: int) -> tuple[float, bool]:
+    """The median ratio of some rounds, and whether both sides answered alike."""
     equal = this.run(case)["answer"] == base.run(case)["answer"]  # the first run of each is not timed
     ratios: list[float] = []
     for number in range(rounds):
         order = (this, base) if number % 2 else (base, this)
         spent = {side: side.run(case)["cpu_s"] for side in order}
         ratios.append(spent[this] / spent[base])
+    return statistics.median(ratios), equal
+
+
+def describe(case: str, pairs: list[tuple[float, bool]]) -> dict[str, Any]:
+    ratios = [ratio for ratio, _ in pairs]
     low, high = median_interval(ratios)
     row = {"case": case, "ratio": statistics.median(ratios), "low": low, "high": high}
-    return {name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()} | {"answers_equal": equal}
+    rounded = {name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()}
+    return rounded | {"pairs": [round(ratio, 3) for ratio in ratios], "answers_equal": all(equal for _, equal in pairs)}
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:
@@ -173,20 +181,27 @@ def median_interval(values: list[float]) -> tuple[float, float]:
     return ordered[rank], ordered[n - 1 - rank]
 
 
-def measure(base: Path, rounds: int, wanted: list[str]) -> Iterator[dict[str, Any]]:
-    sides = [Side(Path.cwd()), Side(base)]
-    try:
-        for case in wanted or sides[0].cases:
-            yield compare(*sides, case, rounds)
-    finally:
-        for side in sides:
-            side.close()
+def measure(base: Path, pairs: int, rounds: int, wanted: list[str]) -> Iterator[dict[str, Any]]:
+    found: dict[str, list[tuple[float, bool]]] = {}
+    for number in range(pairs):
+        folders = [Path.cwd(), base]
+        sides = [Side(folder) for folder in (folders if number % 2 else folders[::-1])]
+        this, other = sides if number % 2 else sides[::-1]
+        try:
+            for case in wanted or this.cases:
+                found.setdefault(case, []).append(compare(this, other, case, rounds))
+        finally:
+            for side in sides:
+                side.close()
+    for case, ratios in found.items():
+        yield describe(case, ratios)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path)
-    parser.add_argument("--rounds", type=int, default=30, help="6 or more; fewer give no 95 % interval")
+    parser.add_argument("--pairs", type=int, default=10, help="6 or more; fewer give no 95 %% interval")
+    parser.add_argument("--rounds", type=int, default=4, help="turns that each pair of processes takes at a case")
     parser.add_argument("--case", action="append", default=[], help="only this one; repeat for several")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -195,9 +210,11 @@ def main() -> None:
         return
     if args.base is None:
         parser.error("--base is missing: the checkout to compare with")
-    if args.rounds < 6:
-        parser.error(f"--rounds was {args.rounds}; it has to be 6 or more for a 95 % interval")
-    for row in measure(args.base.resolve(), args.rounds, args.case):
+    if args.pairs < 6:
+        parser.error(f"--pairs was {args.pairs}; it has to be 6 or more for a 95 % interval")
+    if args.rounds < 1:
+        parser.error(f"--rounds was {args.rounds}; it has to be 1 or more")
+    for row in measure(args.base.resolve(), args.pairs, args.rounds, args.case):
         print(json.dumps(row), flush=True)
 
 
