@@ -19,7 +19,7 @@ from mm.models.checkpoint import BadCheckpoint, find, read_config
 from mm.models.family import CheckpointFamily
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.registry import create, names
-from mm.plugins.spec import build_reducer
+from mm.plugins.spec import configured_reducer
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:
@@ -65,12 +65,13 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
     else:
         _check_device(config)
         encoder, host = build_encoder(encoder_text, config.device, _dtype(config)), encoder_text
-    check_compatible(build_reducer(config.reducer), encoder, host)
+    reducer = configured_reducer(config)
+    check_compatible(reducer.plugin, encoder, host)
     return EncodeParts(
         encoder=encoder,
         cache=FeatureCache(config.cache_bytes),
         host=host,
-        reducer=config.reducer,
+        reducer=reducer.canonical,
         frames=FrameSampling(num_frames=config.num_frames, fps=config.fps),
         limits=config.limits,
         sources=config.sources,

@@ -143,6 +143,9 @@ class ModelConfig:
         "auto", choices=DTYPES, help="auto (bfloat16 where the device computes in it, else float32), or a torch dtype."
     )
     reducer: str = setting("none", help="Default reducer, such as divprune:keep_ratio=0.25, or a file of `mm tune`.")
+    keep_ratio: float | None = setting(
+        None, above=0, max=1, help="Default share of visual tokens kept; without a reducer divprune keeps them."
+    )
     num_frames: int = setting(8, min=1, cli="frames", help="Frames sampled from a clip, evenly over its length.")
     fps: float | None = setting(None, above=0, help="Sample a clip by frames per second instead.")
     video_decoder: VideoDecoder = setting("pyav", help="pyav, or decord for files you trust.")

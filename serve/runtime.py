@@ -17,7 +17,7 @@ from mm.data.tokens import EncodedMedia
 from mm.engine.loop import EngineLoop
 from mm.engine.stats import EngineStats
 from mm.errors import CapacityError
-from mm.plugins.spec import reducer_spec
+from mm.plugins.spec import configured_reducer
 from serve.config import ServeConfig
 
 
@@ -118,7 +118,7 @@ def needs_encoder(request: Request) -> bool:
 
 
 def default_reducer(config: ServeConfig) -> str:
-    return reducer_spec(config.model.reducer).canonical
+    return configured_reducer(config.model).canonical
 
 
 class EncoderHalf(Protocol):

@@ -40,7 +40,8 @@ class VisionOptions:
 
     Attributes:
         reducer: A reducer specification such as "divprune:keep_ratio=0.25"; None takes the server's default.
-        keep_ratio: Tokens kept / tokens in, for the one reducer named (or the default one).
+        keep_ratio: Tokens kept / tokens in, for the one reducer named. Without a name it is for the default reducer if
+            that takes a ratio, and for "divprune" otherwise.
         return_map: Report which tokens were kept.
         return_timings: Report the seconds of each stage.
         frames: Which frames of a clip the encoder gets; None takes the server's default.
@@ -52,7 +53,12 @@ class VisionOptions:
     reducer: str | None = setting(
         None, max_chars=500, help='Such as "divprune:keep_ratio=0.25"; the server\'s default if absent.'
     )
-    keep_ratio: float | None = setting(None, above=0, max=1, help="Tokens kept / tokens in.")
+    keep_ratio: float | None = setting(
+        None,
+        above=0,
+        max=1,
+        help="Tokens kept / tokens in. Without a reducer, the server's default or divprune keeps them.",
+    )
     positions: Positions | None = setting(
         None, help="Whether positions are counted anew after dropped tokens; the reducer's choice if absent."
     )

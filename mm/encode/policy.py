@@ -7,7 +7,7 @@ from mm.data.request import VisionOptions
 from mm.encode.parts import EncodeParts
 from mm.errors import ReducerNotAllowed
 from mm.plugins.capabilities import check_compatible
-from mm.plugins.spec import ReducerSpec, reducer_spec
+from mm.plugins.spec import ReducerSpec, reducer_or_default
 
 
 def resolve_reducer(vision: VisionOptions, parts: EncodeParts) -> ReducerSpec:
@@ -16,7 +16,7 @@ def resolve_reducer(vision: VisionOptions, parts: EncodeParts) -> ReducerSpec:
     Raises:
         PluginError: It is unknown or broken, has wrong options, is not allowed, or cannot work with this encoder.
     """
-    spec = reducer_spec(vision.reducer or parts.reducer, vision.keep_ratio)
+    spec = reducer_or_default(vision.reducer, parts.reducer, vision.keep_ratio)
     if vision.reducer is not None or vision.keep_ratio is not None:
         check_allowed(spec, parts.policy)
     check_compatible(spec.plugin, parts.encoder, parts.host)

@@ -20,6 +20,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
+from mm.config import ModelConfig
 from mm.errors import BrokenPlugin, InvalidOption, MmError
 from mm.plugins import registry
 from mm.plugins.capabilities import Capabilities, acts_outside_decoder, capabilities_of
@@ -35,6 +36,10 @@ COMMA = re.compile(r",(?![^\[]*\])")
 
 OptionValue = bool | int | float | str | list["OptionValue"] | dict[str, "OptionValue"] | None
 """JSON."""
+
+RATIO_REDUCER = "divprune"
+"""The reducer that a `keep_ratio` without a reducer means. It needs nothing of an encoder but its tokens, and reduces
+images and clips, so it works with every model."""
 
 PluginT = TypeVar("PluginT", Reducer, Drafter)
 
@@ -121,6 +126,31 @@ def reducer_spec(text: str, keep_ratio: float | None = None) -> ReducerSpec:
     return _reducer_spec(text, keep_ratio)
 
 
+def reducer_or_default(named: str | None, default: str, keep_ratio: float | None = None) -> ReducerSpec:
+    """The reducer that a name and a ratio mean, each of which may be absent.
+
+    A ratio alone is given to `default` if that is one reducer with such an option, and to `RATIO_REDUCER` otherwise.
+
+    Args:
+        named: None takes the default.
+
+    Raises:
+        PluginError: As `reducer_spec`.
+    """
+    if named is None and keep_ratio is not None and not _takes_ratio(parse_spec(default)):
+        named = RATIO_REDUCER
+    return reducer_spec(default if named is None else named, keep_ratio)
+
+
+def configured_reducer(config: ModelConfig) -> ReducerSpec:
+    """The reducer of requests that name none.
+
+    Raises:
+        PluginError: As `reducer_spec`.
+    """
+    return reducer_or_default(None if config.reducer == "none" else config.reducer, "none", config.keep_ratio)
+
+
 @functools.lru_cache(maxsize=CACHED_SPECS, typed=True)
 def _reducer_spec(text: str, keep_ratio: float | None) -> ReducerSpec:
     parts = parse_spec(text)
@@ -150,9 +180,14 @@ def _with_keep_ratio(parts: tuple[Part, ...], text: str, keep_ratio: float) -> t
     part, *others = parts
     if others:
         raise InvalidOption(text, "keep_ratio", "is ambiguous for several reducers; write it inside the specification")
-    if "keep_ratio" not in options_of(get("reducer", part.name)):
-        raise InvalidOption(part.name, "keep_ratio", "does not exist: this reducer has no such budget")
+    if not _takes_ratio(parts):
+        hint = f"name another, or leave the name out, which takes {RATIO_REDUCER}"
+        raise InvalidOption(part.name, "keep_ratio", f"does not exist: this reducer has no such budget; {hint}")
     return (Part(part.name, {**part.options, "keep_ratio": keep_ratio}),)
+
+
+def _takes_ratio(parts: tuple[Part, ...]) -> bool:
+    return len(parts) == 1 and "keep_ratio" in options_of(get("reducer", parts[0].name))
 
 
 @functools.lru_cache(maxsize=CACHED_SPECS)

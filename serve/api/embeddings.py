@@ -25,14 +25,14 @@ from mm.data.tokens import EncodedMedia
 from mm.encode.pooling import mean_embedding
 from mm.errors import InvalidRequest
 from mm.plugins.reducer import Stage
-from mm.plugins.spec import reducer_spec
+from mm.plugins.spec import reducer_or_default
 from serve.api.body import read_json
 from serve.api.chat import Chat, unless_gone, until
 from serve.api.parse import parse_chat
 from serve.api.render import JsonObject, to_json
 from serve.api.schema import ChatBody, Vision
 from serve.config import ServeConfig
-from serve.runtime import Runtime
+from serve.runtime import Runtime, default_reducer
 
 Encoding = Literal["float", "base64"]
 VISION_FIELDS = ("reducer", "keep_ratio", "num_frames", "fps")
@@ -93,19 +93,23 @@ def parse_embedding(body: Any, request_id: str, config: ServeConfig) -> Embeddin
     call = parse_chat(fields, request_id, config)
     if not call.request.media:
         raise InvalidRequest("an embedding needs an image or a video; send at least one", "messages")
-    _check_vision(fields.get("vision") or {}, call.request.vision)
+    _check_vision(fields.get("vision") or {}, call.request.vision, default_reducer(config))
     return EmbeddingCall(request=call.request, model=call.model, encoding=encoding, ignored=call.ignored)
 
 
-def _check_vision(given: JsonObject, options: VisionOptions) -> None:
-    """Refuse options without an effect, and reducers that act in the decoder."""
+def _check_vision(given: JsonObject, options: VisionOptions, default: str) -> None:
+    """Refuse options without an effect, and reducers that act in the decoder.
+
+    Args:
+        default: The server's reducer.
+    """
     for name, value in given.items():
         if name not in VISION_FIELDS and value not in (None, False):
             param = f"vision.{name}"
             raise InvalidRequest(f"{param} has no effect on an embedding; leave it out", param, "unsupported_parameter")
-    if options.reducer is None:
+    if options.reducer is None and options.keep_ratio is None:
         return
-    spec = reducer_spec(options.reducer, options.keep_ratio)
+    spec = reducer_or_default(options.reducer, default, options.keep_ratio)
     if {Stage.IN_PREFILL, Stage.IN_DECODE} & set(spec.capabilities.stages):
         message = f"{spec.canonical} acts in the decoder, which an embedding does not use; name another reducer"
         raise InvalidRequest(message, "vision.reducer")

@@ -38,10 +38,10 @@ def check_model(config: ModelConfig) -> None:
     """Refuse a wrong model, reducer or drafter in one line, before replicas fail to start over it."""
     from mm.models.checkpoint import find, read_config
     from mm.plugins.registry import get
-    from mm.plugins.spec import build_drafter, build_reducer
+    from mm.plugins.spec import build_drafter, configured_reducer
 
     read_config(find(config.model))
-    build_reducer(config.reducer)
+    configured_reducer(config)
     for name in config.reducers.allowed:
         get("reducer", name)
     for drafter in (config.speculation.drafter, *config.speculation.drafters):

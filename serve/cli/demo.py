@@ -12,7 +12,17 @@ from serve.cli.log import log_to_stderr
 from serve.cli.options import build_config, setting_options
 from serve.config import ServeConfig
 
-SETTINGS = ("model", "reducer", "lenient_reducers", "drafter", "allow_drafter", "device", "dtype", "threads")
+SETTINGS = (
+    "model",
+    "reducer",
+    "keep_ratio",
+    "lenient_reducers",
+    "drafter",
+    "allow_drafter",
+    "device",
+    "dtype",
+    "threads",
+)
 
 
 @click.command()

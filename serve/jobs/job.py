@@ -10,7 +10,7 @@ from typing import Any
 from mm.config import ModelConfig
 from mm.data.media import Kind
 from mm.errors import MmError
-from mm.plugins.spec import reducer_spec
+from mm.plugins.spec import configured_reducer
 
 DEFAULT_PROMPTS: Mapping[Kind, str] = {"image": "Describe the image.", "video": "Describe the video."}
 
@@ -83,7 +83,7 @@ def settings_of(job: CaptionJob) -> dict[str, Any]:
     return {
         "model": str(Path(model.model).resolve()) if Path(model.model).is_dir() else model.model,
         "dtype": model.dtype,
-        "reducer": reducer_spec(model.reducer).canonical,
+        "reducer": configured_reducer(model).canonical,
         "image prompt": job.prompt_for("image"),
         "video prompt": job.prompt_for("video"),
         "max_tokens": job.max_tokens,

@@ -79,12 +79,15 @@ def reducer_spec(
 ) -> tuple[str, float | None]:
     """The specification to send, and the budget beside it.
 
-    A specification written out by hand goes as it is; whether it is right is for the server to say.
+    A specification written out by hand goes as it is; whether it is right is for the server to say. Without one the
+    server chooses a reducer for the budget.
 
     Args:
         options: What was put in for the chosen reducer's other options; those at their default are left out.
     """
     choice = next((choice for choice in choices if choice.name == reducer.strip()), None)
+    if not reducer.strip():
+        return "", round(float(keep_ratio), 4)
     if choice is None:
         return reducer.strip(), None
     changed = {

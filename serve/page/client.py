@@ -53,7 +53,7 @@ class Question:
     """One question about one upload.
 
     Attributes:
-        reducer: A reducer specification.
+        reducer: A reducer specification; empty leaves the choice to the server.
         keep_ratio: Sent only when set; for a specification that holds its own ratios leave it None.
         num_frames: Frames of a clip; not sent for an image.
         drafter: One that the server offers; None leaves the choice to it.
@@ -75,7 +75,9 @@ class Question:
         if media_url is not None:
             media[f"{self.upload.kind}_url"] = {"url": media_url}
         content = [media, {"type": "text", "text": self.text}]
-        vision: dict[str, Any] = {"reducer": self.reducer, "return_map": True, "return_timings": True}
+        vision: dict[str, Any] = {"return_map": True, "return_timings": True}
+        if self.reducer:
+            vision["reducer"] = self.reducer
         if self.keep_ratio is not None:
             vision["keep_ratio"] = self.keep_ratio
         if self.upload.kind == "video":

@@ -19,6 +19,7 @@ from serve.page.form import Form
 from serve.page.media import NotMedia, Preview, preview, read_upload
 from serve.page.samples import Sample
 
+LEFT_OUT = "The server's own reducer, or divprune, keeps this share"
 WRITTEN_OUT = "Sent as written, such as: uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5"
 
 
@@ -61,6 +62,8 @@ class Handlers:
     def show_options(self, reducer: str) -> list[Update]:
         """Show the inputs of the chosen reducer: its summary, its budget, its group of options."""
         choice = next((choice for choice in self._choices if choice.name == reducer), None)
+        if choice is None and not reducer.strip():
+            choice = ReducerChoice(name="", summary=LEFT_OUT, options={"keep_ratio": None})
         if choice is None:
             choice = ReducerChoice(name="", summary=WRITTEN_OUT)
         with_options = [other.name for other in self._choices if other.other_options]
@@ -130,7 +133,8 @@ def _required(form: Form) -> Upload:
 def _detail(question: Question) -> str:
     if question.reducer == "none":
         return "no reduction"
-    return question.reducer if question.keep_ratio is None else f"{question.reducer}, keep {question.keep_ratio:.0%}"
+    name = question.reducer or "the server's reducer"
+    return name if question.keep_ratio is None else f"{name}, keep {question.keep_ratio:.0%}"
 
 
 def _card_of(

@@ -58,7 +58,7 @@ class FakeEngine:
             raise self.encode_error
         if request.vision.reducer == "divprunne":
             raise UnknownPlugin("reducer", "divprunne", ["divprune", "none"])
-        if request.vision.keep_ratio is not None and request.vision.reducer is None:
+        if request.vision.keep_ratio is not None and request.vision.reducer == "none":
             raise InvalidOption("none", "keep_ratio", "does not exist: this reducer has no such budget")
         reducer = request.vision.reducer or "none"
         items = [_encoded(item) for item in request.media]

@@ -85,7 +85,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"vision": {"num_frames": 4, "fps": 2}}, "vision.fps", "invalid_request"),
     ({"vision": {"num_frames": 1000}}, "vision.num_frames", "invalid_request"),
     ({"vision": {"reducer": "divprunne"}}, "vision.reducer", "unknown_plugin"),
-    ({"vision": {"keep_ratio": 0.5}}, "vision.keep_ratio", "invalid_plugin_option"),
+    ({"vision": {"reducer": "none", "keep_ratio": 0.5}}, "vision.keep_ratio", "invalid_plugin_option"),
 ]
 
 

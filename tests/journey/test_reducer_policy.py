@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from mm.config import ModelConfig, ReducerPolicy
+from mm.plugins.spec import reducer_spec
 from pruning.in_llm.fastv import FastV
 from serve.api.routes import create_app
 from serve.config import ServeConfig
@@ -77,3 +78,17 @@ async def test_limits_and_positions_of_a_request(ask, image_url) -> None:
     finally:
         await client.aclose()
         runtime.close()
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/embeddings"])
+async def test_a_ratio_without_a_reducer_reduces(ask, image_url, path) -> None:
+    runtime, client = serving()
+    body = ask([{"type": "image_url", "image_url": {"url": image_url}}], vision={"keep_ratio": 0.25})
+    try:
+        response = await client.post(path, json=body | ({"max_tokens": 1} if path == PATH else {}))
+    finally:
+        await client.aclose()
+        runtime.close()
+    vision = response.json()["vision"]
+    assert vision["reducer"] == reducer_spec("divprune:keep_ratio=0.25").canonical
+    assert 4 * vision["visual_tokens_kept"] == vision["visual_tokens_in"]

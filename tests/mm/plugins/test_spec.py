@@ -8,8 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mm.config import ModelConfig
 from mm.errors import BrokenPlugin, InvalidOption
-from mm.plugins.spec import build_reducer, drafter_spec, parse_spec, reducer_spec
+from mm.plugins.spec import (
+    RATIO_REDUCER,
+    build_reducer,
+    configured_reducer,
+    drafter_spec,
+    parse_spec,
+    reducer_or_default,
+    reducer_spec,
+)
+from pruning.pre_llm.divprune import DivPrune
 from pruning.pre_llm.uniform import Uniform
 from tests.helpers.distributions import registered
 
@@ -76,6 +86,35 @@ def test_a_budget_beside_the_text_replaces_the_one_in_it(ratio):
 def test_a_budget_that_nothing_has_is_refused(spec):
     with pytest.raises(InvalidOption, match="keep_ratio"):
         reducer_spec(spec, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("named", "default", "expected"),
+    [
+        (None, "none", DivPrune(keep_ratio=0.5)),
+        (None, "pool2", DivPrune(keep_ratio=0.5)),
+        (None, "uniform + divprune", DivPrune(keep_ratio=0.5)),
+        (None, "uniform:keep_ratio=0.1", Uniform(keep_ratio=0.5)),
+        ("uniform", "divprune", Uniform(keep_ratio=0.5)),
+    ],
+)
+def test_a_budget_alone_is_for_the_default_or_for_divprune(named, default, expected):
+    assert reducer_or_default(named, default, 0.5).plugin == expected
+    with pytest.raises(InvalidOption, match="keep_ratio"):
+        reducer_or_default("none", default, 0.5)
+
+
+def test_every_encoder_supplies_what_the_reducer_of_a_budget_needs():
+    capabilities = reducer_spec(RATIO_REDUCER).capabilities
+    assert not capabilities.needs
+    assert not capabilities.needs_grid
+    assert capabilities.kinds == {"image", "video"}
+
+
+@pytest.mark.parametrize("reducer", ["none", "uniform"])
+def test_a_configured_budget_is_that_of_requests_that_name_nothing(reducer):
+    found = configured_reducer(ModelConfig(reducer=reducer, keep_ratio=0.5)).plugin
+    assert found == (Uniform(keep_ratio=0.5) if reducer == "uniform" else DivPrune(keep_ratio=0.5))
 
 
 def test_true_is_no_budget_even_when_one_was_asked_for_before():

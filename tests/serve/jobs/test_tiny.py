@@ -10,13 +10,13 @@ import pytest
 
 import mm
 from mm.config import ModelConfig, OnError, ReducerPolicy, SourcePolicy
+from mm.plugins.spec import reducer_spec
 from pruning.in_llm.fastv import FastV
 from serve.jobs.caption import run_caption
 from serve.jobs.job import CaptionJob
 from tests.serve.jobs.conftest import read_lines
 
 SAMPLES = Path(__file__).resolve().parents[3] / "demos" / "samples"
-REDUCER = "uniform:keep_ratio=0.25"
 
 
 def test_the_shipped_model_captions_images_and_clips_as_it_answers_in_python(tmp_path: Path):
@@ -27,7 +27,7 @@ def test_the_shipped_model_captions_images_and_clips_as_it_answers_in_python(tmp
     whole = (folder / "many_shapes.png").read_bytes()
     (folder / "damaged.png").write_bytes(whole[: len(whole) // 2])
     (folder / "no_clip.mp4").write_text("this is text")
-    model = ModelConfig(reducer=REDUCER)
+    model = ModelConfig(keep_ratio=0.25)
     assert run_caption(CaptionJob(inputs=(str(folder),), out=out, model=model, max_tokens=12)) == 3
 
     lines = {Path(line["path"]).name: line for line in read_lines(out / "captions.jsonl")}
@@ -35,16 +35,16 @@ def test_the_shipped_model_captions_images_and_clips_as_it_answers_in_python(tmp
     failures = {Path(line["path"]).name: line["code"] for line in read_lines(out / "failures.jsonl")}
     assert failures == {"damaged.png": "media_undecodable", "no_clip.mp4": "media_undecodable"}
 
-    tiny = mm.load("tiny", reducer=REDUCER, sources=SourcePolicy(allow_paths=True))
+    tiny = mm.load("tiny", sources=SourcePolicy(allow_paths=True))
     for name, line in lines.items():
         kind = "videos" if name.endswith("mp4") else "images"
         prompt = "Describe the video." if kind == "videos" else "Describe the image."
-        answer = tiny.generate(prompt, **{kind: [folder / name]}, max_new_tokens=12, temperature=0.0)
+        answer = tiny.generate(prompt, **{kind: [folder / name]}, keep_ratio=0.25, max_new_tokens=12, temperature=0.0)
         assert line["caption"] == answer.text
         assert line["finish_reason"] == answer.finish_reasons[0]
         assert line["num_visual_tokens_in"] == 4 * line["num_visual_tokens_kept"] > 0
         assert line["num_prompt_tokens"] == answer.usage.num_prompt_tokens
-        assert line["reducer"] == answer.reducer == REDUCER
+        assert line["reducer"] == answer.reducer == reducer_spec("divprune:keep_ratio=0.25").canonical
         assert line["timings"]["encode_s"] > 0
         assert line["timings"]["decode_s"] > 0
         assert "reducer_faults" not in line
