@@ -95,7 +95,8 @@ MEDIA_REASONS: dict[str, str] = {
     "too_long": "the video is longer than the limit of {limit} seconds",
     "too_many_items": "the request carries more {kind}s than the limit of {limit}",
     "decode_limit": "the {kind} took more time or memory to decode than allowed",
-    "bad_source": "the {kind}'s source cannot be understood: send a data: URL{allowed}",
+    "bad_source": "the {kind}'s source cannot be understood: send a data: URL",
+    "bad_data_url": "the {kind}'s data: URL {allowed}",
     "remote_disabled": "remote URLs are off on this server: send the {kind} as a data: URL",
     "domain_not_allowed": "the {kind}'s address is not on this server's list of allowed domains",
     "fetch_failed": "the {kind} could not be fetched from its address",
@@ -113,7 +114,7 @@ class MediaError(RequestError):
         reason: A key of `MEDIA_REASONS`.
         kind: "image" or "video".
         limit: The limit that was exceeded, if the reason has one.
-        allowed: What would be accepted, if the reason names it.
+        allowed: What would be accepted, or what is wrong with a `data:` URL, if the reason names it.
         param: The field's path in the request, once known.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from PIL import Image as PilImage
 
 from mm.config import MediaLimits, SourcePolicy
 from mm.data.media import FrameSampling, Image, Kind, MediaFile, MediaSource, Pixels
-from mm.errors import InvalidRequest
+from mm.errors import InvalidRequest, MediaError
 from mm.media.containers import sniff
+from mm.media.data_url import is_data_url, read_data_url
 from mm.media.limits import MediaBudget
 from mm.media.loading import decode, fetch_item
 
@@ -100,10 +100,9 @@ def _guess(media: str | Path | bytes | PilImage.Image | Pixels, wants_frames: bo
 def _first_bytes(media: str | Path | bytes) -> bytes:
     if isinstance(media, bytes):
         return media[:NUM_SNIFFED]
-    if isinstance(media, str) and media[:5].lower() == "data:":
-        payload = media.partition(",")[2][: 4 * NUM_SNIFFED]
-        with contextlib.suppress(ValueError):
-            return base64.b64decode(payload[: len(payload) // 4 * 4])[:NUM_SNIFFED]
+    if isinstance(media, str) and is_data_url(media):
+        with contextlib.suppress(MediaError):
+            return read_data_url(media, "video", MediaBudget(MediaLimits()))[:NUM_SNIFFED]
         return b""
     with contextlib.suppress(OSError, ValueError):
         if Path(media).is_file():  # reading a pipe could block

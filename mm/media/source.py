@@ -5,8 +5,6 @@ Sizes are checked before the bytes are read. Declared media types are ignored.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import re
 import stat
@@ -15,6 +13,7 @@ from pathlib import Path
 from mm.config import SourcePolicy
 from mm.data.media import Kind, Media, MediaSource
 from mm.errors import MediaError
+from mm.media.data_url import is_data_url, read_data_url
 from mm.media.limits import MediaBudget
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -30,8 +29,8 @@ def fetch(source: MediaSource, policy: SourcePolicy, budget: MediaBudget) -> byt
     """The item's encoded bytes. Draws one item and its bytes from the budget.
 
     Raises:
-        MediaError: `bad_source`, `file_not_found`, `remote_disabled`, `domain_not_allowed`, `fetch_failed`, `empty`,
-            `too_many_bytes` or `too_many_items`; `param` is the source's.
+        MediaError: `bad_source`, `bad_data_url`, `file_not_found`, `remote_disabled`, `domain_not_allowed`,
+            `fetch_failed`, `empty`, `too_many_bytes` or `too_many_items`; `param` is the source's.
     """
     try:
         budget.take_item(source.kind)
@@ -50,7 +49,7 @@ def _read(item: MediaSource, policy: SourcePolicy, budget: MediaBudget) -> bytes
         return _read_path(source, item.kind, policy, budget)
     if not isinstance(source, str):
         raise MediaError("bad_source", item.kind)
-    if source[:5].lower() == "data:":
+    if is_data_url(source):
         return read_data_url(source, item.kind, budget)
     if is_remote(item):
         from mm.media.remote import download  # brings httpx, which most processes never need
@@ -75,21 +74,3 @@ def _read_path(path: Path, kind: Kind, policy: SourcePolicy, budget: MediaBudget
             return file.read(status.st_size)
     except (OSError, ValueError):  # ValueError: a NUL in the path
         raise MediaError("file_not_found", kind) from None
-
-
-def read_data_url(url: str, kind: Kind, budget: MediaBudget) -> bytes:
-    """The bytes of `data:[type];base64,...`.
-
-    White space, percent signs, the URL-safe alphabet and missing padding are refused.
-
-    Raises:
-        MediaError: `bad_source`, or `too_many_bytes` before anything is decoded.
-    """
-    header, comma, payload = url[5:].partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise MediaError("bad_source", kind, allowed=" with base64 content")
-    budget.check_bytes(kind, len(payload) * 3 // 4 - payload[-2:].count("="))
-    try:
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError):
-        raise MediaError("bad_source", kind, allowed=" with base64 content") from None

@@ -44,7 +44,8 @@ def test_a_clip_is_sampled_as_for_an_encoder(tmp_path, budget, make_clip, asked,
     path.write_bytes(make_clip())
     url = "data:;base64," + base64.b64encode(path.read_bytes()).decode()
     clip = decode_video(path.read_bytes(), FrameSampling(**sampling), budget)
-    for form in (path, path.read_bytes(), url):
+    wrapped = "data:;base64," + base64.encodebytes(path.read_bytes()).decode()
+    for form in (path, path.read_bytes(), url, wrapped):
         found = mm.read_media(form, **asked)
         assert np.array_equal(found.frames, clip.frames)
         assert (found.times_s, found.duration_s) == (clip.timestamps_s, clip.duration_s)
@@ -68,7 +69,8 @@ def test_what_cannot_be_read_says_why(tmp_path, make_clip):
         (b"nonsense", "undecodable"),
         (png()[:500], "undecodable"),
         (make_clip()[:-20], "undecodable"),
-        ("data:image/png,abc", "bad_source"),
+        ("data:image/png,abc", "undecodable"),
+        ("data:image/png;base64,ab_d", "bad_data_url"),
         ("http://127.0.0.1/a.png", "remote_disabled"),
     ):
         with pytest.raises(MediaError) as caught:
