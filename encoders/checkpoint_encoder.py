@@ -15,11 +15,22 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoImageProcessor
 
 from encoders.helpers.fingerprint import fingerprint
 from encoders.helpers.text import TextEmbeddings
-from mm.models.checkpoint import BadCheckpoint, fill_buffers, find, load_module, read_config, read_tensors
+from mm.models.checkpoint import (
+    BadCheckpoint,
+    check_depths,
+    check_tensors,
+    fill_buffers,
+    find,
+    load_module,
+    read_config,
+    read_tensors,
+)
+from mm.models.folder import reading
+from mm.models.pretrained import from_folder, model_config
 
 Rename = Callable[[str], str | None]
 """A key of the checkpoint to the module's own name, or None for tensors of other modules."""
@@ -58,8 +69,9 @@ class CheckpointEncoder:
             allowed = ", ".join(self.checkpoint_types)
             raise BadCheckpoint(str(self.path), f"is of model_type {self.model_type!r}, not one of {allowed}")
         self.device, self.dtype = torch.device(device), dtype
-        self.config: Any = AutoConfig.from_pretrained(self.path, local_files_only=True)
-        self.image_processor: Any = AutoImageProcessor.from_pretrained(self.path, local_files_only=True)
+        check_depths(self.path)
+        self.config: Any = model_config(self.path)
+        self.image_processor: Any = from_folder(AutoImageProcessor, self.path)
         self._text = functools.cache(lambda: TextEmbeddings(self.path, self.device))
 
     def embed_text(self, text: str) -> Tensor:
@@ -82,11 +94,13 @@ class CheckpointEncoder:
         Raises:
             BadCheckpoint: A weight is missing, left over, or of another shape.
         """
-        with torch.device("meta"):
+        with torch.device("meta"), reading(self.path, "config.json"):
             module = build()
         names = by_first_group(key) if rename is None else rename(module, key)
         tensors = read_tensors(self.path, names)
-        fill_buffers(module, self.device)
+        check_tensors(module, tensors, self.path)  # before buffers of the sizes in config.json get memory
+        with reading(self.path, "config.json"):
+            fill_buffers(module, self.device)
         load_module(module, tensors, dtype=self.dtype, device=str(self.device), folder=self.path)
         return module.eval()
 

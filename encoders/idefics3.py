@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
 from encoders.checkpoint_encoder import CheckpointEncoder
@@ -25,6 +24,7 @@ from encoders.helpers.batches import in_groups
 from mm.data.media import Image, Video
 from mm.data.tokens import VisualTokens
 from mm.errors import MediaError
+from mm.models.pretrained import build_module
 from mm.plugins.features import ATTENTION_RECEIVED, TEXT_EMBEDDINGS, TOWER_FEATURES, TOWER_KEYS
 
 MAX_BATCH_CROPS = 32
@@ -69,7 +69,7 @@ class Idefics3Encoder(CheckpointEncoder):
         self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(folder, device, dtype)
-        self.tower: Any = self.load(lambda: AutoModel.from_config(self.config.vision_config), TOWER_KEY)
+        self.tower: Any = self.load(lambda: build_module(self.path, self.config.vision_config), TOWER_KEY)
         # SmolVLM's connector is a copy of this one.
         self.connector = self.load(lambda: Idefics3Connector(self.config), CONNECTOR_KEY)
         self.finish({"tower": self.tower, "connector": self.connector})

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from encoders.checkpoint_encoder import CheckpointEncoder, Rename
@@ -28,6 +27,7 @@ from encoders.helpers.merging import merged_tokens, run_blocks
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import IncompatiblePlugin, MediaError
+from mm.models.pretrained import build_module
 from mm.plugins.features import (
     ATTENTION_RECEIVED,
     BLOCK_KEYS,
@@ -77,7 +77,7 @@ class LlavaEncoder(CheckpointEncoder):
     ) -> None:
         super().__init__(folder, device, dtype)
         self._layers = _feature_layers(self.config)
-        self.tower: Any = self.load(lambda: AutoModel.from_config(self.config.vision_config), TOWER_KEY, _renamer)
+        self.tower: Any = self.load(lambda: build_module(self.path, self.config.vision_config), TOWER_KEY, _renamer)
         self.projector = self.load(lambda: LlavaMultiModalProjector(self.config), PROJECTOR_KEY, _renamer)
         self.finish({"tower": self.tower, "projector": self.projector})
         self._pool: int = getattr(self.config, "frame_pool_size", None) or 0

@@ -32,6 +32,7 @@ from encoders.helpers.batches import in_groups
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import MediaError
+from mm.models.pretrained import from_folder
 from mm.plugins.features import ATTENTION_RECEIVED, TEXT_EMBEDDINGS, TOWER_FEATURES, TOWER_KEYS
 
 TOWERS: dict[str, Any] = {
@@ -85,7 +86,7 @@ class Qwen2VLEncoder(CheckpointEncoder):
         self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(folder, device, dtype)
-        self.video_processor: Any = AutoVideoProcessor.from_pretrained(self.path, local_files_only=True)
+        self.video_processor: Any = from_folder(AutoVideoProcessor, self.path)
         self.tower: Any = self.load(lambda: TOWERS[self.model_type]._from_config(self.config.vision_config), TOWER_KEY)
         self._merge: int = self.config.vision_config.spatial_merge_size
         self.finish({"tower": self.tower}, self.video_processor)

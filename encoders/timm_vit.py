@@ -27,6 +27,9 @@ from mm.plugins.reducer import InTower
 
 MAX_BATCH = 16
 
+SAFE = ".safetensors"
+"""The one format of weights that is read: a pickle could run code."""
+
 
 class TimmEncoder:
     """Patch tokens of a timm ViT. An image is one grid of tokens, and a clip is one grid per frame.
@@ -138,9 +141,15 @@ def _build(model_name: str, pretrained: bool, checkpoint: str | Path | None, ima
     if not timm.is_model(model_name):
         close = nearest(model_name, timm.list_models())
         raise InvalidOption("timm", "model_name", f"was {model_name!r}, which timm does not have{close}")
-    size = {} if image_size is None else {"img_size": image_size}
+    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     # "" is how timm spells "no checkpoint".
     path = str(checkpoint) if checkpoint is not None else ""
+    if path and not path.endswith(SAFE):
+        raise InvalidOption("timm", "checkpoint", f"was {path!r}; only {SAFE} files are read (convert the others)")
+    if pretrained:  # timm would take a pickle where a repository has no other file
+        named = getattr(timm.get_pretrained_cfg(model_name), "hf_hub_filename", None)
+        file = Path(named or "model.bin").with_suffix(SAFE)
+        size["pretrained_cfg_overlay"] = {"url": "", "hf_hub_filename": str(file)}
     try:
         model = timm.create_model(model_name, pretrained=pretrained, checkpoint_path=path, num_classes=0, **size)
     except TypeError as error:

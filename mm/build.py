@@ -17,6 +17,7 @@ from mm.engine.scheduler import SchedulerConfig
 from mm.errors import InvalidOption
 from mm.models.checkpoint import BadCheckpoint, find, read_config
 from mm.models.family import CheckpointFamily
+from mm.models.folder import reading
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.registry import create, names
 from mm.plugins.spec import configured_reducer
@@ -47,7 +48,8 @@ def _plugin_for(kind: Literal["encoder", "family"], config: ModelConfig) -> Any:
         raise BadCheckpoint(
             str(folder), f"is of model_type {model_type!r}, for which no {kind} is installed (families: {known})"
         )
-    return create(kind, model_type, folder=folder, device=config.device, dtype=_dtype(config))
+    with reading(folder, f"the {kind} {model_type!r}"):
+        return create(kind, model_type, folder=folder, device=config.device, dtype=_dtype(config))
 
 
 def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> EncodeParts:

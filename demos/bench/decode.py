@@ -94,9 +94,11 @@ def floor_ms(model: mm.Model, batch: int, rows: int, rates: dict[str, float]) ->
 def bench(folder: str | Path, dtype: str, batches: list[int], rounds: int, num_tokens: int) -> list[dict]:
     path = find(folder)
     ours = mm.load(folder, dtype=dtype, max_num_seqs=max(batches), num_threads=1)
-    theirs = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), local_files_only=True)
+    theirs = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+    )
     theirs.eval().generation_config.eos_token_id = None
-    processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     image = picture(ours.encode_parts.encoder.config.vision_config.image_size)
     pixels = PIL.Image.open(io.BytesIO(image)).convert("RGB")
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]

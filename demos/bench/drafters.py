@@ -263,8 +263,10 @@ def hugging_face(task: str, plain: mm.Model, args: Any) -> dict[str, Any]:
     from mm.models.checkpoint import find
 
     folder = find(args.model)
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
+    processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     ratios, start = [], time.process_time()
     while len(ratios) < args.rounds or time.process_time() - start < args.seconds / 2:
         chats = conversations(task, plain)

@@ -89,10 +89,12 @@ def decode(model: mm.Model, image: bytes, batch: int, num_tokens: int, rates: di
 
 
 def generate(path: Path, image: bytes, batches: list[int], num_tokens: int, device: str, report: Report) -> None:
-    theirs: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16, local_files_only=True)
+    theirs: Any = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+    )
     theirs = theirs.eval().to(device)
     theirs.generation_config.eos_token_id = None
-    processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     pixels = PIL.Image.open(io.BytesIO(image)).convert("RGB")
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -77,7 +77,7 @@ def build_language(folder: Path) -> LanguageModel:
         vision_config={"model_type": "clip_vision_model", **vision}, text_config=text, image_token_id=3
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return LanguageModel(folder, config, "cpu", torch.float32)
 
 

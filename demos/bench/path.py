@@ -135,9 +135,9 @@ def limits(model: mm.Model, prompt_tokens: int) -> dict[str, float]:
 def bench(folder: str | Path, reducers: list[str], repeats: int, num_tokens: int) -> dict:
     model = mm.load(folder, dtype="float32", cache_bytes=0, prefix_caching=False)
     theirs = AutoModelForImageTextToText.from_pretrained(
-        find(folder), dtype=torch.float32, local_files_only=True
+        find(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
-    processor = AutoProcessor.from_pretrained(find(folder), local_files_only=True)
+    processor = AutoProcessor.from_pretrained(find(folder), local_files_only=True, trust_remote_code=False)
     theirs.generation_config.eos_token_id = None  # both run to the last token; min_length would forbid the end
     clock = Clock(theirs)
     image = picture(model.encode_parts.encoder.config.vision_config.image_size)

@@ -144,11 +144,11 @@ class Theirs:
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=getattr(torch, dtype), local_files_only=True
+            path, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
         ).eval()
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
-        self.processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+        self.processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         self.processor.tokenizer.padding_side = "left"
 
     def serve(self, asks: list[Ask], batch: int) -> None:

@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     tower = build_model(build_config()).model.vision_tower.to(args.device).eval()
-    state = torch.load(args.run / "vit.pt", map_location=args.device)
+    state = torch.load(args.run / "vit.pt", map_location=args.device, weights_only=True)
     tower.load_state_dict(state["tower"])
     squares, total, count = 0.0, torch.zeros(tower.config.hidden_size), 0
     for kind, number in (("scenes", args.scenes), ("clips", args.clips)):

@@ -180,9 +180,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     start = time.time()
-    processor = AutoProcessor.from_pretrained(args.model)
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=False)
     dtype = getattr(torch, args.dtype)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    model = (
+        AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype, trust_remote_code=False)
+        .to(args.device)
+        .eval()
+    )
     items = [
         *scene_items(args.scenes, args.unseen, args.per_scene),
         *clip_items(args.clips, args.unseen, args.per_clip),

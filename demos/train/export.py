@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True, help="folder with tokenizer and processor")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    state = torch.load(args.run / "lm.pt", map_location="cpu")
+    state = torch.load(args.run / "lm.pt", map_location="cpu", weights_only=True)
     model = build_model(build_config())
     model.load_state_dict(state["model"])
     args.out.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ LONG_SHARE = {"caption": 0.6, "tour": 0.3, "list": 0.2}  # of the rows of scenes
 def load_base(folder: Path, device: str) -> LlavaForConditionalGeneration:
     """The checkpoint in float32, frozen."""
     return (
-        LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         .to(device)
         .eval()
         .requires_grad_(False)

@@ -70,7 +70,7 @@ class ReducerTraining(ABC):
 
     def load_checkpoint(self) -> tuple[int, float]:
         """(step, seconds) of the checkpoint."""
-        state = torch.load(self.out / "state.pt", map_location=self.args.device)
+        state = torch.load(self.out / "state.pt", map_location=self.args.device, weights_only=True)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         return state["step"], state["seconds"]

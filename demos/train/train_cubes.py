@@ -86,7 +86,9 @@ class CubesTraining(ReducerTraining):
         self.base = {name: t.clone() for name, t in self.decoder.state_dict().items()}
         width, scale = self.model.config.text_config.hidden_size, mean_size(self.model, self.features)
         self.network = CubeNetwork(CubeShape(width, query_side=args.query_side, scale=scale)).to(args.device)
-        self.batches = CubeBatches(AutoTokenizer.from_pretrained(args.base), self.features.info)
+        self.batches = CubeBatches(
+            AutoTokenizer.from_pretrained(args.base, trust_remote_code=False), self.features.info
+        )
         self.optimisers = build_optimisers(self.decoder.layers, self.network, args.steps)
         self.held_out = self.held_out_features()
         self.parts = {"decoder": self.decoder, "network": self.network, "optimisers": self.optimisers}

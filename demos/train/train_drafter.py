@@ -276,7 +276,7 @@ def state_file(args: argparse.Namespace) -> Path:
 
 def resume(args: argparse.Namespace, learners: list[Learner]) -> int:
     """Load the state of an earlier run of the same drafters. Returns the step at which to continue."""
-    state = torch.load(state_file(args), map_location=args.device)
+    state = torch.load(state_file(args), map_location=args.device, weights_only=True)
     if missing := [learner.name for learner in learners if learner.name not in state["learners"]]:
         raise SystemExit(f"{args.out} holds {', '.join(state['learners'])} and not {missing[0]}; give its --seeing")
     for learner in learners:

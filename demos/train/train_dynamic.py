@@ -115,7 +115,7 @@ class DynamicTraining(ReducerTraining):
         self.base = {name: t.clone() for name, t in decoder.state_dict().items()}
         shape = Shape(width, args.channels or width // 8, image_layer=args.image_layer, text_layer=args.text_layer)
         self.predictors = Predictors(shape).to(args.device)
-        tokenizer = AutoTokenizer.from_pretrained(args.base)
+        tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
         self.batches = FrozenBatches(tokenizer, self.features.info)
         self.trained = [p for _, p in adapted(self.model, args.adapt)]
         self.optimisers = build_optimisers(self.model, self.predictors, self.trained, args.steps)

@@ -274,11 +274,13 @@ def main() -> None:
 
     features = Features(args.run)
     model = build_model(build_config()).to(args.device)
-    model.model.vision_tower.load_state_dict(torch.load(args.run / "vit.pt", map_location=args.device)["tower"])
+    model.model.vision_tower.load_state_dict(
+        torch.load(args.run / "vit.pt", map_location=args.device, weights_only=True)["tower"]
+    )
     if not args.init:
         center_inputs(model.model.multi_modal_projector.linear_1, features.info)
     if args.init:
-        start = LlavaForConditionalGeneration.from_pretrained(args.init).float()
+        start = LlavaForConditionalGeneration.from_pretrained(args.init, trust_remote_code=False).float()
         for name in ("language_model", "multi_modal_projector"):
             getattr(model.model, name).load_state_dict(getattr(start.model, name).state_dict())
     decoder, projector = model.model.language_model, model.model.multi_modal_projector
@@ -296,14 +298,14 @@ def main() -> None:
     )
     mix, first = torch.ones(len(SHORT_KINDS)).share_memory_(), 0
     if args.resume:
-        state = torch.load(out / "lm.pt", map_location=args.device)
+        state = torch.load(out / "lm.pt", map_location=args.device, weights_only=True)
         model.load_state_dict(state["model"])
         readouts.load_state_dict(state["readouts"])
         optimisers.load_state_dict(state["optimisers"])
         mix.copy_(state["mix"])
         first = state["step"]
 
-    tokenizer = AutoTokenizer.from_pretrained(args.start)
+    tokenizer = AutoTokenizer.from_pretrained(args.start, trust_remote_code=False)
     batches = Batches(tokenizer, features.info, first, args.steps, mix)
     held_out = HeldOut(batches, model.model.vision_tower, args.device)
     recent: dict[str, list[bool]] = {}

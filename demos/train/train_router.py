@@ -220,7 +220,7 @@ class RouterTraining(ReducerTraining):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
-        tokenizer = AutoTokenizer.from_pretrained(args.base)
+        tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
         self.router = Router(self.model.config.text_config.hidden_size).to(args.device)
         self.batches = FrozenBatches(tokenizer, self.features.info)
         self.optimiser, self.recent = torch.optim.AdamW(self.router.parameters(), lr=LR), Recent()

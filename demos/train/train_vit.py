@@ -165,7 +165,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    start = LlavaForConditionalGeneration.from_pretrained(args.init) if args.init else build_model(build_config())
+    start = (
+        LlavaForConditionalGeneration.from_pretrained(args.init, trust_remote_code=False)
+        if args.init
+        else build_model(build_config())
+    )
     tower = start.model.vision_tower.float().to(args.device)
     heads = Heads(tower.config.hidden_size).to(args.device)
     matrices, others = split_matrices(tower, tower.encoder.layers)
@@ -180,7 +184,7 @@ def main() -> None:
     )
     first = 0
     if args.resume:
-        state = torch.load(args.out / "vit.pt", map_location=args.device)
+        state = torch.load(args.out / "vit.pt", map_location=args.device, weights_only=True)
         tower.load_state_dict(state["tower"])
         heads.load_state_dict(state["heads"])
         optimisers.load_state_dict(state["optimisers"])

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from mm.models.checkpoint import read_rows
+from mm.models.pretrained import from_folder
 
 EMBEDDING_KEY = re.compile(r"(?:^|\.)embed_tokens\.weight$")
 
@@ -29,7 +30,7 @@ class TextEmbeddings:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.tokenizer: Any = from_folder(AutoTokenizer, folder)
 
     def __call__(self, text: str) -> Tensor:
         """(T, D) float32, one row per token of the text. T is 0 for an empty text.

@@ -6,9 +6,8 @@ own tensors. Pickled weights (.bin, .pt) are refused.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,24 +16,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mm.errors import MmError, UnknownModel
+from mm.errors import UnknownModel
+from mm.models.folder import BadCheckpoint, check_folder, read_json, reading
 
 SHIPPED = Path(__file__).parent / "weights"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-class BadCheckpoint(MmError):
-    """A model folder cannot be used."""
-
-    code = "bad_checkpoint"
-
-    def __init__(self, folder: str, message: str) -> None:
-        super().__init__(folder, message)
-        self.folder, self.message = folder, message
-
-    def __str__(self) -> str:
-        return f"the model folder {self.folder}: {self.message}"
 
 
 def find(model: str | Path) -> Path:
@@ -42,7 +29,14 @@ def find(model: str | Path) -> Path:
 
     Raises:
         UnknownModel: It is none of these.
+        BadCheckpoint: It asks for code, or its settings are damaged; see `mm.models.folder`.
     """
+    folder = _find(model)
+    check_folder(folder)
+    return folder
+
+
+def _find(model: str | Path) -> Path:
     shipped = sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) if SHIPPED.is_dir() else []
     if str(model) in shipped:
         return SHIPPED / str(model)
@@ -79,17 +73,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json.
 
     Raises:
-        BadCheckpoint: It is not a JSON object, or needs code of its own (`auto_map`), which is never run.
+        BadCheckpoint: The folder cannot be used, see `check_folder`, or config.json names no model_type.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadCheckpoint(str(folder), "config.json cannot be read") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise BadCheckpoint(str(folder), "config.json names no model_type")
-    if "auto_map" in config:
-        raise BadCheckpoint(str(folder), "needs its own Python code (auto_map), which is never run here")
-    return cast("dict[str, Any]", config)
+    check_folder(folder)
+    config = read_json(folder, "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise BadCheckpoint(str(folder), "config.json names no model_type; give the folder of a whole checkpoint")
+    return config
 
 
 def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
@@ -103,7 +93,7 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str,
         wanted = {key: name for key in keys if (name := rename(key)) is not None}
         if not wanted:
             continue
-        with _open(folder / file) as reader:
+        with _open(folder, file) as reader:
             tensors.update({name: reader.get_tensor(key) for key, name in wanted.items()})
     return tensors
 
@@ -118,25 +108,64 @@ def read_rows(folder: Path, matches: Callable[[str], bool], rows: Sequence[int])
     if len(found) != 1:
         raise BadCheckpoint(str(folder), f"has {len(found)} matrices of token embeddings, not one")
     (file, key) = found[0]
-    with _open(folder / file) as reader:
+    with _open(folder, file) as reader:
         matrix = reader.get_slice(key)
         width = matrix.get_shape()[1]
         return torch.cat([torch.empty(0, width), *(matrix[row : row + 1].float() for row in rows)])
 
 
 def _files(folder: Path) -> Mapping[str, list[str]]:
-    """File name to the keys in it."""
-    if (folder / INDEX).is_file():
-        files: dict[str, list[str]] = {}
-        for key, file in json.loads((folder / INDEX).read_text())["weight_map"].items():
-            if Path(file).name != file:
-                raise BadCheckpoint(str(folder), f"{INDEX} names a file outside the folder")
-            files.setdefault(file, []).append(key)
-        return files
-    if (folder / SINGLE).is_file():
-        with _open(folder / SINGLE) as reader:
+    """File name to the keys in it.
+
+    Raises:
+        BadCheckpoint: There are no safetensors files, or the index does not name those of the folder.
+    """
+    if (folder / INDEX).exists():
+        return _indexed(folder)
+    if (folder / SINGLE).exists():
+        with _open(folder, SINGLE) as reader:
             return {SINGLE: list(reader.keys())}
     raise BadCheckpoint(str(folder), "holds no safetensors weights (.bin and .pt files are refused: convert them)")
+
+
+def _indexed(folder: Path) -> Mapping[str, list[str]]:
+    """As `_files`, by the index of a checkpoint in several files."""
+    weight_map: object = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise BadCheckpoint(str(folder), f"{INDEX}: weight_map is no object of keys and files; get the file again")
+    files: dict[str, list[str]] = {}
+    for key, file in cast("dict[str, object]", weight_map).items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise BadCheckpoint(str(folder), f"{INDEX}: weight_map.{key} names a file outside the folder: {file!r}")
+        if not file.endswith(".safetensors"):
+            what = f"{INDEX}: weight_map.{key} names {file}; only safetensors files are read (convert the others)"
+            raise BadCheckpoint(str(folder), what)
+        files.setdefault(file, []).append(key)
+    if lost := [file for file in files if not (folder / file).is_file()]:
+        raise BadCheckpoint(
+            str(folder), f"lacks {_few(lost)}, which {INDEX} names; download the rest of the checkpoint"
+        )
+    return files
+
+
+DEPTHS = ("num_hidden_layers", "depth", "num_layers")
+"""Settings that say how many layers a module has."""
+
+
+def check_depths(folder: Path) -> None:
+    """Refuse more layers than the checkpoint has tensors, before anything of that size is built.
+
+    Raises:
+        BadCheckpoint: Names the setting.
+    """
+    num_tensors = sum(map(len, _files(folder).values()))
+    config = read_json(folder, "config.json")
+    for part, settings in [("", config), *((f"{name}.", value) for name, value in config.items())]:
+        for name in DEPTHS if isinstance(settings, dict) else ():
+            depth = cast("dict[str, object]", settings).get(name)
+            if isinstance(depth, int | float) and depth > num_tensors:
+                what = f"config.json: {part}{name} is {depth}, but the checkpoint has {num_tensors} tensors"
+                raise BadCheckpoint(str(folder), what)
 
 
 class _TensorSlice(Protocol):
@@ -157,8 +186,10 @@ class _TensorFile(Protocol):
     def get_slice(self, name: str) -> _TensorSlice: ...
 
 
-def _open(path: Path) -> AbstractContextManager[_TensorFile]:
-    return cast("AbstractContextManager[_TensorFile]", safe_open(path, framework="pt"))
+@contextlib.contextmanager
+def _open(folder: Path, file: str) -> Generator[_TensorFile]:
+    with reading(folder, file), safe_open(folder / file, framework="pt") as reader:  # pyright: ignore[reportUnknownVariableType]
+        yield cast("_TensorFile", reader)
 
 
 def load_module(
@@ -169,6 +200,18 @@ def load_module(
     Raises:
         BadCheckpoint: A weight is missing, left over, or of another shape.
     """
+    check_tensors(module, tensors, folder)
+    module.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+
+
+def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Check that `tensors` are the weights of a module.
+
+    Raises:
+        BadCheckpoint: A weight is missing, left over, of another shape, or no floating-point numbers.
+    """
     expected = module.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
@@ -177,9 +220,10 @@ def load_module(
     wrong = [name for name in expected if expected[name].shape != tensors[name].shape]
     if wrong:
         raise BadCheckpoint(str(folder), f"has other shapes than its config.json says: {_few(wrong)}")
-    module.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
+    floats = [name for name in expected if expected[name].is_floating_point()]
+    if whole := [name for name in floats if not tensors[name].is_floating_point()]:
+        what = f"has weights of {tensors[whole[0]].dtype}, such as quantised ones, which are not read: {_few(whole)}"
+        raise BadCheckpoint(str(folder), what)
 
 
 def fill_buffers(model: nn.Module, device: str | torch.device) -> None:

@@ -7,7 +7,6 @@ become tokens.
 from __future__ import annotations
 
 import itertools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoProcessor,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mm.data.media import Kind
 from mm.data.request import MediaPart, Message
@@ -31,7 +24,12 @@ from mm.data.sampling_params import SamplingParams, sampling_options
 from mm.data.tokens import Prompt, VisualTokens
 from mm.errors import InvalidRequest, MediaError
 from mm.models.chat import ChatTemplate
+from mm.models.checkpoint import check_depths
+from mm.models.folder import read_json
 from mm.models.language import LanguageModel
+from mm.models.pretrained import from_folder, model_config
+
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,8 @@ class CheckpointFamily(ABC):
     """Rows of a prompt's positions: 1, or 3 for M-RoPE."""
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.config = read_model_config(folder)
+        self.config = model_config(folder)
+        check_depths(folder)
         self.tokenizer, template = self.load_tokenizer(folder)
         self.language = LanguageModel(folder, self.config, device, dtype)
         self.folder = folder
@@ -78,7 +77,7 @@ class CheckpointFamily(ABC):
 
     def load_tokenizer(self, folder: Path) -> tuple[PreTrainedTokenizerBase, str | None]:
         """The tokenizer and the chat template. Without a template, the tokenizer's own is used."""
-        processor = cast("_Processor", AutoProcessor.from_pretrained(folder, local_files_only=True))  # pyright: ignore[reportUnknownMemberType]
+        processor = cast("_Processor", from_folder(AutoProcessor, folder))
         return processor.tokenizer, getattr(processor, "chat_template", None)
 
     @abstractmethod
@@ -226,16 +225,10 @@ def among_text(item_ids: Sequence[int], placeholder: int, tokens: VisualTokens) 
     return Placed(offsets=torch.nonzero(stays).T, advance=len(ids), token_ids=ids[stays])
 
 
-def read_model_config(folder: Path) -> PretrainedConfig:
-    """The configuration of the whole model."""
-    return cast(PretrainedConfig, AutoConfig.from_pretrained(folder, local_files_only=True))  # pyright: ignore[reportUnknownMemberType]
-
-
 def _text(num_tokens: int) -> Placed:
     return Placed(offsets=torch.arange(num_tokens).unsqueeze(0), advance=num_tokens)
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
     """The values in generation_config.json, without the defaults that transformers would add."""
-    path = folder / "generation_config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(folder, GENERATION) if (folder / GENERATION).exists() else {}

@@ -12,13 +12,15 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig
+from transformers import PretrainedConfig
 
 from mm.models.attention import ATTENTION, Attention, AttentionMetadata, Rotary
 from mm.models.checkpoint import BadCheckpoint, load_module, read_tensors
+from mm.models.folder import reading
 from mm.models.kv_cache_spec import KVCacheSpec
 from mm.models.layers import FusedLayer, build_layer
 from mm.models.linear import PackedLinear
+from mm.models.pretrained import build_module
 
 HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight")
 TEXT_KEY = re.compile(
@@ -76,12 +78,13 @@ class LanguageModel:
         tensors = read_tensors(folder, _text_key)
         head = tensors.pop("lm_head.weight", None)
         with torch.device("meta"):
-            module = cast(nn.Module, AutoModel.from_config(text, attn_implementation=ATTENTION))  # pyright: ignore[reportUnknownMemberType]
+            module = build_module(folder, text, attn_implementation=ATTENTION)
         load_module(module, tensors, dtype=dtype, device=device, folder=folder)
         self.model = cast(_TextModel, module)
         # Rotary frequencies are not weights: a module built on the meta device has none until it is built again.
         rebuild = cast("type[_RotaryEmbedding]", type(self.model.rotary_emb))
-        self.model.rotary_emb = rebuild(config=text).to(device)
+        with reading(folder, "config.json"):
+            self.model.rotary_emb = rebuild(config=text).to(device)
         self.model.eval()
         self.config = cast(TextConfig, text)
         self.device, self.dtype = torch.device(device), dtype

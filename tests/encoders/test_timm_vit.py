@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from encoders.timm_vit import TimmEncoder
 from mm.data.media import Image, Video
@@ -59,8 +60,8 @@ def test_a_clip_is_its_frames_and_can_be_reduced():
 def test_weights_come_from_a_file_and_name_the_encoder(tmp_path):
     torch.manual_seed(3)
     model = timm.create_model("test_vit", num_classes=0, img_size=SIZE)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    options = {"checkpoint": tmp_path / "weights.pth", "image_size": SIZE}
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    options = {"checkpoint": tmp_path / "weights.safetensors", "image_size": SIZE}
     first, second = (TimmEncoder("test_vit", **options) for _ in range(2))
     assert first.fingerprint == second.fingerprint
     assert torch.equal(first.model.pos_embed, model.pos_embed)

@@ -7,7 +7,6 @@ not the clips of SmolVLM.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Protocol, cast
@@ -18,6 +17,8 @@ from mm.data.media import Kind
 from mm.data.tokens import VisualTokens
 from mm.models.chat import tokenize
 from mm.models.family import CheckpointFamily, Placed, among_text
+from mm.models.folder import REPLACE, BadCheckpoint, read_json, read_text
+from mm.models.pretrained import from_folder
 
 AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
 
@@ -33,11 +34,7 @@ class Idefics3(CheckpointFamily):
 
     def load_tokenizer(self, folder: Path) -> tuple[PreTrainedTokenizerBase, str | None]:
         """As in the base class, without a processor: SmolVLM's needs num2words, a package that only its clips use."""
-        tokenizer = cast(
-            PreTrainedTokenizerBase,
-            AutoTokenizer.from_pretrained(folder, local_files_only=True),  # pyright: ignore[reportUnknownMemberType]
-        )
-        return tokenizer, chat_template(folder)
+        return cast(PreTrainedTokenizerBase, from_folder(AutoTokenizer, folder)), chat_template(folder)
 
     def placeholders(self) -> Mapping[int, Kind]:
         return {self._image_token_id: "image"}
@@ -72,7 +69,12 @@ def item_text(crops: tuple[int, int] | None, cells: str) -> str:
 
 def chat_template(folder: Path) -> str | None:
     """The chat template of a checkpoint that has a file for it, else None."""
-    if (plain := folder / "chat_template.jinja").is_file():
-        return plain.read_text()
-    legacy = folder / "chat_template.json"
-    return json.loads(legacy.read_text())["chat_template"] if legacy.is_file() else None
+    plain, legacy = "chat_template.jinja", "chat_template.json"
+    if (folder / plain).exists():
+        return read_text(folder, plain)
+    if not (folder / legacy).exists():
+        return None
+    template = read_json(folder, legacy).get("chat_template")
+    if not isinstance(template, str):
+        raise BadCheckpoint(str(folder), f"{legacy}: chat_template is no text; {REPLACE}")
+    return template
