@@ -35,6 +35,7 @@ class Bounds:
     flag: str | None = None
     hidden: bool = False
     secret: bool = False
+    ray_only: bool = False
 
     @property
     def allowed(self) -> str:
@@ -71,6 +72,7 @@ def setting(
     flag: str | None = None,
     hidden: bool = False,
     secret: bool = False,
+    ray_only: bool = False,
 ) -> T:
     """A dataclass field that is a setting.
 
@@ -86,6 +88,7 @@ def setting(
             `--lenient` without a value, which sets "keep_all".
         hidden: Whether the command line and HTTP leave it out.
         secret: Whether its value is never printed.
+        ray_only: Whether it has no meaning where one process serves without Ray.
     """
     bounds = Bounds(
         help=help,
@@ -98,6 +101,7 @@ def setting(
         flag=flag,
         hidden=hidden,
         secret=secret,
+        ray_only=ray_only,
     )
     return field(default=default, repr=not secret, metadata={KEY: bounds})
 

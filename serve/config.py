@@ -40,20 +40,20 @@ class ServeConfig:
     api_keys: tuple[str, ...] = setting(
         (), cli="api_key", secret=True, help="Key that clients have to send; repeat for several."
     )
-    num_encoders: int = setting(1, min=1, cli="encoders", help="Encoder replicas (Ray).")
-    num_decoders: int = setting(1, min=1, cli="decoders", help="Decoder replicas (Ray).")
+    num_encoders: int = setting(1, min=1, cli="encoders", ray_only=True, help="Encoder replicas (Ray).")
+    num_decoders: int = setting(1, min=1, cli="decoders", ray_only=True, help="Decoder replicas (Ray).")
     max_decoders: int | None = setting(
-        None, min=1, help="Start up to this many decoders while requests fill the running ones (Ray)."
+        None, min=1, ray_only=True, help="Start up to this many decoders while requests fill the running ones (Ray)."
     )
-    num_ingress: int = setting(1, min=1, cli="ingresses", help="HTTP replicas (Ray).")
-    ingress_cpus: float = setting(0.1, min=0, help="CPUs that one HTTP replica reserves (Ray).")
-    encoder_cpus: float = setting(0.5, min=0, help="CPUs that one encoder reserves (Ray).")
-    decoder_cpus: float = setting(0.5, min=0, help="CPUs that one decoder reserves (Ray).")
-    encoder_gpus: float = setting(0.0, min=0, help="GPUs, or a fraction of one, per encoder (Ray).")
-    decoder_gpus: float = setting(0.0, min=0, help="GPUs, or a fraction of one, per decoder (Ray).")
-    ray_cpus: float | None = setting(None, min=0, help="CPUs that the Ray started here may use.")
+    num_ingress: int = setting(1, min=1, cli="ingresses", ray_only=True, help="HTTP replicas (Ray).")
+    ingress_cpus: float = setting(0.1, min=0, ray_only=True, help="CPUs that one HTTP replica reserves (Ray).")
+    encoder_cpus: float = setting(0.5, min=0, ray_only=True, help="CPUs that one encoder reserves (Ray).")
+    decoder_cpus: float = setting(0.5, min=0, ray_only=True, help="CPUs that one decoder reserves (Ray).")
+    encoder_gpus: float = setting(0.0, min=0, ray_only=True, help="GPUs, or a fraction of one, per encoder (Ray).")
+    decoder_gpus: float = setting(0.0, min=0, ray_only=True, help="GPUs, or a fraction of one, per decoder (Ray).")
+    ray_cpus: float | None = setting(None, min=0, ray_only=True, help="CPUs that the Ray started here may use.")
     object_store_bytes: int = setting(
-        256 * MiB, min=0, help="Shared memory for encoded media between replicas, in bytes (Ray)."
+        256 * MiB, min=0, ray_only=True, help="Shared memory for encoded media between replicas, in bytes (Ray)."
     )
     encode_workers: int = setting(2, min=1, help="Requests whose media one encoder works on at the same time.")
     max_queued_requests: int = setting(64, min=0, help="Requests that one HTTP replica holds back; more are refused.")

@@ -18,8 +18,14 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
+CARDS = sorted((ROOT / "mm" / "models" / "weights").rglob("README.md"))
 SNIPPETS = [
     pytest.param(page, code, id=f"{page.stem}-{i}") for page in PAGES for i, code in enumerate(blocks(page, "python"))
+]
+CARD_SNIPPETS = [
+    pytest.param(card, code, id=f"{card.parent.name}-{i}")
+    for card in CARDS
+    for i, code in enumerate(blocks(card, "python"))
 ]
 EXPECTED = {"README-0": "64 of 256 visual tokens", "guide-0": "prompt tokens were cached", "guide-1": " 64"}
 """How the output of some snippets ends."""
@@ -47,14 +53,22 @@ def at_port_8000(monkeypatch):
 
 
 @pytest.mark.parametrize(("page", "code"), SNIPPETS)
-def test_python_runs_as_printed(page, code, request, monkeypatch, capsys):
+def test_python_runs_as_printed_in_an_empty_folder(page, code, request, tmp_path, monkeypatch, capsys):
     if "OpenAI(" in code:
         request.getfixturevalue("at_port_8000")
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, page.name, "exec"), {})
     written = capsys.readouterr().out
     assert written.strip()
     assert written.rstrip().endswith(EXPECTED.get(request.node.callspec.id, ""))
+
+
+@pytest.mark.parametrize(("card", "code"), CARD_SNIPPETS)
+def test_python_of_a_model_card_runs(card, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    exec(compile(code, card.parent.name, "exec"), found)
+    assert found["model"] is not None
 
 
 def commands() -> list[list[str]]:

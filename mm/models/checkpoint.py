@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mm.errors import UnknownModel
 from mm.models.folder import BadCheckpoint, check_folder, read_json, reading
+from mm.models.shipped import SHIPPED, shipped_models
 
-SHIPPED = Path(__file__).parent / "weights"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -37,7 +37,7 @@ def find(model: str | Path) -> Path:
 
 
 def _find(model: str | Path) -> Path:
-    shipped = sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) if SHIPPED.is_dir() else []
+    shipped = shipped_models()
     if str(model) in shipped:
         return SHIPPED / str(model)
     path = Path(model).expanduser()

@@ -18,7 +18,7 @@ from serve.api.errors import ErrorResponse, Unauthorized, error_response
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ping"})
+OPEN_PATHS = frozenset({"/", "/health", "/ping"})
 """Paths that need no key, compared exactly; every other path does, whether it exists or not."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 

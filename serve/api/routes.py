@@ -16,11 +16,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from mm.errors import InvalidRequest, MmError, UnknownModel
+from mm.models.shipped import limits_of
 from serve.api.body import read_json
 from serve.api.chat import Chat, http_response
 from serve.api.embeddings import Embeddings, add_embeddings
 from serve.api.errors import error_response
 from serve.api.guard import Guard
+from serve.api.home import add_home
 from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.render import JsonObject, to_json
 from serve.api.schema import ChatBody
@@ -51,6 +53,7 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     add_embeddings(app, Embeddings(chat, runtime, config))
     _add_models(app, runtime, config)
     _add_operations(app, runtime, metrics)
+    add_home(app, config)
     return app
 
 
@@ -97,6 +100,7 @@ def _add_models(app: FastAPI, runtime: Runtime, config: ServeConfig) -> None:
             "default_reducer": info.default_reducer,
             "default_drafter": config.model.speculation.drafter,
             "drafters": list(config.model.speculation.offered),
+            "description": limits_of(config.model.model),
         }
 
     @app.get("/v1/models")

@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib.util
 import socket
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
+
+from mm.errors import InvalidOption
+from mm.models.shipped import REAL_MODEL, limits_of
+from mm.settings import settings_of
 
 if TYPE_CHECKING:
     from mm.config import ModelConfig
@@ -32,6 +37,19 @@ def check_port(host: str, port: int) -> None:
             f"mm: cannot listen on {host}:{port} ({error.strerror}); choose another with --host or --port", err=True
         )
         raise SystemExit(1) from None
+
+
+def check_no_ray_settings(cls: type, given: Iterable[str]) -> None:
+    """Refuse settings that only mean something on Ray, where one process serves without it."""
+    ray_only = {one.name for one in settings_of(cls) if one.bounds.ray_only}
+    if wrong := next((name for name in given if name in ray_only), None):
+        raise InvalidOption("serve", wrong, "belongs to Ray, and --in-process serves without it; leave one of them out")
+
+
+def warn_of_limits(model: str) -> None:
+    """Say on stderr what a shipped model cannot do, and name one that can."""
+    if limits := limits_of(model):
+        click.echo(f"mm: {limits} For those give a general model, such as {REAL_MODEL}.", err=True)
 
 
 def check_model(config: ModelConfig) -> None:

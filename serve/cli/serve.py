@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from serve.cli.checks import check_model, check_port, need
+from serve.cli.checks import check_model, check_no_ray_settings, check_port, need, warn_of_limits
 from serve.cli.log import log_to_stderr
 from serve.cli.options import EPILOG, build_config, config_option, print_settings, setting_options
 from serve.config import ServeConfig
@@ -33,7 +33,9 @@ def serve(settings: dict[str, Any], in_process: bool, print_config: bool) -> Non
         print_settings(config)
         return
     log_to_stderr()
-    if not in_process:
+    if in_process:
+        check_no_ray_settings(ServeConfig, settings)
+    else:
         need("ray", "serve")
     need("fastapi", "server")
     check_port(config.host, config.port)
@@ -46,24 +48,26 @@ def serve(settings: dict[str, Any], in_process: bool, print_config: bool) -> Non
 def _run(config: ServeConfig, in_process: bool) -> None:
     ready = partial(_print_ready, config)
     if in_process:
+        click.echo(f"mm: loading {config.model.model} into this process", err=True)
         from serve.api.server import run_in_process
 
         run_in_process(config, ready)
     else:
         from serve.deployments.application import run_on_ray
 
-        click.echo("mm: starting Ray and loading the model; this takes up to a minute", err=True)
+        click.echo(f"mm: starting Ray and loading {config.model.model}; this takes up to a minute", err=True)
         run_on_ray(config, ready)
 
 
 def _print_ready(config: ServeConfig) -> None:
-    """Print that requests are answered now, and a command that sends the first one."""
+    """Print that requests are answered, what a shipped model cannot do, and a command that sends the first one."""
     url, name = f"http://{config.host}:{config.port}", config.names[0]
     content = f'{{"type": "text", "text": "{QUESTION}"}}'
     if SAMPLE.is_file():
         image = f"data:image/png;base64,$(base64 < '{SAMPLE}' | tr -d '\\n')"
         content += f', {{"type": "image_url", "image_url": {{"url": "{image}"}}}}'
     key = '-H "Authorization: Bearer $MM_API_KEY" ' if config.api_keys else ""
+    warn_of_limits(config.model.model)
     click.echo(
         f"mm: ready at {url}, serving {name}. Try:\n\n"
         f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' {key}-d @- <<EOF\n"

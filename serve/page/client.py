@@ -105,10 +105,16 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What a server offers: a model, and its drafters, the default first."""
+    """What a server offers.
+
+    Attributes:
+        drafters: The default first.
+        limits: What the model cannot do, as the server describes it; empty when it says nothing.
+    """
 
     model: str
     drafters: tuple[str, ...] = ()
+    limits: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +182,7 @@ class Client:
         """
         try:
             card = self._client.models()["data"][0]
-            return Offer(model=str(card["id"]), drafters=_drafters(card))
+            return Offer(model=str(card["id"]), drafters=_drafters(card), limits=str(card.get("description") or ""))
         except ServerError as error:
             raise _problem(error, self.url) from None
         except (LookupError, TypeError):

@@ -41,7 +41,7 @@ class Handlers:
             return views.heading(views.server_down(str(problem))), gr.update()
         drafters = list(offer.drafters)
         chosen = gr.update(choices=drafters, value=next(iter(drafters), None), visible=len(drafters) > 1)
-        return views.heading(views.server_line(offer.model, self._client.url)), chosen
+        return views.heading(views.server_line(offer.model, self._client.url, offer.limits)), chosen
 
     def show_upload(self, path: str | None, num_frames: float) -> tuple[Update, Update]:
         """The picture, or the frames that the encoder gets."""

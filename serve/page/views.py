@@ -25,8 +25,10 @@ def heading(server: str = "") -> str:
     )
 
 
-def server_line(model: str, url: str) -> str:
-    return f'<div class="mm-server">{escape(model)} at <code>{escape(url)}</code></div>'
+def server_line(model: str, url: str, limits: str = "") -> str:
+    """The model and its server, with what the model cannot do."""
+    note = f'<p class="mm-limits">{escape(limits)}</p>' if limits else ""
+    return f'<div class="mm-server">{escape(model)} at <code>{escape(url)}</code></div>{note}'
 
 
 def server_down(message: str) -> str:

@@ -9,8 +9,12 @@ import sys
 import click
 import pytest
 
+from mm.models.shipped import SHIPPED
 from mm.plugins.registry import KINDS, names
+from mm.settings import settings_of
 from serve.cli.app import app, main
+from serve.cli.checks import warn_of_limits
+from serve.config import ServeConfig
 from tests.serve.conftest import free_port
 
 COMMANDS = ["", "serve", "caption", "compare", "embed", "eval", "tune", "demo", "plugins"]
@@ -57,6 +61,9 @@ def test_plugins_lists_all_that_is_registered(monkeypatch, capsys):
         (["serve", "--in-process", "--dtype", "float8"], "float8"),
         (["serve", "--in-process", "--device", "gpu9"], "gpu9"),
         (["serve", "--in-process", "--kv-cache-gb", "0"], "kv_cache_gb"),
+        (["serve", "--in-process", "--encoders", "2"], "'encoders' belongs to Ray"),
+        (["serve", "--in-process", "--ray-cpus", "2"], "'ray_cpus' belongs to Ray"),
+        (["serve", "--port", "99999"], "0 to 65535"),
         (["caption", "absent-folder", "--out", "out"], "absent-folder"),
         (["demo", "--url", "localhost"], "http://"),
     ],
@@ -76,6 +83,22 @@ def run_here(monkeypatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         main()
     return int(ended.value.code or 0)
+
+
+def test_every_setting_whose_help_names_ray_is_refused_without_it():
+    ray_only = {one.name for one in settings_of(ServeConfig) if one.bounds.ray_only}
+    assert ray_only == {one.name for one in settings_of(ServeConfig) if "Ray" in one.bounds.help}
+
+
+@pytest.mark.parametrize(("model", "says"), [("tiny", True), ("tiny_plain", True), ("owner/tiny", False)])
+def test_a_shipped_model_says_what_it_cannot_do(model, says, capsys):
+    warn_of_limits(model)
+    assert ("photographs" in capsys.readouterr().err) == says
+
+
+def test_a_shipped_model_is_known_by_its_folder_too(capsys):
+    warn_of_limits(str(SHIPPED / "tiny"))
+    assert "tiny was trained on drawn shapes" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_reported_before_anything_is_loaded(monkeypatch, capsys):

@@ -15,6 +15,7 @@ import pytest
 from serve.page.client import Client, Offer, Question, ServerProblem, Upload, parse_reply
 from serve.page.launch import serving
 from serve.page.media import read_upload
+from serve.page.views import server_line
 from tests.serve.page.fake_server import answer, fake_app
 
 PNG = Upload(name="scene.png", mime="image/png", data=b"pixels")
@@ -88,10 +89,18 @@ def test_the_servers_drafters_are_offered_its_default_first() -> None:
     cards = [
         ({"id": "m", "default_drafter": "copy", "drafters": ["none", "copy"]}, ("copy", "none")),
         ({"id": "m"}, ()),
+        ({"id": "m", "description": None}, ()),
     ]
     for card, drafters in cards:
         asked = client(lambda request, card=card: httpx.Response(200, json={"data": [card]}))
         assert asked.offer() == Offer(model="m", drafters=drafters)
+
+
+def test_what_the_model_cannot_do_is_shown_as_the_server_describes_it() -> None:
+    card = {"id": "m", "description": "m knows <b>shapes</b> only."}
+    offer = client(lambda request: httpx.Response(200, json={"data": [card]})).offer()
+    assert offer.limits == "m knows <b>shapes</b> only."
+    assert "m knows &lt;b&gt;shapes&lt;/b&gt; only." in server_line("m", "http://here", offer.limits)
 
 
 def test_a_server_without_a_vision_object_is_understood() -> None:
