@@ -20,7 +20,7 @@ from mm.models.family import CheckpointFamily
 from mm.models.folder import reading
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.registry import create, names
-from mm.plugins.spec import configured_reducer
+from mm.plugins.spec import bind, configured_reducer
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:
@@ -62,17 +62,20 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
         MmError: The model cannot be found or used, or the default reducer cannot work with it.
     """
     _use_threads(config)
+    model = find(config.model) if encoder_text is None else None
     if encoder_text is None:
         encoder, host = _plugin_for("encoder", config), config.model
     else:
         _check_device(config)
         encoder, host = build_encoder(encoder_text, config.device, _dtype(config)), encoder_text
     reducer = configured_reducer(config)
-    check_compatible(reducer.plugin, encoder, host)
+    check_compatible(bind(reducer, model, config.device).plugin, encoder, host)
     return EncodeParts(
         encoder=encoder,
         cache=FeatureCache(config.cache_bytes),
         host=host,
+        model=model,
+        device=config.device,
         reducer=reducer.canonical,
         frames=FrameSampling(num_frames=config.num_frames, fps=config.fps),
         limits=config.limits,

@@ -106,12 +106,19 @@ class ReducerPolicy:
 
     Attributes:
         allowed: Names that a request may use; empty allows all. The configured default is always allowed.
+        weights: Folders and hub names whose weights a request may give to a learned reducer. Those that lie beside the
+            model are always allowed.
         on_error: "fail" ends a request whose reducer raises or returns an invalid decision. "keep_all" keeps the tokens
             that it was to reduce, and reports the fault in the answer and the metrics.
     """
 
     allowed: tuple[str, ...] = setting(
         (), cli="allow_reducer", help="Requests may use this reducer; repeat. All reducers when not given."
+    )
+    weights: tuple[str, ...] = setting(
+        (),
+        cli="allow_weights",
+        help="Requests may give a learned reducer the weights of this folder or hub name; repeat.",
     )
     min_keep_ratio: float | None = setting(
         None, above=0, max=1, help="Smallest share of the visual tokens that a request may keep."

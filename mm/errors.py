@@ -14,6 +14,7 @@
     │   ├── BrokenPlugin        it is registered, but cannot be imported or built
     │   ├── InvalidOption
     │   ├── IncompatiblePlugin
+    │   ├── BadWeights          a learned reducer's weights are absent, damaged or of another checkpoint
     │   ├── ReducerNotAllowed   the operator does not let requests use it
     │   ├── ReducerFault        a reducer returned what cannot be applied
     │   └── DrafterFault        a drafter proposed what cannot be verified
@@ -237,6 +238,25 @@ class IncompatiblePlugin(PluginError):
 
     def __str__(self) -> str:
         return f"{self.plugin} cannot be used with {self.host}, which does not supply: {', '.join(self.missing)}"
+
+
+class BadWeights(PluginError):
+    """The weights of a learned reducer cannot be used with this model. Only who names the reducer meets this error.
+
+    Args:
+        weights: As the text named them.
+        reason: What is wrong and what to do, fit for callers of a server.
+        detail: Where they lie, for the operator.
+    """
+
+    code = "bad_weights"
+
+    def __init__(self, reducer: str, weights: str, reason: str, detail: str = "") -> None:
+        super().__init__(reducer, weights, reason, detail)
+        self.reducer, self.weights, self.reason, self.detail = reducer, weights, reason, detail
+
+    def __str__(self) -> str:
+        return f"the weights {self.weights!r} of the reducer {self.reducer!r} {self.reason}"
 
 
 class ReducerNotAllowed(PluginError):

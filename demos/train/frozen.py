@@ -9,7 +9,6 @@ Writes scenes.bin, clips.bin and features.json into RUN, as `cache_features.py` 
 """
 
 import argparse
-import hashlib
 import json
 import platform
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from demos.train.lm_data import Batch, Batches, Features
 from demos.train.model import IMAGE_TOKENS, normalise
 from demos.train.packing import Packer, collate
 from demos.train.train_vit import run_tower
+from mm.plugins.weights import CARD, DECODER, TENSORS, checkpoint_fingerprint
 
 FIRST_SEED = 100_000  # the shipped model was trained on seeds below
 CHECK_SEED = HELD_OUT + 300_000  # of the checks during these trainings; demos.train.evaluate and mm eval use others
@@ -46,11 +46,6 @@ def load_base(folder: Path, device: str) -> LlavaForConditionalGeneration:
         .eval()
         .requires_grad_(False)
     )
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 of the checkpoint's weights: a reducer fits no other ones."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 # ── features ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -154,12 +149,12 @@ def save_reducer(
 ) -> None:
     """model.safetensors, config.json, and decoder.safetensors (bfloat16) where the decoder was adapted."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSORS)
     if decoder:
         half = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in decoder.items()}
-        save_file(half, folder / "decoder.safetensors")
+        save_file(half, folder / DECODER)
     config |= {"torch": torch.__version__, "machine": platform.machine()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CARD).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
@@ -179,7 +174,12 @@ def main() -> None:
     done = {"scenes": 0, "clips": 0}
     if args.resume:
         done = json.loads((args.run / "features.json").read_text())
-    info = {"scenes": args.scenes, "clips": args.clips, "first_seed": FIRST_SEED, "base": fingerprint(args.base)}
+    info = {
+        "scenes": args.scenes,
+        "clips": args.clips,
+        "first_seed": FIRST_SEED,
+        "base": checkpoint_fingerprint(args.base),
+    }
     info |= {"tokens": IMAGE_TOKENS, "width": tower.config.hidden_size}
     for kind in ("scenes", "clips"):
         pictures = Pictures(kind, info[kind] - done[kind], FIRST_SEED + done[kind])

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from tqdm import tqdm
 
-from demos.train.frozen import CHECK_SEED, FrozenFeatures, fingerprint, load_base
+from demos.train.frozen import CHECK_SEED, FrozenFeatures, load_base
 from demos.train.training import append_record, save_checkpoint
+from mm.plugins.weights import checkpoint_fingerprint
 
 
 class Stateful(Protocol):
@@ -37,7 +38,7 @@ class ReducerTraining(ABC):
         torch.manual_seed(args.seed)
         self.args = args
         self.model, self.features = load_base(args.base, args.device), FrozenFeatures(args.run)
-        if self.features.info["base"] != fingerprint(args.base):
+        if self.features.info["base"] != checkpoint_fingerprint(args.base):
             raise SystemExit(
                 f"{args.run} holds features of another checkpoint than {args.base}; run demos.train.frozen anew"
             )

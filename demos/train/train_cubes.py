@@ -24,10 +24,11 @@ from transformers import AutoTokenizer
 from demos.train.cube_data import Asked, CubeBatches, Prompt, build_prompt, changed_frames, frame_tokens
 from demos.train.cube_eval import evaluate
 from demos.train.cubing import CubeNetwork, CubeShape, num_borders, uniform_borders
-from demos.train.frozen import FrozenFeatures, fingerprint, save_reducer
+from demos.train.frozen import FrozenFeatures, save_reducer
 from demos.train.reducer_training import ReducerTraining, build_parser, main
 from demos.train.train_lm import run_decoder, splice, to_device
 from demos.train.training import Optimisers, mean_where
+from mm.plugins.weights import checkpoint_fingerprint
 
 FRAMES_PER_CUBE = (3, 5, 8)
 AUX_WEIGHT, LABEL_WEIGHT = 1e-3, 0.5
@@ -135,7 +136,7 @@ class CubesTraining(ReducerTraining):
         free = step > FREE_FROM * args.steps
         changed = {f"layers.{n}": p for n, p in self.decoder.layers.named_parameters()} if free else {}
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
-        config = {"reducer": "cubes", "base": fingerprint(args.base), **network.shape.as_dict()}
+        config = {"reducer": "cubes", "base": checkpoint_fingerprint(args.base), **network.shape.as_dict()}
         config |= {"frames_per_cube": list(FRAMES_PER_CUBE), "default_frames_per_cube": FRAMES_PER_CUBE[0]}
         config |= {"input": "projected frames, pooled 2x2", "timestamps": "frame number, digits before each cube"}
         config |= {"parameters": {**parts, "decoder": sum(p.numel() for p in changed.values())}}

@@ -23,13 +23,14 @@ from transformers import AutoTokenizer
 
 from demos.train.compare import summary
 from demos.train.dynamic_eval import HeldOut, ask, report
-from demos.train.frozen import FrozenBatches, fingerprint, save_reducer
+from demos.train.frozen import FrozenBatches, save_reducer
 from demos.train.lm_data import Batch
 from demos.train.packing import Packed
 from demos.train.reducer_training import ReducerTraining, build_parser, main
 from demos.train.sparse import Decide, Predictors, Shape, by_answer, run_sparse
 from demos.train.train_lm import splice, to_device, visual_tokens
 from demos.train.training import Optimisers, mean_where, split_matrices
+from mm.plugins.weights import checkpoint_fingerprint
 
 IMAGE_RATIO, TEXT_RATIO = 0.22, 0.3  # of the visual tokens of an image; of generated tokens after the first few
 RATIO_WEIGHT = 100.0
@@ -167,7 +168,7 @@ class DynamicTraining(ReducerTraining):
         args, info, predictors = self.args, self.features.info, self.predictors
         changed = dict(adapted(self.model, args.adapt)) if step > FREE_FROM * args.steps else {}
         sizes = {p: sum(t.numel() for t in getattr(predictors, p).parameters()) for p in ("image", "text")}
-        config = {"reducer": "dynamic", "base": fingerprint(args.base), **predictors.shape.as_dict()}
+        config = {"reducer": "dynamic", "base": checkpoint_fingerprint(args.base), **predictors.shape.as_dict()}
         config |= {"image_keep_ratio": IMAGE_RATIO, "text_keep_ratio": TEXT_RATIO, "text_threshold": 0.0}
         config |= {"keep_class": 0, "media": ["image"]}  # media: whose visual tokens are dropped
         config["parameters"] = {**sizes, "decoder": sum(p.numel() for p in changed.values())}

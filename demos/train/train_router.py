@@ -24,9 +24,11 @@ from transformers import AutoTokenizer
 
 from demos.train.compare import Answers, answers_by_row, paired, summary
 from demos.train.data.questions import Question
-from demos.train.frozen import FrozenBatches, FrozenFeatures, fingerprint, pack_rows, save_reducer
+from demos.train.frozen import FrozenBatches, FrozenFeatures, pack_rows, save_reducer
 from demos.train.reducer_training import ReducerTraining, build_parser, main
 from demos.train.train_lm import run_decoder, splice, to_device
+from mm.plugins.weights import checkpoint_fingerprint
+from pruning.learned.routing import RouterNetwork
 
 GROUP = 2  # patches along a side of a group
 HIDDEN = 64
@@ -35,23 +37,6 @@ OPEN_SHARE = 0.25  # of the groups of recent pictures that are labelled "all"
 LR, BATCH, UPDATES, MINIBATCH = 1e-3, 6, 30, 1024  # scenes per step; updates of the head per step, groups in each
 RECENT = 60_000  # groups that are gone through again
 BUDGETS = (0.3, 0.4, 0.5)  # kept tokens / tokens, those of compressed groups included
-
-
-class Router(nn.Module):
-    """Groups (..., 4, D) of projected tokens → (...,) score, higher = keep all four."""
-
-    def __init__(self, width: int, hidden: int = HIDDEN) -> None:
-        super().__init__()
-        self.norm_mean, self.norm_spread = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(2 * width + 1, hidden), nn.GELU(), nn.Linear(hidden, 1))
-
-    def forward(self, groups: Tensor) -> Tensor:
-        mean = groups.mean(-2)
-        spread = (groups - mean[..., None, :]).abs().mean(-2)
-        size = (
-            spread.mean(-1, keepdim=True).add(1e-6).log()
-        )  # what the norm takes away, and the training-free rule reads
-        return self.mlp(torch.cat([self.norm_mean(mean), self.norm_spread(spread), size], dim=-1))[..., 0]
 
 
 def group_index(side: int) -> Tensor:
@@ -118,7 +103,7 @@ def losses_by_row(model: nn.Module, tokens: Tensor, packed: object) -> Tensor:
 # ── evaluation ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def scores_of(router: Router, groups: Tensor, variant: str, rng: np.random.Generator) -> Tensor:
+def scores_of(router: RouterNetwork, groups: Tensor, variant: str, rng: np.random.Generator) -> Tensor:
     if variant == "router":
         return router(groups)
     if variant == "spread":  # the training-free rule: groups whose patches differ most
@@ -128,7 +113,12 @@ def scores_of(router: Router, groups: Tensor, variant: str, rng: np.random.Gener
 
 @torch.no_grad()
 def ask(
-    model: nn.Module, router: Router, batches: FrozenBatches, features: FrozenFeatures, variant: str, keep_ratio: float
+    model: nn.Module,
+    router: RouterNetwork,
+    batches: FrozenBatches,
+    features: FrozenFeatures,
+    variant: str,
+    keep_ratio: float,
 ) -> Answers:
     """(task, right) of every question, by picture."""
     device, result = model.device.type, []
@@ -154,7 +144,7 @@ def ask(
 
 
 def evaluate(
-    model: nn.Module, router: Router, batches: FrozenBatches, features: FrozenFeatures, *, short: bool = False
+    model: nn.Module, router: RouterNetwork, batches: FrozenBatches, features: FrozenFeatures, *, short: bool = False
 ) -> dict:
     """Accuracy at each budget beside the training-free rule and chance; short: the router at one budget."""
     if short:
@@ -197,7 +187,7 @@ class Recent:
 
 
 def update(
-    router: Router, optimiser: torch.optim.Optimizer, recent: Recent, rng: torch.Generator, device: str
+    router: RouterNetwork, optimiser: torch.optim.Optimizer, recent: Recent, rng: torch.Generator, device: str
 ) -> float:
     """Some updates of the head on recent groups; the mean loss."""
     threshold, losses = recent.threshold(), []
@@ -221,7 +211,8 @@ class RouterTraining(ReducerTraining):
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
-        self.router = Router(self.model.config.text_config.hidden_size).to(args.device)
+        self.width: int = self.model.config.text_config.hidden_size
+        self.router = RouterNetwork(self.width, HIDDEN).to(args.device)
         self.batches = FrozenBatches(tokenizer, self.features.info)
         self.optimiser, self.recent = torch.optim.AdamW(self.router.parameters(), lr=LR), Recent()
         self.held_out = self.held_out_features()
@@ -244,7 +235,13 @@ class RouterTraining(ReducerTraining):
 
     def save(self, step: int, trained: dict[str, Any]) -> None:
         args, info = self.args, self.features.info
-        config = {"reducer": "router", "base": fingerprint(args.base), "group": GROUP, "hidden": HIDDEN}
+        config = {
+            "reducer": "router",
+            "base": checkpoint_fingerprint(args.base),
+            "group": GROUP,
+            "hidden": HIDDEN,
+            "width": self.width,
+        }
         config |= {"input": "projected tokens of an image", "default_keep_ratio": 0.4}
         config |= {"loss_threshold": self.recent.threshold()}
         config |= {"parameters": sum(p.numel() for p in self.router.parameters())}

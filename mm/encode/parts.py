@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mm.config import MediaLimits, ReducerPolicy, SourcePolicy, VideoDecoder
 from mm.data.media import FrameSampling
@@ -16,6 +17,8 @@ class EncodeParts:
 
     Attributes:
         host: Name of the encoder or model in error messages.
+        model: The checkpoint's folder, beside which learned reducers have their weights; None for an encoder by name.
+        device: Where learned reducers compute.
         reducer: Text of the reducer for requests that name none.
         frames: Frame sampling for requests that name none.
         policy: What requests may do with reducers.
@@ -24,6 +27,8 @@ class EncodeParts:
     encoder: Encoder
     cache: FeatureCache
     host: str
+    model: Path | None = None
+    device: str = "cpu"
     reducer: str = "none"
     frames: FrameSampling = field(default_factory=FrameSampling)
     limits: MediaLimits = field(default_factory=MediaLimits)

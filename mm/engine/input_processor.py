@@ -18,7 +18,7 @@ from mm.errors import ContextTooLong, InvalidRequest, ReducerFault
 from mm.models.family import CheckpointFamily
 from mm.plugins.capabilities import capabilities_of, in_decode, in_prefill
 from mm.plugins.reducer import Reducer
-from mm.plugins.spec import reducer_spec
+from mm.plugins.spec import bind, reducer_spec
 
 
 class InputProcessor:
@@ -45,8 +45,9 @@ class InputProcessor:
 
         Raises:
             ContextTooLong, InvalidRequest, MediaError: The request cannot be served as asked.
+            BadWeights: The weights of a learned reducer are not the encoder's.
         """
-        reducer = reducer or reducer_spec(media.reducer).plugin
+        reducer = reducer or self._reducer(media)
         prompt = self._family.splice(params.messages, [item.tokens for item in media.items])
         prompt = with_positions(prompt, params.vision.positions or capabilities_of(reducer).positions)
         max_new_tokens = output_length(params, prompt, self._family.max_context_tokens, self._cache)
@@ -78,6 +79,11 @@ class InputProcessor:
         for seq in seqs:
             seq.block_hashes = list(hashes)
         return seqs
+
+    def _reducer(self, media: EncodedMedia) -> Reducer:
+        """The reducer of a request, with its weights where there is anything to reduce."""
+        spec = reducer_spec(media.reducer)
+        return bind(spec, self._family.folder, str(self._family.language.device)).plugin if media.items else spec.plugin
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -146,9 +152,9 @@ def add_reducers(request: EngineRequest, reducer: Reducer, num_layers: int, *, o
             request.reducer_faults.append(str(error))
             continue
         for layer in layers:
-            if not 0 < layer < num_layers or layer in request.pruning_layers:
+            if not 0 <= layer < num_layers or layer in request.pruning_layers:
                 raise InvalidRequest(
-                    f"{type(stage).__name__} acts at layer {layer}; this model allows 1 to {num_layers - 1}, each "
+                    f"{type(stage).__name__} acts at layer {layer}; this model allows 0 to {num_layers - 1}, each "
                     "for one reducer",
                     "vision.reducer",
                 )

@@ -232,7 +232,12 @@ def _start_pruning(request: EngineRequest, start: int) -> PruneState:
     origins = torch.arange(num_before, num_before + visual.shape[0], device=visual.device)
     items, protected = visual_planes(request.media, visual.device)
     state = PruneState(
-        reducers=request.pruning_layers, visual=visual, origins=origins, items=items, protected=protected
+        reducers=request.pruning_layers,
+        visual=visual,
+        origins=origins,
+        items=items,
+        kinds=tuple(item.tokens.kind for item in request.media),
+        protected=protected,
     )
     request.prune_state = state
     return state

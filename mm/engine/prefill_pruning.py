@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mm.data.arrays import ints, to_tensor
+from mm.data.media import Kind
 from mm.engine.kv_cache.blocks import KVCache
 from mm.errors import MmError, ReducerFault
 from mm.models.attention import Rotary
@@ -30,6 +31,7 @@ class PruneState:
         visual: (V,) int64, indices of the visual tokens that are left, counted in what is left of the chunk.
         origins: (V,) int64, which of the prompt's visual tokens these are.
         items: (all visual tokens of the prompt,) int64, which media item each belongs to.
+        kinds: Per media item, what it is.
         protected: (all visual tokens of the prompt,) bool, tokens that an earlier stage wants kept.
         kept: Layer index to what `visual` and `origins` became there, for layers that dropped tokens.
     """
@@ -38,6 +40,7 @@ class PruneState:
     visual: Tensor
     origins: Tensor
     items: Tensor
+    kinds: tuple[Kind, ...]
     protected: Tensor
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict[int, tuple[Tensor, Tensor]])
     error: MmError | None = None
@@ -61,6 +64,7 @@ class PrefillView:
         origins: (V,) int64, which of the prompt's visual tokens these are, counted over all its items.
         items: (V,) int64, which item each of them belongs to.
         item_sizes: Per item, the visual tokens that entered the decoder.
+        item_kinds: Per item, what it is.
         protected: (V,) bool, tokens that an earlier stage of the reducer wants kept.
     """
 
@@ -79,7 +83,8 @@ class PrefillView:
         self.layer, self.hidden, self.num_layers = layer, hidden, model.num_layers
         self.visual, self.origins = state.visual, state.origins
         self.items, self.protected = state.items[state.origins], state.protected[state.origins]
-        self.item_sizes: tuple[int, ...] = tuple(ints(torch.bincount(state.items)))
+        self.item_sizes: tuple[int, ...] = tuple(ints(torch.bincount(state.items, minlength=len(state.kinds))))
+        self.item_kinds = state.kinds
         self._model, self._cache, self._seq_index = model, cache, seq_index
         self._previous, self._rotary = previous, rotary
 
@@ -101,7 +106,7 @@ class PrefillView:
             (H, r, V) float32.
         """
         layer = self.layer if layer is None else layer
-        if layer not in (self.layer, self.layer - 1):
+        if layer not in (self.layer, self.layer - 1) or layer < 0:
             raise ReducerFault("attention_rows", f"asks for layer {layer} at the input of layer {self.layer}")
         source = self.hidden if layer == self.layer else self._previous
         cos, sin = self._rotary

@@ -13,12 +13,26 @@ from mm.data.media import Kind
 from mm.data.tokens import Positions
 from mm.errors import IncompatiblePlugin, InvalidOption
 from mm.plugins.features import BLOCK_KEYS, TEXT_EMBEDDINGS, TOWER_FEATURES
-from mm.plugins.reducer import BeforeDecoder, Count, InDecode, InPrefill, InTower, PlansTokens, Reducer, Stage
+from mm.plugins.reducer import (
+    BeforeDecoder,
+    Count,
+    InDecode,
+    InPrefill,
+    InTower,
+    Learned,
+    PerToken,
+    PlansTokens,
+    Reducer,
+    Stage,
+)
+from mm.plugins.weights import ReducerWeights
 
 OUTSIDE_DECODER = (Stage.IN_VIT, Stage.TEMPORAL, Stage.PRE_LLM)
 """The stages whose result is what the encoder hands over: encoded features depend on them, and on no later stage."""
 
 BEFORE_DECODER = (Stage.TEMPORAL, Stage.PRE_LLM)
+
+INSIDE_DECODER = (Stage.IN_PREFILL, Stage.IN_DECODE, Stage.PER_TOKEN)
 
 KINDS: frozenset[Kind] = frozenset(get_args(Kind))
 
@@ -62,7 +76,7 @@ def capabilities_of(reducer: Reducer) -> Capabilities:
         count="fixed" if all(part.count == "fixed" for part in parts) else "bounded",
         needs_grid=any(getattr(part, "needs_grid", False) for part in parts),
         positions="compact" if any(getattr(part, "positions", "kept") == "compact" for part in parts) else "kept",
-        trained=any(getattr(part, "trained", False) for part in parts),
+        trained=any(is_trained(part) for part in parts),
         least_keep_ratio=_least_keep_ratio(parts),
     )
 
@@ -98,6 +112,30 @@ def in_prefill(reducer: Reducer) -> tuple[InPrefill, ...]:
 def in_decode(reducer: Reducer) -> tuple[InDecode, ...]:
     """The parts that evict entries from the KV cache, in order."""
     return tuple(cast(InDecode, part) for part in parts_of(reducer) if Stage.IN_DECODE in part.acts_at)
+
+
+def per_token(reducer: Reducer) -> tuple[PerToken, ...]:
+    """The parts that decide about each generated token."""
+    return tuple(cast(PerToken, part) for part in parts_of(reducer) if Stage.PER_TOKEN in part.acts_at)
+
+
+def is_trained(part: Reducer) -> bool:
+    """Whether a reducer, not a pipeline, has weights of its own."""
+    return bool(getattr(part, "trained", False))
+
+
+def decoder_weights(reducer: Reducer) -> ReducerWeights | None:
+    """The weights of the part for which the decoder was adapted, if there is one.
+
+    Raises:
+        InvalidOption: There are several.
+    """
+    loaded = [cast(Learned, part).loaded for part in parts_of(reducer) if is_trained(part)]
+    found = [weights for weights in loaded if weights is not None and weights.adapts_decoder]
+    if len(found) > 1:
+        names = " and ".join(weights.reducer for weights in found)
+        raise InvalidOption("pipeline", "stages", f"take one reducer with a decoder of its own, not {names}")
+    return found[0] if found else None
 
 
 def plans_tokens(reducer: Reducer) -> tuple[PlansTokens, ...]:

@@ -8,8 +8,10 @@ A reducer declares once, in `acts_at`, at which stages it acts. The methods foll
 | TEMPORAL, PRE_LLM     | `BeforeDecoder` | plan, after_encode                       |
 | IN_PREFILL            | `InPrefill`     | layers, in_prefill                       |
 | IN_DECODE             | `InDecode`      | prefill_done                             |
+| PER_TOKEN             | `PerToken`      | token_layer, keep_tokens                 |
 
-`mm.plugins.capabilities` derives everything else from the declaration.
+A reducer with trained weights is a `Learned` one besides. `mm.plugins.capabilities` derives everything else from the
+declaration.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, Self, cast, runtime_checkable
 
 from torch import Tensor
 
 from mm.data.media import Kind
 from mm.data.tokens import Grid, VisualTokens
+from mm.plugins.weights import ReducerWeights
 
 Count = Literal["fixed", "bounded"]
 
@@ -35,6 +38,7 @@ class Stage(Enum):
     PRE_LLM = "pre_llm"
     IN_PREFILL = "in_prefill"
     IN_DECODE = "in_decode"
+    PER_TOKEN = "per_token"
 
 
 METHODS: dict[Stage, tuple[str, ...]] = {
@@ -43,10 +47,16 @@ METHODS: dict[Stage, tuple[str, ...]] = {
     Stage.PRE_LLM: ("plan", "after_encode"),
     Stage.IN_PREFILL: ("layers", "in_prefill"),
     Stage.IN_DECODE: ("prefill_done",),
+    Stage.PER_TOKEN: ("token_layer", "keep_tokens"),
 }
 """The methods that a reducer has for each stage where it acts."""
 
-HOOKS = {Stage.PRE_LLM: "after_encode", Stage.IN_PREFILL: "in_prefill", Stage.IN_DECODE: "prefill_done"}
+HOOKS = {
+    Stage.PRE_LLM: "after_encode",
+    Stage.IN_PREFILL: "in_prefill",
+    Stage.IN_DECODE: "prefill_done",
+    Stage.PER_TOKEN: "keep_tokens",
+}
 """Methods that no reducer has without the stage: a forgotten declaration is an error, not a method that never runs."""
 
 
@@ -60,7 +70,7 @@ class Reducer(Protocol):
         kinds: What it reduces, "image", "video" or both (the default). Items of another kind stay as they are.
         needs_grid: True where every cell of the grid has to be present, so that no other reducer may come first.
         positions: "compact" where the tokens that are left have to be numbered anew; "kept" is the default.
-        trained: True where it has weights of its own.
+        trained: True where it has weights of its own, see `Learned`.
 
     Attributes:
         acts_at: The stages where it acts, in the order of `Stage`.
@@ -80,6 +90,43 @@ class Reducer(Protocol):
 
     @property
     def count(self) -> Count: ...
+
+
+@runtime_checkable
+class Learned(Reducer, Protocol):
+    """A reducer with trained weights. Its class variable `trained` is True, and `weights` is one of its options.
+
+    The options alone make a reducer that cannot reduce yet. `bind` gives it the weights; `mm.plugins.spec.bind` finds
+    them for a model and calls it. A model's decoder may have other weights for a learned reducer
+    (`ReducerWeights.adapts_decoder`): the engine then runs the requests with this reducer through those.
+    """
+
+    @property
+    def weights(self) -> str:
+        """Which weights, see `mm.plugins.weights`. The option's default is the reducer's own name."""
+        ...
+
+    @property
+    def loaded(self) -> ReducerWeights | None:
+        """The weights that it was given; None before `bind`."""
+        ...
+
+    def bind(self, weights: ReducerWeights) -> Self:
+        """The same reducer with its weights, for instance with `network`.
+
+        Options that were left open get the values for which the weights were trained, so that the canonical text has
+        them. `weights` becomes `ReducerWeights.pinned`.
+
+        Raises:
+            BadWeights: The weights do not fit.
+            InvalidOption: An option asks for what these weights cannot do.
+        """
+        ...
+
+    @classmethod
+    def untrained(cls, width: int) -> ReducerWeights:
+        """Weights as a training starts with, for a decoder of that width. The contract tests use them."""
+        ...
 
 
 def declaration_problem(plugin: type[object]) -> str:
@@ -221,6 +268,7 @@ class PrefillView(Protocol):
         origins: (V,) int64, which of the prompt's visual tokens these are, counted over all its items.
         items: (V,) int64, which item each of them belongs to.
         item_sizes: Per item, visual tokens that entered the decoder.
+        item_kinds: Per item, "image" or "video".
         protected: (V,) bool, those that an earlier stage of the reducer wants kept.
     """
 
@@ -231,6 +279,7 @@ class PrefillView(Protocol):
     origins: Tensor
     items: Tensor
     item_sizes: tuple[int, ...]
+    item_kinds: tuple[Kind, ...]
     protected: Tensor
 
     @property
@@ -242,7 +291,7 @@ class PrefillView(Protocol):
         """(H, r, V) float32: attention of a few tokens `rows` (r,) int64 to the visual ones, without a full map.
 
         Args:
-            layer: The layer about to run (the default), or the one before it.
+            layer: The layer about to run (the default), or the one before it. Before layer 0 there is none.
         """
         ...
 
@@ -252,10 +301,13 @@ class PrefillView(Protocol):
 
 
 class InPrefill(Reducer, Protocol):
-    """A reducer of the stage IN_PREFILL: drops visual tokens at the input of some decoder layers."""
+    """A reducer of the stage IN_PREFILL: drops visual tokens at the input of some decoder layers.
+
+    The decision may read a network: a learned one is a `Learned` reducer besides.
+    """
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        """At the input of which of `num_layers` layers `in_prefill` is called, ascending; not 0."""
+        """At the input of which of `num_layers` layers `in_prefill` is called, ascending. 0 sees the embeddings."""
         ...
 
     def in_prefill(self, layer: int, view: PrefillView) -> Tensor:
@@ -283,4 +335,25 @@ class InDecode(Reducer, Protocol):
 
     def prefill_done(self, view: CacheView) -> Mapping[int, Tensor]:
         """Layer to (k,) int64, the entries of its cache that stay, ascending. Layers not named keep all."""
+        ...
+
+
+class PerToken(Reducer, Protocol):
+    """A reducer of the stage PER_TOKEN: decides about each generated token whether later ones may attend to it.
+
+    A dropped token's keys and values are not kept in the layers from `token_layer` on. The token itself sees them, in
+    every layer. Below that layer everything is kept. No token's position changes.
+    """
+
+    def token_layer(self, num_layers: int) -> int:
+        """At the input of which of `num_layers` layers `keep_tokens` is called."""
+        ...
+
+    def keep_tokens(self, hidden: Tensor, indices: Tensor) -> Tensor:
+        """(n,) bool: which of these tokens are kept. A row's answer must not depend on the other rows.
+
+        Args:
+            hidden: (n, D), the tokens at the input of the layer. They may belong to different sequences.
+            indices: (n,) int64, the place of each in its own output, from 0 on.
+        """
         ...

@@ -18,14 +18,22 @@ import json
 import re
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar, cast
 
 from mm.config import ModelConfig
 from mm.errors import BrokenPlugin, InvalidOption, MmError
-from mm.plugins import registry
-from mm.plugins.capabilities import Capabilities, acts_outside_decoder, capabilities_of
+from mm.plugins import registry, weights
+from mm.plugins.capabilities import (
+    Capabilities,
+    acts_outside_decoder,
+    capabilities_of,
+    decoder_weights,
+    is_trained,
+    parts_of,
+)
 from mm.plugins.drafter import Drafter
-from mm.plugins.reducer import Reducer
+from mm.plugins.reducer import Learned, Reducer
 from mm.plugins.registry import PluginKind, create, get, options_of
 
 CACHED_SPECS = 512
@@ -162,6 +170,11 @@ def _reducer_spec(text: str, keep_ratio: float | None) -> ReducerSpec:
         with _errors_of("reducer", part.name):
             reducers.append(create("reducer", part.name, **part.options))
             written.append(_written(part.name, reducers[-1]))
+    return _assemble(text, parts, reducers, written)
+
+
+def _assemble(text: str, parts: tuple[Part, ...], reducers: list[Reducer], written: list[str]) -> ReducerSpec:
+    """The meaning of a text whose parts are built."""
     plugin = reducers[0] if len(reducers) == 1 else create("reducer", "pipeline", stages=tuple(reducers))
     with _errors_of("reducer", text):
         capabilities = capabilities_of(plugin)
@@ -188,6 +201,40 @@ def _with_keep_ratio(parts: tuple[Part, ...], text: str, keep_ratio: float) -> t
 
 def _takes_ratio(parts: tuple[Part, ...]) -> bool:
     return len(parts) == 1 and "keep_ratio" in options_of(get("reducer", parts[0].name))
+
+
+def bind(spec: ReducerSpec, model: Path | None, device: str = "cpu") -> ReducerSpec:
+    """`spec` with the weights of its learned reducers. Their fingerprints are part of its canonical text.
+
+    A text without learned reducers costs nothing here, and weights are found once per text.
+
+    Args:
+        model: The checkpoint's folder; None where an encoder belongs to none.
+        device: Where the reducers' networks compute.
+
+    Raises:
+        BadWeights: Weights are absent, damaged, or were trained for another checkpoint.
+        InvalidOption: An option asks for what the weights cannot do, or two parts have a decoder of their own.
+    """
+    return _bound(spec.canonical, model, device) if spec.capabilities.trained else spec
+
+
+@functools.lru_cache(maxsize=CACHED_SPECS)
+def _bound(text: str, model: Path | None, device: str) -> ReducerSpec:
+    spec = _reducer_spec(text, None)
+    reducers: list[Reducer] = []
+    written: list[str] = []
+    for part, reducer in zip(spec.parts, parts_of(spec.plugin), strict=True):
+        if is_trained(reducer):
+            learned = cast(Learned, reducer)
+            found = weights.find_weights(part.name, learned.weights, model, device)
+            with _errors_of("reducer", part.name):
+                reducer = learned.bind(found)
+        reducers.append(reducer)
+        written.append(_written(part.name, reducer))
+    bound = _assemble(text, spec.parts, reducers, written)
+    decoder_weights(bound.plugin)
+    return bound
 
 
 @functools.lru_cache(maxsize=CACHED_SPECS)
@@ -231,6 +278,8 @@ def refresh() -> None:
     """Forget built plugins and read the installed distributions again."""
     registry.refresh()
     _reducer_spec.cache_clear()
+    _bound.cache_clear()
+    weights.forget()
     drafter_spec.cache_clear()
 
 

@@ -24,7 +24,7 @@ from mm.data.request import Request, VisionOptions
 from mm.data.tokens import EncodedMedia
 from mm.encode.pooling import mean_embedding
 from mm.errors import InvalidRequest
-from mm.plugins.reducer import Stage
+from mm.plugins.capabilities import INSIDE_DECODER
 from mm.plugins.spec import reducer_or_default
 from serve.api.body import read_json
 from serve.api.chat import Chat, unless_gone, until
@@ -110,7 +110,7 @@ def _check_vision(given: JsonObject, options: VisionOptions, default: str) -> No
     if options.reducer is None and options.keep_ratio is None:
         return
     spec = reducer_or_default(options.reducer, default, options.keep_ratio)
-    if {Stage.IN_PREFILL, Stage.IN_DECODE} & set(spec.capabilities.stages):
+    if set(INSIDE_DECODER) & set(spec.capabilities.stages):
         message = f"{spec.canonical} acts in the decoder, which an embedding does not use; name another reducer"
         raise InvalidRequest(message, "vision.reducer")
 

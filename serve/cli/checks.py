@@ -56,10 +56,11 @@ def check_model(config: ModelConfig) -> None:
     """Refuse a wrong model, reducer or drafter in one line, before replicas fail to start over it."""
     from mm.models.checkpoint import find, read_config
     from mm.plugins.registry import get
-    from mm.plugins.spec import build_drafter, configured_reducer
+    from mm.plugins.spec import bind, build_drafter, configured_reducer
 
-    read_config(find(config.model))
-    configured_reducer(config)
+    folder = find(config.model)
+    read_config(folder)
+    bind(configured_reducer(config), folder)
     for name in config.reducers.allowed:
         get("reducer", name)
     for drafter in (config.speculation.drafter, *config.speculation.drafters):

@@ -10,12 +10,14 @@ import click
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON array instead of a table.")
-def plugins(as_json: bool) -> None:
-    """List every registered plugin with its capabilities, and which reducer works with which model family."""
+@click.option("--model", "models", multiple=True, help="Look for learned reducers of this folder or hub name too.")
+def plugins(as_json: bool, models: tuple[str, ...]) -> None:
+    """List every registered plugin, which reducer works with which model family, and for which models it is trained."""
+    from mm.models.checkpoint import find
     from mm.plugins.registry import KINDS, describe
-    from serve.cli.matrix import matrix_table, support_matrix
+    from serve.cli.matrix import matrix_table, shipped_models, support_matrix
 
-    matrix = support_matrix()
+    matrix = support_matrix(shipped_models() | {model: find(model) for model in models})
     support = {row["name"]: row for row in matrix}
     rows = [row for kind in KINDS for row in describe(kind)]
     if as_json:

@@ -21,7 +21,7 @@ from mm.data.outputs import KeptMap
 from mm.errors import InvalidRequest
 from mm.media import MediaBudget, decode_image, decode_video
 from mm.plugins.capabilities import check_compatible
-from mm.plugins.spec import build_reducer
+from mm.plugins.spec import bind, build_reducer, reducer_spec
 from serve.cli.matrix import aligned
 from serve.compare.overlay import overlay
 from serve.compare.run import STAGES, Comparison, Row, compare
@@ -43,7 +43,8 @@ def run_compare(job: Comparison) -> None:
         _make_folder(job.out)
     model = Model(job.model)
     for spec in reducers:
-        check_compatible(build_reducer(spec), model.encode_parts.encoder, job.model.model)
+        bound = bind(reducer_spec(spec), model.encode_parts.model)
+        check_compatible(bound.plugin, model.encode_parts.encoder, job.model.model)
     rows = []
     for row, item in compare(model, job, kind, reducers):
         overlay = None if job.out is None or item is None else _write_overlay(job, kind, row.reducer, item)

@@ -10,7 +10,8 @@ from typing import Any
 from mm.config import ModelConfig
 from mm.data.media import Kind
 from mm.errors import MmError
-from mm.plugins.spec import configured_reducer
+from mm.models.checkpoint import find
+from mm.plugins.spec import bind, configured_reducer
 
 DEFAULT_PROMPTS: Mapping[Kind, str] = {"image": "Describe the image.", "video": "Describe the video."}
 
@@ -83,7 +84,7 @@ def settings_of(job: CaptionJob) -> dict[str, Any]:
     return {
         "model": str(Path(model.model).resolve()) if Path(model.model).is_dir() else model.model,
         "dtype": model.dtype,
-        "reducer": configured_reducer(model).canonical,
+        "reducer": bind(configured_reducer(model), find(model.model)).canonical,
         "image prompt": job.prompt_for("image"),
         "video prompt": job.prompt_for("video"),
         "max_tokens": job.max_tokens,

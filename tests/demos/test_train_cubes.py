@@ -26,8 +26,9 @@ from demos.train.cubing import (
     uniform_borders,
 )
 from demos.train.data.clips import sample_clip
-from demos.train.frozen import FrozenFeatures, fingerprint, load_base
+from demos.train.frozen import FrozenFeatures, load_base
 from demos.train.reducer_training import run
+from mm.plugins.weights import checkpoint_fingerprint
 
 FOLDER = Path(__file__).parents[2] / "mm" / "models" / "weights" / "tiny"
 SEED = 100_000
@@ -177,7 +178,7 @@ def test_a_packed_row_of_cubes_is_the_prompt_alone(base, features):
 def ready(features, tmp_path):
     (tmp_path / "clips.bin").write_bytes(features.clips.view(torch.uint16).numpy().tobytes())
     (tmp_path / "scenes.bin").write_bytes(bytes(2 * 256 * 256))
-    info = {**features.info, "tokens": 256, "width": 256, "base": fingerprint(FOLDER)}
+    info = {**features.info, "tokens": 256, "width": 256, "base": checkpoint_fingerprint(FOLDER)}
     (tmp_path / "features.json").write_text(json.dumps(info))
     return tmp_path
 
@@ -196,7 +197,7 @@ def test_interrupted_and_whole_runs_end_with_the_same_weights(ready):
         whole, parts = (load_file(ready / name / f"{file}.safetensors") for name in ("whole", "parts"))
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
     config = json.loads((ready / "whole" / "config.json").read_text())
-    assert config["base"] == fingerprint(FOLDER)
+    assert config["base"] == checkpoint_fingerprint(FOLDER)
     assert config["parameters"]["decoder"] > 2_000_000
 
 

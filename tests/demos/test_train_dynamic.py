@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from demos.train import train_dynamic
-from demos.train.frozen import FrozenBatches, FrozenFeatures, fingerprint, load_base
+from demos.train.frozen import FrozenBatches, FrozenFeatures, load_base
 from demos.train.reducer_training import run
 from demos.train.sparse import (
     Decide,
@@ -24,6 +24,7 @@ from demos.train.sparse import (
     top_keep,
 )
 from demos.train.train_lm import run_decoder, splice, visual_tokens
+from mm.plugins.weights import checkpoint_fingerprint
 
 FOLDER = Path(__file__).parents[2] / "mm" / "models" / "weights" / "tiny"
 SEED = 100_000
@@ -152,7 +153,7 @@ def ready(base, tmp_path, monkeypatch):
     features = FrozenFeatures.of_seeds(base, 4, 0, SEED)
     (tmp_path / "scenes.bin").write_bytes(features.scenes.view(torch.uint16).numpy().tobytes())
     (tmp_path / "clips.bin").write_bytes(b"")
-    info = {**features.info, "tokens": 256, "width": 256, "base": fingerprint(FOLDER)}
+    info = {**features.info, "tokens": 256, "width": 256, "base": checkpoint_fingerprint(FOLDER)}
     (tmp_path / "features.json").write_text(json.dumps(info))
     monkeypatch.setattr(train_dynamic, "SCENES", 1)
     return tmp_path
@@ -166,7 +167,7 @@ def start(folder, *more):
 def test_three_steps_and_on(ready):
     start(ready, "--stop-at", "3", "--adapt", "attention")
     config = json.loads((ready / "dynamic" / "config.json").read_text())
-    assert config["base"] == fingerprint(FOLDER)
+    assert config["base"] == checkpoint_fingerprint(FOLDER)
     assert config["trained"]["steps"] == 3
     weights, decoder = (load_file(ready / "dynamic" / f"{n}.safetensors") for n in ("model", "decoder"))
     assert sum(t.numel() for n, t in weights.items() if n.startswith("image")) == config["parameters"]["image"]

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from demos.train import train_router
-from demos.train.frozen import FrozenBatches, FrozenFeatures, fingerprint, load_base
+from demos.train.frozen import FrozenBatches, FrozenFeatures, load_base
 from demos.train.reducer_training import run
 from demos.train.train_router import group_index, num_open, rise_by_group, route
+from mm.plugins.weights import checkpoint_fingerprint
 
 FOLDER = Path(__file__).parents[2] / "mm" / "models" / "weights" / "tiny"
 SEED = 100_000
@@ -64,7 +65,7 @@ def test_shares_of_groups_add_up_to_the_rise_of_the_loss(base, features, monkeyp
 @pytest.fixture
 def ready(features, tmp_path):
     (tmp_path / "scenes.bin").write_bytes(features.scenes.view(torch.uint16).numpy().tobytes())
-    info = {**features.info, "tokens": 256, "width": 256, "base": fingerprint(FOLDER)}
+    info = {**features.info, "tokens": 256, "width": 256, "base": checkpoint_fingerprint(FOLDER)}
     (tmp_path / "features.json").write_text(json.dumps(info))
     return tmp_path
 
@@ -79,7 +80,7 @@ def test_two_steps_and_on(ready):
     start("--resume")
     config = json.loads((ready / "router" / "config.json").read_text())
     assert config["trained"]["steps"] == 3
-    assert config["base"] == fingerprint(FOLDER)
+    assert config["base"] == checkpoint_fingerprint(FOLDER)
     assert config["parameters"] == sum(t.numel() for t in before.values())
     after = load_file(ready / "router" / "model.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in before)
