@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mm.errors import MmError
+from mm.plugins.weights import FOLDER as REDUCERS
 
 DATA_FILES = ("tokenizer.json", "vocab.json")
 """JSON files that may be large and from which no library takes settings."""
@@ -146,11 +147,11 @@ def check_folder(folder: Path) -> None:
             raise BadCheckpoint(str(folder), f"{name} is Python code for generation, which is never run here")
         if path.suffix != ".json" or _is_data(path):
             continue
-        if path.name in SETTINGS_FILES:
+        if path.name in SETTINGS_FILES and path.relative_to(folder).parts[0] != REDUCERS:
             _refuse_code(folder, name, _parse(folder, path))
         else:
             found: object = None
-            with contextlib.suppress(BadCheckpoint):  # a damaged file that no library reads harms nobody
+            with contextlib.suppress(BadCheckpoint):  # a damaged file that no library reads harms nobody else
                 found = _parse(folder, path)
             _refuse_code(folder, name, found)
 
