@@ -16,10 +16,11 @@ from importlib.metadata import Distribution, EntryPoint
 from typing import Any, Literal, cast, overload
 
 from mm.errors import BrokenPlugin, InvalidOption, MissingPackage, PluginError, UnknownPlugin, nearest
+from mm.plugins.declaration import declaration_problem
 from mm.plugins.drafter import Drafter
 from mm.plugins.encoder import Encoder
 from mm.plugins.family import Family
-from mm.plugins.reducer import Reducer, Stage, declaration_problem
+from mm.plugins.reducer import Reducer, Stage
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from mm.data.tokens import Grid, VisualTokens
 from mm.errors import InvalidOption
 from mm.plugins.apply import reduce_tokens as reduce_by_context
 from mm.plugins.capabilities import acts_before_decoder, capabilities_of, in_decode, in_prefill, parts_of
+from mm.plugins.declaration import declaration_problem
 from mm.plugins.features import ATTENTION_RECEIVED, CLS_ATTENTION, TOWER_FEATURES, TOWER_KEYS
-from mm.plugins.reducer import CacheView, ReduceContext, Reducer, Stage, declaration_problem
+from mm.plugins.reducer import CacheView, ReduceContext, Reducer, Stage
 from mm.plugins.registry import create, get, names, options_of
 from mm.plugins.spec import build_reducer, reducer_spec
 from pruning.base import BudgetReducer, budget
