@@ -80,7 +80,6 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
         frames=FrameSampling(num_frames=config.num_frames, fps=config.fps),
         limits=config.limits,
         sources=config.sources,
-        video_decoder=config.video_decoder,
         policy=config.reducers,
     )
 

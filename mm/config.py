@@ -13,7 +13,6 @@ from mm.settings import build, check_settings, setting
 
 MiB = 1 << 20
 
-VideoDecoder = Literal["pyav", "decord"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -155,7 +154,6 @@ class ModelConfig:
     )
     num_frames: int = setting(8, min=1, cli="frames", help="Frames sampled from a clip, evenly over its length.")
     fps: float | None = setting(None, above=0, help="Sample a clip by frames per second instead.")
-    video_decoder: VideoDecoder = setting("pyav", help="pyav, or decord for files you trust.")
     num_threads: int | None = setting(
         None, min=1, cli="threads", help="CPU threads per process; torch decides when not given."
     )

@@ -86,6 +86,7 @@ class UnknownModel(RequestError):
 
 MEDIA_REASONS: dict[str, str] = {
     "empty": "the {kind} is empty",
+    "no_video": "the file holds no video: no moving pictures, only sound or a cover",
     "undecodable": "the {kind} cannot be decoded: it is damaged, truncated or no {kind} file",
     "unsupported_format": "the {kind}'s format is not allowed; send {allowed}",
     "too_many_bytes": "the {kind} is larger than the limit of {limit} bytes",

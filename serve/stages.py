@@ -88,7 +88,7 @@ def build_encoder_stage(config: ServeConfig) -> EncoderStage[LoadedMedia]:
     # Over HTTP nobody may name a path of this machine, whatever the policy allows elsewhere.
     parts = build_encode_parts(replace(model, sources=replace(model.sources, allow_paths=False)))
     if "video" in parts.encoder.kinds:
-        prepare_decoder(model.video_decoder)  # a missing package is an error now, and the first clip need not wait
+        prepare_decoder()  # a missing package is an error now, and the first clip need not wait
     return EncoderStage(
         functools.partial(load, parts=parts),
         functools.partial(encode_loaded, parts=parts),

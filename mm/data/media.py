@@ -44,16 +44,33 @@ class Video:
         timestamps_s: Presentation time of each frame in seconds from the clip's start, length T.
         duration_s: Length of the whole clip in seconds.
         content_hash: Hash of the content and of the frame sampling, for cache keys.
+        num_damaged: Parts of the file that were needed for these frames and could not be decoded, or only in part.
     """
 
     frames: Pixels
     timestamps_s: tuple[float, ...]
     duration_s: float
     content_hash: str
+    num_damaged: int = 0
 
     @property
     def kind(self) -> Kind:
         return "video"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameChunk:
+    """Consecutive sampled frames of a clip.
+
+    Attributes:
+        frames: uint8 RGB (T, H, W, 3), in order of time.
+        timestamps_s: Presentation time of each frame in seconds from the clip's start, length T.
+        first: Index of the first of them among all sampled frames of the clip.
+    """
+
+    frames: Pixels
+    timestamps_s: tuple[float, ...]
+    first: int
 
 
 @dataclass(frozen=True, kw_only=True)

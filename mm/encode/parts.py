@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mm.config import MediaLimits, ReducerPolicy, SourcePolicy, VideoDecoder
+from mm.config import MediaLimits, ReducerPolicy, SourcePolicy
 from mm.data.media import FrameSampling
 from mm.encode.feature_cache import FeatureCache
 from mm.plugins.encoder import Encoder
@@ -33,5 +33,4 @@ class EncodeParts:
     frames: FrameSampling = field(default_factory=FrameSampling)
     limits: MediaLimits = field(default_factory=MediaLimits)
     sources: SourcePolicy = field(default_factory=SourcePolicy)
-    video_decoder: VideoDecoder = "pyav"
     policy: ReducerPolicy = field(default_factory=ReducerPolicy)

@@ -119,10 +119,10 @@ def _load_item(
     if not isinstance(fetched, MediaFile):
         key, num_bytes = key_of(fetched.content_hash), 0
     else:
-        key, num_bytes = key_of(content_hash(item.kind, fetched.data, frames, parts.video_decoder)), len(fetched.data)
+        key, num_bytes = key_of(content_hash(item.kind, fetched.data, frames)), len(fetched.data)
     if (cached := parts.cache.get(key)) is not None:
         return LoadedItem(key=key, content=cached, num_media_bytes=num_bytes)
-    pixels = decode(fetched, budget, frames, parts.video_decoder) if isinstance(fetched, MediaFile) else fetched
+    pixels = decode(fetched, budget, frames) if isinstance(fetched, MediaFile) else fetched
     return LoadedItem(key=key, content=pixels, load_s=time.perf_counter() - start, num_media_bytes=num_bytes)
 
 

@@ -9,15 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mm.media.child_pool import ChildPool
+    from mm.media.clip_reader import ClipReader
     from mm.media.hashing import content_hash, pixel_hash
     from mm.media.image import decode_image, image_from_array, image_from_pil
     from mm.media.limits import MediaBudget
     from mm.media.loading import decode, fetch_item
     from mm.media.source import fetch, is_remote
-    from mm.media.video import ChildPool, decode_video, prepare_decoder, video_from_array
+    from mm.media.video import decode_video, open_clip, prepare_decoder, video_from_array
 
 _HOMES = {
-    "ChildPool": "video",
+    "ChildPool": "child_pool",
+    "ClipReader": "clip_reader",
     "MediaBudget": "limits",
     "content_hash": "hashing",
     "decode": "loading",
@@ -28,6 +31,7 @@ _HOMES = {
     "image_from_array": "image",
     "image_from_pil": "image",
     "is_remote": "source",
+    "open_clip": "video",
     "pixel_hash": "hashing",
     "prepare_decoder": "video",
     "video_from_array": "video",
@@ -35,6 +39,7 @@ _HOMES = {
 
 __all__ = [
     "ChildPool",
+    "ClipReader",
     "MediaBudget",
     "content_hash",
     "decode",
@@ -45,6 +50,7 @@ __all__ = [
     "image_from_array",
     "image_from_pil",
     "is_remote",
+    "open_clip",
     "pixel_hash",
     "prepare_decoder",
     "video_from_array",

@@ -8,50 +8,108 @@ from __future__ import annotations
 
 from typing import Literal
 
-Container = Literal["mp4", "matroska", "avi", "gif"]
+Container = Literal["mp4", "matroska", "avi", "mpegts", "mpegps", "flv", "ogg", "asf", "gif", "apng", "webp"]
 
-MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof", b"uuid")
+PICTURE_FORMATS = frozenset({"gif", "apng", "webp"})
+"""Formats of animated pictures. Their files are also pictures."""
+
+MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof", b"uuid", b"sidx")
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-FOREIGN_SIGNATURES = (
-    b"#EXTM3U",
-    b"ffconcat",
-    b"<?xml",
-    b"<MPD",
-    b"FLV",
-    b"OggS",
-    b"\x30\x26\xb2\x75",
-    b"\0\0\1\xba",
-    b"\0\0\1\xb3",
-    b"\x47\x40",
-)
-"""Signatures of playlists, FLV, Ogg, ASF and MPEG streams. These formats are refused."""
+UNKNOWN_RIFF_SIZE = 0xFFFFFFFF
+"""What a writer leaves that cannot go back to the start, as in live recordings. Others leave 0."""
+
+PNG = b"\x89PNG\r\n\x1a\n"
+SIGNATURES: dict[bytes, Container] = {
+    EBML: "matroska",
+    b"\0\0\1\xba": "mpegps",
+    b"FLV\1": "flv",
+    b"OggS": "ogg",
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11": "asf",
+    b"GIF87a": "gif",
+    b"GIF89a": "gif",
+}
+FOREIGN_SIGNATURES = {
+    b"#EXTM3U": "an HLS playlist",
+    b"ffconcat": "a list of files",
+    b"<?xml": "XML",
+    b"<MPD": "a DASH playlist",
+    b"\0\0\1\xb3": "a bare MPEG stream",
+    b"DKIF": "IVF",
+    b"YUV4MPEG": "Y4M",
+    b"\x06\x0e\x2b\x34": "MXF",
+    b".RMF": "RealMedia",
+    b"nut/": "NUT",
+    b"\x89PNG": "a still PNG",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"BM": "a BMP picture",
+    b"II*\0": "a TIFF picture",
+    b"MM\0*": "a TIFF picture",
+    b"ID3": "an MP3 file",
+    b"fLaC": "a FLAC file",
+    b"%PDF": "a PDF",
+    b"PK\3\4": "a ZIP archive",
+    b"\x1f\x8b": "a gzip archive",
+}
+"""Signatures of playlists and other formats that are refused. Their error differs from that of a damaged file."""
 
 
 def sniff(data: bytes) -> Container | None:
-    """The container format of a file that starts with `data`, or None if it is not supported."""
+    """The container format of a file that starts with `data`, or None if it is not supported. 4 kB are enough."""
     if data[4:8] in MP4_FIRST_BOXES:
         return "mp4"
-    if data.startswith(EBML):
-        return "matroska"
-    if data.startswith(b"RIFF") and data[8:11] == b"AVI":
-        return "avi"
-    return "gif" if data.startswith((b"GIF87a", b"GIF89a")) else None
+    if data.startswith(b"RIFF"):
+        if data[8:11] == b"AVI":
+            return "avi"
+        return "webp" if data[8:16] == b"WEBPVP8X" and len(data) > 20 and data[20] & 2 else None
+    if data.startswith(PNG):
+        return "apng" if _is_animated_png(data) else None
+    if _is_transport_stream(data):
+        return "mpegts"
+    return next((name for signature, name in SIGNATURES.items() if data.startswith(signature)), None)
 
 
-def is_foreign(data: bytes) -> bool:
-    """Whether `data` starts a known video or playlist format that is refused here."""
-    return data.removeprefix(b"\xef\xbb\xbf").lstrip()[:8].startswith(FOREIGN_SIGNATURES)
+def foreign_name(data: bytes) -> str:
+    """What `data` is, if it starts a known format that is refused here. Else empty."""
+    if data[:4] == b"RIFF" and data[8:12] in (b"WEBP", b"WAVE"):
+        return "a still WebP" if data[8:12] == b"WEBP" else "a WAV file"
+    start = data.removeprefix(b"\xef\xbb\xbf").lstrip()[:8]
+    return next((name for signature, name in FOREIGN_SIGNATURES.items() if start.startswith(signature)), "")
+
+
+def _is_transport_stream(data: bytes) -> bool:
+    """Whether packets of 188 bytes begin with their mark; in M2TS four bytes stand before each, in DVB 16 after it."""
+    for size, first in ((188, 0), (192, 4), (204, 0)):
+        marks = data[first : first + 5 * size : size]
+        if len(marks) >= 2 and set(marks) == {0x47}:
+            return True
+    return False
+
+
+def _is_animated_png(data: bytes) -> bool:
+    """Whether the chunk that announces an animation comes before the pixels."""
+    at = len(PNG)
+    while at + 8 <= len(data) and data[at + 4 : at + 8] != b"IDAT":
+        if data[at + 4 : at + 8] == b"acTL":
+            return True
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return False
 
 
 def is_cut_short(data: bytes, container: Container) -> bool:
-    """Whether the container declares more bytes than there are. Most decoders would stop early without an error."""
+    """Whether the container declares more bytes than there are. Most decoders would stop early without an error.
+
+    MPEG streams, FLV, Ogg and ASF do not declare their size.
+    """
     if container == "mp4":
         return _mp4_end(data) > len(data)
     if container == "matroska":
         return _matroska_end(data) > len(data)
-    if container == "avi":
-        return 8 + int.from_bytes(data[4:8], "little") > len(data)
-    return _gif_end(data) > len(data)
+    if container in ("avi", "webp"):
+        size = int.from_bytes(data[4:8], "little")
+        return size != UNKNOWN_RIFF_SIZE and 8 + size > len(data)
+    if container == "apng":
+        return b"IEND" not in data[-4096:]
+    return container == "gif" and _gif_end(data) > len(data)
 
 
 def _mp4_end(data: bytes) -> int:

@@ -16,14 +16,14 @@ from mm.data.media import FrameSampling, Kind, Pixels
 Part = bytes | str | int | float | None
 
 
-def content_hash(kind: Kind, data: bytes, frames: FrameSampling | None = None, decoder: str | None = None) -> str:
+def content_hash(kind: Kind, data: bytes, frames: FrameSampling | None = None) -> str:
     """Hash of an encoded file: 64 hex digits.
 
     Args:
-        frames, decoder: For clips, which frames are sampled and by which decoder.
+        frames: For clips, which frames are sampled.
     """
     sampling = (frames.num_frames, frames.fps, frames.max_frames) if frames else (None, None, None)
-    return framed_hash("encoded", kind, decoder, *sampling, data)
+    return framed_hash("encoded", kind, *sampling, data)
 
 
 def pixel_hash(kind: Kind, pixels: Pixels, times_s: tuple[float, ...] = ()) -> str:

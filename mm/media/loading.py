@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image as PilImage
 
-from mm.config import SourcePolicy, VideoDecoder
+from mm.config import SourcePolicy
 from mm.data.media import FrameSampling, Image, Media, MediaFile, MediaSource, Video
 from mm.errors import InvalidRequest, MediaError
 from mm.media.image import decode_image, image_from_array, image_from_pil
@@ -50,9 +50,7 @@ def _from_memory(item: MediaSource, budget: MediaBudget) -> Image:
     raise InvalidRequest(f"cannot use a {given} as {item.kind}; give a path, bytes or a data: URL", item.param)
 
 
-def decode(
-    file: MediaFile, budget: MediaBudget, frames: FrameSampling, video_decoder: VideoDecoder = "pyav"
-) -> Image | Video:
+def decode(file: MediaFile, budget: MediaBudget, frames: FrameSampling) -> Image | Video:
     """The pixels of a fetched file. Draws them from the budget.
 
     Raises:
@@ -63,6 +61,6 @@ def decode(
     try:
         if file.kind == "image":
             return decode_image(file.data, budget)
-        return decode_video(file.data, frames, budget, decoder=video_decoder)
+        return decode_video(file.data, frames, budget)
     except MediaError as error:
         raise error.at(file.param) if file.param else error from None

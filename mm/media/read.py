@@ -13,12 +13,12 @@ from PIL import Image as PilImage
 from mm.config import MediaLimits, SourcePolicy
 from mm.data.media import FrameSampling, Image, Kind, MediaFile, MediaSource, Pixels
 from mm.errors import InvalidRequest, MediaError
-from mm.media.containers import sniff
+from mm.media.containers import PICTURE_FORMATS, sniff
 from mm.media.data_url import is_data_url, read_data_url
 from mm.media.limits import MediaBudget
 from mm.media.loading import decode, fetch_item
 
-NUM_SNIFFED = 64
+NUM_SNIFFED = 4096
 """Bytes at the start of a file that decide its kind."""
 
 
@@ -30,11 +30,13 @@ class MediaFrames:
         frames: (T, H, W, 3) uint8 RGB. A picture has T = 1.
         times_s: Presentation time of each frame in seconds from the clip's start, length T. (0.0,) for a picture.
         duration_s: Length of the whole clip in seconds. 0.0 for a picture.
+        num_damaged: Parts of a clip's file that were needed and could not be decoded, or only in part.
     """
 
     frames: Pixels
     times_s: tuple[float, ...]
     duration_s: float
+    num_damaged: int = 0
 
 
 def read_media(
@@ -51,8 +53,8 @@ def read_media(
         media: A path, encoded file bytes, a `data:` URL, a PIL image, or a uint8 array (H, W, 3) or (H, W).
         num_frames: Frames of a clip, evenly spread over its length; a shorter clip gives all it has. 8 by default.
         fps: Frames per second of clip time in place of `num_frames`, 32 at most.
-        kind: "image" or "video". By default the file's first bytes decide. A GIF is a picture, unless `num_frames` or
-            `fps` is given.
+        kind: "image" or "video". By default the file's first bytes decide. A GIF, PNG or WebP is a picture, unless
+            `num_frames` or `fps` is given and it is animated.
         limits: Bounds of size and length. By default those of a server.
 
     Raises:
@@ -71,7 +73,12 @@ def read_media(
         fetched = decode(fetched, budget, frames or FrameSampling())
     if isinstance(fetched, Image):
         return MediaFrames(frames=fetched.pixels[None], times_s=(0.0,), duration_s=0.0)
-    return MediaFrames(frames=fetched.frames, times_s=fetched.timestamps_s, duration_s=fetched.duration_s)
+    return MediaFrames(
+        frames=fetched.frames,
+        times_s=fetched.timestamps_s,
+        duration_s=fetched.duration_s,
+        num_damaged=fetched.num_damaged,
+    )
 
 
 def _check_form(media: object) -> None:
@@ -93,7 +100,7 @@ def _guess(media: str | Path | bytes | PilImage.Image | Pixels, wants_frames: bo
     if isinstance(media, PilImage.Image | np.ndarray):
         return "image"
     container = sniff(_first_bytes(media))
-    is_clip = container is not None and (container != "gif" or wants_frames)
+    is_clip = container is not None and (container not in PICTURE_FORMATS or wants_frames)
     return "video" if is_clip else "image"
 
 

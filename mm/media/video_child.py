@@ -1,4 +1,4 @@
-"""The process that decodes one clip and ends: `python -m mm.media.video_child DECODER`.
+"""The process that decodes one clip and ends: `python -m mm.media.video_child`.
 
 It imports its decoder, sends "ready" and reads one request. Then it limits its own memory, CPU time, wall time, files
 and sockets for good, and only then decodes the clip. It must not import torch: a spare child has to start fast and stay
@@ -11,17 +11,22 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from mm.media.video_decoders import DECODERS, Decode, DecodeRequest, Frame, Plan, Refused
+from mm.media.video_decoder import decode, prepare
+from mm.media.video_messages import DecodeRequest, Done, Message, Plan, Refused
 from mm.media.wire import OUT_OF_MEMORY_STATUS, WireClosed, read_exactly, read_header, write_message
 
+Decode = Callable[[bytes, DecodeRequest], Iterator[Message]]
 
-def main() -> None:
+
+def main(prepare: Callable[[], object] = prepare, decode: Decode = decode) -> None:
     """Serve one request on stdin and stdout. End without clean-up, since the clip may have damaged the process."""
     pipe_in, pipe_out = sys.stdin.buffer, _private_stdout()
     try:
-        decode = DECODERS[sys.argv[1]]()
+        prepare()
         write_message(pipe_out, {"type": "ready"})
         header = read_header(pipe_in)  # fails when the parent is gone
         confine(header["limits"])
@@ -37,13 +42,13 @@ def main() -> None:
 def send_frames(decode: Decode, data: bytes, request: DecodeRequest, pipe_out: BinaryIO) -> None:
     """Send the plan, the frames and `done`, or the reason why not. No text of a library leaves this process."""
     try:
-        for item in decode(data, request):
-            write_message(pipe_out, *_encoded(item))
-        write_message(pipe_out, {"type": "done"})
+        for message in decode(data, request):
+            with _clock_stopped():
+                write_message(pipe_out, *_encoded(message))
     except (BrokenPipeError, WireClosed):
         raise
     except Refused as refused:
-        write_message(pipe_out, {"type": "refused", "reason": refused.reason, "limit": refused.limit})
+        write_message(pipe_out, {"type": "refused", **vars(refused)})
     except MemoryError:
         write_message(pipe_out, {"type": "refused", "reason": "decode_limit", "limit": None})
     except Exception:
@@ -87,12 +92,22 @@ def _lower(limit: int, soft: int, hard: int) -> None:
     resource.setrlimit(limit, (soft, hard))
 
 
-def _encoded(item: Plan | Frame) -> tuple[dict[str, Any], bytes | memoryview]:
-    if isinstance(item, Plan):
-        return {"type": "plan", **item._asdict()}, b""
-    height, width, _ = item.pixels.shape
-    body = item.pixels.data.cast("B")
-    return {"type": "frame", "time_s": item.time_s, "width": width, "height": height}, body
+@contextmanager
+def _clock_stopped() -> Generator[None]:
+    """Stop the wall clock while the parent reads. It may take its time between two chunks."""
+    left_s, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, left_s)
+
+
+def _encoded(message: Message) -> tuple[dict[str, Any], bytes | memoryview]:
+    if isinstance(message, Plan):
+        return {"type": "plan", **message._asdict()}, b""
+    if isinstance(message, Done):
+        return {"type": "done", **message._asdict()}, b""
+    height, width, _ = message.pixels.shape
+    body = message.pixels.data.cast("B")
+    return {"type": "frame", "time_s": message.time_s, "width": width, "height": height}, body
 
 
 def _private_stdout() -> BinaryIO:

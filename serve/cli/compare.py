@@ -23,7 +23,7 @@ DEFAULT_REDUCERS = ("divprune:keep_ratio=0.25",)
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-@setting_options(ModelConfig, only=("model", "device", "dtype", "frames", "fps", "video_decoder", "threads"))
+@setting_options(ModelConfig, only=("model", "device", "dtype", "frames", "fps", "threads"))
 def compare(file: Path, reducer: tuple[str, ...], settings: dict[str, Any], **options: Any) -> None:
     """Ask once with every visual token and once with each reducer.
 

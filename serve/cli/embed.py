@@ -12,7 +12,7 @@ from mm.config import ModelConfig
 from serve.cli.checks import need
 from serve.cli.options import build_config, setting_options
 
-SETTINGS = ("model", "device", "dtype", "reducer", "keep_ratio", "frames", "fps", "video_decoder", "threads")
+SETTINGS = ("model", "device", "dtype", "reducer", "keep_ratio", "frames", "fps", "threads")
 
 
 @click.command()

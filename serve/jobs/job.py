@@ -89,7 +89,6 @@ def settings_of(job: CaptionJob) -> dict[str, Any]:
         "video prompt": job.prompt_for("video"),
         "max_tokens": job.max_tokens,
         "frames": model.num_frames if model.fps is None else f"{model.fps:g} per second",
-        "video decoder": model.video_decoder,
     }
 
 

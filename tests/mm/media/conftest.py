@@ -34,8 +34,8 @@ def budget() -> MediaBudget:
 
 @pytest.fixture(scope="session", autouse=True)
 def end_spares() -> Iterator[None]:
-    """Spares are ended with the session, not at interpreter exit, where their pipes would be reported as left open."""
+    """The spare is ended with the session, not at interpreter exit, where its pipes would be reported as left open."""
     yield
-    from mm.media.video import _POOL
+    from mm.media.child_pool import POOL
 
-    _POOL.close()
+    POOL.close()

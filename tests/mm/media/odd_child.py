@@ -13,18 +13,21 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from mm.media import video_child
-from mm.media.video_decoders import DECODERS, DecodeRequest, Frame, Plan
+from mm.media.video_messages import DecodeRequest, Done, Frame, Message, Plan
+
+DECODERS: dict[str, Callable[[bytes, DecodeRequest], Iterator[Message]]] = {}
 
 
 def decoder(act: Callable[[bytes], object]) -> None:
     """Register a decoder that acts, then answers with one grey frame."""
 
-    def decode(data: bytes, request: DecodeRequest) -> Iterator[Plan | Frame]:
+    def decode(data: bytes, request: DecodeRequest) -> Iterator[Message]:
         act(data)
         yield Plan(16, 16, 1, 1.0)
         yield Frame(0.0, np.full((16, 16, 3), 127, np.uint8))
+        yield Done(0)
 
-    DECODERS[act.__name__] = lambda: decode
+    DECODERS[act.__name__] = decode
 
 
 @decoder
@@ -76,33 +79,51 @@ def chatter(data: bytes) -> None:
     os.write(1, b"a library that prints\n" * 100)
 
 
-def lying(data: bytes, request: DecodeRequest) -> Iterator[Plan | Frame]:
+def lying(data: bytes, request: DecodeRequest) -> Iterator[Message]:
     """Plans a small frame and sends a large one."""
     yield Plan(16, 16, 1, 1.0)
     yield Frame(0.0, np.zeros((4096, 4096, 3), np.uint8))
 
 
-def greedy(data: bytes, request: DecodeRequest) -> Iterator[Plan | Frame]:
+def greedy(data: bytes, request: DecodeRequest) -> Iterator[Message]:
     """Plans more frames than were asked for."""
     yield Plan(16, 16, 10**9, 1.0)
 
 
-def large(data: bytes, request: DecodeRequest) -> Iterator[Plan | Frame]:
+def large(data: bytes, request: DecodeRequest) -> Iterator[Message]:
     """120 MB, more than any pipe holds."""
     yield Plan(1000, 1000, 40, 40.0)
     for index in range(40):
         yield Frame(float(index), np.full((1000, 1000, 3), index, np.uint8))
+    yield Done(0)
 
 
-def absent() -> None:
-    raise ImportError
+def backwards(data: bytes, request: DecodeRequest) -> Iterator[Message]:
+    """Sends a frame that is shown before the one before it."""
+    yield Plan(16, 16, 2, 2.0)
+    for time_s in (1.0, 0.5):
+        yield Frame(time_s, np.zeros((16, 16, 3), np.uint8))
+    yield Done(0)
 
 
-DECODERS.update(lying=lambda: lying, greedy=lambda: greedy, large=lambda: large, absent=absent)  # type: ignore[dict-item]
+def endless(data: bytes, request: DecodeRequest) -> Iterator[Message]:
+    """Sends one frame and then nothing more."""
+    yield Plan(16, 16, 2, 2.0)
+    yield Frame(0.0, np.zeros((16, 16, 3), np.uint8))
+    time.sleep(60)
+
+
+DECODERS.update({act.__name__: act for act in (lying, greedy, large, backwards, endless)})
+
+
+def prepare() -> None:
+    if sys.argv[1] == "absent":
+        raise ImportError
+
 
 if __name__ == "__main__":
     if sys.argv[1] == "orphan":  # a parent that dies while its spare waits
         spare = subprocess.Popen([sys.executable, __file__, "well"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         os.write(1, str(spare.pid).encode())
         os._exit(0)
-    video_child.main()
+    video_child.main(prepare, DECODERS.get(sys.argv[1], DECODERS["well"]))

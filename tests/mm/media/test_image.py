@@ -313,11 +313,10 @@ def test_the_name_is_known_before_decoding(budget):
     data = encode(of(COLOURS))
     assert decode_image(data, budget).content_hash == content_hash("image", data)
     names = {
-        content_hash("video", data, FrameSampling(), "pyav"),
-        content_hash("video", data, FrameSampling(), "decord"),
-        content_hash("video", data, FrameSampling(num_frames=9), "pyav"),
-        content_hash("video", data, FrameSampling(fps=1.0), "pyav"),
+        content_hash("video", data, FrameSampling()),
+        content_hash("video", data, FrameSampling(num_frames=9)),
+        content_hash("video", data, FrameSampling(fps=1.0)),
         content_hash("image", data),
         content_hash("image", data + b"\0"),
     }
-    assert len(names) == 6
+    assert len(names) == 5

@@ -57,7 +57,6 @@ def test_plugins_lists_all_that_is_registered(monkeypatch, capsys):
         (["serve", "tinny", "--in-process"], "the model 'tinny' does not exist"),
         (["serve", "--in-process", "--reducer", "divprun"], "did you mean 'divprune'"),
         (["serve", "--in-process", "--reducer", "divprune:keep_ratio=2"], "keep_ratio"),
-        (["serve", "--in-process", "--video-decoder", "ffmpeg"], "ffmpeg"),
         (["serve", "--in-process", "--dtype", "float8"], "float8"),
         (["serve", "--in-process", "--device", "gpu9"], "gpu9"),
         (["serve", "--in-process", "--kv-cache-gb", "0"], "kv_cache_gb"),
@@ -159,7 +158,7 @@ def options_of(command: click.Command) -> list[str]:
     return [name for one in command.params for name in (*one.opts, *one.secondary_opts)]
 
 
-MODEL = "--model --device --dtype --frames --fps --video-decoder --threads"
+MODEL = "--model --device --dtype --frames --fps --threads"
 ENGINE = (
     "--reducer --lenient-reducers --kv-cache-gb --max-num-seqs --max-batch-tokens --prefix-caching --no-prefix-caching "
     "--cuda-graphs --no-cuda-graphs --compile --no-compile --drafter --max-draft-tokens"
