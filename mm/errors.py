@@ -27,7 +27,18 @@ Errors cross process borders, so each keeps its facts as constructor arguments a
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Sequence
+
+MAX_SHOWN_CHARS = 60
+_SHORTENED = reprlib.Repr()
+_SHORTENED.maxstring = _SHORTENED.maxother = _SHORTENED.maxlong = MAX_SHOWN_CHARS
+
+
+def shown(value: object) -> str:
+    """A value for an error message, cut to a length that can be read. A huge value is cut before it is written out."""
+    text = _SHORTENED.repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
 
 
 class MmError(Exception):
@@ -81,7 +92,7 @@ class UnknownModel(RequestError):
         self.name, self.available, self.param = name, tuple(available), "model"
 
     def __str__(self) -> str:
-        return f"the model {self.name!r} does not exist here; available: {', '.join(self.available)}"
+        return f"the model {shown(self.name)} does not exist here; available: {', '.join(self.available)}"
 
 
 MEDIA_REASONS: dict[str, str] = {
@@ -161,6 +172,10 @@ class PluginError(MmError):
     code = "invalid_plugin"
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
+
+
 def nearest(name: str, available: Sequence[str]) -> str:
     """A `; did you mean ...?` clause, or nothing when no name is close."""
     close = difflib.get_close_matches(name, available, n=1)
@@ -178,7 +193,7 @@ class UnknownPlugin(PluginError):
 
     def __str__(self) -> str:
         known = ", ".join(self.available) or "none installed"
-        return f"no {self.kind} named {self.name!r}{nearest(self.name, self.available)} (available: {known})"
+        return f"no {self.kind} named {shown(self.name)}{nearest(self.name, self.available)} (available: {known})"
 
 
 class MissingPackage(PluginError):
@@ -225,7 +240,7 @@ class InvalidOption(PluginError):
         self.owner, self.option, self.message = owner, option, message
 
     def __str__(self) -> str:
-        return f"{self.owner}: option {self.option!r} {self.message}"
+        return f"{_cut(self.owner)}: option {shown(self.option)} {self.message}"
 
 
 class IncompatiblePlugin(PluginError):

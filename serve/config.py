@@ -6,12 +6,30 @@ Each setting is declared here once; see `mm.settings`.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mm.config import MiB, ModelConfig
 from mm.errors import InvalidOption
 from mm.settings import check_settings, setting
+
+HOST_NAME = re.compile(r"\*|(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*)")
+ORIGIN = re.compile(r"\*|https?://[^/@\s]+/?")
+
+
+def check_hosts(owner: str, hosts: tuple[str, ...], origins: tuple[str, ...]) -> None:
+    """Refuse what is no name, and what is no origin of web pages.
+
+    Raises:
+        InvalidOption: Names it.
+    """
+    for host in hosts:
+        if not HOST_NAME.fullmatch(host):
+            raise InvalidOption(owner, "allowed_hosts", f"holds {host!r}; give a name without scheme and port, or *")
+    for origin in origins:
+        if not ORIGIN.fullmatch(origin):
+            raise InvalidOption(owner, "allowed_origins", f"holds {origin!r}; write it as https://example.org")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +58,12 @@ class ServeConfig:
     api_keys: tuple[str, ...] = setting(
         (), cli="api_key", secret=True, help="Key that clients have to send; repeat for several."
     )
+    allowed_hosts: tuple[str, ...] = setting(
+        (), cli="allow_host", help="Name by which clients may reach the server, beside addresses; repeat; * for all."
+    )
+    allowed_origins: tuple[str, ...] = setting(
+        (), cli="allow_origin", help="Web pages that may use the server, such as https://example.org; repeat."
+    )
     num_encoders: int = setting(1, min=1, cli="encoders", ray_only=True, help="Encoder replicas (Ray).")
     num_decoders: int = setting(1, min=1, cli="decoders", ray_only=True, help="Decoder replicas (Ray).")
     max_decoders: int | None = setting(
@@ -58,8 +82,17 @@ class ServeConfig:
     encode_workers: int = setting(2, min=1, help="Requests whose media one encoder works on at the same time.")
     max_queued_requests: int = setting(64, min=0, help="Requests that one HTTP replica holds back; more are refused.")
     max_body_bytes: int = setting(32 * MiB, min=0, help="Size of a request body, in bytes.")
+    body_timeout_s: float = setting(300.0, above=0, help="Seconds that a request body may take to arrive.")
+    min_body_bytes_per_s: float = setting(
+        1000.0, above=0, help="Slowest speed of a request body, in bytes per second, after its first 10 seconds."
+    )
+    max_arriving_per_address: int = setting(
+        128, min=1, help="Bodies that one address may send at a time. Of more the slowest is refused."
+    )
+    max_arriving_bytes: int = setting(256 * MiB, min=0, help="Memory of all bodies that are arriving, in bytes.")
+    header_timeout_s: float = setting(20.0, above=0, help="Seconds that a request's header may take (--in-process).")
     max_choices: int = setting(8, min=1, help="Largest `n` that a request may ask for.")
-    request_timeout_s: float = setting(300.0, min=0, help="Seconds from a request's arrival to its last token.")
+    request_timeout_s: float = setting(300.0, min=0, help="Seconds from a request's body to its last token.")
     send_timeout_s: float = setting(60.0, min=0, help="Seconds after which a client that reads nothing is cut off.")
     drain_timeout_s: float = setting(20.0, min=0, help="Seconds that running requests get to finish after a stop.")
 
@@ -68,6 +101,7 @@ class ServeConfig:
         if self.max_decoders is not None and self.max_decoders < self.num_decoders:
             least = f"it has to be at least num_decoders, {self.num_decoders}"
             raise InvalidOption("serve", "max_decoders", f"was {self.max_decoders}; {least}")
+        check_hosts("serve", self.allowed_hosts, self.allowed_origins)
         if any(not key for key in self.api_keys):
             raise InvalidOption("serve", "api_keys", "holds an empty key")
 

@@ -6,15 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from mm.errors import InvalidRequest
-
-MAX_SHOWN_CHARS = 60
-
-
-def shown(value: object) -> str:
-    """The value for an error message, cut to a length that can be read."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
+from mm.errors import InvalidRequest, shown
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from mm.data.media import Kind, MediaSource
 from mm.data.request import MediaPart, Message, TextPart
-from mm.errors import InvalidRequest
+from mm.errors import InvalidRequest, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MEDIA_PARTS: dict[str, Kind] = {"image_url": "image", "video_url": "video"}
@@ -33,7 +33,7 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[Message
 def _message(message: Mapping[str, object], param: str, media: list[MediaSource]) -> Message:
     role = message.get("role")
     if role not in ROLES:
-        raise InvalidRequest(f"the role {role!r} is unknown; allowed: {', '.join(ROLES)}", f"{param}.role")
+        raise InvalidRequest(f"the role {shown(role)} is unknown; allowed: {', '.join(ROLES)}", f"{param}.role")
     content = message.get("content")
     role = "system" if role == "developer" else role
     if content is None and role == "assistant":
@@ -62,7 +62,7 @@ def _part(part: object, param: str, media: list[MediaSource]) -> TextPart | Medi
         return MediaPart(index=len(media) - 1, kind=MEDIA_PARTS[kind])
     allowed = ", ".join(("text", *MEDIA_PARTS))
     raise InvalidRequest(
-        f"the content type {kind!r} is not supported; allowed: {allowed}", f"{param}.type", "unsupported_content"
+        f"the content type {shown(kind)} is not supported; allowed: {allowed}", f"{param}.type", "unsupported_content"
     )
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, cast
 
-from mm.data.checks import is_number, shown
-from mm.errors import InvalidRequest
+from mm.data.checks import is_number
+from mm.errors import InvalidRequest, shown
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 32

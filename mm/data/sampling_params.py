@@ -23,9 +23,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from mm.data.checks import Range, is_number, shown
+from mm.data.checks import Range, is_number
 from mm.data.response_format import ResponseFormat
-from mm.errors import InvalidRequest
+from mm.errors import InvalidRequest, shown
 from mm.settings import KEY, Bounds
 
 MAX_STOP_STRINGS = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mm.config import ReducerPolicy
 from mm.data.request import VisionOptions
 from mm.encode.parts import EncodeParts
-from mm.errors import ReducerNotAllowed
+from mm.errors import ReducerNotAllowed, shown
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.spec import ReducerSpec, bind, parse_spec, reducer_or_default
 from mm.plugins.weights import is_beside_model
@@ -41,7 +41,8 @@ def check_names(spec: ReducerSpec, parts: EncodeParts) -> None:
     for part in spec.parts:
         if policy.allowed and part.name not in policy.allowed:
             raise ReducerNotAllowed(
-                f"requests to this server may not use the reducer {part.name!r}; allowed: {', '.join(policy.allowed)}"
+                f"requests to this server may not use the reducer {shown(part.name)}; "
+                f"allowed: {', '.join(policy.allowed)}"
             )
         weights = str(part.options.get("weights", "")).partition("@")[0]
         default = {str(own.options.get("weights", "")) for own in parse_spec(parts.reducer)}

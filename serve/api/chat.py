@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from mm.data.outputs import Delta, Event, Summary
 from mm.data.request import Request
 from mm.errors import CapacityError, DeadlineExceeded
-from serve.api.body import read_json
+from serve.api.body import BodyReader
 from serve.api.errors import ErrorResponse, error_response
 from serve.api.metrics import Metrics
 from serve.api.parse import ChatCall, parse_chat
@@ -28,8 +28,8 @@ from serve.config import ServeConfig
 from serve.runtime import MediaHandle, Runtime
 
 T = TypeVar("T")
-Handle = Callable[[HttpRequest, str, contextlib.AsyncExitStack], Awaitable[Response]]
-"""Answers a request, given its id and what is closed when it is no longer in flight."""
+Handle = Callable[[HttpRequest, Any, contextlib.AsyncExitStack], Awaitable[Response]]
+"""Answers a request, given its body and what is closed when it is no longer in flight."""
 
 CLIENT_GONE = 499
 """Never sent, since the client is gone; only for the log."""
@@ -59,8 +59,8 @@ class Stream(EventSourceResponse):
 class Chat:
     """Answers chat requests."""
 
-    def __init__(self, runtime: Runtime, config: ServeConfig, metrics: Metrics) -> None:
-        self._runtime, self._config, self._metrics = runtime, config, metrics
+    def __init__(self, runtime: Runtime, config: ServeConfig, metrics: Metrics, bodies: BodyReader) -> None:
+        self._runtime, self._config, self._metrics, self._bodies = runtime, config, metrics, bodies
         self._in_flight = 0
 
     async def answer(self, http: HttpRequest) -> Response:
@@ -68,21 +68,23 @@ class Chat:
         return await self.respond(http, self._admit)
 
     async def respond(self, http: HttpRequest, handle: Handle) -> Response:
-        """The response of `handle`, which counts as a request in flight, or its error as a response."""
+        """The response of `handle`, or its error as a response. The request is in flight once its body is there."""
         request_id = http.state.request_id
         try:
+            self._check_room()
+            body = await self._bodies.read_json(http)
             async with self._admitted() as slot:
-                return await handle(http, request_id, slot)
+                return await handle(http, body, slot)
         except ClientDisconnect:
             self._metrics.cancelled.labels(self._config.names[0]).inc()
             return Response(status_code=CLIENT_GONE)
         except Exception as error:
             return http_response(self._error(error, request_id))
 
-    async def _admit(self, http: HttpRequest, request_id: str, slot: contextlib.AsyncExitStack) -> Response:
-        arrived = time.perf_counter()
+    async def _admit(self, http: HttpRequest, content: Any, slot: contextlib.AsyncExitStack) -> Response:
+        arrived, request_id = time.perf_counter(), http.state.request_id
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
-        call = parse_chat(await read_json(http, self._config.max_body_bytes), request_id, self._config)
+        call = parse_chat(content, request_id, self._config, http.state.tenant)
         meta = ResponseMeta(request_id=request_id, model=call.model, created=int(time.time()))
         headers = {"x-mm-ignored-fields": ", ".join(call.ignored)} if call.ignored else {}
         if call.stream:
@@ -107,15 +109,18 @@ class Chat:
         Raises:
             CapacityError: Too many requests are in flight.
         """
-        if self._in_flight >= self._config.max_in_flight:
-            self._metrics.rejections.labels(self._config.names[0]).inc()
-            raise CapacityError("the server is busy; try again shortly")
+        self._check_room()
         async with contextlib.AsyncExitStack() as slot:
             self._in_flight += 1
             gauge = self._metrics.in_flight.labels(self._config.names[0])
             gauge.inc()
             slot.callback(self._leave)
             yield slot
+
+    def _check_room(self) -> None:
+        if self._in_flight >= self._config.max_in_flight:
+            self._metrics.rejections.labels(self._config.names[0]).inc()
+            raise CapacityError("the server is busy; try again shortly")
 
     def _leave(self) -> None:
         self._in_flight -= 1

@@ -23,10 +23,9 @@ from starlette.responses import Response
 from mm.data.request import Request, VisionOptions
 from mm.data.tokens import EncodedMedia
 from mm.encode.pooling import mean_embedding
-from mm.errors import InvalidRequest
+from mm.errors import InvalidRequest, shown
 from mm.plugins.capabilities import INSIDE_DECODER
 from mm.plugins.spec import reducer_or_default
-from serve.api.body import read_json
 from serve.api.chat import Chat, unless_gone, until
 from serve.api.parse import parse_chat
 from serve.api.render import JsonObject, to_json
@@ -70,8 +69,11 @@ class EmbeddingCall:
     ignored: tuple[str, ...] = ()
 
 
-def parse_embedding(body: Any, request_id: str, config: ServeConfig) -> EmbeddingCall:
+def parse_embedding(body: Any, request_id: str, config: ServeConfig, tenant: str = "") -> EmbeddingCall:
     """The call that `body` describes.
+
+    Args:
+        tenant: See `parse_chat`.
 
     Raises:
         InvalidRequest: Names the field, what was given and what is allowed.
@@ -82,7 +84,7 @@ def parse_embedding(body: Any, request_id: str, config: ServeConfig) -> Embeddin
     fields = {name: value for name, value in cast(JsonObject, body).items() if value is not None}
     encoding = fields.pop("encoding_format", "float")
     if encoding not in get_args(Encoding):
-        raise InvalidRequest(f"encoding_format was {encoding!r}; it has to be float or base64", "encoding_format")
+        raise InvalidRequest(f"encoding_format was {shown(encoding)}; it has to be float or base64", "encoding_format")
     if fields.pop("input", None) not in (None, "", [], [""]) or "messages" not in fields:
         message = "images and clips are embedded here, and no text: leave input empty and send messages with media"
         raise InvalidRequest(message, "input" if "messages" in fields else "messages")
@@ -90,7 +92,7 @@ def parse_embedding(body: Any, request_id: str, config: ServeConfig) -> Embeddin
         if name in ChatBody.model_fields and name not in EmbeddingBody.model_fields:
             message = f"{name} has no effect on an embedding; leave it out"
             raise InvalidRequest(message, name, "unsupported_parameter")
-    call = parse_chat(fields, request_id, config)
+    call = parse_chat(fields, request_id, config, tenant)
     if not call.request.media:
         raise InvalidRequest("an embedding needs an image or a video; send at least one", "messages")
     _check_vision(fields.get("vision") or {}, call.request.vision, default_reducer(config))
@@ -125,9 +127,9 @@ class Embeddings:
         """The response. An error is returned as a response too."""
         return await self._chat.respond(http, self._embed)
 
-    async def _embed(self, http: HttpRequest, request_id: str, _: AsyncExitStack) -> Response:
+    async def _embed(self, http: HttpRequest, content: Any, _: AsyncExitStack) -> Response:
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
-        call = parse_embedding(await read_json(http, self._config.max_body_bytes), request_id, self._config)
+        call = parse_embedding(content, http.state.request_id, self._config, http.state.tenant)
         async with until(deadline):
             media = await unless_gone(http, self._encode(call.request))
         vector = await asyncio.to_thread(lambda: mean_embedding(media).numpy())

@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass, field
 
 from starlette.exceptions import HTTPException
+from starlette.types import Send
 
 from mm.errors import (
     CapacityError,
@@ -22,6 +23,7 @@ from mm.errors import (
     ReducerFault,
     RequestError,
     UnknownModel,
+    shown,
 )
 from serve.api.render import JsonObject, to_json
 from serve.runtime import Unavailable
@@ -45,6 +47,54 @@ class PayloadTooLarge(RequestError):
         return f"the request body is larger than the limit of {self.limit_bytes} bytes"
 
 
+class BodyTooSlow(RequestError):
+    """The body took too long to arrive."""
+
+    code = "request_timeout"
+
+    def __init__(self, timeout_s: float, min_bytes_per_s: float) -> None:
+        super().__init__(timeout_s, min_bytes_per_s)
+        self.timeout_s, self.min_bytes_per_s = timeout_s, min_bytes_per_s
+
+    def __str__(self) -> str:
+        return (
+            f"the request body arrived too slowly; it may take {self.timeout_s:g} seconds, and has to come with at "
+            f"least {self.min_bytes_per_s:g} bytes per second"
+        )
+
+
+class HostNotAllowed(RequestError):
+    """The request names a host that this server does not answer for."""
+
+    code = "host_not_allowed"
+
+    def __init__(self, host: str) -> None:
+        super().__init__(host)
+        self.host = host
+
+    def __str__(self) -> str:
+        return (
+            f"this server does not answer for the host {shown(self.host)}; use its address, or start it with "
+            "--allow-host NAME"
+        )
+
+
+class OriginNotAllowed(RequestError):
+    """A web page asks that may not use this server."""
+
+    code = "origin_not_allowed"
+
+    def __init__(self, origin: str) -> None:
+        super().__init__(origin)
+        self.origin = origin
+
+    def __str__(self) -> str:
+        return (
+            f"web pages from {shown(self.origin)} may not use this server; to allow them, start it with --allow-origin "
+            "and the page's origin, such as https://example.org"
+        )
+
+
 class Unauthorized(RequestError):
     """The request has no API key, or a wrong one."""
 
@@ -52,6 +102,15 @@ class Unauthorized(RequestError):
 
     def __str__(self) -> str:
         return "this server wants an API key: send the header Authorization: Bearer <key>"
+
+
+MAX_MESSAGE_CHARS = 1000
+MAX_PARAM_CHARS = 200
+
+
+def shortened(text: str, limit: int) -> str:
+    """A text for a client, without what is beyond a limit: much of it may be the client's own."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +126,9 @@ class ErrorResponse:
 
     @property
     def body(self) -> JsonObject:
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return {"error": error}
+        message, param = shortened(self.message, MAX_MESSAGE_CHARS), self.param
+        param = None if param is None else shortened(param, MAX_PARAM_CHARS)
+        return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
 
     @property
     def content(self) -> bytes:
@@ -78,6 +138,9 @@ class ErrorResponse:
 STATUS: tuple[tuple[type[MmError], int, str], ...] = (
     (UnknownModel, 404, "NotFoundError"),
     (Unauthorized, 401, "authentication_error"),
+    (HostNotAllowed, 403, "permission_error"),
+    (OriginNotAllowed, 403, "permission_error"),
+    (BodyTooSlow, 408, "timeout_error"),
     (PayloadTooLarge, 413, "invalid_request_error"),
     (RequestError, 400, "invalid_request_error"),
     (DeadlineExceeded, 504, "timeout_error"),
@@ -136,3 +199,12 @@ def _http(error: HTTPException) -> ErrorResponse:
     type_ = "NotFoundError" if error.status_code == 404 else "invalid_request_error"
     headers = dict(error.headers or {})
     return ErrorResponse(status=error.status_code, type=type_, code=code, message=message, headers=headers)
+
+
+async def send_response(response: ErrorResponse, send: Send) -> None:
+    """Send an error from plain ASGI."""
+    content = response.content
+    headers = {"content-type": "application/json", "content-length": str(len(content))} | response.headers
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": response.status, "headers": raw})
+    await send({"type": "http.response.body", "body": content})

@@ -1,10 +1,11 @@
-"""Middleware around every request: its id, the check of the API key, and an error response in OpenAI's form.
+"""Middleware around every request: its id, the checks of host, page and API key, and errors in OpenAI's form.
 
 Plain ASGI, so that streamed responses are not buffered.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
 import re
@@ -14,7 +15,8 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api.errors import ErrorResponse, Unauthorized, error_response
+from serve.api.errors import Unauthorized, error_response, send_response
+from serve.api.hosts import HostPolicy
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +26,21 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Guard:
-    """Gives every request an id, checks its API key, and answers the errors that nothing else caught.
+    """Gives every request an id, decides whether it is answered, and answers the errors that nothing else caught.
+
+    The request's tenant is put into its state: a name for its API key where there are several keys, else empty.
 
     Args:
+        hosts: Which names and web pages may reach the server.
         api_keys: Keys that clients may send; none lets every client in.
         echo_request_id: Whether to send `x-request-id` back; Ray Serve's proxy does that itself.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: tuple[str, ...] = (), echo_request_id: bool = True) -> None:
-        self._app, self._echo = app, echo_request_id
-        self._keys = [key.encode() for key in api_keys]
+    def __init__(
+        self, app: ASGIApp, *, hosts: HostPolicy, api_keys: tuple[str, ...] = (), echo_request_id: bool = True
+    ) -> None:
+        self._app, self._hosts, self._echo = app, hosts, echo_request_id
+        self._tenants = {key.encode(): _tenant(key) if len(set(api_keys)) > 1 else "" for key in api_keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,7 +48,8 @@ class Guard:
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
-        scope = {**scope, "state": {**scope.get("state", {}), "request_id": request_id}}
+        state = {**scope.get("state", {}), "request_id": request_id, "tenant": ""}
+        scope = {**scope, "state": state}
         start = time.perf_counter()
         status = 0
         is_head = scope["method"] == "HEAD"
@@ -59,15 +67,15 @@ class Guard:
             await send(message)
 
         try:
-            if self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
-                await _send(error_response(Unauthorized()), send_with_id)
-            else:
-                await self._app(scope, receive, send_with_id)
+            self._hosts.check(headers)
+            if self._tenants and scope["path"] not in OPEN_PATHS:
+                state["tenant"] = self._tenant_of(headers)
+            await self._app(scope, receive, send_with_id)
         except Exception as error:
             response = error_response(error, request_id)
             if status:
                 raise  # the response has begun, so the connection can only be closed
-            await _send(response, send_with_id)
+            await send_response(response, send_with_id)
         finally:
             log.info(
                 "request_id=%s method=%s path=%r status=%d seconds=%.3f",
@@ -78,21 +86,26 @@ class Guard:
                 time.perf_counter() - start,
             )
 
-    def _has_key(self, headers: Headers) -> bool:
+    def _tenant_of(self, headers: Headers) -> str:
+        """The tenant of the request's key.
+
+        Raises:
+            Unauthorized: There is no key, or an unknown one.
+        """
         scheme, _, given = headers.get("authorization", "").partition(" ")
         offered = given.strip().encode() if scheme.lower() == "bearer" else b""
         # Every key is compared, so that the time does not reveal which one was close.
-        return sum(hmac.compare_digest(offered, key) for key in self._keys) > 0
+        found = [tenant for key, tenant in self._tenants.items() if hmac.compare_digest(offered, key)]
+        if not found:
+            raise Unauthorized
+        return found[0]
+
+
+def _tenant(key: str) -> str:
+    """A name for a key that does not reveal it."""
+    return hashlib.sha256(b"mm tenant:" + key.encode()).hexdigest()
 
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-async def _send(response: ErrorResponse, send: Send) -> None:
-    content = response.content
-    headers = {"content-type": "application/json", "content-length": str(len(content))} | response.headers
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": response.status, "headers": raw})
-    await send({"type": "http.response.body", "body": content})

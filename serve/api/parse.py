@@ -14,7 +14,8 @@ from mm.data.media import FrameSampling, MediaSource
 from mm.data.messages import parse_messages
 from mm.data.request import Request, SpeculationOptions, VisionOptions
 from mm.data.sampling_params import SamplingParams
-from mm.errors import InvalidRequest, UnknownModel, nearest
+from mm.errors import InvalidRequest, UnknownModel, nearest, shown
+from mm.media.hashing import framed_hash
 from serve.api.fields import options_of
 from serve.api.schema import IGNORED, NEUTRAL, ChatBody, Speculation, StreamOptions, Vision
 from serve.config import ServeConfig
@@ -44,21 +45,11 @@ class ChatCall:
         return tuple(item for item in self.request.media if isinstance(item, MediaSource))
 
 
-def parse_json(body: bytes | bytearray) -> Any:
-    """The value of a JSON text in UTF-8, without NaN, lone surrogates or deep nesting.
-
-    Raises:
-        InvalidRequest: `invalid_json`.
-    """
-    try:
-        return pydantic_core.from_json(bytes(body), allow_inf_nan=False)
-    except ValueError as error:
-        reason = str(error).splitlines()[0][:200]
-        raise InvalidRequest(f"the body is not valid JSON: {reason}", None, "invalid_json") from None
-
-
-def parse_chat(body: Any, request_id: str, config: ServeConfig) -> ChatCall:
+def parse_chat(body: Any, request_id: str, config: ServeConfig, tenant: str = "") -> ChatCall:
     """The call that `body` describes.
+
+    Args:
+        tenant: Requests of different tenants share nothing that is cached, whatever their salts.
 
     Raises:
         InvalidRequest: Names the field, what was given and what is allowed.
@@ -85,7 +76,7 @@ def parse_chat(body: Any, request_id: str, config: ServeConfig) -> ChatCall:
         vision=_vision(chat.vision or Vision(), config.model.limits),
         speculation=SpeculationOptions(**_given(chat.speculation or Speculation(), SpeculationOptions)),
         priority=chat.priority or 0,
-        cache_salt=chat.cache_salt or "",
+        cache_salt=_salt(tenant, chat.cache_salt or ""),
     )
     return ChatCall(
         request=request,
@@ -97,6 +88,11 @@ def parse_chat(body: Any, request_id: str, config: ServeConfig) -> ChatCall:
         return_accepted=bool(chat.speculation and chat.speculation.return_accepted),
         ignored=ignored,
     )
+
+
+def _salt(tenant: str, salt: str) -> str:
+    """What separates the caches of a tenant's request: the tenant, narrowed by the request's own salt."""
+    return framed_hash("cache-salt", "tenant", tenant, "salt", salt) if tenant else salt
 
 
 def _check_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -145,7 +141,7 @@ def _invalid(error: ValidationError) -> InvalidRequest:
         hint, allowed = nearest(str(first["loc"][-1]), fields), ", ".join(fields)
         return InvalidRequest(f"{param} is unknown{hint} (allowed: {allowed})", param, "unknown_parameter")
     message = first["msg"].removeprefix("Input ").replace("should", "has to", 1)
-    return InvalidRequest(f"{param} {message}; it was {_shown(first['input'])}", param, "invalid_value")
+    return InvalidRequest(f"{param} {message}; it was {shown(first['input'])}", param, "invalid_value")
 
 
 def _path(loc: tuple[int | str, ...], whole: bool) -> str:
@@ -153,11 +149,6 @@ def _path(loc: tuple[int | str, ...], whole: bool) -> str:
     known = Vision.model_fields | StreamOptions.model_fields | Speculation.model_fields
     steps = [step for step in loc[1:] if whole or isinstance(step, int) or step in known]
     return ".".join(str(step)[:100] for step in (loc[0], *steps))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _check_messages(messages: list[Any]) -> None:

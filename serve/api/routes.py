@@ -12,17 +12,20 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from mm.errors import InvalidRequest, MmError, UnknownModel
 from mm.models.shipped import limits_of
-from serve.api.body import read_json
+from serve.api.body import BodyReader
 from serve.api.chat import Chat, http_response
 from serve.api.embeddings import Embeddings, add_embeddings
 from serve.api.errors import error_response
 from serve.api.guard import Guard
 from serve.api.home import add_home
+from serve.api.hosts import HostPolicy
+from serve.api.leftovers import DropLeftovers
 from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.render import JsonObject, to_json
 from serve.api.schema import ChatBody
@@ -42,16 +45,23 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     """
     # The interactive pages would load scripts from elsewhere, so only the schema is served.
     app = FastAPI(title="mm", version=_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, api_keys=config.api_keys, echo_request_id=echo_request_id)
+    hosts = HostPolicy(config.host, config.allowed_hosts, config.allowed_origins)
+    app.add_middleware(Guard, hosts=hosts, api_keys=config.api_keys, echo_request_id=echo_request_id)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(DropLeftovers)
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(MmError, _on_error)
     metrics = Metrics(config.names[0])
     app.state.metrics = metrics
-    chat = Chat(runtime, config, metrics)
+    bodies = BodyReader(config)
+    chat = Chat(runtime, config, metrics, bodies)
     _add_chat(app, chat)
     add_embeddings(app, Embeddings(chat, runtime, config))
-    _add_models(app, runtime, config)
+    _add_models(app, runtime, config, bodies)
     _add_operations(app, runtime, metrics)
     add_home(app, config)
     return app
@@ -83,7 +93,7 @@ def _add_chat(app: FastAPI, chat: Chat) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _add_models(app: FastAPI, runtime: Runtime, config: ServeConfig) -> None:
+def _add_models(app: FastAPI, runtime: Runtime, config: ServeConfig, bodies: BodyReader) -> None:
     created = int(time.time())
 
     async def card(name: str) -> JsonObject:
@@ -117,7 +127,7 @@ def _add_models(app: FastAPI, runtime: Runtime, config: ServeConfig) -> None:
     @app.post("/load_model")
     async def load_model(http: HttpRequest) -> Response:
         """Terminal chat clients call this first; the model is loaded already."""
-        body = await read_json(http, config.max_body_bytes)
+        body = await bodies.read_json(http)
         name = body.get("model") if isinstance(body, dict) else None
         if not isinstance(name, str):
             raise InvalidRequest("model is missing", "model", "missing_parameter")

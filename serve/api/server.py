@@ -10,6 +10,7 @@ from collections.abc import Callable
 import uvicorn
 from sse_starlette.sse import AppStatus
 
+from serve.api.connection import allow_many_connections, connection_class
 from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.stages import build_local_runtime
@@ -41,6 +42,7 @@ def run_in_process(config: ServeConfig, on_ready: Callable[[], None] | None = No
     Args:
         on_ready: Called when requests are accepted.
     """
+    allow_many_connections()
     runtime = build_local_runtime(config)
     # On a stop, streams finish by themselves within the drain timeout instead of being cut at once.
     AppStatus.disable_automatic_graceful_drain()
@@ -51,7 +53,7 @@ def run_in_process(config: ServeConfig, on_ready: Callable[[], None] | None = No
         log_config=None,
         access_log=False,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        http="h11",
+        http=connection_class(config.header_timeout_s, config.send_timeout_s),
         ws="none",
         timeout_graceful_shutdown=int(config.drain_timeout_s),
         server_header=False,

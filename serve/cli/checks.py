@@ -39,6 +39,13 @@ def check_port(host: str, port: int) -> None:
         raise SystemExit(1) from None
 
 
+def check_no_process_settings(given: Iterable[str]) -> None:
+    """Refuse the setting that only means something in one process, where Ray serves."""
+    if "header_timeout_s" in given:
+        what = "belongs to --in-process: on Ray the proxy reads headers; leave it out"
+        raise InvalidOption("serve", "header_timeout_s", what)
+
+
 def check_no_ray_settings(cls: type, given: Iterable[str]) -> None:
     """Refuse settings that only mean something on Ray, where one process serves without it."""
     ray_only = {one.name for one in settings_of(cls) if one.bounds.ray_only}

@@ -29,9 +29,17 @@ SETTINGS = (
 @click.option("--url", help="A running server; without it one is started here.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address of the page.")
 @click.option("--port", type=int, default=7860, show_default=True, help="Port of the page.")
+@click.option("--allow-host", multiple=True, help="Name by which the page may be reached, beside addresses; repeat.")
+@click.option("--allow-origin", multiple=True, help="Address of the page behind a proxy that changes Host; repeat.")
 @click.option("--api-key", envvar="MM_API_KEY", help="Key that the server asks for.")
 @setting_options(ModelConfig, only=SETTINGS)
-def demo(settings: dict[str, Any], url: str | None, host: str, port: int, api_key: str | None) -> None:
+def demo(
+    settings: dict[str, Any],
+    url: str | None,
+    allow_host: tuple[str, ...],
+    allow_origin: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Open a page that compares the full and the reduced answer and shows which tokens were kept and which drafted.
 
     Without a drafter option the page offers the model's own drafters and those that need no training.
@@ -45,4 +53,5 @@ def demo(settings: dict[str, Any], url: str | None, host: str, port: int, api_ke
     if url is None:
         check_model(config)
         config = with_drafters(config)
-    run_demo(DemoConfig(url=url, api_key=api_key, server=ServeConfig(model=config), host=host, port=port))
+    names = {"allowed_hosts": allow_host, "allowed_origins": allow_origin}
+    run_demo(DemoConfig(url=url, server=ServeConfig(model=config), **names, **options))

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from serve.cli.checks import check_model, check_no_ray_settings, check_port, need, warn_of_limits
+from serve.cli.checks import (
+    check_model,
+    check_no_process_settings,
+    check_no_ray_settings,
+    check_port,
+    need,
+    warn_of_limits,
+)
 from serve.cli.log import log_to_stderr
 from serve.cli.options import EPILOG, build_config, config_option, print_settings, setting_options
 from serve.config import ServeConfig
@@ -36,6 +43,7 @@ def serve(settings: dict[str, Any], in_process: bool, print_config: bool) -> Non
     if in_process:
         check_no_ray_settings(ServeConfig, settings)
     else:
+        check_no_process_settings(settings)
         need("ray", "serve")
     need("fastapi", "server")
     check_port(config.host, config.port)
@@ -61,7 +69,8 @@ def _run(config: ServeConfig, in_process: bool) -> None:
 
 def _print_ready(config: ServeConfig) -> None:
     """Print that requests are answered, what a shipped model cannot do, and a command that sends the first one."""
-    url, name = f"http://{config.host}:{config.port}", config.names[0]
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url, name = f"http://{host}:{config.port}", config.names[0]
     content = f'{{"type": "text", "text": "{QUESTION}"}}'
     if SAMPLE.is_file():
         image = f"data:image/png;base64,$(base64 < '{SAMPLE}' | tr -d '\\n')"

@@ -1,5 +1,7 @@
 """Start what the page needs, and serve it.
 
+Other web pages cannot use the page's routes; see `serve.api.hosts`.
+
 That nothing is loaded from outside rests on four things: usage statistics are off, fonts are the system's, the page is
 never shared through a tunnel, and a content security policy makes the browser refuse what an answer or an upload might
 still ask for.
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm.config import MiB, ModelConfig
 from mm.errors import InvalidOption, MmError
-from serve.config import ServeConfig
+from serve.config import ServeConfig, check_hosts
 from serve.page.choices import with_drafters
 from serve.page.samples import SAMPLES_FOLDER, load_samples
 
@@ -52,6 +54,7 @@ class DemoConfig:
         api_key: Sent to that server, if it wants one.
         server: What is started without a `url`; its host and port are not used.
         host, port: Where the page is bound; port 0 takes a free one.
+        allowed_hosts, allowed_origins: See `ServeConfig`; here they are about the page.
         samples: Folder with `samples.json`; without it the page offers no samples.
         max_file_bytes: Largest upload. A server takes bodies of 32 MiB by default, and base64 adds a third.
         timeout_s: Longest wait for one answer.
@@ -62,11 +65,14 @@ class DemoConfig:
     server: ServeConfig = field(default_factory=lambda: ServeConfig(model=with_drafters(ModelConfig())))
     host: str = "127.0.0.1"
     port: int = 7860
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     samples: Path = SAMPLES_FOLDER
     max_file_bytes: int = 20 * MiB
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
+        check_hosts("demo", self.allowed_hosts, self.allowed_origins)
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise InvalidOption("demo", "url", f"was {self.url!r}; it has to begin with http:// or https://")
 
@@ -131,10 +137,12 @@ def mounted(page: gr.Blocks, config: DemoConfig) -> FastAPI:
     import gradio as gr
     from fastapi import FastAPI
 
+    from serve.api.hosts import HostPolicy, KnownHosts
     from serve.page.theme import CSS, theme
 
     app = FastAPI(openapi_url=None)
     app.add_middleware(_Headers)
+    app.add_middleware(KnownHosts, policy=HostPolicy(config.host, config.allowed_hosts, config.allowed_origins))
     samples = [str(sample.path) for sample in load_samples(config.samples)]
     return gr.mount_gradio_app(
         app,

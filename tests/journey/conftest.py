@@ -121,7 +121,7 @@ def build(engine: FakeEngine, **options: Any) -> tuple[Any, LocalRuntime]:
 @asynccontextmanager
 async def client_of(app: Any, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", **options) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", **options) as client:
         yield client
 
 

@@ -32,15 +32,17 @@ CONFIG = ServeConfig(model=MODEL)
 async def http() -> AsyncIterator[httpx.AsyncClient]:
     runtime = build_local_runtime(CONFIG)
     transport = httpx.ASGITransport(app=create_app(runtime, CONFIG))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         yield client
     runtime.close()
 
 
 @pytest.fixture
 async def sdk(http) -> AsyncIterator[openai.AsyncOpenAI]:
-    inner = httpx.AsyncClient(transport=http._transport, base_url="http://test")
-    async with openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=inner, max_retries=0) as sdk:
+    inner = httpx.AsyncClient(transport=http._transport, base_url="http://127.0.0.1")
+    async with openai.AsyncOpenAI(
+        api_key="none", base_url="http://127.0.0.1/v1", http_client=inner, max_retries=0
+    ) as sdk:
         yield sdk
 
 

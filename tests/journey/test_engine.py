@@ -32,7 +32,7 @@ async def runtime() -> AsyncIterator[LocalRuntime]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine_client(runtime: LocalRuntime) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=create_app(runtime, ServeConfig(model=MODEL)))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         yield client
 
 
@@ -117,7 +117,7 @@ async def test_a_full_line_refuses_with_a_hint_and_serves_those_in_it(engine_cli
 async def test_a_request_past_its_deadline_leaves_the_engine(runtime, ask) -> None:
     config = ServeConfig(model=MODEL, request_timeout_s=0.1)
     transport = httpx.ASGITransport(app=create_app(runtime, config))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         response = await client.post(PATH, json=ask("Hello", max_tokens=2000, ignore_eos=True))
     assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
     for _ in range(100):

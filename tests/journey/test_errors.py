@@ -12,6 +12,7 @@ import pytest
 from mm.config import MediaLimits, ModelConfig
 from mm.errors import CapacityError, ContextTooLong, MediaError, ReducerFault
 from serve.runtime import Unavailable
+from tests.journey.conftest import client_of
 
 
 def error_of(response: Any) -> dict[str, Any]:
@@ -120,6 +121,12 @@ BODIES = {
     "infinity": b'{"temperature": Infinity}',
     "lone surrogate": b'{"model": "\\ud800"}',
     "deep": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "key twice": b'{"model": "a", "model": "b"}',
+    "key twice, deeper": b'{"messages": [{"role": "a", "\\u0072ole": "b"}]}',
+    "number beyond a float": b'{"temperature": 1e999}',
+    "digits without end": b'{"seed": ' + b"9" * 5000 + b"}",
+    "byte order mark": b"\xef\xbb\xbf{}",
+    "too many values": b'{"stop": [' + b"1," * 200_000 + b"1]}",
     "array": b"[]",
     "string": b'"x"',
     "trailing": b"{} {}",
@@ -168,7 +175,7 @@ async def test_body_too_large_is_refused_by_its_header(make_client, ask) -> None
 
 
 async def test_body_too_large_is_refused_while_it_streams_in(make_client) -> None:
-    sent = 0
+    sent, sent_before_answer = 0, []
 
     async def drip() -> Any:
         nonlocal sent
@@ -177,9 +184,18 @@ async def test_body_too_large_is_refused_while_it_streams_in(make_client) -> Non
             yield b"x" * 100
 
     async with make_client(max_body_bytes=1000) as client:
-        response = await client.post("/v1/chat/completions", content=drip())
-        assert response.status_code == 413
-        assert sent < 2000
+
+        async def watched(scope: Any, receive: Any, send: Any) -> None:
+            async def watched_send(message: Any) -> None:
+                sent_before_answer.append(sent)
+                await send(message)
+
+            await client.app(scope, receive, watched_send)
+
+        async with client_of(watched) as watching:
+            response = await watching.post("/v1/chat/completions", content=drip())
+        assert (response.status_code, error_of(response)["code"]) == (413, "payload_too_large")
+        assert sent_before_answer[0] < 2000
 
 
 async def test_media_errors_name_the_part(client, ask) -> None:
@@ -303,3 +319,53 @@ class TestKeys:
     @pytest.mark.parametrize("key", ["sesame", "second"])
     async def test_right_keys(self, locked, key) -> None:
         assert (await locked.get("/v1/models", headers={"authorization": f"Bearer {key}"})).status_code == 200
+
+
+class TestTenants:
+    """What is cached is shared within a key, and a salt narrows that."""
+
+    @staticmethod
+    async def salt(client, engine, ask, key: str, **fields: Any) -> str:
+        headers = {"authorization": f"Bearer {key}"}
+        response = await client.post("/v1/chat/completions", json=ask(**fields), headers=headers)
+        assert response.status_code == 200
+        return engine.requests[-1].cache_salt
+
+    async def test_keys_share_nothing(self, make_client, engine, ask) -> None:
+        async with make_client(api_keys=("one", "two")) as client:
+            found = [await self.salt(client, engine, ask, key) for key in ("one", "two", "one")]
+            narrowed = [await self.salt(client, engine, ask, key, cache_salt="s") for key in ("one", "two")]
+            assert found[0] == found[2]
+            assert len({*found, *narrowed}) == 4
+            assert all(found)
+            pretended = await self.salt(client, engine, ask, "two", cache_salt=found[0])
+            assert pretended not in found
+
+    async def test_one_key_is_one_tenant(self, make_client, engine, ask) -> None:
+        async with make_client(api_keys=("one",)) as client:
+            assert await self.salt(client, engine, ask, "one") == ""
+            assert await self.salt(client, engine, ask, "one", cache_salt="s") == "s"
+
+    async def test_the_name_of_a_tenant_does_not_hold_its_key(self, make_client, engine, ask) -> None:
+        async with make_client(api_keys=("sesame", "second")) as client:
+            assert "sesame" not in await self.salt(client, engine, ask, "sesame")
+
+
+async def test_pages_that_are_allowed_may_read_answers(make_client, ask) -> None:
+    origin = "https://app.example.org"
+    async with make_client(allowed_origins=(origin,), api_keys=("sesame",)) as client:
+        preflight = {"origin": origin, "access-control-request-method": "POST"}
+        allowed = await client.options("/v1/chat/completions", headers=preflight)
+        assert allowed.headers["access-control-allow-origin"] == origin
+        headers = {"origin": origin, "authorization": "Bearer sesame"}
+        response = await client.post("/v1/chat/completions", json=ask(), headers=headers)
+        assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, origin)
+        foreign = await client.get("/v1/models", headers=headers | {"origin": "https://evil.example"})
+        assert (foreign.status_code, error_of(foreign)["code"]) == (403, "origin_not_allowed")
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/nothing"])
+async def test_foreign_hosts_reach_no_path(client, path) -> None:
+    response = await client.get(path, headers={"host": "evil.example"})
+    assert (response.status_code, error_of(response)["code"]) == (403, "host_not_allowed")
+    assert "--allow-host" in error_of(response)["message"]

@@ -11,8 +11,10 @@ import pytest
 
 @pytest.fixture
 async def sdk(client) -> AsyncIterator[openai.AsyncOpenAI]:
-    http = httpx.AsyncClient(transport=client._transport, base_url="http://test")
-    async with openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=http, max_retries=0) as sdk:
+    http = httpx.AsyncClient(transport=client._transport, base_url="http://127.0.0.1")
+    async with openai.AsyncOpenAI(
+        api_key="none", base_url="http://127.0.0.1/v1", http_client=http, max_retries=0
+    ) as sdk:
         yield sdk
 
 

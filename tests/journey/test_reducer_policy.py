@@ -32,7 +32,7 @@ def serving(**policy: Any) -> tuple[Any, httpx.AsyncClient]:
     config = ServeConfig(model=ModelConfig(dtype="float32", num_threads=1, reducers=ReducerPolicy(**policy)))
     runtime = build_local_runtime(config)
     return runtime, httpx.AsyncClient(
-        transport=httpx.ASGITransport(app=create_app(runtime, config)), base_url="http://t"
+        transport=httpx.ASGITransport(app=create_app(runtime, config)), base_url="http://127.0.0.1"
     )
 
 

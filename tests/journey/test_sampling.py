@@ -26,14 +26,14 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 async def shipped() -> AsyncIterator[httpx.AsyncClient]:
     runtime = build_local_runtime(ServeConfig())
     transport = httpx.ASGITransport(app=create_app(runtime, ServeConfig()))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         yield client
     runtime.close()
 
 
 @pytest.fixture
 def sdk(shipped: httpx.AsyncClient) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=shipped, max_retries=0)
+    return openai.AsyncOpenAI(api_key="none", base_url="http://127.0.0.1/v1", http_client=shipped, max_retries=0)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from serve.stages import build_local_runtime
 async def shipped() -> AsyncIterator[httpx.AsyncClient]:
     runtime = build_local_runtime(ServeConfig())
     transport = httpx.ASGITransport(app=create_app(runtime, ServeConfig()))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         yield client
     runtime.close()
 

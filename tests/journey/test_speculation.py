@@ -30,7 +30,7 @@ async def drafting() -> AsyncIterator[httpx.AsyncClient]:
     config = ServeConfig(model=MODEL)
     runtime = build_local_runtime(config)
     transport = httpx.ASGITransport(app=create_app(runtime, config))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=600) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=600) as client:
         yield client
     runtime.close()
 

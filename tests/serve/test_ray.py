@@ -104,7 +104,7 @@ def runtime(config: ServeConfig) -> Iterator[Any]:
 @pytest.fixture
 async def local_client(runtime: Any, config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=create_app(runtime, config))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         yield client
 
 

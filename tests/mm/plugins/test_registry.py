@@ -133,7 +133,7 @@ async def test_the_server_answers_and_refuses_a_broken_plugin_by_name():
     runtime = build_local_runtime(config)
     transport = httpx.ASGITransport(app=create_app(runtime, config))
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-    async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         for reducer in ("none", "divprune"):
             answer = await client.post("/v1/chat/completions", json=body | {"vision": {"reducer": reducer}})
             assert answer.status_code == 200, answer.text

@@ -17,7 +17,8 @@ from mm.data.sampling_params import SamplingParams
 from mm.errors import InvalidRequest, RequestError
 from mm.settings import setting
 from serve.api.fields import json_fields
-from serve.api.parse import parse_chat, parse_json
+from serve.api.json_text import parse_json
+from serve.api.parse import parse_chat
 from serve.api.render import to_json
 from serve.api.schema import IGNORED, NEUTRAL, ChatBody
 from serve.config import ServeConfig

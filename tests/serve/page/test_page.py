@@ -227,6 +227,10 @@ def test_the_page_gives_away_no_files_and_names_no_other_host(tmp_path: Path) ->
         for path in (secret, Path("/etc/passwd"), Path(__file__), SAMPLES_FOLDER / "make.py"):
             response = http.get(f"/gradio_api/file={path}")
             assert response.status_code in (403, 404)
+        for path in ("/", "/config", "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/upload"):
+            for headers in ({"host": "evil.example"}, {"origin": "https://evil.example"}):
+                assert http.post(path, headers=headers, json={}).status_code == 403
+                assert http.get(path, headers=headers).status_code == 403
         policy = http.get("/").headers["content-security-policy"]
         assert "default-src 'self'" in policy
         assert "http:" not in policy
