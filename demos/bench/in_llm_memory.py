@@ -104,6 +104,7 @@ def prefill(language: LanguageModel, prompt: Prompt, cache: KVCache, spec: str) 
         visual=visual,
         origins=torch.arange(NUM_VISUAL),
         items=torch.zeros(NUM_VISUAL, dtype=torch.int64),
+        kinds=("image",),
         protected=torch.zeros(NUM_VISUAL, dtype=torch.bool),
     )
     slot = cache.allocate()

@@ -11,7 +11,7 @@ This is the plain reference: serving computes the same with tokens that are real
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,94 +20,9 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from demos.train.packing import Packed
+from pruning.learned.predictors import Predictors
 
 LIMIT = 15.0  # of the exponent by which a dropped key may exceed all kept ones; touches its gradient only
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of both predictors, and where they stand. channels: c of the paper, an eighth of the width there and here."""
-
-    width: int
-    channels: int
-    num_heads: int = 4
-    num_blocks: int = 2
-    image_layer: int = 0
-    text_layer: int = 1
-    keep_first: int = 6  # so many generated tokens are kept whatever the predictor says: short answers stay whole
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def head(channels: int) -> nn.Sequential:
-    half, quarter = channels // 2, channels // 4
-    return nn.Sequential(
-        nn.Linear(channels, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
-    )
-
-
-class Block(nn.Module):
-    """Pre-norm attention among all tokens, then an MLP."""
-
-    def __init__(self, channels: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.out = nn.Linear(channels, channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        num_tokens, channels = x.shape[-2:]
-        split = self.qkv(self.norm1(x)).view(*x.shape[:-1], 3, self.num_heads, channels // self.num_heads)
-        query, key, value = split.movedim(-3, 0).transpose(-3, -2)
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-        x = x + self.out(mixed.transpose(-3, -2).reshape(*x.shape[:-2], num_tokens, channels))
-        return x + self.mlp(self.norm2(x))
-
-
-class ImagePredictor(nn.Module):
-    """Hidden states (..., N, D) of the visual tokens of one medium → logits (..., N, 2), class 0 = keep."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.down = nn.Sequential(nn.LayerNorm(shape.width), nn.Linear(shape.width, shape.channels), nn.GELU())
-        self.blocks = nn.ModuleList([Block(shape.channels, shape.num_heads) for _ in range(shape.num_blocks)])
-        self.head = head(shape.channels)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        x = self.down(hidden)
-        for block in self.blocks:
-            x = block(x)
-        own, shared = x.chunk(2, dim=-1)
-        return self.head(torch.cat([own, shared.mean(-2, keepdim=True).expand_as(shared)], dim=-1))
-
-
-class TextPredictor(nn.Module):
-    """Hidden states (..., D), each token alone → logits (..., 2), class 0 = keep."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.down = nn.Sequential(nn.LayerNorm(shape.width), nn.Linear(shape.width, shape.channels), nn.GELU())
-        self.head = head(shape.channels)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.head(self.down(hidden))
-
-
-class Predictors(nn.Module):
-    def __init__(self, shape: Shape, *, keep_bias: float = 2.0) -> None:
-        super().__init__()
-        self.shape, self.image, self.text = shape, ImagePredictor(shape), TextPredictor(shape)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=1 / math.sqrt(module.in_features))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            for part in (self.image, self.text):
-                part.head[-1].bias[0] += keep_bias  # begins near keeping all
 
 
 # ── decisions ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ decoder.safetensors (the changed tensors), config.json.
 """
 
 import argparse
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,10 +28,11 @@ from demos.train.frozen import FrozenBatches, save_reducer
 from demos.train.lm_data import Batch
 from demos.train.packing import Packed
 from demos.train.reducer_training import ReducerTraining, build_parser, main
-from demos.train.sparse import Decide, Predictors, Shape, by_answer, run_sparse
+from demos.train.sparse import Decide, by_answer, run_sparse
 from demos.train.train_lm import splice, to_device, visual_tokens
 from demos.train.training import Optimisers, mean_where, split_matrices
 from mm.plugins.weights import checkpoint_fingerprint
+from pruning.learned.predictors import Predictors, PredictorShape
 
 IMAGE_RATIO, TEXT_RATIO = 0.22, 0.3  # of the visual tokens of an image; of generated tokens after the first few
 RATIO_WEIGHT = 100.0
@@ -105,6 +107,17 @@ def build_optimisers(model: nn.Module, predictors: Predictors, trained: list[nn.
     return optimisers
 
 
+def kept_at(held_out: dict[str, Any]) -> list[list[float]]:
+    """[share of the generated tokens of long answers that was kept, threshold] of each threshold that was measured."""
+    found = []
+    for name, figures in held_out.items():
+        if name == "dynamic" or name.startswith("dynamic, threshold"):
+            kept = figures["kept"]
+            share = kept["long kept"] / max(1, kept["long"])
+            found.append([round(share, 4), float(name.rpartition(" ")[2]) if "threshold" in name else 0.0])
+    return sorted(found)
+
+
 class DynamicTraining(ReducerTraining):
     """Trains the predictors and, from FREE_FROM on, the adapted part of the decoder."""
 
@@ -114,7 +127,8 @@ class DynamicTraining(ReducerTraining):
         super().__init__(args)
         width, decoder = self.model.config.text_config.hidden_size, self.model.model.language_model
         self.base = {name: t.clone() for name, t in decoder.state_dict().items()}
-        shape = Shape(width, args.channels or width // 8, image_layer=args.image_layer, text_layer=args.text_layer)
+        layers = {"image_layer": args.image_layer, "text_layer": args.text_layer}
+        shape = PredictorShape(width=width, channels=args.channels or width // 8, **layers)
         self.predictors = Predictors(shape).to(args.device)
         tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
         self.batches = FrozenBatches(tokenizer, self.features.info)
@@ -168,8 +182,9 @@ class DynamicTraining(ReducerTraining):
         args, info, predictors = self.args, self.features.info, self.predictors
         changed = dict(adapted(self.model, args.adapt)) if step > FREE_FROM * args.steps else {}
         sizes = {p: sum(t.numel() for t in getattr(predictors, p).parameters()) for p in ("image", "text")}
-        config = {"reducer": "dynamic", "base": checkpoint_fingerprint(args.base), **predictors.shape.as_dict()}
+        config = {"reducer": "dynamic", "base": checkpoint_fingerprint(args.base), **asdict(predictors.shape)}
         config |= {"image_keep_ratio": IMAGE_RATIO, "text_keep_ratio": TEXT_RATIO, "text_threshold": 0.0}
+        config["text_kept_at"] = kept_at(trained.get("held_out", {}))
         config |= {"keep_class": 0, "media": ["image"]}  # media: whose visual tokens are dropped
         config["parameters"] = {**sizes, "decoder": sum(p.numel() for p in changed.values())}
         config["decoder_prefix"] = "model.language_model."

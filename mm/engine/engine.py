@@ -15,6 +15,7 @@ from collections.abc import Callable
 from mm.config import OnError, SpeculationLimits
 from mm.data.request import Request
 from mm.data.tokens import EncodedMedia
+from mm.engine.adapted_decoders import AdaptedDecoders
 from mm.engine.admission import AdmissionControl
 from mm.engine.attention.base import build_attention
 from mm.engine.attention.cuda_graphs import build_graphs
@@ -82,13 +83,14 @@ class LLMEngine:
         graphs, width = None, cache.shape.num_blocks(family.max_context_tokens)
         if cuda_graphs:
             graphs = build_graphs(family.language, attention, max_num_seqs=config.max_num_seqs, max_num_blocks=width)
-        self._runner = ModelRunner(family.language, attention, graphs)
+        runner = ModelRunner(family.language, attention, graphs)
+        self._decoders = AdaptedDecoders(family.language, runner, attention)
         self.spec_decoder = SpecDecoder(
             target_of(family), cache.shape.block_size, speculation, has_prefix_cache=prefix_caching
         )
-        self.spec_decoder.calibrate(self._runner, config.max_num_batched_tokens)
+        self.spec_decoder.calibrate(runner, config.max_num_batched_tokens)
         self._lifecycle = RequestLifecycle(self._scheduler, self.spec_decoder, on_error=on_error)
-        self._inputs = InputProcessor(family, cache, self.spec_decoder, on_error=on_error)
+        self._inputs = InputProcessor(family, cache, self.spec_decoder, self._decoders, on_error=on_error)
         self._outputs = OutputProcessor(
             cache, self.prefix_cache, self._scheduler, self.spec_decoder, self._lifecycle, self._counters
         )
@@ -161,20 +163,21 @@ class LLMEngine:
         num_tokens = scheduled.num_scheduled_tokens
         if not num_tokens:
             return False
-        try:
-            self._execute(scheduled)
-        except Exception as error:
-            log.exception("a step failed: num_tokens=%d", num_tokens)
-            failure = EngineError(f"a step of the decoder failed: {type(error).__name__}")
-            for seq in scheduled.seqs:
-                self._lifecycle.fail(seq.request, failure)
+        for runner, part in self._decoders.parts(scheduled):
+            try:
+                self._execute(runner, part)
+            except Exception as error:
+                log.exception("a step failed: num_tokens=%d", part.num_scheduled_tokens)
+                failure = EngineError(f"a step of the decoder failed: {type(error).__name__}")
+                for seq in part.seqs:
+                    self._lifecycle.fail(seq.request, failure)
         self._counters.record_step(num_tokens, time.perf_counter() - start)
         return True
 
-    def _execute(self, scheduled: SchedulerOutput) -> None:
+    def _execute(self, runner: ModelRunner, scheduled: SchedulerOutput) -> None:
         began, has_prefill, num_seqs = self.spec_decoder.clock(), scheduled.has_prefill, len(scheduled.seqs)
         self.spec_decoder.start_sequences(scheduled.seqs)
-        output = self._runner.execute(scheduled)
+        output = runner.execute(scheduled)
         self._counters.model_s += output.model_s
         results = self._outputs.process(output)
         if not has_prefill:

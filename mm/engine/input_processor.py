@@ -7,6 +7,7 @@ import time
 from mm.config import OnError
 from mm.data.request import Request
 from mm.data.tokens import EncodedMedia, Positions, Prompt
+from mm.engine.adapted_decoders import AdaptedDecoders
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.prefill_pruning import layers_of
 from mm.engine.sampling.sampler_factory import SamplerFactory
@@ -14,9 +15,11 @@ from mm.engine.sampling.vocabulary import Vocabulary
 from mm.engine.sequence import EngineRequest, OutputSink, Sequence
 from mm.engine.sequence_output import SequenceOutput
 from mm.engine.spec_decode.proposer import SpecDecoder
-from mm.errors import ContextTooLong, InvalidRequest, ReducerFault
+from mm.engine.token_pruning import TokenPruning
+from mm.errors import ContextTooLong, InvalidRequest, MmError, ReducerFault
 from mm.models.family import CheckpointFamily
-from mm.plugins.capabilities import capabilities_of, in_decode, in_prefill
+from mm.plugins.apply import plugin_errors
+from mm.plugins.capabilities import capabilities_of, decoder_weights, in_decode, in_prefill, per_token
 from mm.plugins.reducer import Reducer
 from mm.plugins.spec import bind, reducer_spec
 
@@ -29,9 +32,15 @@ class InputProcessor:
     """
 
     def __init__(
-        self, family: CheckpointFamily, cache: KVCache, spec_decoder: SpecDecoder, *, on_error: OnError
+        self,
+        family: CheckpointFamily,
+        cache: KVCache,
+        spec_decoder: SpecDecoder,
+        decoders: AdaptedDecoders,
+        *,
+        on_error: OnError,
     ) -> None:
-        self._family, self._cache, self._spec_decoder = family, cache, spec_decoder
+        self._family, self._cache, self._spec_decoder, self._decoders = family, cache, spec_decoder, decoders
         self._on_error: OnError = on_error
         self._samplers = SamplerFactory(family)
 
@@ -64,6 +73,8 @@ class InputProcessor:
             num_unfinished=len(samplers),
             reducer_faults=[item.fault for item in media.items if item.fault],
         )
+        if prompt.is_visual.any() and (weights := decoder_weights(reducer)) is not None:
+            request.decoder = self._decoders.add(weights)
         add_reducers(request, reducer, self._family.language.num_layers, on_error=self._on_error)
         seqs = [
             Sequence(
@@ -143,6 +154,7 @@ def add_reducers(request: EngineRequest, reducer: Reducer, num_layers: int, *, o
     if not request.prompt.is_visual.any():
         return
     request.cache_pruners = in_decode(reducer)
+    request.token_pruning = _token_pruning(request, reducer, num_layers, on_error)
     for stage in in_prefill(reducer):
         try:
             layers = layers_of(stage, num_layers)
@@ -159,3 +171,25 @@ def add_reducers(request: EngineRequest, reducer: Reducer, num_layers: int, *, o
                     "vision.reducer",
                 )
             request.pruning_layers[layer] = stage
+
+
+def _token_pruning(request: EngineRequest, reducer: Reducer, num_layers: int, on_error: OnError) -> TokenPruning | None:
+    """Who decides about the request's generated tokens, and at which layer; None where nobody does."""
+    found = per_token(reducer)
+    if len(found) > 1:
+        names = " and ".join(type(part).__name__ for part in found)
+        raise InvalidRequest(f"{names} both decide about generated tokens; name one of them", "vision.reducer")
+    if not found:
+        return None
+    name = type(found[0]).__name__
+    try:
+        with plugin_errors(name, "when asked for its layer"):
+            layer = found[0].token_layer(num_layers)
+        if type(layer) is not int or not 0 <= layer < num_layers:
+            raise ReducerFault(name, f"decides at layer {layer!r}; this model allows 0 to {num_layers - 1}")
+    except MmError as error:
+        if on_error == "fail" or not isinstance(error, ReducerFault):
+            raise
+        request.reducer_faults.append(str(error))
+        return None
+    return TokenPruning(reducer=found[0], layer=layer)

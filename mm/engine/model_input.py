@@ -15,6 +15,7 @@ from mm.data.tokens import Encoded
 from mm.engine.prefill_pruning import PruneState
 from mm.engine.sequence import EngineRequest, Sequence
 from mm.engine.spec_decode.drafter_instance import LAST_HIDDEN
+from mm.engine.token_pruning import Candidates, decide
 from mm.models.attention import AttentionMetadata
 
 
@@ -29,6 +30,7 @@ class Chunk:
         num_logits: The last so many tokens whose logits are wanted.
         mask: (n, n) bool for draft trees; None means causal.
         prune_state: For a prompt whose reducers act inside the decoder.
+        candidates: Its generated tokens, where a reducer decides about them.
         capture: Names of the hidden states to hand out, such as "last_hidden" or "hidden:3".
         states: After the step: name to (k, D).
         kept: After the step: (k,) int64, the tokens of the chunk that `states` are of, which are those that no reducer
@@ -41,6 +43,7 @@ class Chunk:
     num_logits: int = 1
     mask: Tensor | None = None
     prune_state: PruneState | None = None
+    candidates: Candidates | None = None
     capture: frozenset[str] = frozenset()
     states: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False)
     kept: Tensor | None = field(default=None, init=False)
@@ -58,6 +61,7 @@ class DecodeBatch:
         seq_indices: (B,) int64.
         embeddings: (B, D).
         positions: (1, B).
+        candidates: Per sequence its token, where a reducer decides about it.
         capture: Names of the hidden states to hand out, as for a chunk.
         states: After the step: name to (B, D).
     """
@@ -65,6 +69,7 @@ class DecodeBatch:
     seq_indices: np.ndarray
     embeddings: Tensor
     positions: Tensor
+    candidates: dict[int, Candidates] = field(default_factory=dict[int, Candidates])
     capture: frozenset[str] = frozenset()
     states: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False)
 
@@ -107,6 +112,26 @@ class PackedTokens:
         return AttentionMetadata(
             seq_indices=seq_indices, query_starts=np.cumsum(counts) - counts, query_lens=counts, masks=masks
         )
+
+    def decide_tokens(self, layer: int, hidden: Tensor) -> bool:
+        """Let reducers decide about generated tokens. Returns whether the metadata are others from this layer on."""
+        groups = [] if self._decode is None else [(one, row) for row, one in self._decode.candidates.items()]
+        groups += [(c.candidates, self.span(i)[0]) for i, c in enumerate(self.chunks) if c.candidates is not None]
+        if not decide(layer, hidden, groups):
+            return False
+        for chunk in self.chunks:
+            if chunk.candidates is not None and chunk.candidates.pruning.layer == layer:
+                size = (chunk.num_tokens, chunk.num_tokens)
+                causal = torch.ones(size, dtype=torch.bool, device=hidden.device).tril()
+                chunk.mask = chunk.candidates.mask(causal if chunk.mask is None else chunk.mask)
+        return True
+
+    @property
+    def token_layers(self) -> frozenset[int]:
+        """The layers at whose input reducers decide about generated tokens of this step."""
+        decode = [] if self._decode is None else list(self._decode.candidates.values())
+        every = [*decode, *(chunk.candidates for chunk in self.chunks if chunk.candidates is not None)]
+        return frozenset(one.pruning.layer for one in every)
 
     def capture(self, name: str, hidden: Tensor) -> None:
         """Keep a hidden state of all tokens if any sequence needs it."""
@@ -189,11 +214,13 @@ def make_chunk(seq: Sequence, count: int, token_embeddings: Tensor | None) -> Ch
         after = torch.arange(first, first + token_embeddings.shape[0], device=prompt.positions.device)
         parts.append(token_embeddings)
         positions.append(after.expand(prompt.positions.shape[0] if positions else 1, -1))
+    generated = range(max(start - prompt.length, 0), stop - prompt.length)
     return Chunk(
         seq_index=seq.seq_index,
         embeddings=_cat(parts, 0),
         positions=_cat(positions, 1),
         num_logits=int(stop == seq.num_tokens),
+        candidates=_candidates(seq, generated) if generated else None,
         prune_state=_start_pruning(request, start) if request.pruning_layers and start < prompt.length else None,
     )
 
@@ -208,7 +235,14 @@ def _make_verification_chunk(seq: Sequence, seq_index: int, token_embeddings: Te
         positions=(seq.position + depths).unsqueeze(0),
         num_logits=token_embeddings.shape[0],
         mask=None if draft.is_chain else draft.mask().to(token_embeddings.device),
+        candidates=_candidates(seq, [len(seq.output.token_ids) - 1 + depth for depth in draft.depths]),
     )
+
+
+def _candidates(seq: Sequence, indices: abc.Sequence[int]) -> Candidates | None:
+    """Generated tokens by their places in the output, if a reducer decides about them."""
+    pruning = seq.request.token_pruning
+    return None if pruning is None else Candidates.of(pruning, indices, seq.kept_tokens[indices[0] : indices[-1] + 1])
 
 
 def make_decode_batch(seqs: abc.Sequence[Sequence], embeddings: Tensor) -> DecodeBatch | None:
@@ -221,7 +255,8 @@ def make_decode_batch(seqs: abc.Sequence[Sequence], embeddings: Tensor) -> Decod
         return None
     positions = torch.tensor([[seq.position for seq in seqs]], device=embeddings.device)
     indices = np.array([seq.seq_index for seq in seqs])
-    return DecodeBatch(seq_indices=indices, embeddings=embeddings, positions=positions)
+    candidates = {i: one for i, seq in enumerate(seqs) if (one := _candidates(seq, [len(seq.output.token_ids) - 1]))}
+    return DecodeBatch(seq_indices=indices, embeddings=embeddings, positions=positions, candidates=candidates)
 
 
 def _start_pruning(request: EngineRequest, start: int) -> PruneState:

@@ -1,8 +1,9 @@
 """Runs the decoder's layers over the tokens of one step. This is the only place that drives layers.
 
 Chunks of different sequences share a step: one token of each sequence that decodes, many tokens of those that prefill.
-Between two layers the reducers of a chunk may drop visual tokens, which does not affect its neighbours. Slots in the
-cache are allocated for the layers between two such points, so the layers above never hold what was dropped.
+Between two layers the reducers of a chunk may drop visual tokens, and decide about generated ones (`token_pruning`).
+Neither affects its neighbours. Slots in the cache are allocated for the layers between two such points, so the layers
+above never hold what was dropped.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class ModelRunner:
         packed = PackedTokens(chunks, decode)
         if decode is not None:
             self.cache.append_slot_each(decode.seq_indices)
-            if self._graphs is not None and not chunks and not decode.capture:
+            if self._graphs is not None and not chunks and not decode.capture and not decode.candidates:
                 logits = self._graphs.run(decode.seq_indices, decode.embeddings, decode.positions)
                 if logits is not None:
                     return logits
@@ -118,8 +119,10 @@ class ModelRunner:
         for chunk in packed.chunks:
             self.cache.append_slots(chunk.seq_index, chunk.num_tokens)
         hidden, metadata = packed.embeddings, packed.metadata()
-        rotary = self._model.rotary(packed.positions)
+        rotary, token_layers = self._model.rotary(packed.positions), packed.token_layers
         for index in range(self._model.num_layers):
+            if index in token_layers and packed.decide_tokens(index, hidden):
+                metadata = packed.metadata()
             packed.capture(f"hidden:{index}", hidden)
             hidden = self._model.layer(index, hidden, metadata, rotary, self._attention)
         return hidden
@@ -131,13 +134,15 @@ class ModelRunner:
         for chunk, layers in zip(packed.chunks, layers_of, strict=True):
             self.cache.append_slots(chunk.seq_index, chunk.num_tokens, 0, (*layers, num_layers)[0])
         hidden, metadata = packed.embeddings, packed.metadata()
-        rotary = model.rotary(packed.positions)
+        rotary, token_layers = model.rotary(packed.positions), packed.token_layers
         previous = hidden
         for index in range(num_layers):
             if any(index in layers for layers in layers_of):
                 kept = self._kept_tokens(packed, index, hidden, previous, rotary, layers_of)
                 hidden, rotary = hidden[kept], (rotary[0][kept], rotary[1][kept])
                 packed.select(kept)
+                metadata = packed.metadata()
+            if index in token_layers and packed.decide_tokens(index, hidden):
                 metadata = packed.metadata()
             previous = hidden
             packed.capture(f"hidden:{index}", hidden)

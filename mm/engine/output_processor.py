@@ -26,6 +26,7 @@ from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.spec_decode.verifier import StepLogits, TreeVerification
 from mm.engine.stats import Counters
 from mm.engine.step_result import StepResult
+from mm.engine.token_pruning import Candidates
 from mm.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class OutputProcessor:
         for item, chunk in zip(output.scheduled.chunks, output.chunks, strict=True):
             results += self._chunk_results(item, chunk, row)
             row += chunk.num_logits
+        self._report_faults(results)
         self._sample(results, output.logits)
         self._keep_accepted(results)
         now = time.perf_counter()
@@ -73,6 +75,8 @@ class OutputProcessor:
         captured = {} if output.decode is None else output.decode.states
         for i, seq in enumerate(output.scheduled.decode):
             seq.num_computed_tokens += 1
+            if output.decode is not None and (candidates := output.decode.candidates.get(i)) is not None:
+                self._forget(seq, candidates, [0])
             has_states = captured and seq.states_to_capture
             states = {name: state[i : i + 1] for name, state in captured.items()} if has_states else {}
             results.append(StepResult(seq, seq.output.token_ids[-1], i, TreeVerification(), states))
@@ -82,7 +86,8 @@ class OutputProcessor:
         """Of a chunk: tokens for its sequence, the first token of each sibling, or nothing yet."""
         seq = item.seq
         if seq.draft.num_tokens:
-            return [StepResult(seq, seq.output.token_ids[-1], row, TreeVerification(seq.draft), chunk.states)]
+            verification = TreeVerification(seq.draft)
+            return [StepResult(seq, seq.output.token_ids[-1], row, verification, chunk.states, chunk.candidates)]
         root = seq.last_token_id
         states = {name: state[-1:] for name, state in chunk.states.items()}
         return [StepResult(one, root, row, TreeVerification(), states) for one in self._advance(item, chunk)]
@@ -93,6 +98,8 @@ class OutputProcessor:
         if seq.spec is not None and chunk.kept is not None and not seq.output.token_ids:
             seq.spec.keep_prompt(seq.num_computed_tokens, chunk.kept, chunk.states)
         seq.num_computed_tokens += item.num_tokens
+        if chunk.candidates is not None:
+            self._forget(seq, chunk.candidates, range(item.num_tokens))
         fault = None if chunk.prune_state is None else chunk.prune_state.error
         if fault is not None and not self._lifecycle.tolerate(request, fault):
             return []
@@ -184,8 +191,24 @@ class OutputProcessor:
         for result in results:
             seq, verification = result.seq, result.verification
             if verification.draft.num_tokens and seq.seq_index is not None:
-                self._cache.keep_accepted(seq.seq_index, verification.draft.num_tokens + 1, verification.path)
+                if result.candidates is not None:
+                    self._forget(seq, result.candidates, verification.path)
+                else:
+                    self._cache.keep_accepted(seq.seq_index, verification.draft.num_tokens + 1, verification.path)
                 seq.num_computed_tokens += len(verification.path)
+
+    def _forget(self, seq: Sequence, candidates: Candidates, path: abc.Sequence[int]) -> None:
+        """Remove generated tokens from the cache that are not kept or not on the path, and note what was decided."""
+        assert seq.seq_index is not None
+        first = int(candidates.indices[0])
+        seq.kept_tokens[first : first + len(path)] = candidates.forget(self._cache, seq.seq_index, path)
+
+    def _report_faults(self, results: abc.Sequence[StepResult]) -> None:
+        """What a reducer did wrong when it decided about generated tokens ends its request, or is noted."""
+        for result in results:
+            pruning = result.seq.request.token_pruning
+            if pruning is not None and pruning.error is not None and self._lifecycle.is_live(result.seq):
+                self._lifecycle.tolerate(result.seq.request, pruning.error)
 
     def _count(self, result: StepResult) -> None:
         """Count what a sequence got, before its request is summed up."""

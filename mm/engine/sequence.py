@@ -23,6 +23,7 @@ from mm.engine.prefill_pruning import PruneState
 from mm.engine.sampling.sampler import Sampler
 from mm.engine.sequence_output import SequenceOutput
 from mm.engine.spec_decode.spec_state import SpecState
+from mm.engine.token_pruning import TokenPruning
 from mm.plugins.drafter import NO_DRAFT, Draft
 from mm.plugins.reducer import InDecode, InPrefill
 
@@ -56,6 +57,8 @@ class EngineRequest:
         pruning_layers: Layer index to the reducer that is asked at the input of that layer, during prefill.
         cache_pruners: Reducers that remove tokens from the KV cache once the prompt has been computed.
         reducer_faults: What reducers did wrong, when the error policy is to go on.
+        token_pruning: Decides about generated tokens; None where nothing does.
+        decoder: Fingerprint of the weights that the decoder's layers have for this request; empty for the model's own.
         prune_state: Which visual tokens the layers of `pruning_layers` kept; None before prefill and without them.
         priority: Lower values are scheduled first.
         deadline: On the clock of `time.perf_counter`; None means no deadline.
@@ -73,6 +76,8 @@ class EngineRequest:
     pruning_layers: dict[int, InPrefill] = field(default_factory=dict[int, InPrefill])
     cache_pruners: tuple[InDecode, ...] = ()
     reducer_faults: list[str] = field(default_factory=list[str])
+    token_pruning: TokenPruning | None = None
+    decoder: str = ""
     prune_state: PruneState | None = None
     priority: int = 0
     deadline: float | None = None
@@ -98,9 +103,10 @@ class EngineRequest:
     def can_share_visual_tokens(self) -> bool:
         """Whether the KV of the tokens after the first visual one is the same for every question.
 
-        It is not where a reducer inside the decoder decides by the question.
+        It is not where a reducer inside the decoder decides by the question. Neither are its layers of equal length
+        where it drops generated tokens.
         """
-        return not self.pruning_layers and not self.cache_pruners
+        return not self.pruning_layers and not self.cache_pruners and self.token_pruning is None
 
     def block_hashes(self, block_size: int, generated: abc.Sequence[int] = ()) -> list[BlockHash]:
         """Hashes of the full blocks that other requests may share.
@@ -128,6 +134,7 @@ class EngineRequest:
             items=keys,
             item_of_token=item_of_token[:stop],
             salt=self.params.cache_salt,
+            decoder=self.decoder,
         ).block_hashes(block_size)
 
 
@@ -149,6 +156,8 @@ class Sequence:
         num_computed_tokens: Tokens of prompt and output whose keys and values are in the cache.
         siblings: Further choices, which start from the same prompt once that is computed.
         block_hashes: Hashes of the blocks that other sequences may share.
+        kept_tokens: For each generated token that was computed, whether later ones may attend to it. Only where a
+            reducer decides about it. It stays the same through preemption.
         last_token_time: When the newest token came, on the clock of `time.perf_counter`.
         spec: State of speculative decoding; None where nothing is drafted for this sequence.
     """
@@ -162,6 +171,7 @@ class Sequence:
     num_computed_tokens: int = 0
     siblings: list[Sequence] = field(default_factory=list["Sequence"])
     block_hashes: list[BlockHash] = field(default_factory=list[BlockHash])
+    kept_tokens: list[bool] = field(default_factory=list[bool])
     last_token_time: float | None = None
     spec: SpecState | None = None
 

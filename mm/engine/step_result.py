@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mm.engine.sequence import Sequence
 from mm.engine.spec_decode.verifier import TreeVerification
+from mm.engine.token_pruning import Candidates
 
 
 @dataclass(eq=False)
@@ -21,6 +22,7 @@ class StepResult:
         first_row: Row of that token in the step's logits; the rows of its draft follow.
         verification: The way through the draft.
         states: Name of a captured hidden state to (1 + draft tokens, D).
+        candidates: The root and its draft, where a reducer decides about generated tokens.
         emitted: Tokens that became part of the output.
     """
 
@@ -29,4 +31,5 @@ class StepResult:
     first_row: int
     verification: TreeVerification
     states: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    candidates: Candidates | None = None
     emitted: list[int] = field(default_factory=list[int])

@@ -6,6 +6,7 @@ signature that all decoder layers of transformers share, and on no model class.
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Protocol, cast
@@ -21,6 +22,7 @@ from mm.models.kv_cache_spec import KVCacheSpec
 from mm.models.layers import FusedLayer, build_layer
 from mm.models.linear import PackedLinear
 from mm.models.pretrained import build_module
+from mm.plugins.weights import ReducerWeights
 
 HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight")
 TEXT_KEY = re.compile(
@@ -96,6 +98,32 @@ class LanguageModel:
         self._logits = PackedLinear(self.head_weight)
         self.num_layer_weights = sum(p.numel() for p in self.model.layers.parameters())
         self._table: Rotary | None = None
+        self._folder, self._text, self._prepared = folder, text, ""
+
+    def with_layers(self, weights: ReducerWeights) -> LanguageModel:
+        """The same model with the layers that were trained with a reducer. Tensors that were not changed are its own.
+
+        Raises:
+            BadWeights: Tensors are damaged, of another shape, or of no layer of this model.
+        """
+        changed = weights.decoder_tensors()
+        tensors = read_tensors(self._folder, _layer_key)
+        if extra := sorted(changed.keys() - tensors.keys()):
+            raise weights.bad(f"change tensors of the decoder that are in no layer of this model, such as {extra[0]}")
+        if wrong := sorted(name for name, tensor in changed.items() if tensor.shape != tensors[name].shape):
+            raise weights.bad(f"have tensors of other shapes than this model's decoder, such as {wrong[0]}")
+        tensors |= changed
+        with torch.device("meta"):
+            module = build_module(self._folder, self._text, attn_implementation=ATTENTION)
+        layers = cast(_TextModel, module).layers
+        own = {name.removeprefix(LAYERS): tensor for name, tensor in tensors.items()}
+        load_module(layers, own, dtype=self.dtype, device=str(self.device), folder=self._folder)
+        adapted = copy.copy(self)
+        adapted.layers = [build_layer(layer.eval(), i, self.head_dim) for i, layer in enumerate(layers)]
+        for layer in adapted.layers:
+            if self._prepared:
+                layer.compile() if self._prepared == "compile" else layer.prepack()
+        return adapted
 
     def _head(self, head: Tensor | None, config: PretrainedConfig, folder: Path) -> Tensor:
         embedding = self.model.get_input_embeddings().weight
@@ -160,11 +188,13 @@ class LanguageModel:
 
     def compile(self) -> None:
         """Put what layers do before and after attention through torch.compile, for the layers that we know."""
+        self._prepared = "compile"
         for layer in self.layers:
             layer.compile()
 
     def prepack(self) -> None:
         """Repack weights into oneDNN's blocked format and free the originals, those of transformers' layers too."""
+        self._prepared = "prepack"
         for layer in self.layers:
             layer.prepack()
         self._logits.prepack()
@@ -192,6 +222,14 @@ class _RotaryEmbedding(nn.Module):
     """The constructor that all rotary embeddings of transformers share."""
 
     def __init__(self, config: PretrainedConfig) -> None: ...
+
+
+LAYERS = "layers."
+
+
+def _layer_key(key: str) -> str | None:
+    name = _text_key(key)
+    return name if name is not None and name.startswith(LAYERS) else None
 
 
 def _text_key(key: str) -> str | None:

@@ -15,8 +15,6 @@ from demos.train.reducer_training import run
 from demos.train.sparse import (
     Decide,
     MaskedSoftmax,
-    Predictors,
-    Shape,
     answer_places,
     by_answer,
     gumbel_keep,
@@ -25,6 +23,7 @@ from demos.train.sparse import (
 )
 from demos.train.train_lm import run_decoder, splice, visual_tokens
 from mm.plugins.weights import checkpoint_fingerprint
+from pruning.learned.predictors import Predictors, PredictorShape
 
 FOLDER = Path(__file__).parents[2] / "mm" / "models" / "weights" / "tiny"
 SEED = 100_000
@@ -50,7 +49,7 @@ def made(base):
 @pytest.fixture
 def predictors():
     torch.manual_seed(0)
-    return Predictors(Shape(256, 32, keep_first=0))
+    return Predictors(PredictorShape(width=256, channels=32, keep_first=0))
 
 
 @torch.no_grad()
@@ -84,7 +83,7 @@ def test_a_dropped_image_token_has_no_influence_and_a_kept_one_has(base, made, p
 def test_a_dropped_answer_token_is_seen_below_its_layer_and_by_itself_only(base, made, predictors):
     """With the text layer at the bottom and all answer tokens dropped, a logit depends on its own token alone."""
     batch, embeds = made
-    lowest = Predictors(Shape(256, 32, text_layer=0, keep_first=0))
+    lowest = Predictors(PredictorShape(width=256, channels=32, text_layer=0, keep_first=0))
     row, place, question = answer_places(batch.packed)
     long = question == question.bincount().argmax()
     row, place = row[long], place[long]
@@ -102,7 +101,7 @@ def test_a_dropped_answer_token_is_seen_below_its_layer_and_by_itself_only(base,
 @torch.no_grad()
 def test_the_first_tokens_of_every_answer_are_kept(base, made):
     batch, embeds = made
-    shape = Shape(256, 32, keep_first=2)
+    shape = PredictorShape(width=256, channels=32, keep_first=2)
     _, decisions = run_sparse(base, Predictors(shape), embeds, batch.packed, Decide(images=False, threshold=1e9))
     count, share = by_answer(batch.packed, decisions.output)
     assert count.max() > 10

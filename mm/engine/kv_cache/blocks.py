@@ -188,37 +188,40 @@ class KVCache:
         target = to_tensor(self.slot_mapping(layer, seq_index, start), self.keys.device)
         flat_keys[target], flat_values[target] = keys, values
 
-    def keep_accepted(self, seq_index: int, count: int, path: Sequence[int]) -> None:
-        """Of a sequence's last `count` tokens keep those on the accepted path, in every layer and without gaps.
+    def keep_accepted(
+        self, seq_index: int, count: int, path: Sequence[int], start: int = 0, stop: int | None = None
+    ) -> None:
+        """Of a sequence's last `count` tokens keep those on the accepted path, in layers start..stop and without gaps.
 
         These tokens have to come from one `append_slots`, so that their blocks belong to the sequence alone.
 
         Args:
             path: Ascending indices, counted from the first of these tokens.
         """
-        base = self.lengths[:, seq_index] - count
-        if path[-1] != len(path) - 1:
+        layers = self._layers[start:stop]
+        base = self.lengths[layers, seq_index] - count
+        if path and path[-1] != len(path) - 1:
             source, target = (
-                to_tensor(self._slot_mapping_from(seq_index, base, offsets), self.keys.device)
+                to_tensor(self._slot_mapping_from(seq_index, layers, base, offsets), self.keys.device)
                 for offsets in (np.array(path), np.arange(len(path)))
             )
             for pool in (self.keys.flatten(0, 1), self.values.flatten(0, 1)):
                 pool[target] = pool[source]
-        self._truncate_each(seq_index, base + len(path))
+        self._truncate_each(seq_index, layers, base + len(path))
 
-    def _slot_mapping_from(self, seq_index: int, base: IntArray, offsets: IntArray) -> IntArray:
-        """(num_layers * n,) slots of the tokens `base[layer] + offsets` of each layer."""
+    def _slot_mapping_from(self, seq_index: int, layers: IntArray, base: IntArray, offsets: IntArray) -> IntArray:
+        """(len(layers) * n,) slots of the tokens `base[i] + offsets` of each layer."""
         size, at = self.shape.block_size, base[:, None] + offsets
-        blocks = self.block_tables[self._layers[:, None], seq_index, at // size].astype(np.int64)
+        blocks = self.block_tables[layers[:, None], seq_index, at // size].astype(np.int64)
         return (blocks * size + at % size).ravel()
 
-    def _truncate_each(self, seq_index: int, lengths: IntArray) -> None:
-        """Keep only the first `lengths[layer]` tokens of each layer."""
-        size, held = self.shape.block_size, -(-self.lengths[:, seq_index] // self.shape.block_size)
+    def _truncate_each(self, seq_index: int, layers: IntArray, lengths: IntArray) -> None:
+        """Keep only the first `lengths[i]` tokens of each layer."""
+        size, held = self.shape.block_size, -(-self.lengths[layers, seq_index] // self.shape.block_size)
         wanted = -(-lengths // size)
-        for layer in np.flatnonzero(held > wanted).tolist():
-            self.drop_reference(self.block_tables[layer, seq_index, wanted[layer] : held[layer]])
-        self.lengths[:, seq_index] = lengths
+        for i in np.flatnonzero(held > wanted).tolist():
+            self.drop_reference(self.block_tables[layers[i], seq_index, wanted[i] : held[i]])
+        self.lengths[layers, seq_index] = lengths
 
     def slot_mapping(self, layer: int, seq_index: int, start: int = 0, stop: int | None = None) -> IntArray:
         """(n,) int64: the slots of tokens start..stop of a layer in the flattened pool (num_blocks * block_size)."""

@@ -32,6 +32,7 @@ class BlockHasher:
         items: Keys of the visual items, in order.
         item_of_token: (n,) int64, the item that a visual token belongs to, and -1 for text.
         salt: Sequences with different salts never share.
+        decoder: Names the weights of the decoder's layers, where they are not the model's own.
     """
 
     token_ids: IntArray
@@ -39,10 +40,11 @@ class BlockHasher:
     items: Sequence[str]
     item_of_token: IntArray
     salt: str = ""
+    decoder: str = ""
 
     def block_hashes(self, block_size: int) -> list[BlockHash]:
         """One hash per full block, in order. Each covers the blocks before it too."""
-        block_hash = hashlib.blake2b(f"salt:{self.salt}".encode(), digest_size=16).digest()
+        block_hash = hashlib.blake2b(f"decoder:{self.decoder}|salt:{self.salt}".encode(), digest_size=16).digest()
         hashes: list[BlockHash] = []
         for start in range(0, len(self.token_ids) - block_size + 1, block_size):
             tokens = slice(start, start + block_size)

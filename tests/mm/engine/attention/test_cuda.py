@@ -214,7 +214,12 @@ def test_slots_are_looked_up_again_after_a_pruning_layer():
         nobody = torch.zeros(8, dtype=torch.bool)
         hooks: dict = {1: DropOdd()}
         drops = PruneState(
-            reducers=hooks, visual=torch.arange(2, 10), origins=torch.arange(8), items=nobody.long(), protected=nobody
+            reducers=hooks,
+            visual=torch.arange(2, 10),
+            origins=torch.arange(8),
+            items=nobody.long(),
+            kinds=("image",),
+            protected=nobody,
         )
         rows = prompts(layers)[3]
         chunk = Chunk(
