@@ -11,10 +11,8 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image as PilImage
 from PIL import ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
@@ -27,6 +25,9 @@ from mm.data.media import Image, Pixels
 from mm.errors import InvalidRequest, MediaError
 from mm.media.hashing import content_hash, pixel_hash
 from mm.media.limits import MediaBudget
+from mm.media.orientation import orientation_in
+from mm.media.png import read_png, whitener
+from mm.media.rgb import to_rgb
 
 ALLOWED_FORMATS = "JPEG, PNG, WebP, GIF or BMP"
 
@@ -46,17 +47,6 @@ FOREIGN_SIGNATURES = (
 These formats are refused. Their error differs from that of a damaged file.
 """
 
-ORIENTATIONS = {
-    2: PilImage.Transpose.FLIP_LEFT_RIGHT,
-    3: PilImage.Transpose.ROTATE_180,
-    4: PilImage.Transpose.FLIP_TOP_BOTTOM,
-    5: PilImage.Transpose.TRANSPOSE,
-    6: PilImage.Transpose.ROTATE_270,
-    7: PilImage.Transpose.TRANSVERSE,
-    8: PilImage.Transpose.ROTATE_90,
-}
-"""EXIF orientation to the operation that makes the picture upright."""
-
 
 def decode_image(data: bytes, budget: MediaBudget) -> Image:
     """Decode one picture, upright and on white.
@@ -69,11 +59,27 @@ def decode_image(data: bytes, budget: MediaBudget) -> Image:
     plugin = _plugin_for(data)
     with _mapped_errors():
         _check_header(data, budget)
-        with plugin(BytesIO(data)) as picture:
-            budget.take_pixels("image", *picture.size)
-            picture.load()
-            pixels = to_rgb(_upright(picture))
+        pixels = _decode_png(data, budget) if plugin is PngImageFile else _decode(plugin, data, budget)
     return Image(pixels=pixels, content_hash=content_hash("image", data))
+
+
+def _decode(plugin: type[ImageFile.ImageFile], data: bytes, budget: MediaBudget) -> Pixels:
+    with plugin(BytesIO(data)) as picture:
+        budget.take_pixels("image", *picture.size)
+        picture.load()
+        return to_rgb(picture, orientation_in(picture.info))
+
+
+def _decode_png(data: bytes, budget: MediaBudget) -> Pixels:
+    png = read_png(data)
+    with PngImageFile(BytesIO(png.data)) as picture:
+        budget.take_pixels("image", *picture.size)
+        picture.load()
+        if len(png.transparent) == 3 and png.depth == 16:
+            return to_rgb(picture, png.orientation, whitener(png, picture))
+        if png.transparent:
+            picture.info["transparency"] = png.transparent if picture.mode == "RGB" else png.transparent[0]
+        return to_rgb(picture, png.orientation)
 
 
 def image_from_pil(picture: PilImage.Image, budget: MediaBudget) -> Image:
@@ -86,10 +92,25 @@ def image_from_pil(picture: PilImage.Image, budget: MediaBudget) -> Image:
     if picture.mode == "F":
         raise InvalidRequest("a picture of mode 'F' has no defined range of values; convert it to 'L' or 'RGB' first")
     budget.take_item("image")
-    budget.take_pixels("image", *picture.size)
     with _mapped_errors():
-        pixels = to_rgb(_upright(picture))
+        if (file := _unread_png(picture)) is not None:
+            pixels = _decode_png(file, budget)
+            return Image(pixels=pixels, content_hash=pixel_hash("image", pixels))
+        budget.take_pixels("image", *picture.size)
+        picture.load()
+        pixels = to_rgb(picture, orientation_in(picture.info))
     return Image(pixels=pixels, content_hash=pixel_hash("image", pixels))
+
+
+def _unread_png(picture: PilImage.Image) -> bytes | None:
+    """The file of a PNG that Pillow has opened and not read yet. What Pillow keeps of it afterwards is not enough."""
+    if not isinstance(picture, PngImageFile) or not picture.tile or picture.fp is None or picture.tell():
+        return None
+    at = picture.fp.tell()
+    picture.fp.seek(0)
+    data = picture.fp.read()
+    picture.fp.seek(at)
+    return data
 
 
 def image_from_array(pixels: Pixels, budget: MediaBudget) -> Image:
@@ -106,27 +127,6 @@ def image_from_array(pixels: Pixels, budget: MediaBudget) -> Image:
     budget.take_pixels("image", pixels.shape[1], pixels.shape[0])
     rgb = np.stack([pixels] * 3, axis=-1) if pixels.ndim == 2 else np.array(pixels, order="C")
     return Image(pixels=rgb, content_hash=pixel_hash("image", rgb))
-
-
-def to_rgb(picture: PilImage.Image) -> Pixels:
-    """uint8 (H, W, 3). Transparent parts become white, 16-bit greys are scaled to 8 bits, palettes are resolved."""
-    if picture.mode.startswith("I"):
-        return np.stack([_to_8_bits(np.asarray(picture))] * 3, axis=-1)
-    if picture.mode not in ("RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB") or "transparency" in picture.info:
-        return _on_white(picture.convert("RGBA"))
-    return np.array(picture.convert("RGB"))
-
-
-def _to_8_bits(grey: npt.NDArray[np.integer[Any]]) -> Pixels:
-    """0..65535 to the nearest of 0..255. Pillow's own conversion would clip every value above 255 to white."""
-    wide = np.clip(grey, 0, 65535).astype(np.uint32)
-    return ((wide + 128) // 257).astype(np.uint8)
-
-
-def _on_white(picture: PilImage.Image) -> Pixels:
-    canvas = PilImage.new("RGB", picture.size, (255, 255, 255))
-    canvas.paste(picture.convert("RGB"), mask=picture.getchannel("A"))
-    return np.array(canvas)
 
 
 def _plugin_for(data: bytes) -> type[ImageFile.ImageFile]:
@@ -166,37 +166,6 @@ def _check_header(data: bytes, budget: MediaBudget) -> None:
         width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     if width and height:
         budget.check_size("image", width, height)
-
-
-def _upright(picture: PilImage.Image) -> PilImage.Image:
-    exif = picture.info.get("exif", b"")
-    method = ORIENTATIONS.get(_exif_orientation(exif)) if isinstance(exif, bytes) else None
-    return picture if method is None else _transposed(picture, method)
-
-
-def _transposed(picture: PilImage.Image, method: PilImage.Transpose) -> PilImage.Image:
-    turned = picture.transpose(method)
-    turned.info.update(picture.info)  # transparency has to survive the turn
-    return turned
-
-
-def _exif_orientation(exif: bytes) -> int:
-    """The orientation in the first directory, or 1.
-
-    Pillow's own reader is not used: it warns and raises on damage that has no effect on the orientation.
-    """
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    try:
-        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (num_entries,) = struct.unpack_from(f"{order}H", tiff, start)
-        for entry in range(num_entries):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, start + 2 + 12 * entry)
-            if (tag, kind) == (0x0112, 3):
-                return value
-    except struct.error:
-        pass  # no EXIF block, or a damaged one; the picture itself may be intact
-    return 1
 
 
 @contextmanager
