@@ -21,7 +21,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from encoders.checkpoint_encoder import CheckpointEncoder
 from encoders.helpers.auxiliary_features import cell_means, observed_in_block
 from encoders.helpers.batches import in_groups
-from mm.data.media import Image, Video
+from mm.data.media import Image, Kind, Video
 from mm.data.tokens import VisualTokens
 from mm.errors import MediaError
 from mm.models.pretrained import build_module
@@ -45,6 +45,10 @@ class Crops:
 
     pixels: Tensor
     layout: tuple[int, int] | None
+
+    @property
+    def kind(self) -> Kind:
+        return "image"
 
 
 class Idefics3Encoder(CheckpointEncoder):
@@ -74,28 +78,26 @@ class Idefics3Encoder(CheckpointEncoder):
         self.connector = self.load(lambda: Idefics3Connector(self.config), CONNECTOR_KEY)
         self.finish({"tower": self.tower, "connector": self.connector})
 
-    def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
+    def encode(self, items: Sequence[Image | Video | Crops], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
         """One `VisualTokens` per picture, in order. The steps of its grid are its crops.
 
         Raises:
             MediaError: A clip.
             CapacityError: The device has no memory for one picture.
         """
-        pictures = []
-        for item in items:
-            if not isinstance(item, Image):
-                raise MediaError("not_supported", item.kind)
-            pictures.append(self.preprocess(item))
+        pictures = [item if isinstance(item, Crops) else self.prepare(item) for item in items]
         sizes = [len(picture.pixels) for picture in pictures]
         taps = needs & {ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES}
         forward = functools.partial(self._forward_observed, taps=taps) if taps else self._forward
         outputs = in_groups(forward, pictures, sizes, MAX_BATCH_CROPS)
         return [self._tokens(*pair) for pair in zip(pictures, outputs, strict=True)]
 
-    def preprocess(self, image: Image) -> Crops:
+    def prepare(self, item: Image | Video) -> Crops:
         """The picture's crops by the checkpoint's own image processor."""
+        if not isinstance(item, Image):
+            raise MediaError("not_supported", item.kind)
         found = self.image_processor(
-            images=[image.pixels], input_data_format="channels_last", return_row_col_info=True, return_tensors="pt"
+            images=[item.pixels], input_data_format="channels_last", return_row_col_info=True, return_tensors="pt"
         )
         rows, columns = found["rows"][0][0], found["cols"][0][0]
         return Crops(pixels=found["pixel_values"][0], layout=(rows, columns) if rows else None)

@@ -24,6 +24,7 @@ from encoders.checkpoint_encoder import CheckpointEncoder, Rename
 from encoders.helpers.auxiliary_features import cell_means, observed_in_block
 from encoders.helpers.batches import in_batches
 from encoders.helpers.merging import merged_tokens, run_blocks
+from encoders.helpers.pictures import Pictures
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import IncompatiblePlugin, MediaError
@@ -99,7 +100,10 @@ class LlavaEncoder(CheckpointEncoder):
         return 1 if self.config.vision_feature_select_strategy == "default" else 0
 
     def encode(
-        self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset(), merging: InTower | None = None
+        self,
+        items: Sequence[Image | Video | Pictures],
+        needs: frozenset[str] = frozenset(),
+        merging: InTower | None = None,
     ) -> list[VisualTokens]:
         """One `VisualTokens` per item, in order.
 
@@ -114,18 +118,23 @@ class LlavaEncoder(CheckpointEncoder):
             IncompatiblePlugin: A clip with `merging`. Its frames are pooled, which needs every cell of the grid.
             CapacityError: The device has no memory for one picture.
         """
-        for item in items:
-            if item.kind not in self.kinds:
-                raise MediaError("not_supported", item.kind)
+        prepared = [item if isinstance(item, Pictures) else self.prepare(item) for item in items]
         if merging is not None:
-            return self._encode_merging(items, needs, merging)
-        images = iter(self._encode_pictures([item.pixels for item in items if isinstance(item, Image)], "image", needs))
-        return [next(images) if isinstance(item, Image) else self._encode_clip(item.frames, needs) for item in items]
+            return self._encode_merging(prepared, needs, merging)
+        images = iter(self._encode_pictures([item.pixels for item in prepared if item.kind == "image"], "image", needs))
+        return [next(images) if item.kind == "image" else self._encode_clip(item.pixels, needs) for item in prepared]
 
-    def _encode_pictures(self, pictures: Sequence[np.ndarray], kind: Kind, needs: frozenset[str]) -> list[VisualTokens]:
+    def prepare(self, item: Image | Video) -> Pictures:
+        """The picture, or the frames of the clip, as the tower's input."""
+        if item.kind not in self.kinds:
+            raise MediaError("not_supported", item.kind)
+        pictures = [item.pixels] if isinstance(item, Image) else list(item.frames)
+        return Pictures(kind=item.kind, pixels=self.preprocess(pictures))
+
+    def _encode_pictures(self, pictures: Sequence[Tensor], kind: Kind, needs: frozenset[str]) -> list[VisualTokens]:
         if not pictures:
             return []
-        pixels = self.preprocess(pictures)
+        pixels = torch.cat(list(pictures))
         outputs = in_batches(lambda batch: self._forward(batch, needs), pixels, MAX_BATCH)
         grid = self._grid(pixels, outputs["embeddings"].shape[1])
         aux_features = [
@@ -136,16 +145,14 @@ class LlavaEncoder(CheckpointEncoder):
             for embeddings, found in zip(outputs["embeddings"], aux_features, strict=True)
         ]
 
-    def _encode_merging(
-        self, items: Sequence[Image | Video], needs: frozenset[str], merging: InTower
-    ) -> list[VisualTokens]:
-        pictures = [item.pixels for item in items if isinstance(item, Image)]
+    def _encode_merging(self, items: Sequence[Pictures], needs: frozenset[str], merging: InTower) -> list[VisualTokens]:
+        pictures = [item.pixels for item in items if item.kind == "image"]
         if len(pictures) < len(items):
             missing = "frames whose tokens stay on their grid, to be pooled"
             raise IncompatiblePlugin(type(merging).__name__, "clips of this model", [missing])
         if not pictures:
             return []
-        pixels = self.preprocess(pictures)
+        pixels = torch.cat(pictures)
         outputs = in_batches(lambda batch: self._forward_merging(batch, merging), pixels, MAX_BATCH)
         patch = self.config.vision_config.patch_size
         grid = (1, pixels.shape[-2] // patch, pixels.shape[-1] // patch)
@@ -169,8 +176,8 @@ class LlavaEncoder(CheckpointEncoder):
             "sizes": merged.sizes,
         }
 
-    def _encode_clip(self, frames: np.ndarray, needs: frozenset[str]) -> VisualTokens:
-        return join_frames(self._encode_pictures(list(frames), "video", needs), self._pool)
+    def _encode_clip(self, frames: Tensor, needs: frozenset[str]) -> VisualTokens:
+        return join_frames(self._encode_pictures([frames], "video", needs), self._pool)
 
     def preprocess(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """uint8 RGB (H, W, 3) pictures to (B, 3, h, w) for the tower, by the checkpoint's image processor."""

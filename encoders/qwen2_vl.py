@@ -58,10 +58,14 @@ class Patches:
     Attributes:
         pixels: (t * h * w, channels of a patch), in the order that the tower uses.
         grid: Patches along time, height and width, before the merger.
+        seconds_per_step: Clip time that one step of the grid stands for: `second_per_grid_ts` of transformers. None for
+            a picture.
     """
 
+    kind: Kind
     pixels: Tensor
     grid: Grid
+    seconds_per_step: float | None = None
 
 
 class Qwen2VLEncoder(CheckpointEncoder):
@@ -91,27 +95,29 @@ class Qwen2VLEncoder(CheckpointEncoder):
         self._merge: int = self.config.vision_config.spatial_merge_size
         self.finish({"tower": self.tower}, self.video_processor)
 
-    def encode(self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset()) -> list[VisualTokens]:
+    def encode(
+        self, items: Sequence[Image | Video | Patches], needs: frozenset[str] = frozenset()
+    ) -> list[VisualTokens]:
         """One `VisualTokens` per item, in order. Images are batched together, clips are batched together.
 
         Raises:
             MediaError: An item is too long and thin for the processor.
             CapacityError: The device has no memory for one item.
         """
-        images = self._encode([self.image_patches(item) for item in items if isinstance(item, Image)], needs)
-        clips = self._encode([self.clip_patches(item) for item in items if isinstance(item, Video)], needs)
-        return [
-            self._tokens(*next(images), "image", None)
-            if isinstance(item, Image)
-            else self._tokens(*next(clips), "video", self.seconds_per_step(item))
-            for item in items
-        ]
+        prepared = [item if isinstance(item, Patches) else self.prepare(item) for item in items]
+        images = self._encode([item for item in prepared if item.kind == "image"], needs)
+        clips = self._encode([item for item in prepared if item.kind == "video"], needs)
+        return [self._tokens(*next(images if item.kind == "image" else clips)) for item in prepared]
+
+    def prepare(self, item: Image | Video) -> Patches:
+        """The item as the tower's input."""
+        return self.image_patches(item) if isinstance(item, Image) else self.clip_patches(item)
 
     def image_patches(self, image: Image) -> Patches:
         """The picture's patches, by the checkpoint's image processor."""
         _check_aspect(image.pixels.shape[:2], "image")
         found = self.image_processor(images=[image.pixels], input_data_format="channels_last", return_tensors="pt")
-        return Patches(pixels=found["pixel_values"], grid=_grid(found["image_grid_thw"]))
+        return Patches(kind="image", pixels=found["pixel_values"], grid=_grid(found["image_grid_thw"]))
 
     def clip_patches(self, clip: Video) -> Patches:
         """The patches of all frames of the clip, by the checkpoint's video processor. It samples no frames itself."""
@@ -119,11 +125,12 @@ class Qwen2VLEncoder(CheckpointEncoder):
         found = self.video_processor(
             videos=[clip.frames], do_sample_frames=False, input_data_format="channels_last", return_tensors="pt"
         )
-        return Patches(pixels=found["pixel_values_videos"], grid=_grid(found["video_grid_thw"]))
-
-    def seconds_per_step(self, clip: Video) -> float:
-        """Clip time that one step of the grid stands for: `second_per_grid_ts` of transformers."""
-        return self.video_processor.temporal_patch_size * clip.duration_s / len(clip.frames)
+        return Patches(
+            kind="video",
+            pixels=found["pixel_values_videos"],
+            grid=_grid(found["video_grid_thw"]),
+            seconds_per_step=self.video_processor.temporal_patch_size * clip.duration_s / len(clip.frames),
+        )
 
     def _encode(self, items: Sequence[Patches], needs: frozenset[str]) -> Iterator[tuple[Patches, dict[str, Tensor]]]:
         taps = needs & {ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES}
@@ -161,13 +168,13 @@ class Qwen2VLEncoder(CheckpointEncoder):
         split = zip(*(plane.split(counts) for plane in planes.values()), strict=True)
         return [dict(zip(planes, parts, strict=True)) for parts in split]
 
-    def _tokens(
-        self, patches: Patches, output: dict[str, Tensor], kind: Kind, seconds_per_step: float | None
-    ) -> VisualTokens:
+    def _tokens(self, patches: Patches, output: dict[str, Tensor]) -> VisualTokens:
         steps, height, width = patches.grid
         grid = (steps, height // self._merge, width // self._merge)
         aux_features = {name: plane.movedim(0, -1) for name, plane in output.items() if name != "embeddings"}
-        return VisualTokens.full(output["embeddings"], grid, kind, aux_features, seconds_per_step=seconds_per_step)
+        return VisualTokens.full(
+            output["embeddings"], grid, patches.kind, aux_features, seconds_per_step=patches.seconds_per_step
+        )
 
 
 def _grid(grid_thw: Tensor) -> Grid:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image as PilImage
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from encoders.helpers.batches import in_batches
 from encoders.helpers.fingerprint import fingerprint
 from encoders.helpers.merging import merged_tokens, run_blocks
+from encoders.helpers.pictures import Pictures
 from mm.data.media import Image, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import InvalidOption, PluginError, nearest
@@ -75,7 +75,10 @@ class TimmEncoder:
         self.fingerprint: str = fingerprint("timm", model_name, settings, str(dtype), tensors=weights)
 
     def encode(
-        self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset(), merging: InTower | None = None
+        self,
+        items: Sequence[Image | Video | Pictures],
+        needs: frozenset[str] = frozenset(),
+        merging: InTower | None = None,
     ) -> list[VisualTokens]:
         """One `VisualTokens` per item, in order. All pictures and frames of a call share batches.
 
@@ -86,19 +89,19 @@ class TimmEncoder:
         Raises:
             CapacityError: The device has no memory for one picture.
         """
-        counts = [1 if isinstance(item, Image) else len(item.frames) for item in items]
-        pictures = [p for item in items for p in ([item.pixels] if isinstance(item, Image) else item.frames)]
-        if not pictures:
+        if not items:
             return []
+        prepared = [item if isinstance(item, Pictures) else self.prepare(item) for item in items]
+        counts = [len(item.pixels) for item in prepared]
         forward = self._forward if merging is None else lambda pixels: self._forward_merging(pixels, merging)
-        outputs = in_batches(forward, self.preprocess(pictures), MAX_BATCH)
+        outputs = in_batches(forward, torch.cat([item.pixels for item in prepared]), MAX_BATCH)
         split = [
             dict(zip(outputs, planes, strict=True))
             for planes in zip(*(plane.split(counts) for plane in outputs.values()), strict=True)
         ]
-        return [self._tokens(item, found, needs) for item, found in zip(items, split, strict=True)]
+        return [self._tokens(item, found, needs) for item, found in zip(prepared, split, strict=True)]
 
-    def _tokens(self, item: Image | Video, found: dict[str, Tensor], needs: frozenset[str]) -> VisualTokens:
+    def _tokens(self, item: Pictures, found: dict[str, Tensor], needs: frozenset[str]) -> VisualTokens:
         embeddings, (_, height, width) = found["embeddings"], self.grid
         grid = (len(embeddings), height, width)
         if "anchors" in found:
@@ -108,9 +111,11 @@ class TimmEncoder:
         aux_features = {TOWER_FEATURES: tokens.float().mT} if TOWER_FEATURES in needs else {}
         return VisualTokens.full(tokens, grid, item.kind, aux_features)
 
-    def preprocess(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """uint8 RGB (H, W, 3) pictures to (B, 3, h, w), by timm's own evaluation transform."""
-        return torch.stack([self._transform(PilImage.fromarray(picture)) for picture in pictures])
+    def prepare(self, item: Image | Video) -> Pictures:
+        """The picture or frames by timm's own evaluation transform."""
+        pictures = [item.pixels] if isinstance(item, Image) else item.frames
+        pixels = torch.stack([self._transform(PilImage.fromarray(picture)) for picture in pictures])
+        return Pictures(kind=item.kind, pixels=pixels)
 
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from mm.encode.parts import EncodeParts
 from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
 from mm.errors import InvalidOption
+from mm.media import DecodeMemory
 from mm.models.checkpoint import BadCheckpoint, find, read_config
 from mm.models.family import CheckpointFamily
 from mm.models.folder import reading
@@ -79,6 +80,7 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
         reducer=reducer.canonical,
         frames=FrameSampling(num_frames=config.num_frames, fps=config.fps),
         limits=config.limits,
+        memory=DecodeMemory(config.limits.max_decoded_bytes),
         sources=config.sources,
         policy=config.reducers,
     )

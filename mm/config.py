@@ -29,6 +29,12 @@ class MediaLimits:
         33_500_000, min=0, help="Pixels of one image or frame, read from the header before it is decoded."
     )
     max_total_pixels: int = setting(200_000_000, min=0, help="Decoded pixels of all images and frames of a request.")
+    max_decoded_bytes: int = setting(
+        1024 * MiB,
+        min=0,
+        help="Memory that the decoded pixels of all requests of a process may take, in bytes. A request waits while "
+        "others use it, and is refused if it needs more.",
+    )
     min_side_px: int = setting(8, min=0, help="Shortest side of an image or frame, in pixels.")
     max_aspect: float = setting(200.0, min=1, help="Longest side over shortest side of an image or frame.")
     max_sampled_frames: int = setting(128, min=0, help="Frames of one clip that the encoder gets.")

@@ -102,6 +102,7 @@ MEDIA_REASONS: dict[str, str] = {
     "unsupported_format": "the {kind}'s format is not allowed; send {allowed}",
     "too_many_bytes": "the {kind} is larger than the limit of {limit} bytes",
     "too_many_pixels": "the {kind} has more pixels than the limit of {limit}",
+    "too_much_memory": "to decode the {kind} takes more memory than the limit of {limit} bytes for a request",
     "too_small": "the {kind} is smaller than {limit} pixels on one side",
     "bad_aspect": "the {kind} is more than {limit} times longer on one side than on the other",
     "too_many_frames": "the video has or asks for more frames than the limit of {limit}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +105,13 @@ class MediaFile:
 
 
 Media = MediaSource | MediaFile | Image | Video
+
+
+class Prepared(Protocol):
+    """A picture or clip resized and cut as its encoder wants it. Only that encoder knows more of it."""
+
+    @property
+    def kind(self) -> Kind: ...
 
 
 @dataclass(frozen=True, kw_only=True)

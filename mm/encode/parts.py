@@ -8,6 +8,7 @@ from pathlib import Path
 from mm.config import MediaLimits, ReducerPolicy, SourcePolicy
 from mm.data.media import FrameSampling
 from mm.encode.feature_cache import FeatureCache
+from mm.media import DecodeMemory
 from mm.plugins.encoder import Encoder
 
 
@@ -22,6 +23,7 @@ class EncodeParts:
         reducer: Text of the reducer for requests that name none.
         frames: Frame sampling for requests that name none.
         policy: What requests may do with reducers.
+        memory: Lends the memory of decoded pixels to all requests. None counts each request by itself.
     """
 
     encoder: Encoder
@@ -34,3 +36,4 @@ class EncodeParts:
     limits: MediaLimits = field(default_factory=MediaLimits)
     sources: SourcePolicy = field(default_factory=SourcePolicy)
     policy: ReducerPolicy = field(default_factory=ReducerPolicy)
+    memory: DecodeMemory | None = None

@@ -17,17 +17,17 @@ from typing import cast
 from torch import Tensor
 
 from mm.config import OnError
-from mm.data.media import FrameSampling, Image, Media, MediaFile, Video
+from mm.data.media import FrameSampling, Image, Media, MediaFile, Prepared, Video
 from mm.data.request import Request, TextPart
 from mm.data.tokens import Encoded, EncodedMedia, EncodeTimings, VisualTokens
 from mm.encode.feature_cache import cache_key
 from mm.encode.parts import EncodeParts
 from mm.encode.policy import resolve_reducer
 from mm.errors import MediaError, ReducerFault
-from mm.media import MediaBudget, content_hash, decode, fetch_item
+from mm.media import MediaBudget, content_hash, decode, decoded_size, fetch_item
 from mm.plugins.apply import reduce_tokens
 from mm.plugins.capabilities import in_tower
-from mm.plugins.encoder import HostsReducer, ReadsText
+from mm.plugins.encoder import HostsReducer, PreparesItems, ReadsText
 from mm.plugins.features import TEXT_EMBEDDINGS
 from mm.plugins.reducer import Reducer
 from mm.plugins.spec import ReducerSpec
@@ -41,13 +41,13 @@ class LoadedItem:
 
     Attributes:
         key: Its key in the feature cache.
-        content: Its pixels, or its tokens when the feature cache held them.
-        load_s: Seconds to fetch and decode it.
+        content: What the tower takes, or its tokens when the feature cache held them. Its file before it is decoded.
+        load_s: Seconds to fetch, decode and prepare it.
         num_media_bytes: Size of its encoded file.
     """
 
     key: str
-    content: Image | Video | Encoded
+    content: MediaFile | Image | Video | Prepared | Encoded
     load_s: float = 0.0
     num_media_bytes: int = 0
 
@@ -58,11 +58,13 @@ class LoadedMedia:
 
     Attributes:
         reducer: The request's reducer, checked against policy and encoder.
+        budget: What the media drew from. It holds the memory of pixels that could not be prepared.
         question: The user's last turn if the reducer reads it, else empty.
     """
 
     items: tuple[LoadedItem, ...]
     reducer: ReducerSpec
+    budget: MediaBudget
     question: str = ""
 
 
@@ -80,7 +82,9 @@ def encode(request: Request, parts: EncodeParts, budget: MediaBudget | None = No
 
 
 def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None) -> LoadedMedia:
-    """Fetch the request's media, and decode those whose tokens are not in the feature cache.
+    """Fetch the request's media, and decode and prepare those whose tokens are not in the feature cache.
+
+    The largest is decoded first, so that a request that needs too much memory is refused before the others are decoded.
 
     Args:
         budget: What the media draw from. Give it only if some of them drew from it already (`MediaFile`).
@@ -90,6 +94,7 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
     """
     spec = resolve_reducer(request.vision, parts)
     budget = budget or MediaBudget(parts.limits)
+    budget.memory = parts.memory
     frames = request.vision.frames or parts.frames
     asked = question(request) if TEXT_EMBEDDINGS in spec.capabilities.needs else ""
     key_of = functools.partial(
@@ -99,8 +104,13 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
         tenant=request.cache_salt,
         question=asked,
     )
-    items = tuple(_load_item(item, frames, budget, parts, key_of) for item in request.media)
-    return LoadedMedia(items=items, reducer=spec, question=asked)
+    try:
+        fetched = [_fetch_item(item, frames, budget, parts, key_of) for item in request.media]
+        items = _decode_files(fetched, frames, budget, parts)
+    except BaseException:
+        budget.give_back()
+        raise
+    return LoadedMedia(items=items, reducer=spec, budget=budget, question=asked)
 
 
 def question(request: Request) -> str:
@@ -109,21 +119,49 @@ def question(request: Request) -> str:
     return "\n".join(part.text for part in turns[-1].parts if isinstance(part, TextPart)) if turns else ""
 
 
-def _load_item(
+def _fetch_item(
     item: Media, frames: FrameSampling, budget: MediaBudget, parts: EncodeParts, key_of: Callable[[str], str]
 ) -> LoadedItem:
+    param = getattr(item, "param", None)
     if item.kind not in parts.encoder.kinds:
-        raise MediaError("not_supported", item.kind, param=getattr(item, "param", None))
+        raise MediaError("not_supported", item.kind, param=param)
     start = time.perf_counter()
     fetched = fetch_item(item, parts.sources, budget)
-    if not isinstance(fetched, MediaFile):
-        key, num_bytes = key_of(fetched.content_hash), 0
-    else:
+    if isinstance(fetched, MediaFile):
         key, num_bytes = key_of(content_hash(item.kind, fetched.data, frames)), len(fetched.data)
+    else:
+        key, num_bytes = key_of(fetched.content_hash), 0
     if (cached := parts.cache.get(key)) is not None:
         return LoadedItem(key=key, content=cached, num_media_bytes=num_bytes)
-    pixels = decode(fetched, budget, frames) if isinstance(fetched, MediaFile) else fetched
-    return LoadedItem(key=key, content=pixels, load_s=time.perf_counter() - start, num_media_bytes=num_bytes)
+    content = fetched if isinstance(fetched, MediaFile) else _prepared(fetched, param, budget, parts)
+    return LoadedItem(key=key, content=content, load_s=time.perf_counter() - start, num_media_bytes=num_bytes)
+
+
+def _decode_files(
+    items: Sequence[LoadedItem], frames: FrameSampling, budget: MediaBudget, parts: EncodeParts
+) -> tuple[LoadedItem, ...]:
+    """The items with their files decoded, the largest first."""
+    done = list(items)
+    files = {i: item.content for i, item in enumerate(items) if isinstance(item.content, MediaFile)}
+    for i in sorted(files, key=lambda i: decoded_size(files[i]), reverse=True):
+        start, file = time.perf_counter(), files[i]
+        content = _prepared(decode(file, budget, frames), file.param, budget, parts)
+        done[i] = replace(items[i], content=content, load_s=items[i].load_s + time.perf_counter() - start)
+    return tuple(done)
+
+
+def _prepared(
+    pixels: Image | Video, param: str | None, budget: MediaBudget, parts: EncodeParts
+) -> Image | Video | Prepared:
+    """The item as the tower takes it, if the encoder can prepare single items. Then its pixels are given back."""
+    if not isinstance(parts.encoder, PreparesItems):
+        return pixels
+    try:
+        prepared = parts.encoder.prepare(pixels)
+    except MediaError as error:
+        raise error.at(param) if param else error from None
+    budget.give_back()
+    return prepared
 
 
 def encode_loaded(loaded: LoadedMedia, parts: EncodeParts) -> EncodedMedia:
@@ -137,7 +175,10 @@ def encode_loaded(loaded: LoadedMedia, parts: EncodeParts) -> EncodedMedia:
     for item in loaded.items:
         if not isinstance(item.content, Encoded):
             fresh.setdefault(item.key, item)
-    encoded = _encode_batch(fresh, loaded, parts)
+    try:
+        encoded = _encode_batch(fresh, loaded, parts)
+    finally:
+        loaded.budget.give_back()
     return EncodedMedia(
         items=tuple(
             replace(
@@ -155,7 +196,7 @@ def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: Enco
     if not fresh:
         return {}
     start, reducer = time.perf_counter(), loaded.reducer.plugin
-    pixels = [cast(Image | Video, item.content) for item in fresh.values()]
+    pixels = [cast(Image | Video, item.content) for item in fresh.values()]  # or what `prepare` made of them
     batch, fault = _run_tower(pixels, reducer, parts)
     text = None
     if TEXT_EMBEDDINGS in reducer.needs:

@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from mm.media.hashing import content_hash, pixel_hash
     from mm.media.image import decode_image, image_from_array, image_from_pil
     from mm.media.limits import MediaBudget
-    from mm.media.loading import decode, fetch_item
+    from mm.media.loading import decode, decoded_size, fetch_item
+    from mm.media.memory import DecodeMemory
     from mm.media.source import fetch, is_remote
     from mm.media.video import decode_video, open_clip, prepare_decoder, video_from_array
 
 _HOMES = {
     "ChildPool": "child_pool",
     "ClipReader": "clip_reader",
+    "DecodeMemory": "memory",
     "MediaBudget": "limits",
     "content_hash": "hashing",
     "decode": "loading",
     "decode_image": "image",
+    "decoded_size": "loading",
     "decode_video": "video",
     "fetch": "source",
     "fetch_item": "loading",
@@ -40,11 +43,13 @@ _HOMES = {
 __all__ = [
     "ChildPool",
     "ClipReader",
+    "DecodeMemory",
     "MediaBudget",
     "content_hash",
     "decode",
     "decode_image",
     "decode_video",
+    "decoded_size",
     "fetch",
     "fetch_item",
     "image_from_array",

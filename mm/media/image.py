@@ -22,11 +22,11 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from mm.data.media import Image, Pixels
-from mm.errors import InvalidRequest, MediaError
+from mm.errors import InvalidRequest, MediaError, MmError
 from mm.media.hashing import content_hash, pixel_hash
-from mm.media.limits import MediaBudget
+from mm.media.limits import BYTES_PER_PIXEL, MediaBudget
 from mm.media.orientation import orientation_in
-from mm.media.png import read_png, whitener
+from mm.media.png import SIGNATURE, read_png, whitener
 from mm.media.rgb import to_rgb
 
 ALLOWED_FORMATS = "JPEG, PNG, WebP, GIF or BMP"
@@ -47,6 +47,9 @@ FOREIGN_SIGNATURES = (
 These formats are refused. Their error differs from that of a damaged file.
 """
 
+NATIVE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
+"""Bytes of a pixel in Pillow's memory, for the modes in which it is not 4."""
+
 
 def decode_image(data: bytes, budget: MediaBudget) -> Image:
     """Decode one picture, upright and on white.
@@ -58,28 +61,64 @@ def decode_image(data: bytes, budget: MediaBudget) -> Image:
         raise MediaError("empty", "image")
     plugin = _plugin_for(data)
     with _mapped_errors():
-        _check_header(data, budget)
+        width, height = _header_size(data)
+        if width and height:
+            budget.check_size("image", width, height)
         pixels = _decode_png(data, budget) if plugin is PngImageFile else _decode(plugin, data, budget)
     return Image(pixels=pixels, content_hash=content_hash("image", data))
 
 
 def _decode(plugin: type[ImageFile.ImageFile], data: bytes, budget: MediaBudget) -> Pixels:
-    with plugin(BytesIO(data)) as picture:
-        budget.take_pixels("image", *picture.size)
+    with plugin(BytesIO(data)) as picture, _memory_for(picture, budget):
         picture.load()
         return to_rgb(picture, orientation_in(picture.info))
 
 
 def _decode_png(data: bytes, budget: MediaBudget) -> Pixels:
     png = read_png(data)
-    with PngImageFile(BytesIO(png.data)) as picture:
-        budget.take_pixels("image", *picture.size)
+    needs_low_bytes = len(png.transparent) == 3 and png.depth == 16
+    with PngImageFile(BytesIO(png.data)) as picture, _memory_for(picture, budget, 2 if needs_low_bytes else 1):
         picture.load()
-        if len(png.transparent) == 3 and png.depth == 16:
+        if needs_low_bytes:
             return to_rgb(picture, png.orientation, whitener(png, picture))
         if png.transparent:
             picture.info["transparency"] = png.transparent if picture.mode == "RGB" else png.transparent[0]
         return to_rgb(picture, png.orientation)
+
+
+@contextmanager
+def _memory_for(picture: PilImage.Image, budget: MediaBudget, num_loads: int = 1) -> Generator[None]:
+    """Draw a picture that is decoded meanwhile. What only decoding needs is given back at the end."""
+    width, height = picture.size
+    bytes_per_pixel = BYTES_PER_PIXEL + num_loads * _loading_bytes_per_pixel(picture)
+    borrowed = budget.take_pixels("image", width, height, bytes_per_pixel=bytes_per_pixel)
+    kept = 0
+    try:
+        yield
+        kept = width * height * BYTES_PER_PIXEL
+    finally:
+        budget.give_back(borrowed - kept)
+
+
+def _loading_bytes_per_pixel(picture: PilImage.Image) -> int:
+    """Pillow's pixels and what the decoder holds meanwhile. The figures of decoders are measured."""
+    if isinstance(picture, WebPImageFile):
+        return 14
+    is_progressive = isinstance(picture, JpegImageFile) and "progressive" in picture.info
+    return NATIVE_BYTES.get(picture.mode, 4) + (8 if is_progressive else 1)
+
+
+def stored_pixels(data: bytes) -> int:
+    """Pixels of a picture as its header has them; 0 if it cannot be read. Nothing is decoded."""
+    try:
+        with _mapped_errors():
+            width, height = _header_size(data)
+            if not width:
+                with _plugin_for(data)(BytesIO(data)) as picture:
+                    width, height = picture.size
+            return width * height
+    except MediaError:
+        return 0
 
 
 def image_from_pil(picture: PilImage.Image, budget: MediaBudget) -> Image:
@@ -96,9 +135,9 @@ def image_from_pil(picture: PilImage.Image, budget: MediaBudget) -> Image:
         if (file := _unread_png(picture)) is not None:
             pixels = _decode_png(file, budget)
             return Image(pixels=pixels, content_hash=pixel_hash("image", pixels))
-        budget.take_pixels("image", *picture.size)
-        picture.load()
-        pixels = to_rgb(picture, orientation_in(picture.info))
+        with _memory_for(picture, budget):
+            picture.load()
+            pixels = to_rgb(picture, orientation_in(picture.info))
     return Image(pixels=pixels, content_hash=pixel_hash("image", pixels))
 
 
@@ -150,12 +189,17 @@ def _plugin_for(data: bytes) -> type[ImageFile.ImageFile]:
     )
 
 
-def _check_header(data: bytes, budget: MediaBudget) -> None:
-    """Refuse large WebP and GIF canvases. Their readers allocate memory as soon as they open a file."""
+def _header_size(data: bytes) -> tuple[int, int]:
+    """Width and height of PNG, WebP and GIF; (0, 0) for others.
+
+    WebP's and GIF's readers allocate memory as soon as they open a file.
+    """
     width = height = 0
     if len(data) < 30:
-        return  # the header is cut; the readers refuse it
-    if data[:3] == b"GIF":
+        return 0, 0  # the header is cut; the readers refuse it
+    if data.startswith(SIGNATURE):
+        width, height = struct.unpack_from(">II", data, 16)
+    elif data[:3] == b"GIF":
         width, height = struct.unpack_from("<HH", data, 6)
     elif data[8:16] == b"WEBPVP8X":
         width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
@@ -164,8 +208,7 @@ def _check_header(data: bytes, budget: MediaBudget) -> None:
     elif data[8:16] == b"WEBPVP8L":
         (bits,) = struct.unpack_from("<I", data, 21)
         width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if width and height:
-        budget.check_size("image", width, height)
+    return width, height
 
 
 @contextmanager
@@ -180,7 +223,7 @@ def _mapped_errors() -> Generator[None]:
             # Only for Pillow: two threads may restore each other's filters, and then other warnings are not affected.
             warnings.filterwarnings("ignore", module=r"PIL\.")
             yield
-    except MediaError:
+    except MmError:
         raise
     except MemoryError:
         reason = "decode_limit"

@@ -5,13 +5,15 @@ A cache that wants to skip decoding calls `fetch_item`, then `content_hash`, and
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from PIL import Image as PilImage
 
 from mm.config import SourcePolicy
 from mm.data.media import FrameSampling, Image, Media, MediaFile, MediaSource, Video
 from mm.errors import InvalidRequest, MediaError
-from mm.media.image import decode_image, image_from_array, image_from_pil
+from mm.media.image import decode_image, image_from_array, image_from_pil, stored_pixels
 from mm.media.limits import MediaBudget
 from mm.media.source import fetch
 from mm.media.video import decode_video, draw_video
@@ -48,6 +50,11 @@ def _from_memory(item: MediaSource, budget: MediaBudget) -> Image:
         raise error.at(item.param) if item.param else error from None
     given = type(item.source).__name__
     raise InvalidRequest(f"cannot use a {given} as {item.kind}; give a path, bytes or a data: URL", item.param)
+
+
+def decoded_size(file: MediaFile) -> float:
+    """Pixels of a file as its header has them; infinite for a clip and 0 for what cannot be read."""
+    return math.inf if file.kind == "video" else stored_pixels(file.data)
 
 
 def decode(file: MediaFile, budget: MediaBudget, frames: FrameSampling) -> Image | Video:

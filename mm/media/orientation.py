@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def from_raw_profile(text: str) -> bytes:
         return b""
 
 
-def orientation_in(info: Mapping[Any, Any]) -> int:
+def orientation_in(info: Mapping[str | tuple[int, int], object]) -> int:
     """The same from the `info` of a picture that Pillow has read."""
     exif = _as_bytes(info.get("exif"))
     raw = info.get("Raw profile type exif")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from mm.data.media import Image, Kind, Video
+from mm.data.media import Image, Kind, Prepared, Video
 from mm.data.tokens import VisualTokens
 from mm.plugins.reducer import InTower
 
@@ -43,6 +43,22 @@ class Encoder(Protocol):
         Raises:
             MediaError: An item of a kind that it does not take.
             CapacityError: The device has no memory for one item.
+        """
+        ...
+
+
+@runtime_checkable
+class PreparesItems(Protocol):
+    """An encoder that makes single items ready for its tower. Their decoded pixels are then freed before the next.
+
+    Its `encode` takes what `prepare` returns in place of the item, with the same result.
+    """
+
+    def prepare(self, item: Image | Video) -> Prepared:
+        """The item resized and cut, without a reference to its pixels.
+
+        Raises:
+            MediaError: An item that it does not take.
         """
         ...
 

@@ -12,6 +12,7 @@ from mm.data.media import Image, Kind, Video
 from mm.data.tokens import VisualTokens
 from mm.errors import MediaError
 from mm.plugins.capabilities import SUPPLIED_AFTER_MERGING
+from mm.plugins.encoder import PreparesItems
 from mm.plugins.features import BLOCK_KEYS, TEXT_EMBEDDINGS
 from mm.plugins.registry import create, get, names
 from mm.plugins.spec import build_reducer
@@ -112,6 +113,22 @@ def test_an_item_s_tokens_do_not_depend_on_the_other_items(encoder):
     turned = encoder.encode(items[::-1])[::-1]
     assert all(close(a, b) for a, b in zip(turned, together, strict=True))
     assert encoder.encode([]) == []
+
+
+def test_prepared_items_have_the_same_tokens_and_hold_no_pixels(encoder):
+    if not isinstance(encoder, PreparesItems):
+        pytest.skip("takes whole items only")
+    items = items_of(encoder)
+    expected = encoder.encode(items)
+    prepared = [encoder.prepare(item) for item in items]
+    assert [item.kind for item in prepared] == [item.kind for item in items]
+    sources = [item.pixels if isinstance(item, Image) else item.frames for item in items]
+    for source in sources:
+        source[:] = 0
+    found = encoder.encode(prepared)
+    assert all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(found, expected, strict=True))
+    assert [tokens.grid for tokens in found] == [tokens.grid for tokens in expected]
+    assert [tokens.seconds_per_step for tokens in found] == [tokens.seconds_per_step for tokens in expected]
 
 
 def test_is_deterministic_and_changes_no_pixel(encoder):

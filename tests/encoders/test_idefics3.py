@@ -119,7 +119,7 @@ def test_many_crops_go_in_bounded_batches(encoder, monkeypatch):
         return forward(pictures)
 
     monkeypatch.setattr(encoder, "_forward", tight)
-    sizes = [len(encoder.preprocess(image).pixels) for image in images]
+    sizes = [len(encoder.prepare(image).pixels) for image in images]
     assert sizes == [17, 5, 13, 9]
     with pytest.raises(CapacityError):
         encoder.encode(images)
@@ -153,7 +153,7 @@ def test_aux_features_is_that_of_the_last_block_within_each_crop(folder, encoder
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tower = model.model.vision_model
     image = picture(1)
-    pixels = encoder.preprocess(image).pixels
+    pixels = encoder.prepare(image).pixels
     with torch.inference_mode():
         out = tower(pixels, output_attentions=True, output_hidden_states=True)
         block = tower.encoder.layers[-1]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -16,8 +18,10 @@ import torch
 from mm.api import build_request
 from mm.build import build_encode_parts
 from mm.config import MediaLimits, ModelConfig, SourcePolicy
-from mm.data.media import Image, MediaFile, MediaSource, Video
+from mm.data.media import MediaFile, MediaSource
 from mm.data.request import Request
+from mm.data.tokens import Encoded
+from mm.encode import pipeline
 from mm.encode.parts import EncodeParts
 from mm.encode.pipeline import encode, encode_loaded, load
 from mm.errors import InvalidRequest, MediaError
@@ -151,15 +155,68 @@ def test_loading_decodes_only_what_is_not_cached(make_parts):
     parts = make_parts(cache_bytes=1 << 20)
     request = build_request("What?", images=[PNG, PNG], reducer="uniform:keep_ratio=0.5")
     first = load(request, parts)
-    assert all(isinstance(item.content, Image | Video) for item in first.items)
+    assert not any(isinstance(item.content, Encoded) for item in first.items)
     media = encode_loaded(first, parts)
     assert (media.num_items, media.num_cache_hits, media.reducer) == (2, 0, "uniform:keep_ratio=0.5")
     again = load(request, parts)
-    assert not any(isinstance(item.content, Image | Video) for item in again.items)
+    assert all(isinstance(item.content, Encoded) for item in again.items)
     cached = encode_loaded(again, parts)
     assert cached.num_cache_hits == 2
     assert [item.num_media_bytes for item in cached.items] == [len(PNG)] * 2
     assert torch.equal(cached.items[1].tokens.embeddings, media.items[0].tokens.embeddings)
+
+
+class DecodesOnly:
+    """An encoder that cannot prepare single items."""
+
+    def __init__(self, inner: Any) -> None:
+        self.kinds, self.fingerprint, self.provides, self.encode = (
+            inner.kinds,
+            inner.fingerprint,
+            inner.provides,
+            inner.encode,
+        )
+
+
+def test_pixels_of_one_item_are_freed_before_the_next_is_decoded(make_parts):
+    """So many pictures need the memory of one; an encoder that takes whole pictures needs that of all."""
+    one = SIDE * SIDE * 8
+    parts = make_parts(max_decoded_bytes=one)
+    request = build_request("What?", images=[PNG] * 5)
+    assert encode(request, parts).num_items == 5
+    assert load(request, parts).budget.memory is parts.memory
+    assert parts.memory is not None
+    assert parts.memory.num_bytes == 0
+    whole = replace(parts, encoder=cast(Any, DecodesOnly(parts.encoder)))
+    assert refusal(request, whole) == ("too_much_memory", "images[1]")
+    assert parts.memory.num_bytes == 0
+    assert encode(build_request("What?", images=[PNG]), whole).num_items == 1
+    assert parts.memory.num_bytes == 0
+
+
+def test_a_request_that_is_dropped_between_its_steps_gives_its_memory_back(make_parts):
+    parts = make_parts()
+    parts = replace(parts, encoder=cast(Any, DecodesOnly(parts.encoder)))
+    assert parts.memory is not None
+    loaded = load(build_request("What?", images=[PNG]), parts)
+    assert parts.memory.num_bytes == PIXELS.nbytes
+    del loaded
+    gc.collect()
+    assert parts.memory.num_bytes == 0
+
+
+def test_the_largest_picture_is_decoded_first_and_named_if_it_is_too_large(make_parts, monkeypatch):
+    large = file_of(np.zeros((SIDE * 2, SIDE * 2, 3), np.uint8))
+    order: list[int] = []
+    real = pipeline.decode
+    monkeypatch.setattr(pipeline, "decode", lambda file, *rest: order.append(len(file.data)) or real(file, *rest))
+    request = build_request("What?", images=[PNG, large, PNG])
+    items = load(request, make_parts()).items
+    assert order == [len(large), len(PNG), len(PNG)]
+    assert [item.num_media_bytes for item in items] == [len(PNG), len(large), len(PNG)]
+    order.clear()
+    assert refusal(request, make_parts(max_decoded_bytes=SIDE * SIDE * 8)) == ("too_much_memory", "images[1]")
+    assert order == [len(large)]
 
 
 def test_the_reducer_is_named_where_there_are_no_media(make_parts):
