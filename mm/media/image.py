@@ -23,6 +23,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from mm.data.media import Image, Pixels
 from mm.errors import InvalidRequest, MediaError, MmError
+from mm.media.bmp import drop_empty_alpha, use_palette
 from mm.media.hashing import content_hash, pixel_hash
 from mm.media.limits import BYTES_PER_PIXEL, MediaBudget
 from mm.media.orientation import orientation_in
@@ -30,6 +31,8 @@ from mm.media.png import SIGNATURE, read_png, whitener
 from mm.media.rgb import to_rgb
 
 ALLOWED_FORMATS = "JPEG, PNG, WebP, GIF or BMP"
+
+ALLOWED_BMP = "BMP of 1, 4, 8, 16 (5-5-5 or 5-6-5), 24 or 32 bits, or another format"
 
 FOREIGN_SIGNATURES = (
     b"II*\0",
@@ -41,8 +44,18 @@ FOREIGN_SIGNATURES = (
     b"\0\0\1\0",
     b"\xff\x0a",
     b"\xff\x4f\xff\x51",
+    b"qoif",
+    b"DDS ",
+    b"gimp",
+    b"v/1\x01",
+    b"P4\n",
+    b"P5\n",
+    b"P6\n",
+    b"P7\n",
+    b"Pf\n",
+    b"PF\n",
 )
-"""Signatures of TIFF, PDF, SVG, PSD, ICO, JPEG XL and JPEG 2000.
+"""Signatures of TIFF, PDF, SVG, PSD, ICO, JPEG XL, JPEG 2000, QOI, DDS, XCF, OpenEXR and PNM.
 
 These formats are refused. Their error differs from that of a damaged file.
 """
@@ -56,6 +69,7 @@ def decode_image(data: bytes, budget: MediaBudget) -> Image:
 
     Raises:
         MediaError: `empty`, `unsupported_format`, `undecodable`, or a limit of the budget.
+        CapacityError: Other requests need the memory.
     """
     if not data:
         raise MediaError("empty", "image")
@@ -70,8 +84,40 @@ def decode_image(data: bytes, budget: MediaBudget) -> Image:
 
 def _decode(plugin: type[ImageFile.ImageFile], data: bytes, budget: MediaBudget) -> Pixels:
     with plugin(BytesIO(data)) as picture, _memory_for(picture, budget):
-        picture.load()
-        return to_rgb(picture, orientation_in(picture.info))
+        if isinstance(picture, BmpImageFile):
+            use_palette(picture, data)
+        try:
+            picture.load()
+        except OSError:
+            if not isinstance(picture, JpegImageFile) or "progressive" in picture.info:
+                raise
+            return _decode_without_end(data)
+        if isinstance(picture, BmpImageFile):
+            drop_empty_alpha(picture)
+        return to_rgb(picture, _orientation(picture))
+
+
+def _decode_without_end(data: bytes) -> Pixels:
+    """A sequential JPEG that lacks only its end marker, as some cameras and streams leave it.
+
+    The decoder fills what is missing with grey and does not say so. So two continuations are tried: the pixels are all
+    there if they do not depend on what follows.
+
+    Raises:
+        OSError: Pixels are missing.
+    """
+    found: list[Pixels] = []
+    for rest in (b"", b"\x55" * 4096):
+        with JpegImageFile(BytesIO(data + rest + b"\xff\xd9")) as picture:
+            found.append(to_rgb(picture, _orientation(picture)))
+    if not np.array_equal(found[0], found[1]):
+        raise OSError("the file is cut short")
+    return found[0]
+
+
+def _orientation(picture: PilImage.Image) -> int:
+    """1 to 8. AVIF has properties of its own for it, which Pillow gives as EXIF, and other texts do not count."""
+    return orientation_in({"exif": picture.info.get("exif")} if picture.format == "AVIF" else picture.info)
 
 
 def _decode_png(data: bytes, budget: MediaBudget) -> Pixels:
@@ -137,7 +183,7 @@ def image_from_pil(picture: PilImage.Image, budget: MediaBudget) -> Image:
             return Image(pixels=pixels, content_hash=pixel_hash("image", pixels))
         with _memory_for(picture, budget):
             picture.load()
-            pixels = to_rgb(picture, orientation_in(picture.info))
+            pixels = to_rgb(picture, _orientation(picture))
     return Image(pixels=pixels, content_hash=pixel_hash("image", pixels))
 
 
@@ -217,7 +263,7 @@ def _mapped_errors() -> Generator[None]:
 
     The original error is not chained, since its text may hold paths.
     """
-    reason = None
+    reason, allowed = None, ""
     try:
         with warnings.catch_warnings():
             # Only for Pillow: two threads may restore each other's filters, and then other warnings are not affected.
@@ -227,7 +273,9 @@ def _mapped_errors() -> Generator[None]:
         raise
     except MemoryError:
         reason = "decode_limit"
-    except Exception:
-        reason = "undecodable"  # Pillow raises OSError, SyntaxError, struct.error, IndexError, ... for damaged files
+    except Exception as error:
+        # Pillow raises OSError, SyntaxError, struct.error, IndexError, ... for damaged files.
+        is_unknown_bmp = str(error).startswith("Unsupported BMP")
+        reason, allowed = ("unsupported_format", ALLOWED_BMP) if is_unknown_bmp else ("undecodable", "")
     if reason:
-        raise MediaError(reason, "image")
+        raise MediaError(reason, "image", allowed=allowed)

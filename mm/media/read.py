@@ -21,6 +21,9 @@ from mm.media.loading import decode, fetch_item
 NUM_SNIFFED = 4096
 """Bytes at the start of a file that decide its kind."""
 
+STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""AVIF and HEIF share MP4's container. They are pictures, of a format that is refused by name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MediaFrames:
@@ -99,7 +102,8 @@ def _guess(media: str | Path | bytes | PilImage.Image | Pixels, wants_frames: bo
     """The kind of an item by its first bytes. "image" if they are unknown; decoding then gives the right error."""
     if isinstance(media, PilImage.Image | np.ndarray):
         return "image"
-    container = sniff(_first_bytes(media))
+    start = _first_bytes(media)
+    container = None if start[4:8] == b"ftyp" and start[8:12] in STILL_BRANDS else sniff(start)
     is_clip = container is not None and (container not in PICTURE_FORMATS or wants_frames)
     return "video" if is_clip else "image"
 

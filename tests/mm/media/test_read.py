@@ -67,6 +67,7 @@ def test_what_cannot_be_read_says_why(tmp_path, make_clip):
         (tmp_path / "pipe", "file_not_found"),
         (b"", "empty"),
         (b"nonsense", "undecodable"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(99), "unsupported_format"),
         (png()[:500], "undecodable"),
         (make_clip()[:-20], "undecodable"),
         ("data:image/png,abc", "undecodable"),
