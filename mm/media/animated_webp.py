@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from io import BytesIO
 from itertools import accumulate
+from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -21,17 +22,21 @@ SHORTEST_MS, DEFAULT_MS = 10, 100
 """Browsers show a frame of at most `SHORTEST_MS` for `DEFAULT_MS`."""
 
 
-def is_animated_webp(data: bytes) -> bool:
+def is_animated_webp(file: BinaryIO) -> bool:
     """Whether a file is a WebP whose header announces an animation."""
+    file.seek(0)
+    data = file.read(21)
     return data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and len(data) > 20 and bool(data[20] & 2)
 
 
-def decode_webp(data: bytes, request: DecodeRequest) -> Iterator[Message]:
+def decode_webp(file: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
     """The chosen frames, each composed with those before it.
 
     Raises:
         Refused: A limit of the request, or there is no frame.
     """
+    file.seek(0)
+    data = file.read()
     durations_s = list(_durations_s(data))
     with WebPImagePlugin.WebPImageFile(BytesIO(data)) as picture:
         if picture.width * picture.height > request.max_pixels:

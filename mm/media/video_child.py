@@ -1,8 +1,8 @@
 """The process that decodes one clip and ends: `python -m mm.media.video_child`.
 
 It imports its decoder, sends "ready" and reads one request. Then it limits its own memory, CPU time, wall time, files
-and sockets for good, and only then decodes the clip. It must not import torch: a spare child has to start fast and stay
-small.
+and sockets for good, and only then looks at the clip. It must not import torch: a spare child has to start fast and
+stay small.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from mm.media.video_decoder import decode, prepare
 from mm.media.video_messages import DecodeRequest, Done, Message, Plan, Refused
 from mm.media.wire import OUT_OF_MEMORY_STATUS, WireClosed, read_exactly, read_header, write_message
 
-Decode = Callable[[bytes, DecodeRequest], Iterator[Message]]
+Decode = Callable[[BinaryIO, DecodeRequest], Iterator[Message]]
+PIECE_BYTES = 1 << 20
 
 
 def main(prepare: Callable[[], object] = prepare, decode: Decode = decode) -> None:
@@ -29,9 +30,9 @@ def main(prepare: Callable[[], object] = prepare, decode: Decode = decode) -> No
         prepare()
         write_message(pipe_out, {"type": "ready"})
         header = read_header(pipe_in)  # fails when the parent is gone
+        clip = receive_clip(pipe_in, header["num_bytes"])
         confine(header["limits"])
-        data = read_exactly(pipe_in, header["num_bytes"])
-        send_frames(decode, data, DecodeRequest(**header["request"]), pipe_out)
+        send_frames(decode, clip, DecodeRequest(**header["request"]), pipe_out)
     except (WireClosed, BrokenPipeError):
         os._exit(1)
     except MemoryError:
@@ -39,10 +40,25 @@ def main(prepare: Callable[[], object] = prepare, decode: Decode = decode) -> No
     os._exit(0)
 
 
-def send_frames(decode: Decode, data: bytes, request: DecodeRequest, pipe_out: BinaryIO) -> None:
+def receive_clip(pipe_in: BinaryIO, num_bytes: int) -> BinaryIO:
+    """The encoded clip as an open file in memory. It is not mapped, so the process does not grow with it.
+
+    Raises:
+        WireClosed: The parent is gone.
+    """
+    clip = os.fdopen(os.memfd_create("clip"), "w+b")
+    while num_bytes > 0:
+        piece = read_exactly(pipe_in, min(num_bytes, PIECE_BYTES))
+        clip.write(piece)
+        num_bytes -= len(piece)
+    clip.flush()
+    return clip
+
+
+def send_frames(decode: Decode, clip: BinaryIO, request: DecodeRequest, pipe_out: BinaryIO) -> None:
     """Send the plan, the frames and `done`, or the reason why not. No text of a library leaves this process."""
     try:
-        for message in decode(data, request):
+        for message in decode(clip, request):
             with _clock_stopped():
                 write_message(pipe_out, *_encoded(message))
     except (BrokenPipeError, WireClosed):

@@ -1,4 +1,4 @@
-"""The decoding that runs inside the video child: the bytes of a clip to a plan and then to frames.
+"""The decoding that runs inside the video child: the file of a clip to a plan and then to frames.
 
 `decode` is a generator: Plan, Frame, Frame, ..., Done. So only one frame is held in memory. This file is imported in
 the child only, and PyAV is imported by `prepare`.
@@ -6,11 +6,11 @@ the child only, and PyAV is imported by `prepare`.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from io import BytesIO
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeVar
 
 from mm.media.animated_webp import decode_webp, is_animated_webp
 from mm.media.video_messages import DecodeRequest, Done, Frame, Message, Plan, Refused
@@ -54,18 +54,19 @@ def prepare() -> None:
     for module in pkgutil.walk_packages(av.__path__, "av."):
         if module.name != "av.__main__":
             importlib.import_module(module.name)
+    gc.freeze()  # what exists now is never garbage, and need not be looked at when frames are freed
 
 
-def decode(data: bytes, request: DecodeRequest) -> Iterator[Message]:
+def decode(file: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
     """Read all packets once to choose the frames, then decode only the packets that are needed for them.
 
     Raises:
         Refused: The clip cannot be used.
     """
-    if is_animated_webp(data):
-        yield from decode_webp(data, request)
+    if is_animated_webp(file):
+        yield from decode_webp(file, request)
         return
-    clip = Clip(data, request)
+    clip = Clip(file, request)
     timeline = clip.timeline()
     chosen = request.choose(timeline.times_s, timeline.duration_s)
     # The clip's first frame sets the size of all, so it is decoded even if it was not chosen.
@@ -92,8 +93,8 @@ class Clip:
         num_unread: Places in the file that could not be read.
     """
 
-    def __init__(self, data: bytes, request: DecodeRequest) -> None:
-        self._data, self._request = data, request
+    def __init__(self, file: BinaryIO, request: DecodeRequest) -> None:
+        self._file, self._request = file, request
         self.num_damaged = self.num_unread = 0
 
     def timeline(self) -> Timeline:
@@ -221,7 +222,8 @@ class Clip:
         import av
 
         options = {"format_whitelist": FORMATS, "protocol_whitelist": ""}
-        return av.open(BytesIO(self._data), options=options, metadata_errors="replace", buffer_size=1 << 18)
+        self._file.seek(0)
+        return av.open(self._file, options=options, metadata_errors="replace", buffer_size=1 << 18)
 
     def _stream(self, container: Any) -> Any:
         """The video stream that ffmpeg takes: no cover picture, else the largest, with a bonus for the default one."""

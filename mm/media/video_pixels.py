@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,10 @@ class Converter:
         Args:
             size: Width and height that the upright frame is scaled to. None keeps its own.
         """
-        return _rgb(self._plain(frame), size)
+        pixels = _rgb(self._plain(frame), size)
+        # A frame and its side data refer to each other in PyAV. Only this frees the last one; `prepare` makes it fast.
+        gc.collect()
+        return pixels
 
     def _plain(self, frame: Any) -> Any:
         """The frame without its marks for interlacing and chroma siting, by which the library would convert."""

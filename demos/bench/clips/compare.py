@@ -37,12 +37,20 @@ def main_stream(path: Path) -> dict:
     return max(real, key=lambda s: s["width"] * s["height"] + 5_000_000 * s["disposition"]["default"])
 
 
-def ffmpeg_frames(path: Path, index: int, shape: tuple[int, int]) -> np.ndarray:
+TRANSPARENT = ("yuva", "rgba", "argb", "bgra", "abgr", "gbrap", "ya", "pal8")
+"""How the names of pixel formats with transparent parts begin."""
+
+
+def ffmpeg_frames(path: Path, stream: dict, shape: tuple[int, int]) -> np.ndarray:
     """RGB (T, H, W, 3) on white."""
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", str(path), "-map", f"0:{index}"]
-    command += ["-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgba", "-"]
+    is_transparent = stream["pix_fmt"].startswith(TRANSPARENT)
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", str(path), "-map", f"0:{stream['index']}"]
+    command += ["-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgba" if is_transparent else "rgb24", "-"]
     raw = subprocess.run(command, capture_output=True, check=False).stdout
-    rgba = np.frombuffer(raw, np.uint8).reshape(-1, *shape, 4).astype(np.uint16)
+    pixels = np.frombuffer(raw, np.uint8).reshape(-1, *shape, 4 if is_transparent else 3)
+    if not is_transparent:
+        return pixels
+    rgba = pixels.astype(np.uint16)
     alpha = rgba[..., 3:]
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
@@ -70,14 +78,14 @@ def problem(case: Case, path: Path) -> str:
         return "" if error.reason == case.refused else f"refused: {error}"
     if case.refused:
         return f"not refused: {case.refused}"
-    index = main_stream(path)["index"]
-    times = expected_times(path, case, index)
+    stream = main_stream(path)
+    times = expected_times(path, case, stream["index"])
     if len(times) != len(ours.times_s):
         return f"{len(ours.times_s)} frames, ffprobe has {len(times)}"
     worst_s = float(np.nanmax(np.abs(np.array(times) - ours.times_s)))  # ffprobe does not know some
     if not worst_s <= TIME_TOLERANCE_S:
         return f"times differ by {worst_s:.4f} s: {[round(t, 3) for t in ours.times_s[:8]]}, not {times[:8]}"
-    theirs = ffmpeg_frames(path, index, ours.frames.shape[1:3])
+    theirs = ffmpeg_frames(path, stream, ours.frames.shape[1:3])
     if len(theirs) != len(ours.frames):
         return f"{len(ours.frames)} frames, ffmpeg has {len(theirs)}"
     difference = np.abs(ours.frames.astype(np.int16) - theirs)

@@ -9,20 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 
 from mm.media import video_child
 from mm.media.video_messages import DecodeRequest, Done, Frame, Message, Plan
 
-DECODERS: dict[str, Callable[[bytes, DecodeRequest], Iterator[Message]]] = {}
+DECODERS: dict[str, Callable[[BinaryIO, DecodeRequest], Iterator[Message]]] = {}
 
 
-def decoder(act: Callable[[bytes], object]) -> None:
+def decoder(act: Callable[[BinaryIO], object]) -> None:
     """Register a decoder that acts, then answers with one grey frame."""
 
-    def decode(data: bytes, request: DecodeRequest) -> Iterator[Message]:
-        act(data)
+    def decode(clip: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
+        act(clip)
         yield Plan(16, 16, 1, 1.0)
         yield Frame(0.0, np.full((16, 16, 3), 127, np.uint8))
         yield Done(0)
@@ -31,66 +32,66 @@ def decoder(act: Callable[[bytes], object]) -> None:
 
 
 @decoder
-def well(data: bytes) -> None:
+def well(clip: BinaryIO) -> None:
     """Does nothing odd."""
 
 
 @decoder
-def sleep(data: bytes) -> None:
+def sleep(clip: BinaryIO) -> None:
     time.sleep(60)
 
 
 @decoder
-def spin(data: bytes) -> None:
+def spin(clip: BinaryIO) -> None:
     while True:
         pass
 
 
 @decoder
-def hoard(data: bytes) -> None:
+def hoard(clip: BinaryIO) -> None:
     held = [bytearray(64 << 20) for _ in range(64)]
     held.clear()
 
 
 @decoder
-def crash(data: bytes) -> None:
+def crash(clip: BinaryIO) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 @decoder
-def open_file(data: bytes) -> None:
+def open_file(clip: BinaryIO) -> None:
     open("/etc/hostname").close()
 
 
 @decoder
-def open_socket(data: bytes) -> None:
+def open_socket(clip: BinaryIO) -> None:
     socket.socket().close()
 
 
 @decoder
-def fork_and_wait(data: bytes) -> None:
+def fork_and_wait(clip: BinaryIO) -> None:
     if os.fork() == 0:
         time.sleep(60)
     time.sleep(60)
 
 
 @decoder
-def chatter(data: bytes) -> None:
+def chatter(clip: BinaryIO) -> None:
     os.write(1, b"a library that prints\n" * 100)
 
 
-def lying(data: bytes, request: DecodeRequest) -> Iterator[Message]:
+def lying(clip: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
     """Plans a small frame and sends a large one."""
     yield Plan(16, 16, 1, 1.0)
     yield Frame(0.0, np.zeros((4096, 4096, 3), np.uint8))
 
 
-def greedy(data: bytes, request: DecodeRequest) -> Iterator[Message]:
+def greedy(clip: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
     """Plans more frames than were asked for."""
     yield Plan(16, 16, 10**9, 1.0)
 
 
-def large(data: bytes, request: DecodeRequest) -> Iterator[Message]:
+def large(clip: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
     """120 MB, more than any pipe holds."""
     yield Plan(1000, 1000, 40, 40.0)
     for index in range(40):
@@ -98,7 +99,7 @@ def large(data: bytes, request: DecodeRequest) -> Iterator[Message]:
     yield Done(0)
 
 
-def backwards(data: bytes, request: DecodeRequest) -> Iterator[Message]:
+def backwards(clip: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
     """Sends a frame that is shown before the one before it."""
     yield Plan(16, 16, 2, 2.0)
     for time_s in (1.0, 0.5):
@@ -106,7 +107,7 @@ def backwards(data: bytes, request: DecodeRequest) -> Iterator[Message]:
     yield Done(0)
 
 
-def endless(data: bytes, request: DecodeRequest) -> Iterator[Message]:
+def endless(clip: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
     """Sends one frame and then nothing more."""
     yield Plan(16, 16, 2, 2.0)
     yield Frame(0.0, np.zeros((16, 16, 3), np.uint8))

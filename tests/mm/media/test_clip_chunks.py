@@ -47,6 +47,21 @@ def test_only_the_chunks_in_memory_draw_pixels(make_clip, make_budget):
         pass
 
 
+def test_memory_does_not_grow_with_the_length(make_clip, make_budget):
+    def peak_kb(num_frames: int) -> int:
+        """Highest resident memory of the child."""
+        data = make_clip(name="a.mkv", codec="mpeg4", num_frames=num_frames, width=320, height=240)
+        sampling = FrameSampling(num_frames=num_frames)
+        with open_clip(data, sampling, make_budget(max_sampled_frames=num_frames), chunk_frames=8) as clip:
+            status = Path("/proc") / str(clip._child.process.pid) / "status"
+            for chunk in clip.chunks(8):
+                if chunk.first + 16 < num_frames:  # the child is alive: it has the last frames still to send
+                    lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+    assert peak_kb(600) < 1.2 * peak_kb(30)
+
+
 def odd(decoder: str, act: Callable, budget) -> object:
     pool = ChildPool((sys.executable, ODD_CHILD, decoder))
     try:
