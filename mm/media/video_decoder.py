@@ -33,6 +33,9 @@ CODECS = frozenset(
 DEFAULT_STREAM_PIXELS = 5_000_000
 """What the mark "default" of a stream weighs against its size. This is ffmpeg's choice between several streams."""
 
+SKIPPABLE = frozenset({"h264", "mpeg4", "mpeg1video", "mpeg2video"})
+"""Codecs in which a frame that is no reference is needed by no other frame at all. Others have temporal layers."""
+
 INTRA_TYPES = (1, 5, 7)
 """I, SI and BI: picture types of frames that need no other frames."""
 
@@ -148,8 +151,9 @@ class Clip:
         def next_start() -> int | None:
             return starts[selection.slot] if selection.slot < len(starts) else None
 
+        needed = {int(timeline.indices[rank]) for rank in selection.ranks}
         last = -1
-        for frame in self._decoded(next_start):
+        for frame in self._decoded(next_start, needed):
             rank = timeline.rank(frame.pts)
             if rank is None or not self._is_usable(frame, rank, timeline):
                 continue
@@ -175,17 +179,20 @@ class Clip:
         self._checked_start = start
         return True
 
-    def _decoded(self, next_start: Callable[[], int | None]) -> Iterator[Any]:
+    def _decoded(self, next_start: Callable[[], int | None], needed: set[int] | None = None) -> Iterator[Any]:
         """Decoded frames in the order in which they are shown. The `pts` of each is the index of its packet.
 
         Args:
             next_start: The packet from which on everything is needed now. Packets before it are skipped. None ends.
+            needed: Packets whose frames are needed. Other frames may be left out if no frame needs them. None: all.
         """
         self._start = self._checked_start = self._num_damaged_at_start = self.num_damaged = 0
         is_fresh, num_fed = True, 0
         with self._opened() as container:
             stream = self._stream(container)
             decoder = stream.codec_context
+            if _codec(stream) not in SKIPPABLE:
+                needed = None
             for index, packet in enumerate(PacketReader(container, stream)):
                 start = next_start()
                 if start is None:
@@ -200,6 +207,9 @@ class Clip:
                     raise Refused("too_many_frames", self._request.max_decoded_frames)
                 num_fed += 1
                 packet.pts = packet.dts = index
+                if needed is not None:
+                    # The packet after a needed one may hold the second field of its frame.
+                    decoder.skip_frame = "DEFAULT" if index in needed or index - 1 in needed else "NONREF"
                 yield from self._fed(decoder, packet)
             if next_start() is not None:
                 yield from self._fed(decoder, None)
@@ -248,11 +258,12 @@ class Selection(Generic[T]):
     else by the next one. No frame is given twice, so there may be fewer than were asked for.
 
     Attributes:
+        ranks: The selected ranks, ascending.
         slot: Index in `ranks` of the frame that is needed next.
     """
 
     def __init__(self, ranks: list[int]) -> None:
-        self._ranks, self.slot = ranks, 0
+        self.ranks, self.slot = ranks, 0
         self._last = -1
         self._held: tuple[int, T] | None = None
 
@@ -260,21 +271,21 @@ class Selection(Generic[T]):
         """What is selected, now that a frame was decoded: slot, rank and frame of each."""
         if rank <= self._last:
             return
-        while self.slot < len(self._ranks) and self._ranks[self.slot] < rank:  # this one is missing
+        while self.slot < len(self.ranks) and self.ranks[self.slot] < rank:  # this one is missing
             if self._held is not None:
                 yield self._given(*self._held)
-            elif self.slot + 1 < len(self._ranks) and self._ranks[self.slot + 1] <= rank:
+            elif self.slot + 1 < len(self.ranks) and self.ranks[self.slot + 1] <= rank:
                 self.slot += 1
             else:
                 break
-        if self.slot < len(self._ranks) and self._ranks[self.slot] <= rank:
+        if self.slot < len(self.ranks) and self.ranks[self.slot] <= rank:
             yield self._given(rank, frame)
         else:
             self._held = rank, frame
 
     def rest(self) -> Iterator[tuple[int, int, T]]:
         """The last selected frame, if the frames end before the last rank."""
-        if self.slot < len(self._ranks) and self._held is not None:
+        if self.slot < len(self.ranks) and self._held is not None:
             yield self._given(*self._held)
 
     def _given(self, rank: int, frame: T) -> tuple[int, int, T]:

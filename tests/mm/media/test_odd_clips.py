@@ -127,6 +127,17 @@ def later(ts: bytes, seconds: float) -> bytes:
     return output.getvalue()
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4", "mpeg2video"])
+def test_frames_that_nobody_needs_may_be_skipped(make_budget, codec):
+    options = (("bf", "3"), ("g", "50"), ("x265-params", "log-level=none"))[: 3 if codec == "libx265" else 2]
+    clip = clip_bytes(name="a.mkv", codec=codec, num_frames=60, fps=25, options=options)
+    whole = decode_video(clip, ALL, make_budget())
+    for num in (1, 2, 7, 13):
+        few = decode_video(clip, FrameSampling(num_frames=num), make_budget())
+        at = [whole.timestamps_s.index(time_s) for time_s in few.timestamps_s]
+        assert np.array_equal(few.frames, whole.frames[at])
+
+
 def test_frames_are_in_order_in_avi(budget):
     clip = clip_bytes(name="a.avi", options=(("bf", "2"), ("g", "12")))
     video = decode_video(clip, ALL, budget)
