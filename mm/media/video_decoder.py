@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeVar
 
 from mm.media.animated_webp import decode_webp, is_animated_webp
+from mm.media.edit_lists import without_gaps
 from mm.media.video_messages import DecodeRequest, Done, Frame, Message, Plan, Refused
 from mm.media.video_packets import PacketReader, PacketTable, Timeline
 from mm.media.video_pixels import Converter
@@ -70,21 +71,13 @@ def decode(file: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
         yield from decode_webp(file, request)
         return
     clip = Clip(file, request)
-    timeline = clip.timeline()
-    chosen = request.choose(timeline.times_s, timeline.duration_s)
-    # The clip's first frame sets the size of all, so it is decoded even if it was not chosen.
-    ranks = chosen if chosen[0] == 0 else [0, *chosen]
+    timeline, first = clip.timeline()
     converter = Converter()
-    size: tuple[int, int] | None = None
-    for slot, rank, frame in clip.frames(timeline, ranks):
-        pixels = converter.rgb(frame, size)
-        if size is None:
-            size = (pixels.shape[1], pixels.shape[0])
-            yield Plan(*size, len(chosen), timeline.duration_s)
-        if slot > 0 or ranks is chosen:
-            yield Frame(timeline.times_s[rank], pixels)
-    if size is None:
-        raise Refused("undecodable")
+    height, width, _ = converter.rgb(first, None).shape
+    chosen = request.choose(timeline.times_s, timeline.duration_s)
+    yield Plan(width, height, len(chosen), timeline.duration_s)
+    for rank, frame in clip.frames(timeline, chosen):
+        yield Frame(timeline.times_s[rank], converter.rgb(frame, (width, height)))
     yield Done(clip.num_damaged + clip.num_unread)
 
 
@@ -97,35 +90,53 @@ class Clip:
     """
 
     def __init__(self, file: BinaryIO, request: DecodeRequest) -> None:
-        self._file, self._request = file, request
+        self._file, self._gaps = without_gaps(file)
+        self._request = request
         self.num_damaged = self.num_unread = 0
 
-    def timeline(self) -> Timeline:
-        """The frames that a player shows, in order.
+    def timeline(self) -> tuple[Timeline, VideoFrame]:
+        """The frames that a player shows, in order, and the first one, which sets the size of all.
+
+        Those before the first that can be decoded do not count. There are such if a recording starts between two key
+        frames.
 
         Raises:
             Refused: There is none, or the format is not supported.
         """
+        timeline = self._read_packets()
+        for frame in self._decoded(lambda: 0):
+            if (rank := timeline.rank(frame.pts)) is not None:
+                return timeline.from_rank(rank), frame
+        raise Refused("undecodable")
+
+    def _read_packets(self) -> Timeline:
         with self._opened() as container:
             stream = self._stream(container)
             reader = PacketReader(container, stream)
             # AVI has no presentation times. Those that the library gives are guesses.
             self._table = PacketTable(reader, _codec(stream), container.format.name != "avi")
+            self._gaps_of_track = self._gaps.get(stream.id, [])
             self._base, self._rate = float(stream.time_base), float(stream.average_rate or 0)
         self.num_unread = reader.num_errors
         if not len(self._table.shown):
             raise Refused("undecodable" if self.num_unread else "empty")
-        return self._table.timeline(self._base, self._rate) if self._table.has_times else self._counted()
+        if not self._table.has_times:
+            return self._counted()
+        return self._table.timeline(self._base, self._rate, self._gaps_of_track)
 
     def _counted(self) -> Timeline:
         """The same from the order in which the frames are decoded. It decodes all of them."""
-        decoded = [frame.pts for frame in self._decoded(lambda: 0) if frame.pts is not None]
+        decoded: list[int] = []
+        delay = 0
+        for frame in self._decoded(lambda: 0):
+            delay = delay if decoded else self._num_fed - 1
+            decoded += [] if frame.pts is None else [frame.pts]
         if not decoded:
             raise Refused("undecodable")
-        return self._table.counted_timeline(decoded, self._base, self._rate)
+        return self._table.counted_timeline(decoded, delay, self._base, self._rate)
 
-    def frames(self, timeline: Timeline, ranks: list[int]) -> Iterator[tuple[int, int, VideoFrame]]:
-        """The frames at the given ranks of the time line, as in `Selection`.
+    def frames(self, timeline: Timeline, ranks: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """The frames at the given ranks of the time line, each with its true rank; see `Selection`.
 
         Args:
             ranks: Different ones, ascending.
@@ -147,7 +158,7 @@ class Clip:
 
     def _select(
         self, timeline: Timeline, starts: list[int], selection: Selection[VideoFrame]
-    ) -> Iterator[tuple[int, int, VideoFrame]]:
+    ) -> Iterator[tuple[int, VideoFrame]]:
         def next_start() -> int | None:
             return starts[selection.slot] if selection.slot < len(starts) else None
 
@@ -161,6 +172,8 @@ class Clip:
                 raise FalseOrder
             last = rank
             yield from selection.offer(rank, frame)
+        if last < 0 and self._start > 0:
+            raise FalseKeyFrame
 
     def _is_usable(self, frame: Any, rank: int, timeline: Timeline) -> bool:
         """False for frames before the key frame at which decoding started, which may need earlier ones.
@@ -174,7 +187,7 @@ class Clip:
             return True
         if rank < first:
             return False
-        if not (frame.pts == start and _is_intra(frame)) and self.num_damaged == self._num_damaged_at_start:
+        if not (frame.pts == start and _is_intra(frame)):
             raise FalseKeyFrame
         self._checked_start = start
         return True
@@ -186,8 +199,8 @@ class Clip:
             next_start: The packet from which on everything is needed now. Packets before it are skipped. None ends.
             needed: Packets whose frames are needed. Other frames may be left out if no frame needs them. None: all.
         """
-        self._start = self._checked_start = self._num_damaged_at_start = self.num_damaged = 0
-        is_fresh, num_fed = True, 0
+        self._start = self._checked_start = self._num_fed = self.num_damaged = 0
+        is_fresh = True
         with self._opened() as container:
             stream = self._stream(container)
             decoder = stream.codec_context
@@ -202,10 +215,10 @@ class Clip:
                     continue
                 if not is_fresh:
                     decoder.flush_buffers()
-                    is_fresh, self._start, self._num_damaged_at_start = True, index, self.num_damaged
-                if num_fed >= self._request.max_decoded_frames:
+                    is_fresh, self._start = True, index
+                if self._num_fed >= self._request.max_decoded_frames:
                     raise Refused("too_many_frames", self._request.max_decoded_frames)
-                num_fed += 1
+                self._num_fed += 1
                 packet.pts = packet.dts = index
                 if needed is not None:
                     # The packet after a needed one may hold the second field of its frame.
@@ -267,8 +280,8 @@ class Selection(Generic[T]):
         self._last = -1
         self._held: tuple[int, T] | None = None
 
-    def offer(self, rank: int, frame: T) -> Iterator[tuple[int, int, T]]:
-        """What is selected, now that a frame was decoded: slot, rank and frame of each."""
+    def offer(self, rank: int, frame: T) -> Iterator[tuple[int, T]]:
+        """What is selected, now that a frame was decoded: rank and frame of each."""
         if rank <= self._last:
             return
         while self.slot < len(self.ranks) and self.ranks[self.slot] < rank:  # this one is missing
@@ -283,14 +296,14 @@ class Selection(Generic[T]):
         else:
             self._held = rank, frame
 
-    def rest(self) -> Iterator[tuple[int, int, T]]:
+    def rest(self) -> Iterator[tuple[int, T]]:
         """The last selected frame, if the frames end before the last rank."""
         if self.slot < len(self.ranks) and self._held is not None:
             yield self._given(*self._held)
 
-    def _given(self, rank: int, frame: T) -> tuple[int, int, T]:
-        slot, self.slot, self._last, self._held = self.slot, self.slot + 1, rank, None
-        return slot, rank, frame
+    def _given(self, rank: int, frame: T) -> tuple[int, T]:
+        self.slot, self._last, self._held = self.slot + 1, rank, None
+        return rank, frame
 
 
 def _codec(stream: Any) -> str:

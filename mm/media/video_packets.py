@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mm.media.edit_lists import Gap
+
 JUMPING = frozenset({"mpegts", "mpeg", "flv", "ogg"})
 """Demuxers of formats whose time stamps may jump within a file, because programmes were cut together."""
 
 LARGEST_GAP_S, LARGEST_STEP_BACK_S = 10.0, 0.1
 """A larger step between two packets of such a format is a jump. These are ffmpeg's bounds."""
+
+ROUNDING_S = 0.001
+"""What the clocks of an MP4 file and of its track may differ by."""
 
 MAX_READ_ERRORS = 100
 """After so many errors in a row the rest of the file is given up."""
@@ -110,24 +115,45 @@ class PacketTable:
     def __len__(self) -> int:
         return len(self._stamps)
 
-    def timeline(self, base: float, frame_rate: float) -> Timeline:
-        """When the shown packets are on screen, if all have presentation times."""
-        stamps, first = np.unique(self._stamps[self.shown], return_index=True)
-        return self._timeline(self.shown[first], stamps, base, frame_rate)
+    def timeline(self, base: float, frame_rate: float, gaps: list[Gap]) -> Timeline:
+        """When the shown packets are on screen, if all have presentation times.
 
-    def counted_timeline(self, decoded: list[int], base: float, frame_rate: float) -> Timeline:
-        """The same from the packet indices of all decoded frames, in their order. The k-th frame has the k-th time."""
+        Args:
+            base: Seconds of a unit of the stamps.
+            frame_rate: Frames per second. The file's word for it, used only for clips of one frame.
+            gaps: Times without a picture that the stamps leave out.
+        """
+        order = np.argsort(self._stamps[self.shown], kind="stable")
+        indices = self.shown[order]
+        stamps = self._stamps[indices]
+        moved_s = np.zeros(len(stamps))
+        for gap in gaps:
+            moved_s[stamps * base >= gap.at_s - ROUNDING_S] += gap.length_s
+        stamps = stamps + np.rint(moved_s / base).astype(np.int64)
+        return self._timeline(indices, stamps, base, frame_rate)
+
+    def counted_timeline(self, decoded: list[int], delay: int, base: float, frame_rate: float) -> Timeline:
+        """The same from the packet indices of all decoded frames, in their order. The k-th frame has the k-th time.
+
+        Args:
+            delay: Packets that the decoder had taken before the one with which it gave the first frame. Without
+                presentation times a frame is shown when it comes out of the decoder.
+        """
         indices = np.array(decoded, np.int64)
-        return self._timeline(indices, np.sort(self._stamps[indices]), base, frame_rate)
+        stamps = np.sort(self._stamps[indices])
+        if not self.has_times and 0 < delay < len(stamps):
+            step = max(int(np.median(np.diff(stamps))), 1)
+            stamps = np.concatenate([stamps[delay:], stamps[-1] + step * np.arange(1, delay + 1)])
+        return self._timeline(indices, stamps, base, frame_rate)
 
     def _timeline(self, indices: Ints, stamps: Ints, base: float, frame_rate: float) -> Timeline:
-        gaps = np.diff(stamps)
-        gaps = gaps[gaps > 0]
-        last = float(self._durations[indices[-1]]) * base
+        last = float(self._durations[indices[-1]])
         if last <= 0:  # unknown
-            last = float(np.median(gaps)) * base if len(gaps) else 1 / frame_rate if frame_rate > 0 else 0.0
-        times_s = (stamps - stamps[0]) * base
-        return Timeline(indices, times_s, float(times_s[-1]) + last, len(self))
+            steps = np.diff(stamps)
+            steps = steps[steps > 0]
+            last = float(np.median(steps)) if len(steps) else 1 / (frame_rate * base) if frame_rate > 0 else 0.0
+        shown_at = stamps - stamps[0]
+        return Timeline(indices, shown_at * base, (float(shown_at[-1]) + last) * base, len(self))
 
     def start(self, index: int) -> int:
         """Index of the last key frame that comes before a packet in the file and in time. 0 if there is none."""
@@ -153,6 +179,12 @@ class Timeline:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def from_rank(self, rank: int) -> Timeline:
+        """The same without the first `rank` frames. Time starts at the first that is left."""
+        times_s = np.array(self.times_s[rank:])
+        begin_s = self.times_s[rank]
+        return Timeline(self.indices[rank:], times_s - begin_s, self.duration_s - begin_s, len(self._ranks))
 
     def rank(self, index: int | None) -> int | None:
         """The place of a packet's frame among the frames, or None if it is not shown."""

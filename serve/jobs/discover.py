@@ -18,8 +18,10 @@ from mm.data.media import Kind
 
 EXTENSIONS: dict[str, Kind] = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"), "image"),
-    **dict.fromkeys((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"), "video"),
+    **dict.fromkeys((".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".webm", ".mkv", ".avi", ".m2ts", ".mpg"), "video"),
+    **dict.fromkeys((".mpeg", ".vob", ".flv", ".f4v", ".ogv", ".wmv", ".asf"), "video"),
 }
+"""`.ts` and `.mts` are left out: in most folders they are TypeScript."""
 
 
 class Item(NamedTuple):

@@ -355,7 +355,7 @@ def streams() -> list[Case]:
 
     def one_cover(path: Path) -> None:
         with_cover(path)
-        ffmpeg(*tone(1), "-i", path, "-map", 0, "-map", "1:v:0", "-c:v", "copy", "-f", "mp4", path.with_suffix(".tmp"))
+        ffmpeg(*tone(1), "-i", path, "-map", 0, "-map", "1:v:1", "-c:v", "copy", "-f", "mp4", path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
 
     found = [Case(f"cover.{e}", with_cover) for e in ("mp4", "mov")] + [Case("attached.mkv", attached)]
@@ -395,7 +395,7 @@ def transport() -> list[Case]:
         Case("jump-back.ts", lambda path: joined(path, 5000, 3), times_from="ffmpeg"),
         Case("repeated.ts", lambda path: joined(path, 0, 0), times_from="ffmpeg"),
         Case("late-entry.ts", late_entry),
-        Case("size-change.ts", lambda path: joined(path, 0, 1.5, sizes=("96x64", "64x96"))),
+        Case("size-change.ts", lambda path: joined(path, 0, 1.7, sizes=("96x64", "64x96"))),
     ]
 
 

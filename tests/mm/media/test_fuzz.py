@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from demos.bench.clips import boxes
 from mm.data.media import FrameSampling
 from mm.errors import MediaError
 from mm.media import decode_image, decode_video
@@ -42,13 +43,15 @@ def test_damaged_pictures(make_budget, count):
     assert {"ok", "undecodable"} <= outcomes
 
 
-@pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.slow)])
 def test_damaged_clips(make_clip, make_budget, count):
     rng = random.Random(5)
-    kinds = (("f.mp4", "libx264"), ("f.webm", "libvpx-vp9"), ("f.avi", "mpeg4"), ("f.mkv", "libx264"))
+    kinds = [("f.mp4", "libx264"), ("f.webm", "libvpx-vp9"), ("f.avi", "mpeg4"), ("f.mkv", "libx264")]
+    kinds += [("f.mkv", "ffv1"), ("f.ts", "mpeg2video"), ("f.flv", "flv"), ("f.wmv", "wmv2")]
     originals = [make_clip(name=name, codec=codec) for name, codec in kinds]
+    originals.append(boxes.with_edits(make_clip(name="g.mov"), [(500, 0), (500, boxes.EMPTY), (900, 10240)]))
     outcomes = [
-        outcome(decode_video, mutated(originals[k % 4], rng), FrameSampling(num_frames=4), make_budget())
+        outcome(decode_video, mutated(originals[k % len(originals)], rng), FrameSampling(num_frames=4), make_budget())
         for k in range(count)
     ]
     assert {"ok", "undecodable"} <= set(outcomes)
