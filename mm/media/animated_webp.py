@@ -11,13 +11,11 @@ from itertools import accumulate
 from typing import BinaryIO
 
 import numpy as np
-import PIL.Image
 from PIL import WebPImagePlugin
 
 from mm.media.video_messages import DecodeRequest, Done, Frame, Message, Plan, Refused
 from mm.media.video_pixels import on_white
 
-PIL.Image.MAX_IMAGE_PIXELS = None  # our own limit is checked, with our own error
 SHORTEST_MS, DEFAULT_MS = 10, 100
 """Browsers show a frame of at most `SHORTEST_MS` for `DEFAULT_MS`."""
 

@@ -172,8 +172,13 @@ class Clip:
                 raise FalseOrder
             last = rank
             yield from selection.offer(rank, frame)
-        if last < 0 and self._start > 0:
+        if last < 0 and self._start > 0 and self._can_restart:
             raise FalseKeyFrame
+
+    @property
+    def _can_restart(self) -> bool:
+        """Whether the limit lets the clip be decoded from its start. In a longer one, key frame marks are trusted."""
+        return len(self._table) <= self._request.max_decoded_frames
 
     def _is_usable(self, frame: Any, rank: int, timeline: Timeline) -> bool:
         """False for frames before the key frame at which decoding started, which may need earlier ones.
@@ -187,7 +192,7 @@ class Clip:
             return True
         if rank < first:
             return False
-        if not (frame.pts == start and _is_intra(frame)):
+        if self._can_restart and not (frame.pts == start and _is_intra(frame)):
             raise FalseKeyFrame
         self._checked_start = start
         return True

@@ -209,6 +209,16 @@ def test_a_broken_packet_costs_one_frame(make_budget, codec, pix_fmt, name):
     assert len(few.frames) == 15, "other frames take the places of broken ones"
 
 
+@pytest.mark.parametrize("limit", [45, 9000])
+def test_a_broken_key_frame_costs_its_group_at_most(make_budget, limit):
+    clip = clip_bytes(name="a.mkv", codec="mpeg4", num_frames=100, options=(("g", "10"),))
+    damaged = with_broken_packets(clip, 30)
+    video = decode_video(damaged, FrameSampling(num_frames=4), make_budget(max_decoded_frames=limit))
+    assert [video.timestamps_s[k] for k in (0, -2, -1)] == near([1.2, 6.2, 8.7])
+    assert [shade(video.frames[k]) for k in (0, -2, -1)] == pytest.approx([12, 62, 87], abs=2)
+    assert video.num_damaged > 0
+
+
 def with_broken_packets(clip: bytes, *broken: int) -> bytes:
     data = bytearray(clip)
     with av.open(BytesIO(clip)) as container:
