@@ -15,6 +15,12 @@ from torch import Tensor, nn
 
 NUM_INPUTS = 8
 """The number of inputs for which the blocked format is chosen. Any number may be multiplied."""
+EXACT_INPUTS, ROUND_TO = 64, 16
+"""Up to EXACT_INPUTS inputs are multiplied as they are. More are filled up with zeros to a multiple of ROUND_TO.
+
+oneDNN generates code for each number of inputs, which takes up to 17 ms and half a megabyte, and keeps the last 1,024
+pieces. Prompts of all lengths made a server grow by 750 MB and pay those milliseconds again and again.
+"""
 
 
 class PackedLinear:
@@ -42,8 +48,9 @@ class PackedLinear:
     def __call__(self, inputs: Tensor) -> Tensor:
         """(T, in) to (T, out)."""
         if self._is_packed:
-            outputs = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
-            return cast(Tensor, outputs)
+            rows = _filled_up(inputs)
+            outputs = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+            return cast(Tensor, outputs)[: len(inputs)]
         return nn.functional.linear(inputs, self._weight, self._bias)
 
     def add_to(self, hidden: Tensor, inputs: Tensor) -> Tensor:
@@ -54,8 +61,9 @@ class PackedLinear:
             inputs: (T, in).
         """
         if self._is_packed:
-            outputs = torch.ops.mkldnn._linear_pointwise.binary(inputs, hidden, self._weight, None, "add")
-            return cast(Tensor, outputs)
+            rows, to = _filled_up(inputs), _filled_up(hidden)
+            outputs = torch.ops.mkldnn._linear_pointwise.binary(rows, to, self._weight, None, "add")
+            return cast(Tensor, outputs)[: len(inputs)]
         return torch.addmm(hidden, inputs, self._weight.t())
 
     def part(self, inputs: Tensor, outputs: slice) -> Tensor:
@@ -63,6 +71,12 @@ class PackedLinear:
         if self._is_packed:
             return self(inputs)[:, outputs]
         return nn.functional.linear(inputs, self._weight[outputs], None if self._bias is None else self._bias[outputs])
+
+
+def _filled_up(inputs: Tensor) -> Tensor:
+    """(T, in) with rows of zeros added up to a number for which the code exists; see EXACT_INPUTS."""
+    missing = -len(inputs) % ROUND_TO if len(inputs) > EXACT_INPUTS else 0
+    return nn.functional.pad(inputs, (0, 0, 0, missing)) if missing else inputs
 
 
 class PackedLinearModule(nn.Module):
@@ -75,7 +89,9 @@ class PackedLinearModule(nn.Module):
         self.linear.prepack()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.linear(inputs)
+        """(..., in) to (..., out)."""
+        outputs = self.linear(inputs.flatten(0, -2))
+        return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
 
 def prepack_linears(module: nn.Module) -> None:

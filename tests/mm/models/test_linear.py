@@ -21,7 +21,7 @@ def linear_of(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (64, 256), (1000, 129)])
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 5, 33])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 5, 33, 64, 65, 80, 97])
 def test_prepacking_keeps_the_outputs(num_tokens, shape, bias, dtype):
     linear = linear_of(*shape, bias=bias, dtype=dtype)
     inputs, hidden = torch.randn(num_tokens, shape[1]).to(dtype), torch.randn(num_tokens, shape[0]).to(dtype)
@@ -37,17 +37,33 @@ def test_prepacking_keeps_the_outputs(num_tokens, shape, bias, dtype):
 
 
 @needs_packing
-def test_what_is_added_to_stays_as_it_was():
-    linear, hidden = linear_of(8, 8), torch.ones(3, 8)
+def test_long_inputs_come_in_few_lengths(monkeypatch):
+    """oneDNN keeps code for each length that it has seen."""
+    linear, seen, multiply = linear_of(8, 8), set(), torch.ops.mkldnn._linear_pointwise
+
+    def recorded(rows, *rest):
+        seen.add(len(rows))
+        return multiply(rows, *rest)
+
     linear.prepack()
-    linear.add_to(hidden, torch.randn(3, 8))
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", recorded)
+    assert [len(linear(torch.randn(n, 8))) for n in range(513)] == list(range(513))
+    assert seen == {*range(65), *range(80, 513, 16)}
+
+
+@needs_packing
+@pytest.mark.parametrize("num_tokens", [3, 70])
+def test_what_is_added_to_stays_as_it_was(num_tokens):
+    linear, hidden = linear_of(8, 8), torch.ones(num_tokens, 8)
+    linear.prepack()
+    linear.add_to(hidden, torch.randn(num_tokens, 8))
     assert (hidden == 1).all()
 
 
 @needs_packing
 def test_linear_layers_inside_a_module_are_replaced():
     module = nn.Sequential(nn.Linear(8, 16), nn.Sequential(nn.SiLU(), nn.Linear(16, 4, bias=False)))
-    inputs = torch.randn(2, 3, 8)
+    inputs = torch.randn(70, 3, 8)
     with torch.no_grad():
         plain = module(inputs)
         prepack_linears(module)
