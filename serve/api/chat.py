@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from sse_starlette import EventSourceResponse
@@ -20,10 +21,11 @@ from mm.data.request import Request
 from mm.errors import CapacityError, DeadlineExceeded
 from serve.api.body import BodyReader
 from serve.api.errors import ErrorResponse, error_response
+from serve.api.formats import CHAT, Form
 from serve.api.metrics import Metrics
 from serve.api.parse import ChatCall, parse_chat
-from serve.api.render import ResponseMeta, completion, summary_of, to_json
-from serve.api.stream import ChunkWriter, sse
+from serve.api.render import ResponseMeta, summary_of, to_json
+from serve.api.stream import Writer, sse
 from serve.config import ServeConfig
 from serve.runtime import MediaHandle, Runtime
 
@@ -63,9 +65,9 @@ class Chat:
         self._runtime, self._config, self._metrics, self._bodies = runtime, config, metrics, bodies
         self._in_flight = 0
 
-    async def answer(self, http: HttpRequest) -> Response:
+    async def answer(self, http: HttpRequest, form: Form = CHAT) -> Response:
         """The response, whole or streamed. An error is returned as a response too."""
-        return await self.respond(http, self._admit)
+        return await self.respond(http, partial(self._admit, form))
 
     async def respond(self, http: HttpRequest, handle: Handle) -> Response:
         """The response of `handle`, or its error as a response. The request is in flight once its body is there."""
@@ -81,25 +83,19 @@ class Chat:
         except Exception as error:
             return http_response(self._error(error, request_id))
 
-    async def _admit(self, http: HttpRequest, content: Any, slot: contextlib.AsyncExitStack) -> Response:
+    async def _admit(self, form: Form, http: HttpRequest, content: Any, slot: contextlib.AsyncExitStack) -> Response:
         arrived, request_id = time.perf_counter(), http.state.request_id
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
-        call = parse_chat(content, request_id, self._config, http.state.tenant)
+        call = parse_chat(form.to_chat(content), request_id, self._config, http.state.tenant)
         meta = ResponseMeta(request_id=request_id, model=call.model, created=int(time.time()))
         headers = {"x-mm-ignored-fields": ", ".join(call.ignored)} if call.ignored else {}
         if call.stream:
             first, rest = await unless_gone(http, self._begin(call, arrived, deadline))
             slot.push_async_callback(rest.aclose)
-            chunks = self._body(ChunkWriter(meta=meta, call=call), first, rest, request_id)
+            chunks = self._body(form.writer(meta, call, content), first, rest, request_id)
             return Stream(chunks, slot.pop_all(), headers=headers, send_timeout=self._config.send_timeout_s)
         events = await unless_gone(http, self._complete(call, arrived, deadline))
-        body = completion(
-            meta,
-            events,
-            return_map=call.request.vision.return_map,
-            return_timings=call.return_timings,
-            return_accepted=call.return_accepted,
-        )
+        body = form.whole(meta, call, content, events)
         return Response(to_json(body), media_type="application/json", headers=headers)
 
     @contextlib.asynccontextmanager
@@ -183,7 +179,7 @@ class Chat:
             await events.aclose()
 
     async def _body(
-        self, writer: ChunkWriter, first: list[Event], rest: AsyncGenerator[list[Event]], request_id: str
+        self, writer: Writer, first: list[Event], rest: AsyncGenerator[list[Event]], request_id: str
     ) -> AsyncIterator[bytes]:
         try:
             async for frames in sse(writer, first, rest, lambda error: self._error(error, request_id)):

@@ -29,6 +29,7 @@ PAGE = """<!doctype html>
 <p>Any OpenAI client works with the base URL <code>{url}/v1</code>. From a terminal:</p>
 <pre>{curl}</pre>
 <table>
+<tr><td>/v1/chat/completions, /v1/responses, /v1/embeddings</td><td>what OpenAI clients use</td></tr>
 <tr><td><a href="/v1/models">/v1/models</a></td><td>what is served</td></tr>
 <tr><td><a href="/openapi.json">/openapi.json</a></td><td>every route and field</td></tr>
 <tr><td><a href="/health">/health</a></td><td>whether requests are answered</td></tr>

@@ -22,12 +22,14 @@ from serve.api.body import BodyReader
 from serve.api.chat import Chat, http_response
 from serve.api.embeddings import Embeddings, add_embeddings
 from serve.api.errors import error_response
+from serve.api.formats import RESPONSES
 from serve.api.guard import Guard
 from serve.api.home import add_home
 from serve.api.hosts import HostPolicy
 from serve.api.leftovers import DropLeftovers
 from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.render import JsonObject, to_json
+from serve.api.responses_body import responses_body
 from serve.api.schema import ChatBody
 from serve.api.stream import frame
 from serve.config import ServeConfig
@@ -83,6 +85,10 @@ def _add_chat(app: FastAPI, chat: Chat) -> None:
     @app.post("/v1/chat/completions", openapi_extra={"requestBody": body}, response_class=Response)
     async def chat_completions(http: HttpRequest) -> Response:
         return await chat.answer(http)
+
+    @app.post("/v1/responses", openapi_extra={"requestBody": responses_body()}, response_class=Response)
+    async def responses(http: HttpRequest) -> Response:
+        return await chat.answer(http, RESPONSES)
 
     def openapi() -> JsonObject:
         if app.openapi_schema is None:

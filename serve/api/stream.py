@@ -6,8 +6,8 @@ Each delta becomes one chunk, however the runtime batches them, so that both run
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from mm.data.outputs import Delta, Event, Summary
 from serve.api.errors import ErrorResponse
@@ -38,7 +38,6 @@ class ChunkWriter:
     call: ChatCall
     num_prompt_tokens: int | None = None
     num_completion_tokens: int = 0
-    failed: bool = field(default=False, init=False)
 
     def start(self) -> Iterator[bytes]:
         """The first frame of each choice, which has its role."""
@@ -51,6 +50,13 @@ class ChunkWriter:
                 yield from self._end(event)
             else:
                 yield from self._delta(event)
+
+    def error(self, error: ErrorResponse) -> bytes:
+        """The last frame of a response that failed after it had begun."""
+        return frame(error.body)
+
+    def end(self) -> bytes:
+        return DONE
 
     def _delta(self, delta: Delta) -> Iterator[bytes]:
         self.num_completion_tokens += len(delta.token_ids)
@@ -92,8 +98,23 @@ class ChunkWriter:
         yield frame(last)
 
 
+class Writer(Protocol):
+    """Writes the events of one request as the frames of a streamed response."""
+
+    def start(self) -> Iterator[bytes]: ...
+    def frames(self, events: Sequence[Event]) -> Iterator[bytes]: ...
+
+    def error(self, error: ErrorResponse) -> bytes:
+        """The frame for an error after the response has begun."""
+        ...
+
+    def end(self) -> bytes:
+        """What follows the last frame."""
+        ...
+
+
 async def sse(
-    writer: ChunkWriter,
+    writer: Writer,
     first: Sequence[Event],
     rest: AsyncGenerator[list[Event]],
     on_error: Callable[[BaseException], ErrorResponse],
@@ -110,8 +131,8 @@ async def sse(
             if frames := b"".join(writer.frames(events)):
                 yield frames
     except Exception as error:
-        writer.failed = True
-        yield frame(on_error(error).body)
+        yield writer.error(on_error(error))
     finally:
         await rest.aclose()
-    yield DONE
+    if last := writer.end():
+        yield last

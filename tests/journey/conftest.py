@@ -45,6 +45,7 @@ class FakeEngine:
     num_closed: int = 0
     num_tokens: int = 0
     gate: threading.Event | None = None
+    finish_reason: str = "stop"
     limits: MediaLimits = field(default_factory=MediaLimits)
 
     def load(self, request: Request) -> Request:
@@ -83,7 +84,7 @@ class FakeEngine:
                 if self.error is not None and self.error_after == i:
                     raise self.error
                 self.num_tokens += 1
-                reason = "stop" if i + 1 == len(self.words) else None
+                reason = self.finish_reason if i + 1 == len(self.words) else None
                 yield Delta(choice=choice, text=word, token_ids=(i,), finish_reason=reason, num_prompt_tokens=7)
         num_images = len(encoded)
         usage = Usage(

@@ -1,0 +1,171 @@
+"""The body of `POST /v1/responses` (OpenAI's Responses API), translated to the body of a chat request.
+
+`serve.api.parse` then checks the chat body, so that every field means the same in both forms and the same errors come
+out. Nothing is stored on the server: a field that needs a stored response is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from mm.errors import InvalidRequest
+from serve.api.render import JsonObject
+from serve.api.schema import ChatBody
+
+ROLES = ("user", "assistant", "system", "developer")
+RENAMED = {"max_output_tokens": "max_completion_tokens"}
+NOT_TRANSLATED = frozenset(
+    {"messages", "max_tokens", "max_completion_tokens", "response_format", "stream_options", "n"}
+)
+"""Fields of a chat body that have another name or form here, or none."""
+PASSED = frozenset(ChatBody.model_fields) - NOT_TRANSLATED
+IGNORED = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+    }
+    | {"store", "user", "stream_options"}
+)
+"""Fields without an effect on the text. Nothing is ever stored, whatever `store` says; the response says `false`."""
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "include": ([],),
+    "reasoning": ({}, {"effort": None, "summary": None}),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncation": ("disabled",),
+}
+"""Fields that are not implemented, with the values at which that makes no difference."""
+NEEDS_STORE = frozenset({"previous_response_id", "conversation", "prompt"})
+
+
+def responses_body() -> JsonObject:
+    """The body of the request for the OpenAPI document: names and types of what this file reads."""
+    text, objects = {"type": "string"}, {"type": "array", "items": {"type": "object"}, "minItems": 1}
+    properties: JsonObject = {
+        "model": text,
+        "input": {"anyOf": [text, objects]},
+        "instructions": text,
+        "max_output_tokens": {"type": "integer", "minimum": 1},
+        "stream": {"type": "boolean"},
+        "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+        "text": {"type": "object", "properties": {"format": {"type": "object"}}},
+        "top_p": {"type": "number", "minimum": 0, "maximum": 1},
+        "vision": {"$ref": "#/components/schemas/Vision"},
+    }
+    schema = {"type": "object", "required": ["model", "input"], "properties": properties}
+    return {"content": {"application/json": {"schema": schema}}, "required": True}
+
+
+def to_chat(body: Any) -> JsonObject:
+    """The body of the chat request that a response request stands for.
+
+    Raises:
+        InvalidRequest: Names the field, what was given and what is allowed.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body has to be a JSON object", None, "invalid_json")
+    fields = {name: value for name, value in cast(JsonObject, body).items() if value is not None}
+    _check_names(fields)
+    if "input" not in fields:
+        raise InvalidRequest("input is missing; send a text or a list of messages", "input", "missing_parameter")
+    messages = _messages(fields["input"])
+    if "instructions" in fields:
+        if not isinstance(fields["instructions"], str):
+            raise InvalidRequest("instructions has to be a text", "instructions")
+        messages.insert(0, {"role": "system", "content": fields["instructions"]})
+    chat = {RENAMED.get(name, name): value for name, value in fields.items() if name in PASSED or name in RENAMED}
+    return chat | {"messages": messages} | _form(fields.get("text"))
+
+
+def _check_names(fields: Mapping[str, Any]) -> None:
+    """Refuse fields that would change the answer and have no effect here."""
+    known = PASSED | IGNORED | set(RENAMED) | set(NEUTRAL) | {"input", "instructions", "text"}
+    for name, value in fields.items():
+        if name in NEEDS_STORE:
+            message = f"{name} needs responses that were stored, and this server stores none; send the whole input"
+            raise InvalidRequest(message, name, "unsupported_parameter")
+        if name in NEUTRAL and value not in NEUTRAL[name]:
+            allowed = " or ".join(str(one) for one in NEUTRAL[name])
+            message = f"{name} is not supported by this server; leave it out or send {allowed}"
+            raise InvalidRequest(message, name, "unsupported_parameter")
+        if name not in known:
+            raise InvalidRequest(f"the field {name[:100]!r} is unknown", name[:100], "unknown_parameter")
+
+
+def _messages(given: Any) -> list[JsonObject]:
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if not isinstance(given, list) or not given:
+        raise InvalidRequest("input has to be a text or a list of messages that is not empty", "input")
+    return [_message(item, f"input[{i}]") for i, item in enumerate(cast(list[object], given))]
+
+
+def _message(item: object, param: str) -> JsonObject:
+    if not isinstance(item, dict):
+        raise InvalidRequest("an item of the input has to be an object with role and content", param)
+    fields = cast(JsonObject, item)
+    kind, role = fields.get("type", "message"), fields.get("role")
+    if kind != "message":
+        message = f"the item type {_short(kind)} is not supported; allowed: message"
+        raise InvalidRequest(message, f"{param}.type", "unsupported_content")
+    if role not in ROLES:
+        raise InvalidRequest(f"the role {_short(role)} is unknown; allowed: {', '.join(ROLES)}", f"{param}.role")
+    content = fields.get("content")
+    if isinstance(content, str):
+        return {"role": role, "content": content}
+    if not isinstance(content, list) or not content:
+        raise InvalidRequest("content has to be a text or a list of parts that is not empty", f"{param}.content")
+    parts = [_part(part, f"{param}.content[{i}]") for i, part in enumerate(cast(list[object], content))]
+    return {"role": role, "content": parts}
+
+
+def _part(part: object, param: str) -> JsonObject:
+    if not isinstance(part, dict):
+        raise InvalidRequest("a content part has to be an object with a type", param)
+    fields = cast(JsonObject, part)
+    kind = fields.get("type")
+    if kind in ("input_text", "output_text"):
+        if not isinstance(fields.get("text"), str):
+            raise InvalidRequest(f"a part of type {kind} needs a string in text", f"{param}.text")
+        return {"type": "text", "text": fields["text"]}
+    if kind in ("input_image", "input_video"):
+        name = f"{str(kind).removeprefix('input_')}_url"
+        if not isinstance(fields.get(name), str):
+            message = f"a part of type {kind} needs an address or data: URL in {name}; files by id are not supported"
+            raise InvalidRequest(message, f"{param}.{name}")
+        detail = {"detail": fields["detail"]} if fields.get("detail") is not None else {}
+        return {"type": name, name: {"url": fields[name], **detail}}
+    allowed = "input_text, input_image, input_video, output_text"
+    raise InvalidRequest(
+        f"the content type {_short(kind)} is not supported; allowed: {allowed}", f"{param}.type", "unsupported_content"
+    )
+
+
+def _form(text: object) -> JsonObject:
+    """The chat field `response_format` for the field `text`."""
+    if text is None:
+        return {}
+    if not isinstance(text, dict):
+        raise InvalidRequest("text has to be an object with a format", "text")
+    fields = cast(JsonObject, text)
+    form = fields.get("format")
+    if form is None:
+        return {}
+    if not isinstance(form, dict):
+        raise InvalidRequest("text.format has to be an object with a type", "text.format")
+    given = cast(JsonObject, form)
+    if given.get("type") != "json_schema":
+        return {"response_format": given}
+    schema = {name: value for name, value in given.items() if name != "type" and value is not None}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
