@@ -14,14 +14,16 @@ from mm.encode.named import build_encoder
 from mm.encode.parts import EncodeParts
 from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
-from mm.errors import InvalidOption
+from mm.errors import BrokenPlugin, InvalidOption, MmError
 from mm.media import DecodeMemory
 from mm.models.checkpoint import BadCheckpoint, find, read_config
 from mm.models.family import CheckpointFamily
 from mm.models.folder import reading
+from mm.plugins.calls import PluginCalls
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.registry import create, names
 from mm.plugins.spec import bind, configured_reducer
+from mm.plugins.threads import is_interrupt
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:
@@ -49,8 +51,13 @@ def _plugin_for(kind: Literal["encoder", "family"], config: ModelConfig) -> Any:
         raise BadCheckpoint(
             str(folder), f"is of model_type {model_type!r}, for which no {kind} is installed (families: {known})"
         )
-    with reading(folder, f"the {kind} {model_type!r}"):
-        return create(kind, model_type, folder=folder, device=config.device, dtype=_dtype(config))
+    try:
+        with reading(folder, f"config.json, or another file that the {kind} {model_type!r} reads,"):
+            return create(kind, model_type, folder=folder, device=config.device, dtype=_dtype(config))
+    except BaseException as error:
+        if isinstance(error, MmError) or is_interrupt(error):
+            raise
+        raise BrokenPlugin(kind, model_type, f"building it raised {type(error).__name__}") from error
 
 
 def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> EncodeParts:
@@ -83,6 +90,7 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
         memory=DecodeMemory(config.limits.max_decoded_bytes),
         sources=config.sources,
         policy=config.reducers,
+        calls=PluginCalls(config.plugins),
     )
 
 
@@ -110,6 +118,7 @@ def build_engine(config: ModelConfig) -> LLMEngine:
         speculation=config.speculation,
         cuda_graphs=config.cuda_graphs,
         on_error=config.reducers.on_error,
+        plugins=config.plugins,
     )
 
 

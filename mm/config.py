@@ -101,6 +101,30 @@ class SpeculationLimits:
         return tuple(dict.fromkeys(("none", self.drafter, *self.drafters)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PluginLimits:
+    """How long plugins may take, and when one that fails is switched off; see `mm.plugins.calls`."""
+
+    encoder_timeout_s: float = setting(120.0, above=0, help="Seconds that an encoder may take for a request.")
+    reducer_timeout_s: float = setting(
+        20.0, above=0, help="Seconds that a reducer outside the decoder may take for one item, and to be built."
+    )
+    step_timeout_s: float = setting(
+        10.0, above=0, help="Seconds that a reducer or drafter may take inside a decoder step, for which all wait."
+    )
+    family_timeout_s: float = setting(30.0, above=0, help="Seconds that a prompt may take to be put together.")
+    max_plugin_faults: int = setting(
+        3, min=1, help="Faults in a row after which a reducer or drafter is switched off; too slow a step is enough."
+    )
+    plugin_retry_s: float = setting(60.0, above=0, help="Seconds after which a plugin that is off is tried again.")
+    stall_timeout_s: float = setting(
+        180.0, above=0, help="Seconds after which a decoder step that does not end makes /health fail."
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "model")
+
+
 OnError = Literal["fail", "keep_all"]
 """What happens to a request whose reducer is at fault: it fails, or it keeps all its tokens and reports the fault."""
 
@@ -147,6 +171,7 @@ class ModelConfig:
         speculation: What may be drafted ahead of the decoder, and by which drafters.
         limits, sources: How large media may be, and from where they are read.
         reducers: What requests may ask of reducers.
+        plugins: How long plugins may take.
     """
 
     model: str = setting("tiny", help='"tiny" (the shipped model), a folder, or a hub name.')
@@ -181,6 +206,7 @@ class ModelConfig:
     limits: MediaLimits = MediaLimits()
     sources: SourcePolicy = SourcePolicy()
     reducers: ReducerPolicy = ReducerPolicy()
+    plugins: PluginLimits = PluginLimits()
 
     def __post_init__(self) -> None:
         check_settings(self, "model")

@@ -12,12 +12,12 @@
     │   ├── UnknownPlugin
     │   ├── MissingPackage
     │   ├── BrokenPlugin        it is registered, but cannot be imported or built
-    │   ├── InvalidOption
-    │   ├── IncompatiblePlugin
+    │   ├── InvalidOption, IncompatiblePlugin
     │   ├── BadWeights          a learned reducer's weights are absent, damaged or of another checkpoint
     │   ├── ReducerNotAllowed   the operator does not let requests use it
-    │   ├── ReducerFault        a reducer returned what cannot be applied
-    │   └── DrafterFault        a drafter proposed what cannot be verified
+    │   ├── ReducerFault        a reducer failed, or returned what cannot be applied; ReducerOff: again and again
+    │   ├── DrafterFault        a drafter failed, or proposed what cannot be verified; DrafterOff: again and again
+    │   └── PluginFault         an encoder or a family failed
     └── EngineError             ours
 
 Errors cross process borders, so each keeps its facts as constructor arguments and formats them when read. Only
@@ -296,16 +296,52 @@ class ReducerFault(PluginError):
 
 
 class DrafterFault(PluginError):
-    """A drafter proposed what cannot be verified. It costs the answer its drafts and nothing else."""
+    """A drafter failed, proposed what cannot be verified, or took too long (`is_over`). An answer loses its drafts."""
 
     code = "drafter_fault"
 
-    def __init__(self, drafter: str, message: str) -> None:
-        super().__init__(drafter, message)
-        self.drafter, self.message = drafter, message
+    def __init__(self, drafter: str, message: str, is_over: bool = False) -> None:
+        super().__init__(drafter, message, is_over)
+        self.drafter, self.message, self.is_over = drafter, message, is_over
 
     def __str__(self) -> str:
         return f"{self.drafter or 'a drafter'}: {self.message}"
+
+
+OFF = "is switched off for {} s more, since it failed again and again; the last time it {}; use another one meanwhile"
+
+
+class ReducerOff(ReducerFault):
+    """A reducer failed again and again; `reason` is the last fault. It is tried again after `retry_after_s`."""
+
+    code = "reducer_off"
+
+    def __init__(self, reducer: str, reason: str, retry_after_s: int) -> None:
+        super().__init__(reducer, OFF.format(retry_after_s, reason))
+        self.args, self.retry_after_s = (reducer, reason, retry_after_s), retry_after_s
+
+
+class DrafterOff(DrafterFault):
+    """As `ReducerOff`, of a drafter."""
+
+    code = "drafter_off"
+
+    def __init__(self, drafter: str, reason: str, retry_after_s: int) -> None:
+        super().__init__(drafter, OFF.format(retry_after_s, reason))
+        self.args, self.retry_after_s = (drafter, reason, retry_after_s), retry_after_s
+
+
+class PluginFault(PluginError):
+    """An encoder or a family (`kind`) failed or took too long: not the request's fault."""
+
+    code = "plugin_fault"
+
+    def __init__(self, kind: str, name: str, message: str) -> None:
+        super().__init__(kind, name, message)
+        self.kind, self.name, self.message = kind, name, message
+
+    def __str__(self) -> str:
+        return f"the {self.kind} {self.name}: {self.message}"
 
 
 class EngineError(MmError):

@@ -15,9 +15,10 @@ from torch import Tensor
 from mm.data.media import Kind
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import InvalidOption
-from mm.plugins.apply import apply, plugin_errors
+from mm.plugins.apply import apply
 from mm.plugins.capabilities import Capabilities, before_decoder, capabilities_of, plans_tokens
 from mm.plugins.reducer import Count, ReduceContext, Reducer, Reduction, Stage
+from mm.plugins.threads import plugin_errors
 from pruning.base import NoReduction, keep_all
 
 ORDER = tuple(Stage)

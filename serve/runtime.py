@@ -6,7 +6,7 @@ Ray.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from mm.data.tokens import EncodedMedia
 from mm.engine.loop import EngineLoop
 from mm.engine.stats import EngineStats
 from mm.errors import CapacityError
+from mm.plugins.calls import StageStatus
 from mm.plugins.spec import configured_reducer
 from serve.config import ServeConfig
 
@@ -107,9 +108,21 @@ class Runtime(Protocol):
         """Whether a request could be answered now. It never generates."""
         ...
 
+    async def status(self) -> StageStatus:
+        """Why parts of the server should be replaced, and which plugins are switched off."""
+        ...
+
     def drain(self) -> None:
         """Refuse new requests from now on. Those that were accepted are completed."""
         ...
+
+
+def joined(statuses: Iterable[StageStatus]) -> StageStatus:
+    """The status of several parts of a server. What several of them say is said once."""
+    every = list(statuses)
+    off = {(one.kind, one.name): one for status in every for one in status.plugins_off}
+    problems = dict.fromkeys(problem for status in every for problem in status.problems)
+    return StageStatus(problems=tuple(problems), plugins_off=tuple(off.values()))
 
 
 def needs_encoder(request: Request) -> bool:
@@ -127,6 +140,8 @@ class EncoderHalf(Protocol):
     kinds: tuple[str, ...]
 
     async def encode(self, request: Request) -> EncodedMedia: ...
+
+    def status(self) -> StageStatus: ...
 
     def close(self) -> None: ...
 
@@ -172,6 +187,9 @@ class LocalRuntime:
 
     async def healthy(self) -> bool:
         return True
+
+    async def status(self) -> StageStatus:
+        return joined([self._encoder.status(), self._loop.status()])
 
     def drain(self) -> None:
         self._loop.drain()

@@ -6,9 +6,10 @@ Nothing here knows HTTP or Ray.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Generic, TypeVar
@@ -21,6 +22,8 @@ from mm.data.tokens import EncodedMedia
 from mm.encode.pipeline import LoadedMedia, encode_loaded, load
 from mm.engine.loop import EngineLoop
 from mm.media import is_remote, prepare_decoder
+from mm.plugins.calls import StageStatus
+from mm.plugins.threads import while_slow
 from serve.config import ServeConfig
 from serve.runtime import LocalRuntime, default_reducer
 
@@ -34,12 +37,15 @@ MAX_DOWNLOADS = 16
 class EncoderStage(Generic[L]):
     """Encodes in threads.
 
+    A request whose reducer is slow does not count as computing any more, so it keeps no other request waiting.
+
     Args:
         load: Fetches and decodes the media of a request.
         encode: Runs the tower and the reducer on them.
         kinds: Kinds of media that it takes.
         workers: Requests that compute at a time.
         num_threads: CPU threads of torch in each worker; None leaves torch's own choice.
+        status: How the plugins do.
     """
 
     def __init__(
@@ -50,7 +56,9 @@ class EncoderStage(Generic[L]):
         *,
         workers: int = 2,
         num_threads: int | None = None,
+        status: Callable[[], StageStatus] = StageStatus,
     ) -> None:
+        self.status = status
         self.kinds = tuple(sorted(kinds))
         self._load, self._encode = load, encode
         set_threads = None if num_threads is None else functools.partial(torch.set_num_threads, num_threads)
@@ -73,10 +81,26 @@ class EncoderStage(Generic[L]):
     def _run(self, request: Request, is_cancelled: threading.Event) -> EncodedMedia:
         """Load and encode. A download may take seconds, so it does not count as computing."""
         loaded = self._load(request) if any(is_remote(item) for item in request.media) else None
-        with self._may_compute:
+        with self._computing():
             if is_cancelled.is_set():
                 raise CancelledError
             return self._encode(self._load(request) if loaded is None else loaded)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Generator[None]:
+        """Hold one of the places for requests that compute, until a plugin turns out to be slow."""
+        held = [self._may_compute]
+
+        def give_back() -> None:
+            while held:
+                held.pop().release()
+
+        self._may_compute.acquire()
+        try:
+            with while_slow(give_back):
+                yield
+        finally:
+            give_back()
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -95,6 +119,7 @@ def build_encoder_stage(config: ServeConfig) -> EncoderStage[LoadedMedia]:
         parts.encoder.kinds,
         workers=config.encode_workers,
         num_threads=model.num_threads,
+        status=parts.calls.status,
     )
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from mm.data.media import Kind
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import ReducerFault
-from mm.plugins.apply import plugin_errors
 from mm.plugins.features import TOWER_FEATURES
 from mm.plugins.reducer import InTower, Matched
+from mm.plugins.threads import plugin_errors
 
 Attend = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """A block, hidden states (B, n, D) and a bias (B, 1, 1, n) on each key's scores, to the hidden states (B, n, D) after

@@ -9,6 +9,7 @@ from mm.config import MediaLimits, ReducerPolicy, SourcePolicy
 from mm.data.media import FrameSampling
 from mm.encode.feature_cache import FeatureCache
 from mm.media import DecodeMemory
+from mm.plugins.calls import PluginCalls
 from mm.plugins.encoder import Encoder
 
 
@@ -24,6 +25,7 @@ class EncodeParts:
         frames: Frame sampling for requests that name none.
         policy: What requests may do with reducers.
         memory: Lends the memory of decoded pixels to all requests. None counts each request by itself.
+        calls: Calls the encoder and the reducers.
     """
 
     encoder: Encoder
@@ -37,3 +39,4 @@ class EncodeParts:
     sources: SourcePolicy = field(default_factory=SourcePolicy)
     policy: ReducerPolicy = field(default_factory=ReducerPolicy)
     memory: DecodeMemory | None = None
+    calls: PluginCalls = field(default_factory=PluginCalls)

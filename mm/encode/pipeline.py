@@ -12,11 +12,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import Tensor
 
-from mm.config import OnError
 from mm.data.media import FrameSampling, Image, Media, MediaFile, Prepared, Video
 from mm.data.request import Request, TextPart
 from mm.data.tokens import Encoded, EncodedMedia, EncodeTimings, VisualTokens
@@ -26,13 +25,14 @@ from mm.encode.policy import resolve_reducer
 from mm.errors import MediaError, ReducerFault
 from mm.media import MediaBudget, content_hash, decode, decoded_size, fetch_item
 from mm.plugins.apply import reduce_tokens
-from mm.plugins.capabilities import in_tower
+from mm.plugins.capabilities import in_tower, names_of
 from mm.plugins.encoder import HostsReducer, PreparesItems, ReadsText
 from mm.plugins.features import TEXT_EMBEDDINGS
 from mm.plugins.reducer import Reducer
 from mm.plugins.spec import ReducerSpec
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,8 @@ def _prepared(
     if not isinstance(parts.encoder, PreparesItems):
         return pixels
     try:
-        prepared = parts.encoder.prepare(pixels)
+        encoder = parts.encoder
+        prepared = _call_encoder(parts, lambda: encoder.prepare(pixels))
     except MediaError as error:
         raise error.at(param) if param else error from None
     budget.give_back()
@@ -200,12 +201,12 @@ def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: Enco
     batch, fault = _run_tower(pixels, reducer, parts)
     text = None
     if TEXT_EMBEDDINGS in reducer.needs:
-        text = cast(ReadsText, parts.encoder).embed_text(loaded.question)
+        text = _call_encoder(parts, lambda: cast(ReadsText, parts.encoder).embed_text(loaded.question))
     encode_s = (time.perf_counter() - start) / len(fresh)
     encoded: dict[str, Encoded] = {}
     for item, tokens in zip(fresh.values(), batch, strict=True):
         start = time.perf_counter()
-        kept, item_fault = (tokens, fault) if fault else _reduce(reducer, tokens, text, parts.policy.on_error)
+        kept, item_fault = (tokens, fault) if fault else _reduce(reducer, tokens, text, parts)
         timings = EncodeTimings(load_s=item.load_s, encode_s=encode_s, reduce_s=time.perf_counter() - start)
         key = "" if item_fault else item.key
         encoded[item.key] = Encoded(tokens=kept, timings=timings, key=key, fault=item_fault)
@@ -216,24 +217,42 @@ def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: Enco
 
 def _run_tower(pixels: Sequence[Image | Video], reducer: Reducer, parts: EncodeParts) -> tuple[list[VisualTokens], str]:
     """The items' tokens, and what a reducer inside the tower did wrong if the policy keeps all tokens then."""
-    merging = in_tower(reducer)
+    merging, needs = in_tower(reducer), reducer.needs
     try:
         if merging is None:
-            return parts.encoder.encode(pixels, needs=reducer.needs), ""
-        return cast(HostsReducer, parts.encoder).encode(pixels, needs=reducer.needs, merging=merging), ""
+            return _call_encoder(parts, lambda: parts.encoder.encode(pixels, needs=needs)), ""
+        host = cast(HostsReducer, parts.encoder)
+        parts.calls.check("reducer", names_of(merging))
+        return _call_encoder(parts, lambda: host.encode(pixels, needs=needs, merging=merging)), ""
     except ReducerFault as error:
         if parts.policy.on_error == "fail":
             raise
         log.warning("reducer_fault=%s", error, exc_info=error.__cause__)
-        return [tokens.without_aux_features() for tokens in parts.encoder.encode(pixels)], str(error)
+        whole = _call_encoder(parts, lambda: parts.encoder.encode(pixels))
+        return [tokens.without_aux_features() for tokens in whole], str(error)
 
 
-def _reduce(reducer: Reducer, tokens: VisualTokens, text: Tensor | None, on_error: OnError) -> tuple[VisualTokens, str]:
+def _call_encoder(parts: EncodeParts, function: Callable[[], T]) -> T:
+    name, limit_s = type(parts.encoder).__name__, parts.calls.limits.encoder_timeout_s
+    return parts.calls.call("encoder", (name,), "while it encoded", function, timeout_s=limit_s)
+
+
+def _reduce(
+    reducer: Reducer, tokens: VisualTokens, text: Tensor | None, parts: EncodeParts
+) -> tuple[VisualTokens, str]:
     """What the reducer leaves, and its fault if the policy is to keep all. Then all tokens are kept."""
+    names, limit_s = names_of(reducer), parts.calls.limits.reducer_timeout_s
     try:
-        return reduce_tokens(reducer, tokens, text), ""
+        reduced = parts.calls.call(
+            "reducer",
+            names,
+            "before the decoder",
+            lambda: reduce_tokens(reducer, tokens, text),
+            timeout_s=limit_s,
+        )
+        return reduced, ""
     except ReducerFault as error:
-        if on_error == "fail":
+        if parts.policy.on_error == "fail":
             raise
         log.warning("reducer_fault=%s", error, exc_info=error.__cause__)
         return tokens.without_aux_features(), str(error)

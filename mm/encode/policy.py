@@ -6,7 +6,7 @@ from mm.config import ReducerPolicy
 from mm.data.request import VisionOptions
 from mm.encode.parts import EncodeParts
 from mm.errors import ReducerNotAllowed, shown
-from mm.plugins.capabilities import check_compatible
+from mm.plugins.capabilities import check_compatible, names_of
 from mm.plugins.spec import ReducerSpec, bind, parse_spec, reducer_or_default
 from mm.plugins.weights import is_beside_model
 
@@ -19,7 +19,17 @@ def resolve_reducer(vision: VisionOptions, parts: EncodeParts) -> ReducerSpec:
     Raises:
         PluginError: It is unknown or broken, has wrong options, is not allowed, has no weights for this model, or
             cannot work with this encoder.
+        ReducerOff: It failed again and again, and the policy's `on_error` is "fail".
     """
+    names = tuple(part.name for part in parse_spec(vision.reducer or parts.reducer))
+    limit_s = parts.calls.limits.reducer_timeout_s
+    spec = parts.calls.call("reducer", names, "while it was built", lambda: _resolve(vision, parts), timeout_s=limit_s)
+    if parts.policy.on_error == "fail":
+        parts.calls.check("reducer", names_of(spec.plugin))
+    return spec
+
+
+def _resolve(vision: VisionOptions, parts: EncodeParts) -> ReducerSpec:
     spec = reducer_or_default(vision.reducer, parts.reducer, vision.keep_ratio)
     is_asked = vision.reducer is not None or vision.keep_ratio is not None
     if is_asked:

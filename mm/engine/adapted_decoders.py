@@ -12,6 +12,7 @@ from mm.engine.attention.base import AttentionBackend
 from mm.engine.model_runner import ModelRunner
 from mm.engine.scheduler import SchedulerOutput
 from mm.models.language import LanguageModel
+from mm.plugins.calls import PluginCalls
 from mm.plugins.weights import ReducerWeights
 
 
@@ -22,10 +23,13 @@ class AdaptedDecoders:
         language: The model's own decoder.
         runner: Runs it.
         attention: Over the cache in which all sequences are.
+        calls: Calls the reducers.
     """
 
-    def __init__(self, language: LanguageModel, runner: ModelRunner, attention: AttentionBackend) -> None:
-        self._language, self._attention = language, attention
+    def __init__(
+        self, language: LanguageModel, runner: ModelRunner, attention: AttentionBackend, calls: PluginCalls
+    ) -> None:
+        self._language, self._attention, self._calls = language, attention, calls
         self._runners = {"": runner}
         self._lock = threading.Lock()
 
@@ -38,7 +42,7 @@ class AdaptedDecoders:
         with self._lock:
             if weights.fingerprint not in self._runners:
                 language = self._language.with_layers(weights)
-                self._runners[weights.fingerprint] = ModelRunner(language, self._attention)
+                self._runners[weights.fingerprint] = ModelRunner(language, self._attention, calls=self._calls)
         return weights.fingerprint
 
     def parts(self, scheduled: SchedulerOutput) -> Iterator[tuple[ModelRunner, SchedulerOutput]]:

@@ -15,8 +15,9 @@ from mm.data.tokens import Prompt
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.prefill_pruning import PruneState
 from mm.errors import MmError, ReducerFault
-from mm.plugins.apply import plugin_errors
+from mm.plugins.calls import PluginCalls
 from mm.plugins.reducer import CacheView, InDecode
+from mm.plugins.threads import plugin_errors
 
 
 def prune_cache(
@@ -26,12 +27,14 @@ def prune_cache(
     num_cached_tokens: int,
     state: PruneState | None,
     reducers: Sequence[InDecode],
+    calls: PluginCalls | None = None,
 ) -> tuple[int, MmError | None]:
     """Apply what the reducers decide, one after the other: each sees what the one before it left.
 
     Args:
         num_cached_tokens: Tokens of the prompt that came from the prefix cache.
         state: What reducers between layers left of the prompt; None where there are none.
+        calls: Calls the reducers.
 
     Returns:
         How many of the prompt's first tokens are where they were in every layer, and the error of a reducer that
@@ -41,7 +44,7 @@ def prune_cache(
     num_unchanged = prompt.length
     for reducer in reducers:
         try:
-            kept = _ask(reducer, cache.lengths[:, seq_index].tolist(), planes)
+            kept = _ask(reducer, cache.lengths[:, seq_index].tolist(), planes, calls or PluginCalls())
         except MmError as error:
             return num_unchanged, error
         for layer, tokens in kept.items():
@@ -53,17 +56,23 @@ def prune_cache(
     return num_unchanged, None
 
 
-def _ask(reducer: InDecode, lengths: Sequence[int], planes: Sequence[tuple[Tensor, Tensor]]) -> Mapping[int, Tensor]:
-    name = type(reducer).__name__
+def _ask(
+    reducer: InDecode, lengths: Sequence[int], planes: Sequence[tuple[Tensor, Tensor]], calls: PluginCalls
+) -> dict[int, Tensor]:
+    name, when = type(reducer).__name__, "when the prompt was in"
     view = CacheView(
         lengths=tuple(lengths),
         visual=tuple(visual for visual, _ in planes),
         origins=tuple(origins for _, origins in planes),
     )
-    with plugin_errors(name, "when the prompt was in"):
-        kept = reducer.prefill_done(view)
-        _check(kept, lengths, name)
-    return kept
+
+    def ask() -> dict[int, Tensor]:
+        with plugin_errors(name, when):
+            kept = reducer.prefill_done(view)
+            _check(kept, lengths, name)
+            return dict(kept)
+
+    return calls.call("reducer", (name,), when, ask, timeout_s=calls.limits.step_timeout_s, holds_all=True)
 
 
 def _visual_of_layers(

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from mm.config import OnError, SpeculationLimits
+from mm.config import OnError, PluginLimits, SpeculationLimits
 from mm.data.request import Request
 from mm.data.tokens import EncodedMedia
 from mm.engine.adapted_decoders import AdaptedDecoders
@@ -31,8 +31,9 @@ from mm.engine.sequence import EngineRequest, OutputSink
 from mm.engine.spec_decode.drafter_instance import target_of
 from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.stats import Counters, EngineStats
-from mm.errors import EngineError
+from mm.errors import EngineError, MmError
 from mm.models.family import CheckpointFamily
+from mm.plugins.calls import PluginCalls
 from mm.plugins.reducer import Reducer
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class LLMEngine:
         speculation: What may be drafted; None drafts nothing.
         cuda_graphs: Whether decode steps are recorded where the device can replay them.
         on_error: What a reducer's fault does to its request, see `ReducerPolicy`.
+        plugins: How long plugins may take.
     """
 
     def __init__(
@@ -61,15 +63,15 @@ class LLMEngine:
         speculation: SpeculationLimits | None = None,
         cuda_graphs: bool = True,
         on_error: OnError = "fail",
+        plugins: PluginLimits | None = None,
     ) -> None:
-        self.engine_id = uuid.uuid4().hex
+        self.engine_id, self.calls = uuid.uuid4().hex, PluginCalls(plugins)
         self.family, self.config = family, config
         cuda_graphs = cuda_graphs and family.language.device.type == "cuda"
         self.cache = build_cache(family.language.kv_cache_spec, kv_bytes, config.max_num_seqs + cuda_graphs)
         self.prefix_cache = PrefixCache(self.cache, enabled=prefix_caching)
         self._build_parts(speculation or SpeculationLimits(), prefix_caching, cuda_graphs, on_error)
-        self._lock, self._arrival_lock = threading.Lock(), threading.Lock()
-        self.wake = threading.Event()
+        self._lock, self._arrival_lock, self.wake = threading.Lock(), threading.Lock(), threading.Event()
 
     def _build_parts(
         self, speculation: SpeculationLimits, prefix_caching: bool, cuda_graphs: bool, on_error: OnError
@@ -83,16 +85,16 @@ class LLMEngine:
         graphs, width = None, cache.shape.num_blocks(family.max_context_tokens)
         if cuda_graphs:
             graphs = build_graphs(family.language, attention, max_num_seqs=config.max_num_seqs, max_num_blocks=width)
-        runner = ModelRunner(family.language, attention, graphs)
-        self._decoders = AdaptedDecoders(family.language, runner, attention)
+        runner = ModelRunner(family.language, attention, graphs, self.calls)
+        self._decoders = AdaptedDecoders(family.language, runner, attention, self.calls)
         self.spec_decoder = SpecDecoder(
-            target_of(family), cache.shape.block_size, speculation, has_prefix_cache=prefix_caching
+            target_of(family), cache.shape.block_size, speculation, calls=self.calls, has_prefix_cache=prefix_caching
         )
         self.spec_decoder.calibrate(runner, config.max_num_batched_tokens)
         self._lifecycle = RequestLifecycle(self._scheduler, self.spec_decoder, on_error=on_error)
-        self._inputs = InputProcessor(family, cache, self.spec_decoder, self._decoders, on_error=on_error)
+        self._inputs = InputProcessor(family, cache, self.spec_decoder, self._decoders, self.calls, on_error=on_error)
         self._outputs = OutputProcessor(
-            cache, self.prefix_cache, self._scheduler, self.spec_decoder, self._lifecycle, self._counters
+            cache, self.prefix_cache, self._scheduler, self.spec_decoder, self._lifecycle, self._counters, self.calls
         )
 
     def submit(
@@ -137,6 +139,11 @@ class LLMEngine:
     def close(self) -> None:
         """Stop the threads that compile schemas."""
         self._inputs.close()
+
+    def fail_all(self, error: MmError) -> None:
+        """End all requests with an error."""
+        with self._lock:
+            self._lifecycle.fail_all(error)
 
     @property
     def has_work(self) -> bool:
@@ -188,12 +195,5 @@ class LLMEngine:
     @property
     def stats(self) -> EngineStats:
         """What the engine holds now and has done so far. May be read from any thread."""
-        return collect_stats(
-            self.engine_id,
-            self._counters,
-            self._scheduler,
-            self.cache,
-            self.prefix_cache,
-            self.spec_decoder.stats,
-            num_arrivals=self._lifecycle.num_arrivals,
-        )
+        parts = (self._counters, self._scheduler, self.cache, self.prefix_cache, self.spec_decoder.stats)
+        return collect_stats(self.engine_id, *parts, num_arrivals=self._lifecycle.num_arrivals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 from mm.config import OnError
@@ -18,16 +19,18 @@ from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.token_pruning import TokenPruning
 from mm.errors import ContextTooLong, InvalidRequest, MmError, ReducerFault
 from mm.models.family import CheckpointFamily
-from mm.plugins.apply import plugin_errors
-from mm.plugins.capabilities import capabilities_of, decoder_weights, in_decode, in_prefill, per_token
+from mm.plugins.calls import PluginCalls
+from mm.plugins.capabilities import capabilities_of, decoder_weights, in_decode, in_prefill, names_of, per_token
 from mm.plugins.reducer import Reducer
-from mm.plugins.spec import bind, reducer_spec
+from mm.plugins.spec import bind, parse_spec, reducer_spec
+from mm.plugins.threads import plugin_errors
 
 
 class InputProcessor:
     """Makes sequences of requests. Safe to use from several threads.
 
     Args:
+        calls: Calls the family and the reducers.
         on_error: What a reducer's fault does to its request, see `ReducerPolicy`.
     """
 
@@ -37,10 +40,12 @@ class InputProcessor:
         cache: KVCache,
         spec_decoder: SpecDecoder,
         decoders: AdaptedDecoders,
+        calls: PluginCalls,
         *,
         on_error: OnError,
     ) -> None:
-        self._family, self._cache, self._spec_decoder, self._decoders = family, cache, spec_decoder, decoders
+        self._family, self._cache, self._spec_decoder = family, cache, spec_decoder
+        self._decoders, self._calls = decoders, calls
         self._on_error: OnError = on_error
         self._samplers = SamplerFactory(family)
 
@@ -57,7 +62,7 @@ class InputProcessor:
             BadWeights: The weights of a learned reducer are not the encoder's.
         """
         reducer = reducer or self._reducer(media)
-        prompt = self._family.splice(params.messages, [item.tokens for item in media.items])
+        prompt = self._splice(params, media)
         prompt = with_positions(prompt, params.vision.positions or capabilities_of(reducer).positions)
         max_new_tokens = output_length(params, prompt, self._family.max_context_tokens, self._cache)
         samplers = self._samplers.make(params.sampling, prompt)
@@ -75,7 +80,7 @@ class InputProcessor:
         )
         if prompt.is_visual.any() and (weights := decoder_weights(reducer)) is not None:
             request.decoder = self._decoders.add(weights)
-        add_reducers(request, reducer, self._family.language.num_layers, on_error=self._on_error)
+        add_reducers(request, reducer, self._family.language.num_layers, self._calls, on_error=self._on_error)
         seqs = [
             Sequence(
                 request=request,
@@ -93,8 +98,19 @@ class InputProcessor:
 
     def _reducer(self, media: EncodedMedia) -> Reducer:
         """The reducer of a request, with its weights where there is anything to reduce."""
-        spec = reducer_spec(media.reducer)
-        return bind(spec, self._family.folder, str(self._family.language.device)).plugin if media.items else spec.plugin
+
+        def build() -> Reducer:
+            spec, family = reducer_spec(media.reducer), self._family
+            return bind(spec, family.folder, str(family.language.device)).plugin if media.items else spec.plugin
+
+        names = tuple(part.name for part in parse_spec(media.reducer))
+        limit_s = self._calls.limits.reducer_timeout_s
+        return self._calls.call("reducer", names, "while it was built", build, timeout_s=limit_s)
+
+    def _splice(self, params: Request, media: EncodedMedia) -> Prompt:
+        splice = functools.partial(self._family.splice, params.messages, [item.tokens for item in media.items])
+        name, limit_s = type(self._family).__name__, self._calls.limits.family_timeout_s
+        return self._calls.call("family", (name,), "while it made the prompt", splice, timeout_s=limit_s)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -144,20 +160,24 @@ def with_positions(prompt: Prompt, positions: Positions) -> Prompt:
     return prompt.compact()
 
 
-def add_reducers(request: EngineRequest, reducer: Reducer, num_layers: int, *, on_error: OnError = "fail") -> None:
+def add_reducers(
+    request: EngineRequest, reducer: Reducer, num_layers: int, calls: PluginCalls, *, on_error: OnError = "fail"
+) -> None:
     """Note at which layers the reducer acts, if the prompt has visual tokens.
 
     Raises:
         InvalidRequest: The model has no such layer, or two reducers want the same one.
-        ReducerFault: The reducer does not say where it acts.
+        ReducerFault: The reducer does not say where it acts, or is switched off.
     """
     if not request.prompt.is_visual.any():
         return
+    if on_error == "fail":
+        calls.check("reducer", names_of(reducer))
     request.cache_pruners = in_decode(reducer)
-    request.token_pruning = _token_pruning(request, reducer, num_layers, on_error)
+    request.token_pruning = _token_pruning(request, reducer, num_layers, calls, on_error)
     for stage in in_prefill(reducer):
         try:
-            layers = layers_of(stage, num_layers)
+            layers = layers_of(stage, num_layers, calls)
         except ReducerFault as error:
             if on_error == "fail":
                 raise
@@ -173,7 +193,9 @@ def add_reducers(request: EngineRequest, reducer: Reducer, num_layers: int, *, o
             request.pruning_layers[layer] = stage
 
 
-def _token_pruning(request: EngineRequest, reducer: Reducer, num_layers: int, on_error: OnError) -> TokenPruning | None:
+def _token_pruning(
+    request: EngineRequest, reducer: Reducer, num_layers: int, calls: PluginCalls, on_error: OnError
+) -> TokenPruning | None:
     """Who decides about the request's generated tokens, and at which layer; None where nobody does."""
     found = per_token(reducer)
     if len(found) > 1:
@@ -181,10 +203,14 @@ def _token_pruning(request: EngineRequest, reducer: Reducer, num_layers: int, on
         raise InvalidRequest(f"{names} both decide about generated tokens; name one of them", "vision.reducer")
     if not found:
         return None
-    name = type(found[0]).__name__
+    name, when = type(found[0]).__name__, "when asked for its layer"
+
+    def ask() -> object:
+        with plugin_errors(name, when):
+            return found[0].token_layer(num_layers)
+
     try:
-        with plugin_errors(name, "when asked for its layer"):
-            layer = found[0].token_layer(num_layers)
+        layer = calls.call("reducer", (name,), when, ask, timeout_s=calls.limits.step_timeout_s)
         if type(layer) is not int or not 0 <= layer < num_layers:
             raise ReducerFault(name, f"decides at layer {layer!r}; this model allows 0 to {num_layers - 1}")
     except MmError as error:
@@ -192,4 +218,4 @@ def _token_pruning(request: EngineRequest, reducer: Reducer, num_layers: int, on
             raise
         request.reducer_faults.append(str(error))
         return None
-    return TokenPruning(reducer=found[0], layer=layer)
+    return TokenPruning(reducer=found[0], layer=layer, calls=calls)

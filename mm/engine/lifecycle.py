@@ -95,6 +95,11 @@ class RequestLifecycle:
             self._release(request)
             _end(request, error)
 
+    def fail_all(self, error: BaseException) -> None:
+        """End every request with an error."""
+        for request in {seq.request for seq in self._live}:
+            self.fail(request, error)
+
     def tolerate(self, request: EngineRequest, error: MmError) -> bool:
         """Whether the request goes on after a reducer's error. Otherwise the request fails with it."""
         if self._on_error == "fail" or not isinstance(error, ReducerFault):

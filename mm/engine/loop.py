@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +29,10 @@ from mm.data.tokens import EncodedMedia
 from mm.engine.engine import LLMEngine
 from mm.engine.sequence import EngineRequest
 from mm.engine.stats import EngineStats
+from mm.errors import EngineError
+from mm.plugins.calls import StageStatus
+
+log = logging.getLogger(__name__)
 
 IDLE_S = 0.5
 """How often an idle engine looks for requests that are past their deadline."""
@@ -97,6 +103,7 @@ class EngineLoop:
         self._engine, self._num_threads = engine, num_threads
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._step_started: float | None = None
         self._submit_pool: ThreadPoolExecutor | None = None
 
     @property
@@ -114,8 +121,27 @@ class EngineLoop:
         _set_num_threads(self._num_threads)
         while not self._closed.is_set():
             self._engine.wake.clear()
-            if not self._engine.step() and not self._closed.is_set():
+            self._step_started = time.monotonic()
+            try:
+                has_worked = self._engine.step()
+            except BaseException as error:  # whatever it is, the thread goes on: nobody else runs the engine
+                log.critical("a step failed outside of its requests", exc_info=error)
+                self._engine.fail_all(EngineError(f"the decoder failed: {type(error).__name__}"))
+                has_worked = False
+            self._step_started = None
+            if not has_worked and not self._closed.is_set():
                 self._engine.wake.wait(IDLE_S)
+
+    def status(self) -> StageStatus:
+        """Whether the engine does its work, and which plugins are switched off. May be called from any thread."""
+        status, started = self._engine.calls.status(), self._step_started
+        problems = list(status.problems)
+        age_s = 0.0 if started is None else time.monotonic() - started
+        if age_s > self._engine.calls.limits.stall_timeout_s:
+            problems.append(f"a step of the decoder has not ended for {age_s:.0f} s")
+        if self._thread is not None and not self._thread.is_alive() and not self._closed.is_set():
+            problems.append("the thread that runs the decoder has ended")
+        return replace(status, problems=tuple(problems))
 
     # ── step by step, by the caller ───────────────────────────────────────────────────────────────────────────────────
 

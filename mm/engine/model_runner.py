@@ -30,6 +30,7 @@ from mm.engine.prefill_pruning import PrefillView, select_kept
 from mm.engine.scheduler import ScheduledChunk, SchedulerOutput
 from mm.models.attention import Rotary
 from mm.models.layers import DecoderLayers
+from mm.plugins.calls import PluginCalls
 
 if TYPE_CHECKING:
     from mm.engine.attention.cuda_graphs import DecodeGraphs
@@ -63,11 +64,19 @@ class ModelRunner:
         model: The language model.
         attention: Backend over the cache in which the sequences are.
         graphs: Recorded decode steps, for steps in which every sequence decodes.
+        calls: Calls the reducers.
     """
 
-    def __init__(self, model: DecoderLayers, attention: AttentionBackend, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(
+        self,
+        model: DecoderLayers,
+        attention: AttentionBackend,
+        graphs: DecodeGraphs | None = None,
+        calls: PluginCalls | None = None,
+    ) -> None:
         self._model, self._attention, self._graphs = model, attention, graphs
         self.cache: KVCache = attention.cache
+        self._calls = calls or PluginCalls()
 
     def execute(self, scheduled: SchedulerOutput) -> StepOutput:
         """Compute what was scheduled. The cache has room for it."""
@@ -182,7 +191,7 @@ class ModelRunner:
                     previous=previous[own],
                     rotary=(rotary[0][own], rotary[1][own]),
                 )
-                stay = stay[select_kept(chunk.prune_state, view)]
+                stay = stay[select_kept(chunk.prune_state, view, self._calls)]
                 stop = next((above for above in layers_of[i] if above > layer), self._model.num_layers)
                 self.cache.append_slots(chunk.seq_index, stay.shape[0], layer, stop)
             kept.append(stay)

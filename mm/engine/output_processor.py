@@ -28,6 +28,7 @@ from mm.engine.stats import Counters
 from mm.engine.step_result import StepResult
 from mm.engine.token_pruning import Candidates
 from mm.errors import EngineError
+from mm.plugins.calls import PluginCalls
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class OutputProcessor:
 
     Args:
         counters: Where times are counted.
+        calls: Calls the reducers.
     """
 
     def __init__(
@@ -47,9 +49,11 @@ class OutputProcessor:
         spec_decoder: SpecDecoder,
         lifecycle: RequestLifecycle,
         counters: Counters,
+        calls: PluginCalls,
     ) -> None:
         self._cache, self._prefix_cache, self._scheduler = cache, prefix_cache, scheduler
         self._spec_decoder, self._lifecycle, self._counters = spec_decoder, lifecycle, counters
+        self._calls = calls
 
     def process(self, output: StepOutput) -> list[StepResult]:
         """Give each sequence its tokens: one, and those of its draft that were right."""
@@ -115,7 +119,13 @@ class OutputProcessor:
         assert seq.seq_index is not None
         num_cached = request.prompt.length - chunk.num_tokens
         unchanged, fault = prune_cache(
-            self._cache, seq.seq_index, request.prompt, num_cached, chunk.prune_state, request.cache_pruners
+            self._cache,
+            seq.seq_index,
+            request.prompt,
+            num_cached,
+            chunk.prune_state,
+            request.cache_pruners,
+            self._calls,
         )
         del seq.block_hashes[unchanged // self._cache.shape.block_size :]
         if fault is not None:

@@ -18,8 +18,9 @@ from mm.engine.kv_cache.blocks import KVCache
 from mm.errors import MmError, ReducerFault
 from mm.models.attention import Rotary
 from mm.models.layers import DecoderLayers
-from mm.plugins.apply import plugin_errors
+from mm.plugins.calls import PluginCalls
 from mm.plugins.reducer import InPrefill
+from mm.plugins.threads import plugin_errors
 
 
 @dataclass(kw_only=True)
@@ -134,21 +135,25 @@ class PrefillView:
         return torch.cat([held, self._model.keys(layer, source, self._rotary)])
 
 
-def layers_of(reducer: InPrefill, num_layers: int) -> tuple[int, ...]:
+def layers_of(reducer: InPrefill, num_layers: int, calls: PluginCalls) -> tuple[int, ...]:
     """The layers at whose input a reducer asks to be called.
 
     Raises:
         ReducerFault: It failed, or it named something that is no layer.
     """
-    name = type(reducer).__name__
-    with plugin_errors(name, "when asked for its layers"):
-        layers = tuple(reducer.layers(num_layers))
+    name, when = type(reducer).__name__, "when asked for its layers"
+
+    def ask() -> tuple[int, ...]:
+        with plugin_errors(name, when):
+            return tuple(reducer.layers(num_layers))
+
+    layers = calls.call("reducer", (name,), when, ask, timeout_s=calls.limits.step_timeout_s)
     if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ReducerFault(name, f"has to name layers by whole numbers, not {layers!r}")
     return layers
 
 
-def select_kept(state: PruneState, view: PrefillView) -> Tensor:
+def select_kept(state: PruneState, view: PrefillView, calls: PluginCalls) -> Tensor:
     """Ask the reducer of a layer, and update the state.
 
     A reducer that fails affects only its own prompt: the error is noted in `state.error`, and all tokens stay.
@@ -161,10 +166,22 @@ def select_kept(state: PruneState, view: PrefillView) -> Tensor:
         return everything
     reducer = state.reducers[view.layer]
     name = type(reducer).__name__
-    try:
+
+    def ask() -> Tensor:
         with plugin_errors(name, f"at layer {view.layer}"):
             keep = reducer.in_prefill(view.layer, view)
             _check_keep(keep, state.visual.shape[0], name)
+        return keep
+
+    try:
+        keep = calls.call(
+            "reducer",
+            (name,),
+            f"at layer {view.layer}",
+            ask,
+            timeout_s=calls.limits.step_timeout_s,
+            holds_all=True,
+        )
     except MmError as error:
         state.error = error
         return everything

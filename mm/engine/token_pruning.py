@@ -18,8 +18,9 @@ from torch import Tensor
 from mm.data.arrays import BoolArray, IntArray, to_tensor
 from mm.engine.kv_cache.blocks import KVCache
 from mm.errors import MmError, ReducerFault
-from mm.plugins.apply import plugin_errors
+from mm.plugins.calls import PluginCalls
 from mm.plugins.reducer import PerToken
+from mm.plugins.threads import plugin_errors
 
 
 @dataclass(kw_only=True, eq=False)
@@ -29,11 +30,13 @@ class TokenPruning:
     Attributes:
         reducer: Decides.
         layer: At the input of this layer.
+        calls: Calls the reducer.
         error: What the reducer did wrong. From then on all tokens are kept.
     """
 
     reducer: PerToken
     layer: int
+    calls: PluginCalls
     error: MmError | None = None
 
 
@@ -104,7 +107,7 @@ def decide(layer: int, hidden: Tensor, groups: Sequence[tuple[Candidates, int]])
         rows = np.concatenate([np.arange(row, row + len(group.indices)) for group, row in members])
         indices = np.concatenate([group.indices for group, _ in members])
         try:
-            is_kept = _ask(members[0][0].pruning.reducer, layer, hidden, rows, indices)
+            is_kept = _ask(members[0][0].pruning, hidden, rows, indices)
         except MmError as error:
             for group, _ in members:
                 group.pruning.error = error
@@ -116,11 +119,16 @@ def decide(layer: int, hidden: Tensor, groups: Sequence[tuple[Candidates, int]])
     return any(len(group.indices) > 1 and not group.is_kept.all() for group, _ in mine)
 
 
-def _ask(reducer: PerToken, layer: int, hidden: Tensor, rows: IntArray, indices: IntArray) -> BoolArray:
-    name = type(reducer).__name__
-    with plugin_errors(name, f"at layer {layer}, about generated tokens"):
-        states = hidden[to_tensor(rows, hidden.device)]
-        kept = reducer.keep_tokens(states, to_tensor(indices, hidden.device))
-        if kept.dtype != torch.bool or kept.shape != (len(rows),):
-            raise ReducerFault(name, f"has to return a bool for each of {len(rows)} tokens")
-        return kept.cpu().numpy()
+def _ask(pruning: TokenPruning, hidden: Tensor, rows: IntArray, indices: IntArray) -> BoolArray:
+    reducer, calls = pruning.reducer, pruning.calls
+    name, when = type(reducer).__name__, f"at layer {pruning.layer}, about generated tokens"
+
+    def ask() -> BoolArray:
+        with plugin_errors(name, when):
+            states = hidden[to_tensor(rows, hidden.device)]
+            kept = reducer.keep_tokens(states, to_tensor(indices, hidden.device))
+            if kept.dtype != torch.bool or kept.shape != (len(rows),):
+                raise ReducerFault(name, f"has to return a bool for each of {len(rows)} tokens")
+            return kept.cpu().numpy()
+
+    return calls.call("reducer", (name,), when, ask, timeout_s=calls.limits.step_timeout_s, holds_all=True)

@@ -25,7 +25,7 @@ from mm.data.tokens import Prompt, VisualTokens
 from mm.errors import InvalidRequest, MediaError
 from mm.models.chat import ChatTemplate
 from mm.models.checkpoint import check_depths
-from mm.models.folder import read_json
+from mm.models.folder import REPLACE, BadCheckpoint, read_json
 from mm.models.language import LanguageModel
 from mm.models.pretrained import from_folder, model_config
 
@@ -71,6 +71,7 @@ class CheckpointFamily(ABC):
         self.folder = folder
         self._template = ChatTemplate(self.tokenizer, template)
         self._placeholders = dict(self.placeholders())
+        self._check_token_ids(folder)
         self._generation = _generation_config(folder)
         self.max_context_tokens: int = self.language.config.max_position_embeddings
         self.eos_token_ids = self._eos_token_ids()
@@ -112,6 +113,13 @@ class CheckpointFamily(ABC):
         if self._generation.get("do_sample") is False:
             return named | {"temperature": 0.0, "top_p": 1.0}
         return {"temperature": 1.0, "top_p": 1.0} | named
+
+    def _check_token_ids(self, folder: Path) -> None:
+        size = len(self.tokenizer)
+        for token_id, kind in self._placeholders.items():
+            if not 0 <= token_id < size:
+                what = f"config.json: {kind}_token_id is {token_id}, but the tokenizer has {size} tokens; {REPLACE}"
+                raise BadCheckpoint(str(folder), what)
 
     def _eos_token_ids(self) -> frozenset[int]:
         found = cast("int | list[int] | None", self._generation.get("eos_token_id", self.language.config.eos_token_id))
@@ -231,4 +239,15 @@ def _text(num_tokens: int) -> Placed:
 
 def _generation_config(folder: Path) -> dict[str, Any]:
     """The values in generation_config.json, without the defaults that transformers would add."""
-    return read_json(folder, GENERATION) if (folder / GENERATION).exists() else {}
+    if not (folder / GENERATION).exists():
+        return {}
+    found = read_json(folder, GENERATION)
+    eos = found.get("eos_token_id")
+    ids = cast("list[object]", eos) if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise BadCheckpoint(str(folder), f"{GENERATION}: eos_token_id is {eos!r}, not one token id or a list of them")
+    for name in sampling_options(SamplingParams):
+        value: object = found.get(name)
+        if isinstance(value, str | list | dict):
+            raise BadCheckpoint(str(folder), f"{GENERATION}: {name} is {value!r}, not a number; {REPLACE}")
+    return found

@@ -72,7 +72,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         BadCheckpoint: It cannot be read, is not a JSON object, or holds a number that is not finite.
     """
-    found = _parse(folder, folder / name)
+    return _object(folder, name, _parse(folder, folder / name))
+
+
+def _object(folder: Path, name: str, found: object) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BadCheckpoint(str(folder), f"{name} holds {_kind(found)} where an object is wanted; {REPLACE}")
     return cast("dict[str, Any]", found)
@@ -148,7 +151,7 @@ def check_folder(folder: Path) -> None:
         if path.suffix != ".json" or _is_data(path):
             continue
         if path.name in SETTINGS_FILES and path.relative_to(folder).parts[0] != REDUCERS:
-            _refuse_code(folder, name, _parse(folder, path))
+            _refuse_code(folder, name, _object(folder, name, _parse(folder, path)))
         else:
             found: object = None
             with contextlib.suppress(BadCheckpoint):  # a damaged file that no library reads harms nobody else

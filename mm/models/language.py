@@ -98,6 +98,8 @@ class LanguageModel:
         self._logits = PackedLinear(self.head_weight)
         self.num_layer_weights = sum(p.numel() for p in self.model.layers.parameters())
         self._table: Rotary | None = None
+        with reading(folder, "config.json"):  # wrong sections of M-RoPE would only be found by the first request
+            self._rotary(torch.zeros(3 if self._multi_axis else 1, 1, 1, dtype=torch.int64, device=device))
         self._folder, self._text, self._prepared = folder, text, ""
 
     def with_layers(self, weights: ReducerWeights) -> LanguageModel:

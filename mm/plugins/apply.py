@@ -6,8 +6,6 @@ one of them and forget another. What comes back is checked before it reaches a p
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
 from dataclasses import replace
 from typing import cast
 
@@ -15,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mm.data.tokens import VisualTokens
-from mm.errors import MmError, ReducerFault
+from mm.errors import ReducerFault
 from mm.plugins.capabilities import acts_before_decoder, acts_outside_decoder, plans_tokens
 from mm.plugins.reducer import BeforeDecoder, ReduceContext, Reducer, Reduction
+from mm.plugins.threads import plugin_errors
 
 ROW_SUM_TOLERANCE = 1e-3
 
@@ -45,21 +44,6 @@ def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tenso
     if kept > planned or (kept < planned and reducer.count == "fixed"):
         raise ReducerFault(name, f"kept {kept} of {tokens.num_tokens} tokens, but its plan says {planned}")
     return reduced
-
-
-@contextlib.contextmanager
-def plugin_errors(reducer: str, when: str) -> Generator[None]:
-    """Makes what a reducer raises its fault, named; errors of ours pass.
-
-    Args:
-        when: Such as "before the decoder".
-    """
-    try:
-        yield
-    except MmError:
-        raise
-    except Exception as error:
-        raise ReducerFault(reducer, f"failed {when}: {type(error).__name__}") from error
 
 
 def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer") -> VisualTokens:

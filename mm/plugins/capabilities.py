@@ -87,6 +87,11 @@ def parts_of(reducer: Reducer) -> tuple[Reducer, ...]:
     return parts or (reducer,)
 
 
+def names_of(reducer: Reducer) -> tuple[str, ...]:
+    """The classes of the parts, by which faults name them."""
+    return tuple(type(part).__name__ for part in parts_of(reducer))
+
+
 def in_tower(reducer: Reducer) -> InTower | None:
     """The part that acts inside the vision tower, if there is one.
 

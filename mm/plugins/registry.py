@@ -21,6 +21,7 @@ from mm.plugins.drafter import Drafter
 from mm.plugins.encoder import Encoder
 from mm.plugins.family import Family
 from mm.plugins.reducer import Reducer, Stage
+from mm.plugins.threads import is_interrupt
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,9 @@ def _load(kind: PluginKind, name: str) -> type[object] | PluginError:
     try:
         plugin = point.load()
         problem = _problem(kind, plugin)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
         return _load_error(kind, name, point, error)
     return BrokenPlugin(kind, name, f"{point.value} {problem}") if problem else plugin
 

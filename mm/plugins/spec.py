@@ -35,6 +35,7 @@ from mm.plugins.capabilities import (
 from mm.plugins.drafter import Drafter
 from mm.plugins.reducer import Learned, Reducer
 from mm.plugins.registry import PluginKind, create, get, options_of
+from mm.plugins.threads import is_interrupt
 
 CACHED_SPECS = 512
 """Distinct texts that are remembered, of reducers and of drafters each. Clients choose the texts: hence the bound."""
@@ -262,7 +263,9 @@ def _errors_of(kind: PluginKind, name: str) -> Generator[None]:
         yield
     except MmError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
         reason = f"building it raised {type(error).__name__}"
         raise BrokenPlugin(kind, name, reason, str(error)) from error
 

@@ -15,12 +15,16 @@ from starlette.types import Send
 from mm.errors import (
     CapacityError,
     DeadlineExceeded,
+    DrafterFault,
+    DrafterOff,
     InvalidOption,
     InvalidRequest,
     MediaError,
     MmError,
     PluginError,
+    PluginFault,
     ReducerFault,
+    ReducerOff,
     RequestError,
     UnknownModel,
     shown,
@@ -146,7 +150,10 @@ STATUS: tuple[tuple[type[MmError], int, str], ...] = (
     (DeadlineExceeded, 504, "timeout_error"),
     (Unavailable, 503, "server_error"),
     (CapacityError, 429, "rate_limit_error"),
+    (ReducerOff, 503, "server_error"),
+    (DrafterOff, 503, "server_error"),
     (ReducerFault, 500, "server_error"),
+    (PluginFault, 503, "server_error"),
     (PluginError, 400, "invalid_request_error"),
 )
 """Status and type by error; the first class that fits counts."""
@@ -169,7 +176,7 @@ def error_response(error: BaseException, request_id: str = "-") -> ErrorResponse
 
 def _known(error: MmError, status: int, type_: str) -> ErrorResponse:
     headers = {}
-    if isinstance(error, CapacityError) and status in (429, 503):
+    if isinstance(error, CapacityError | ReducerOff | DrafterOff) and status in (429, 503):
         headers["Retry-After"] = str(error.retry_after_s)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -183,7 +190,9 @@ def _param(error: MmError) -> str | None:
         return error.param
     if isinstance(error, InvalidOption) and error.option in VISION_FIELDS:
         return f"vision.{error.option}"
-    return "vision.reducer" if isinstance(error, PluginError) else None
+    if isinstance(error, DrafterFault):
+        return "speculation.drafter"
+    return "vision.reducer" if isinstance(error, PluginError) and not isinstance(error, PluginFault) else None
 
 
 def _internal() -> ErrorResponse:

@@ -9,6 +9,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from mm.data.outputs import Summary
 from mm.data.request import Request
+from mm.plugins.calls import StageStatus
 from serve.api.engine_metrics import EngineMetrics
 from serve.runtime import DecoderLoad, MediaHandle
 
@@ -61,6 +62,7 @@ class Metrics:
         self.reducer_faults = self._counter(
             "mm:reducer_faults", "Answers in which a reducer failed and all its tokens were kept.", "reducer"
         )
+        self.plugin_off = self._gauge("mm:plugin_off", "1 for each plugin that is switched off.", "kind", "name")
         self.media_bytes = self._counter("mm:media_bytes", "Encoded media received.", "kind")
         self.failures = self._counter("mm:request_failures", "Requests answered with an error.", "status", "code")
         self.cancelled = self._counter("mm:requests_cancelled", "Requests whose client went away.")
@@ -68,8 +70,8 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, ("model_name", *labels), registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, ("model_name",), registry=self.registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, ("model_name", *labels), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, text, ("model_name", *labels), registry=self.registry, buckets=buckets)
@@ -118,8 +120,12 @@ class Metrics:
     def failed(self, status: int, code: str) -> None:
         self.failures.labels(self._model, str(status), code).inc()
 
-    def exposition(self, load: DecoderLoad | None) -> bytes:
-        """The text of `GET /metrics`; `load` is None when the decoders did not report it."""
+    def exposition(self, load: DecoderLoad | None, status: StageStatus | None = None) -> bytes:
+        """The text of `GET /metrics`; `load` and `status` are None when nobody reported them."""
+        if status is not None:
+            self.plugin_off.clear()
+            for one in status.plugins_off:
+                self.plugin_off.labels(self._model, one.kind, one.name).set(1)
         if load is not None:
             self.running.labels(self._model).set(load.num_running)
             self.waiting.labels(self._model).set(load.num_waiting)

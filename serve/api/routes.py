@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
 
@@ -145,9 +146,13 @@ def _add_models(app: FastAPI, runtime: Runtime, config: ServeConfig, bodies: Bod
 def _add_operations(app: FastAPI, runtime: Runtime, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> Response:
-        healthy = await _or_none(runtime.healthy())
-        content = to_json({"status": "ok" if healthy else "unavailable"})
-        return Response(content, 200 if healthy else 503, media_type="application/json")
+        healthy, status = await _or_none(runtime.healthy()), await _or_none(runtime.status())
+        is_ok = bool(healthy) and status is not None and not status.problems
+        content: JsonObject = {"status": "ok" if is_ok else "unavailable"}
+        if status is not None:
+            found = {"problems": list(status.problems), "plugins_off": [asdict(one) for one in status.plugins_off]}
+            content |= {name: value for name, value in found.items() if value}
+        return Response(to_json(content), 200 if is_ok else 503, media_type="application/json")
 
     @app.get("/ping")
     async def ping() -> Response:
@@ -159,7 +164,8 @@ def _add_operations(app: FastAPI, runtime: Runtime, metrics: Metrics) -> None:
 
     @app.get("/metrics")
     async def metrics_() -> Response:
-        return Response(metrics.exposition(await _or_none(runtime.load())), headers={"content-type": CONTENT_TYPE})
+        load, status = await _or_none(runtime.load()), await _or_none(runtime.status())
+        return Response(metrics.exposition(load, status), headers={"content-type": CONTENT_TYPE})
 
 
 async def _or_none(call: Awaitable[T]) -> T | None:

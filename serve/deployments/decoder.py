@@ -9,6 +9,7 @@ from ray import serve as ray_serve
 
 from mm.data.outputs import Event
 from mm.data.request import Request
+from mm.plugins.calls import StageStatus
 from serve.config import ServeConfig
 from serve.deployments.messages import TransferredMedia
 from serve.deployments.router import routing_stats
@@ -31,6 +32,14 @@ class Decoder:
 
     async def load(self) -> DecoderLoad:
         return DecoderLoad.of(self._loop.stats)
+
+    async def status(self) -> StageStatus:
+        return self._loop.status()
+
+    async def check_health(self) -> None:
+        """Ray calls this from time to time, and replaces a replica for which it raises."""
+        if problems := self._loop.status().problems:
+            raise RuntimeError("; ".join(problems))
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Ray calls this from time to time and hands the result to the routers."""

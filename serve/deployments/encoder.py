@@ -8,6 +8,7 @@ import ray
 from ray import serve as ray_serve
 
 from mm.data.request import Request
+from mm.plugins.calls import StageStatus
 from serve.config import ServeConfig
 from serve.deployments.messages import INLINE_BYTES, TransferredMedia
 from serve.deployments.transport import num_bytes, pack
@@ -37,6 +38,14 @@ class Encoder:
             num_bytes=num_bytes(items),
             inline=items,
         )
+
+    async def status(self) -> StageStatus:
+        return self._stage.status()
+
+    async def check_health(self) -> None:
+        """Ray calls this from time to time, and replaces a replica for which it raises."""
+        if problems := self._stage.status().problems:
+            raise RuntimeError("; ".join(problems))
 
     async def kinds(self) -> tuple[str, ...]:
         return self._stage.kinds

@@ -22,9 +22,10 @@ from mm.data.outputs import Event
 from mm.data.request import Request
 from mm.data.tokens import EncodedMedia
 from mm.errors import CapacityError
+from mm.plugins.calls import StageStatus
 from serve.deployments.messages import INLINE_BYTES, TransferredMedia
 from serve.deployments.transport import receive
-from serve.runtime import DecoderLoad, MediaHandle, ModelInfo, Unavailable, needs_encoder
+from serve.runtime import DecoderLoad, MediaHandle, ModelInfo, Unavailable, joined, needs_encoder
 
 GONE = (
     ActorDiedError,
@@ -36,6 +37,9 @@ GONE = (
     ReplicaUnavailableError,
 )
 """Errors of Ray that mean that a replica is not there."""
+
+
+STATUS_TIMEOUT_S = 0.5
 
 
 class RayRuntime:
@@ -136,6 +140,15 @@ class RayRuntime:
 
     async def healthy(self) -> bool:
         return await self._is_healthy()
+
+    async def status(self) -> StageStatus:
+        """What the replicas say that answer at once. The others are no plugin's fault, or are seen by `healthy`."""
+        asked = [
+            handle.broadcast("status").results_async(timeout_s=STATUS_TIMEOUT_S)
+            for handle in (self._encoder, self._decoder)
+        ]
+        found: list[Any] = await asyncio.gather(*asked, return_exceptions=True)
+        return joined(status for statuses in found if isinstance(statuses, list) for status in statuses)
 
     def drain(self) -> None:
         """Does nothing: Ray stops routing to a replica before it ends it, and waits for the replica's requests."""

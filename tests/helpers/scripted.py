@@ -14,6 +14,7 @@ from mm.data.tokens import Encoded, EncodedMedia
 from mm.engine.sequence import OutputSink
 from mm.engine.spec_decode.metrics import SpecDecodeStats
 from mm.engine.stats import INTER_TOKEN_S, STEP_TOKENS, EngineStats, Histogram
+from mm.plugins.calls import PluginCalls
 
 
 def stats_of(**figures: Any) -> EngineStats:
@@ -42,7 +43,7 @@ class ScriptedEngine:
     """Plays `play(request, encoded, reducer)` for each request, an event per step."""
 
     def __init__(self, play: Play) -> None:
-        self._play = play
+        self._play, self.calls = play, PluginCalls()
         self._scenes: deque[Scene] = deque()
         self.wake = threading.Event()
 

@@ -125,7 +125,7 @@ def test_no_drafter_changes_an_answer(folder):
             assert stats.mean_acceptance_length > 3
         if "truth=0.0" in spec:
             assert stats.acceptance_rate < 0.1
-        for session_count in (getattr(s.loaded, "num_open", 0) for s in drafted.engine.spec_decoder._drafters.values()):
+        for session_count in (getattr(s.loaded, "num_open", 0) for s in drafted.engine.spec_decoder._drafters.active):
             assert session_count == 0, "a session was never closed"
 
 
@@ -192,7 +192,7 @@ def test_drafters_see_the_states_they_ask_for(folder):
     )
     learn_truths(model, asked, [tokens for tokens, *_ in answers(load(folder), asked)])
     answers(model, asked)
-    loaded = next(s.loaded for s in model.engine.spec_decoder._drafters.values() if s.spec.startswith("wild"))
+    loaded = next(s.loaded for s in model.engine.spec_decoder._drafters.active if s.spec.startswith("wild"))
     head = model.engine.family.language.head_weight
     reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.language_model
     for prompt in {id(prompt): prompt for prompt, _ in loaded.seen}.values():
@@ -241,7 +241,7 @@ def test_states_are_those_of_their_rows_however_late_a_drafter_is_asked(folder, 
     model = load(folder, "wild:states=last_hidden,truth=0.5,shape=chain", prefix_caching=False)
     learn_truths(model, asked, truths)
     assert [tokens for tokens, *_ in answers(model, asked)] == truths
-    loaded = next(s.loaded for s in model.engine.spec_decoder._drafters.values() if s.spec.startswith("wild"))
+    loaded = next(s.loaded for s in model.engine.spec_decoder._drafters.active if s.spec.startswith("wild"))
     reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.language_model
     num_late = 0
     for prompt in {id(prompt): prompt for prompt, _ in loaded.seen}.values():
@@ -267,7 +267,7 @@ def test_drafters_pay_for_being_asked_and_for_the_states_they_watch(folder, monk
     """By the engine's clock a question takes a second, a pass ten, and nothing else takes any time."""
     model = load(folder, "wild:states=last_hidden,truth=0.0")
     now, asked, watched, bills = [0.0], [], [], []
-    (source,) = (one for one in model.engine.spec_decoder._drafters.values() if one.spec != "none")
+    (source,) = (one for one in model.engine.spec_decoder._drafters.active if one.spec != "none")
 
     def timed(function, seconds: float, calls: list):
         def slow(*args, **more):

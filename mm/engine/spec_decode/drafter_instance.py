@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm.engine.spec_decode.controller import Controller
-from mm.errors import IncompatiblePlugin
+from mm.errors import BrokenPlugin, IncompatiblePlugin, MmError
 from mm.models.family import CheckpointFamily
 from mm.plugins.drafter import DraftTarget, LoadedDrafter
 from mm.plugins.spec import drafter_spec
+from mm.plugins.threads import is_interrupt
 
 LAST_HIDDEN = "last_hidden"
 """The state after the final norm, from which the head computes logits. "hidden:3" is the input of layer 3."""
@@ -23,19 +24,23 @@ class DrafterInstance:
 
     Attributes:
         spec: Canonical text of the drafter.
+        name: Its registered name, or those of a hybrid.
         loaded: The drafter with its weights.
         controller: Decides when it drafts, and how much of its drafts is verified.
         clock: Seconds, for what drafting costs.
         states: Names of the hidden states that it needs.
         num_top_ids: How many of a token's largest logits it needs the ids of.
+        is_lost: A call did not end, and may still change what is loaded: it must not be called any more.
     """
 
     spec: str
+    name: str
     loaded: LoadedDrafter[Any]
     controller: Controller
     clock: Callable[[], float]
     states: frozenset[str]
     num_top_ids: int
+    is_lost: bool = False
 
     @contextlib.contextmanager
     def charged(self) -> Generator[None]:
@@ -54,7 +59,12 @@ def load_drafter(spec: str, target: DraftTarget, controller: Controller, clock: 
     """
     resolved = drafter_spec(spec)
     drafter = resolved.plugin
-    loaded = drafter.load(target)
+    try:
+        loaded = drafter.load(target)
+    except BaseException as error:
+        if isinstance(error, MmError) or is_interrupt(error):
+            raise
+        raise BrokenPlugin("drafter", spec, f"loading it raised {type(error).__name__}", str(error)) from error
     needs: frozenset[str] = getattr(loaded, "needs", drafter.needs)
     states = frozenset(need for need in needs if need == LAST_HIDDEN or need.startswith("hidden:"))
     top_ids = [int(need.removeprefix("top_ids:")) for need in needs if need.startswith("top_ids:")]
@@ -65,6 +75,7 @@ def load_drafter(spec: str, target: DraftTarget, controller: Controller, clock: 
         raise IncompatiblePlugin(spec, "this engine", sorted(unknown))
     return DrafterInstance(
         spec=resolved.canonical,
+        name=" + ".join(part.name for part in resolved.parts),
         loaded=loaded,
         controller=controller,
         clock=clock,

@@ -7,44 +7,36 @@ sequences go on without drafts.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mm.config import SpeculationLimits
 from mm.data.request import Request
-from mm.engine.kv_cache.blocks import KVCache
-from mm.engine.model_input import Chunk
 from mm.engine.sequence import Sequence
-from mm.engine.spec_decode.controller import Controller, ControlState
-from mm.engine.spec_decode.cost_model import MAX_WARM_TOKENS, CostModel
-from mm.engine.spec_decode.drafter_instance import DrafterInstance, load_drafter
+from mm.engine.spec_decode.calibration import Forward, calibrate
+from mm.engine.spec_decode.controller import ControlState
+from mm.engine.spec_decode.cost_model import CostModel
+from mm.engine.spec_decode.drafter_instance import DrafterInstance
+from mm.engine.spec_decode.drafter_set import Drafters
 from mm.engine.spec_decode.hidden_state_cache import HiddenStateCache
 from mm.engine.spec_decode.metrics import SpecDecodeStats
 from mm.engine.spec_decode.observation import observe_prompt, observe_step
 from mm.engine.spec_decode.spec_state import SpecState
 from mm.engine.step_result import StepResult
-from mm.errors import InvalidRequest, MmError
-from mm.plugins.drafter import NO_DRAFT, DraftBudget, DraftTarget
-from mm.plugins.spec import drafter_spec
+from mm.errors import DrafterOff, InvalidRequest
+from mm.plugins.calls import PluginCalls
+from mm.plugins.drafter import NO_DRAFT, Draft, DraftBudget, DraftTarget
 
 log = logging.getLogger(__name__)
 
 STATE_BYTES = 64 << 20
 """Memory of the hidden states of prompts that are kept for later requests."""
-
-
-class Forward(Protocol):
-    """A model runner, as far as calibration needs it."""
-
-    cache: KVCache
-
-    def forward(self, chunks: SequenceOf[Chunk]) -> Tensor: ...
 
 
 class SpecDecoder:
@@ -54,7 +46,9 @@ class SpecDecoder:
         target: The model that drafts are for.
         block_size: Tokens of a block of the KV cache.
         limits: What the operator allows.
-        clock: Seconds of this thread's work, for the cost model; by default wall time on a GPU, thread time on a CPU.
+        clock: Seconds of this thread's work and of its drafters', for the cost model; by default wall time on a GPU,
+            thread time on a CPU.
+        calls: Calls the drafters.
         has_prefix_cache: Whether prompts may be found in a cache. Their hidden states are then kept too.
     """
 
@@ -65,24 +59,30 @@ class SpecDecoder:
         limits: SpeculationLimits,
         clock: Callable[[], float] | None = None,
         *,
+        calls: PluginCalls | None = None,
         has_prefix_cache: bool = True,
     ) -> None:
-        self.limits = limits
-        self.clock = clock or (time.perf_counter if target.device.type == "cuda" else time.thread_time)
+        self.limits, self._calls = limits, calls or PluginCalls()
+        self.clock = clock or (time.perf_counter if target.device.type == "cuda" else self._thread_time)
         self.costs = CostModel()
         self._target, self._block_size = target, block_size
         self._states = HiddenStateCache(STATE_BYTES, block_size) if has_prefix_cache else None
         self.stats = SpecDecodeStats(num_accepted_per_position=[0] * limits.max_draft_tokens)
-        drafters = [load_drafter(spec, target, Controller(self.costs), self.clock) for spec in limits.offered]
-        self._drafters = {drafter.spec: drafter for drafter in drafters}
-        self._default = drafter_spec(limits.drafter).canonical
+        self._drafters = Drafters(target, limits, self.costs, self.clock, self._calls)
         self._num_seqs = 1
-        self._active = [drafter for drafter in self._drafters.values() if drafter.spec != "none"]
+
+    @property
+    def _active(self) -> list[DrafterInstance]:
+        return self._drafters.active
 
     @property
     def is_on(self) -> bool:
         """Whether any sequence may get drafts."""
         return bool(self._active)
+
+    def _thread_time(self) -> float:
+        """CPU seconds of the thread that runs the engine, and of the threads in which its drafters run."""
+        return time.thread_time() + self._calls.thread_s
 
     def calibrate(self, runner: Forward, max_tokens: int) -> None:
         """Measure what steps cost, with meaningless tokens, if any sequence may get drafts.
@@ -90,37 +90,18 @@ class SpecDecoder:
         Args:
             max_tokens: Tokens of the largest step.
         """
-        if not self.is_on:
-            return
-        target, cache = self._target, runner.cache
-        max_tokens = min(
-            max_tokens, MAX_WARM_TOKENS, cache.num_free_blocks // cache.shape.num_layers * cache.shape.block_size
-        )
-
-        def run(num_tokens: int) -> float:
-            seq_index = cache.allocate()
-            chunk = Chunk(
-                seq_index=seq_index,
-                embeddings=target.embed(torch.zeros(num_tokens, dtype=torch.int64)),
-                positions=torch.arange(num_tokens, device=target.device).unsqueeze(0),
-                num_logits=num_tokens,
-            )
-            start = self.clock()
-            int(runner.forward([chunk]).argmax())
-            seconds = self.clock() - start
-            cache.free(seq_index)
-            return seconds
-
-        self.costs.calibrate(run, max_tokens)
+        if self.is_on:
+            calibrate(self.costs, self._target, runner, max_tokens, self.clock)
 
     def new_state(self, request: Request) -> SpecState | None:
         """State for a sequence of a request; None where it does not get drafts.
 
         Raises:
             InvalidRequest: The request asks for something that the operator does not allow.
+            DrafterOff: It names a drafter that failed again and again.
         """
         options = request.speculation
-        drafter = self._drafter(options.drafter)
+        drafter = self._drafters.get(options.drafter)
         limit = self.limits.max_draft_tokens
         if options.max_draft_tokens is not None:
             if options.max_draft_tokens > limit:
@@ -129,21 +110,7 @@ class SpecDecoder:
                     "speculation.max_draft_tokens",
                 )
             limit = options.max_draft_tokens
-        return None if drafter.spec == "none" or not limit else SpecState(drafter, limit)
-
-    def _drafter(self, spec: str | None) -> DrafterInstance:
-        if spec is None:
-            return self._drafters[self._default]
-        try:
-            wanted = drafter_spec(spec).canonical
-        except MmError as error:
-            raise InvalidRequest(f"speculation.drafter: {error}", "speculation.drafter") from None
-        if wanted not in self._drafters:
-            allowed = ", ".join(self.limits.offered)
-            raise InvalidRequest(
-                f"speculation.drafter was {spec!r}; this server allows: {allowed}", "speculation.drafter"
-            )
-        return self._drafters[wanted]
+        return None if drafter is None or drafter.spec == "none" or not limit else SpecState(drafter, limit)
 
     # ── before a step ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -160,6 +127,8 @@ class SpecDecoder:
             drafter.controller.start_step(len(seqs), num_seqs)
         groups: dict[DrafterInstance, list[Sequence]] = {}
         for seq in seqs:
+            if seq.spec is not None and seq.spec.drafter.is_lost:
+                self.close(seq)
             if seq.spec is not None:
                 seq.spec.draft = NO_DRAFT
                 groups.setdefault(seq.spec.drafter, []).append(seq)
@@ -182,9 +151,7 @@ class SpecDecoder:
         specs = [spec for seq in seqs if (spec := seq.spec) is not None]
         budgets = [_budget(seq, spec) for seq, spec in zip(seqs, specs, strict=True)]
         try:
-            drafts = drafter.loaded.propose([spec.session for spec in specs], budgets)
-            for draft, budget in zip(drafts, budgets, strict=True):
-                draft.check(self._target.vocab_size, budget)
+            drafts = self._drafters.call(drafter, "propose", lambda: self._drafts(drafter, specs, budgets))
         except Exception as error:
             self._fail(drafter, seqs, error)
             return 0
@@ -197,6 +164,17 @@ class SpecDecoder:
         drafter.controller.record_cost(seconds, num_proposed=len(seqs))
         return sum(draft.num_tokens for draft in drafts)
 
+    def _drafts(
+        self, drafter: DrafterInstance, specs: SequenceOf[SpecState], budgets: SequenceOf[DraftBudget]
+    ) -> list[Draft]:
+        """What a drafter proposes, checked."""
+        drafts = list(
+            itertools.islice(drafter.loaded.propose([spec.session for spec in specs], budgets), len(specs) + 1)
+        )
+        for draft, budget in zip(drafts, budgets, strict=True):
+            draft.check(self._target.vocab_size, budget)
+        return drafts
+
     def start_sequences(self, seqs: Iterable[Sequence]) -> None:
         """Decide for newly scheduled sequences whether they get drafts. Their first step may have to capture states."""
         if not self._active:
@@ -206,7 +184,7 @@ class SpecDecoder:
         closed = {d for d in self._active if control and not d.controller.may_start(self._num_seqs)}
         for seq in seqs:
             spec = seq.spec
-            if spec is None:
+            if spec is None or spec.drafter.is_lost:
                 continue
             if spec.control is None and (spec.drafter.states or spec.drafter not in closed):
                 self._start(seq, spec)
@@ -246,6 +224,8 @@ class SpecDecoder:
         groups: dict[DrafterInstance, list[StepResult]] = {}
         for result in results:
             seq = result.seq
+            if seq.spec is not None and seq.spec.drafter.is_lost:
+                self.close(seq)
             if seq.spec is None or not result.emitted:
                 continue
             is_first = len(result.emitted) == len(seq.output.token_ids)
@@ -283,20 +263,36 @@ class SpecDecoder:
         return control.is_due
 
     def _observe(self, drafter: DrafterInstance, results: SequenceOf[StepResult], logits: Tensor) -> None:
-        late: list[tuple[Sequence, SpecState]] = []
         pairs = [(result, spec) for result in results if (spec := result.seq.spec) is not None]
-        for result, spec in pairs:
-            seq, request = result.seq, result.seq.request
-            if spec.session is None:
-                spec.session = drafter.loaded.open(request.prompt, private=bool(request.params.cache_salt))
-                self._remember(seq, spec)
-                late += [(seq, spec)] if len(seq.output.token_ids) > 1 else []
-        if late:  # the prompt is observed apart from the tokens that followed it
-            observations = [observe_prompt(seq, spec) for seq, spec in late]
-            drafter.loaded.observe([spec.session for _, spec in late], observations)
-        observations = [observe_step(result, spec, logits) for result, spec in pairs]
-        if observations:
-            drafter.loaded.observe([spec.session for _, spec in pairs], observations)
+        late = self._open(drafter, [(result.seq, spec) for result, spec in pairs if spec.session is None])
+        # The prompt is observed apart from the tokens that followed it.
+        seen = [(spec.session, observe_prompt(seq, spec)) for seq, spec in late]
+        then = [(spec.session, observe_step(result, spec, logits)) for result, spec in pairs]
+        groups = [list(zip(*group, strict=True)) for group in (seen, then) if group]
+
+        def observe() -> None:
+            for sessions, observations in groups:
+                drafter.loaded.observe(list(sessions), list(observations))
+
+        if groups:
+            self._drafters.call(drafter, "observe", observe)
+
+    def _open(
+        self, drafter: DrafterInstance, new: SequenceOf[tuple[Sequence, SpecState]]
+    ) -> list[tuple[Sequence, SpecState]]:
+        """Open sessions. Returns the sequences that have more than their first token already."""
+
+        def open_each() -> list[object]:
+            requests = [seq.request for seq, _ in new]
+            return [drafter.loaded.open(one.prompt, private=bool(one.params.cache_salt)) for one in requests]
+
+        if not new:
+            return []
+        sessions = self._drafters.call(drafter, "open", open_each)
+        for (seq, spec), session in zip(new, sessions, strict=True):
+            spec.session = session
+            self._remember(seq, spec)
+        return [(seq, spec) for seq, spec in new if len(seq.output.token_ids) > 1]
 
     def _remember(self, seq: Sequence, spec: SpecState) -> None:
         """Keep a prompt's hidden states for requests that find it in the prefix cache, and find those kept before."""
@@ -325,8 +321,12 @@ class SpecDecoder:
             spec.drafter.controller.stop()
         if spec.session is None:
             return
+        if spec.drafter.is_lost:
+            return
         try:
-            spec.drafter.loaded.close(spec.session)
+            self._drafters.call(spec.drafter, "close", lambda: spec.drafter.loaded.close(spec.session))
+        except DrafterOff:
+            pass
         except Exception:
             log.exception("a drafter failed to close a session: drafter=%s", spec.drafter.spec)
             self.stats.num_faults += 1

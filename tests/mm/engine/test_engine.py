@@ -171,11 +171,11 @@ def test_a_reducer_that_fails_ends_its_own_request(model, engine, ask, name):
 def test_a_pass_that_fails_costs_those_in_it_and_nobody_else(model, engine, ask, caplog):
     first = put_all(engine, [ask(seed=i) for i in range(2)])
     run_until(engine, lambda: all(sink.deltas for sink in first))
-    run = engine._runner.forward
-    engine._runner.forward = lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    run = engine._decoders._runners[""].forward
+    engine._decoders._runners[""].forward = lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory"))
     with caplog.at_level(logging.CRITICAL):
         engine.step()
-    engine._runner.forward = run
+    engine._decoders._runners[""].forward = run
     assert [type(sink.error) for sink in first] == [EngineError] * 2
     assert [sink.num_ends for sink in first] == [1, 1]
     assert engine.stats.num_running == 0
@@ -186,7 +186,7 @@ def test_a_pass_that_fails_costs_those_in_it_and_nobody_else(model, engine, ask,
 def test_a_pass_that_breaks_in_mid_layers_leaves_no_rows_behind(model, engine, ask, caplog):
     """The cache has grown by then, in some layers and not in others."""
     question = ask(reducer="fastv:keep_ratio=0.5,layer=2")
-    attention = engine._runner._attention
+    attention = engine._decoders._runners[""]._attention
     attend, calls = attention.attend, []
 
     def third_time_fails(*args: Any) -> Any:

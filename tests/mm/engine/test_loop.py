@@ -87,7 +87,9 @@ def test_a_request_passes_through_three_threads_beside_the_event_loop(model, sta
         return noted
 
     monkeypatch.setattr(model.engine, "submit", noting("submit", model.engine.submit))
-    monkeypatch.setattr(model.engine._runner, "forward", noting("step", model.engine._runner.forward))
+    monkeypatch.setattr(
+        model.engine._decoders._runners[""], "forward", noting("step", model.engine._decoders._runners[""].forward)
+    )
     load_one = functools.partial(load, parts=model.encode_parts)
     encode_one = functools.partial(encode_loaded, parts=model.encode_parts)
     encoder = EncoderStage(noting("encode", load_one), noting("encode", encode_one), ("image",))

@@ -181,6 +181,29 @@ def test_admission_waits_for_free_blocks_and_keeps_one_more_for_each():
     assert set(line.step().seqs) == {one, fits}
 
 
+def test_admission_leaves_a_block_of_each_layer_for_every_sequence_that_grows():
+    line = Line(num_rows=32)
+    one = line.arrive(13, 6)  # 4 of 8 blocks of a layer, and room in the last one
+    line.step()
+    two = line.arrive(16, 6)  # the other 4 blocks would just do, and nobody could grow
+    assert line.step().seqs == [one]
+    line.leave(two)
+    fits = line.arrive(8, 6)  # 2 blocks, which leaves one for each of the two
+    assert set(line.step().seqs) == {one, fits}
+
+
+def test_a_fork_leaves_a_block_of_each_layer_for_every_sequence_that_grows():
+    def fork(num_rows: int) -> bool:
+        line = Line(num_rows=num_rows)
+        one = line.arrive(6, 3)
+        sibling = Sequence(request=one.request, sampler=None, output=Length(), arrival_index=1)  # type: ignore[arg-type]
+        line.step()
+        return line.scheduler.fork(one, sibling)
+
+    assert not fork(12)  # 2 of 3 blocks are used: one is left for two sequences
+    assert fork(16)
+
+
 def test_the_last_in_line_gives_way_and_comes_back_at_its_place():
     line = Line(num_rows=48, max_num_batched_tokens=64)
     seqs = [line.arrive(8, 24, priority=priority) for priority in (0, -1, 0)]

@@ -152,3 +152,62 @@ def test_an_item_in_both_files_is_refused(tmp_path: Path):
         output.failures.append(record("1"))
     with pytest.raises(JobError, match="is in both"), open_output(tmp_path, SETTINGS):
         pass
+
+
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens to files, in order: "write NAME", "sync NAME", "replace NAME", "sync folder"."""
+    events: list[str] = []
+    write, fsync, replace = os.write, os.fsync, os.replace
+
+    def name(fd: int) -> str:
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        return "folder" if path.is_dir() else path.name
+
+    def note_write(fd: int, data: bytes) -> int:
+        events.append(f"write {name(fd)}")
+        return write(fd, data)
+
+    def note_sync(fd: int) -> None:
+        events.append(f"sync {name(fd)}")
+        fsync(fd)
+
+    def note_replace(source: Path, target: Path) -> None:
+        events.append(f"replace {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "write", note_write)
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    return events
+
+
+def test_a_record_is_on_the_disk_before_the_next_item_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    journal = Journal(tmp_path / "captions.jsonl")
+    events = synced(monkeypatch)
+    for i in range(2):
+        journal.append(record(f"{i}.png"))
+        assert events[-2:] == ["write captions.jsonl", "sync captions.jsonl"]
+
+
+def test_what_a_drop_leaves_is_on_the_disk_before_it_takes_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    journal = journal_of(tmp_path / "captions.jsonl", record("a.png"), record("b.png"))
+    events = synced(monkeypatch)
+    journal.drop({"a.png"})
+    assert events == ["sync .captions.jsonl.new", "replace captions.jsonl", "sync folder"]
+
+
+def test_a_line_that_is_cut_off_stays_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    journal_of(tmp_path / "captions.jsonl", record("a.png")).close()
+    with open(tmp_path / "captions.jsonl", "ab") as file:
+        file.write(b'{"path": "b')
+    events = synced(monkeypatch)
+    Journal(tmp_path / "captions.jsonl")
+    assert events == ["sync captions.jsonl"]
+
+
+def test_the_settings_of_a_job_are_on_the_disk_before_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    events = synced(monkeypatch)
+    with open_output(tmp_path, SETTINGS) as folder:
+        events.clear()
+        folder.begin([], [])
+    assert events == ["sync .job.json.new", "replace job.json", "sync folder"]
