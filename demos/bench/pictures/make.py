@@ -39,10 +39,15 @@ def make(folder: Path) -> list[Path]:
         pixels, name = source(width, height), f"{width}x{height}"
         PIL.Image.fromarray(pixels).save(sources / f"rgba-{name}.png")
         PIL.Image.fromarray(pixels[..., :3]).save(sources / f"rgb-{name}.png")
-    _pillow(folder)
-    _by_hand(folder)
+    by_python(folder)
     by_tools(folder, sources)
     return sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size)
+
+
+def by_python(folder: Path) -> None:
+    """Write what needs Pillow only."""
+    _pillow(folder)
+    _by_hand(folder)
 
 
 def _picture(mode: str = "RGBA", size: tuple[int, int] = SIZES[0]) -> PIL.Image.Image:
@@ -186,7 +191,8 @@ def _indexed_bitmaps(index: np.ndarray) -> Iterator[tuple[str, bytes]]:
         ("two colours", 1, colours[:8]),
         ("white first", 1, black_white[4:] + black_white[:4]),
     ):
-        planes = np.unpackbits((index % (len(palette) // 4))[..., None], axis=-1)[..., 8 - bits :]
+        few = (index.astype(np.int64) % (len(palette) // 4)).astype(np.uint8)
+        planes = np.unpackbits(few[..., None], axis=-1)[..., 8 - bits :]
         rows = _rows(np.packbits(planes.reshape(height, -1), axis=1))
         data = bitmap(rows, width, height, bits, 0, 40, palette=palette, num_colours=len(palette) // 4)
         yield name.replace(" ", "-"), data

@@ -13,8 +13,9 @@ import PIL.ImageFile
 import pytest
 
 from mm.config import MediaLimits
+from mm.data.media import FrameSampling
 from mm.errors import CapacityError, MediaError
-from mm.media import DecodeMemory, MediaBudget, decode_image
+from mm.media import DecodeMemory, MediaBudget, decode_image, decode_video
 
 
 def encoded(file_format: str, mode: str = "RGB", side: int = 256, **options: object) -> bytes:
@@ -35,6 +36,17 @@ def test_a_decoded_picture_holds_its_pixels_and_nothing_more(file_format, mode):
         assert memory.num_bytes == count * pixels.nbytes
     budget.give_back()
     assert memory.num_bytes == 0
+
+
+def test_a_decoded_clip_holds_its_frames(make_clip):
+    memory = DecodeMemory(1 << 30)
+    budget = MediaBudget(MediaLimits(), memory)
+    clip = decode_video(make_clip(), FrameSampling(num_frames=3), budget)
+    assert memory.num_bytes == clip.frames.nbytes
+    with pytest.raises(MediaError) as caught:
+        decode_video(make_clip(), FrameSampling(num_frames=3), MediaBudget(MediaLimits(max_decoded_bytes=1000), memory))
+    assert caught.value.reason == "too_much_memory"
+    assert memory.num_bytes == clip.frames.nbytes
 
 
 def test_what_cannot_be_decoded_holds_nothing():

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from demos.bench.pictures import make
 from mm.errors import MediaError
 from mm.media import decode_image
 
@@ -137,6 +138,20 @@ def test_a_jpeg_that_lacks_only_its_end_marker_is_complete(budget, mode):
 
 def noise_of(data: bytes) -> PIL.Image.Image:
     return PIL.Image.open(io.BytesIO(data))
+
+
+def test_what_the_corpus_makes_without_other_tools_is_decoded_at_its_size(budget, tmp_path):
+    """The full comparison with other decoders is `python -m demos.bench.pictures.compare`."""
+    make.by_python(tmp_path)
+    files = [path for path in tmp_path.iterdir() if path.suffix != ".avif"]
+    assert len(files) > 150
+    for path in files:
+        pixels = decode_image(path.read_bytes(), budget).pixels
+        with PIL.Image.open(path) as picture:
+            is_turned = "orientation" in path.name and int(path.name.partition("orientation")[2][0]) >= 5
+            assert pixels.shape[:2] == (picture.size if is_turned else picture.size[::-1]), path.name
+        # Where black is the transparent one of two colours, all is white.
+        assert pixels.std() > 2 or "key1-" in path.name, f"{path.name} is one colour"
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
