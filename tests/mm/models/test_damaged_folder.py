@@ -17,7 +17,7 @@ from mm.errors import MmError
 from mm.models.folder import BadCheckpoint
 from tests.helpers.checkpoints import random_idefics3, random_llava, random_qwen2_vl
 
-NUM_MUTATIONS = int(os.environ.get("MM_FUZZ_FOLDERS", "60"))
+NUM_MUTATIONS = int(os.environ.get("MM_FUZZ_FOLDERS", "20"))
 VALUES: list[Any] = [
     None,
     [],
