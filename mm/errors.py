@@ -19,6 +19,7 @@
     │   ├── DrafterFault        a drafter failed, or proposed what cannot be verified; DrafterOff: again and again
     │   └── PluginFault         an encoder or a family failed
     └── EngineError             ours
+        └── SchemaNotFulfilled  the model's answer is not of the form that was asked for
 
 Errors cross process borders, so each keeps its facts as constructor arguments and formats them when read. Only
 `serve.api` knows which status code belongs to which error.
@@ -74,10 +75,9 @@ class ContextTooLong(InvalidRequest):
     """Prompt and requested output together exceed the model's positions."""
 
     def __init__(self, num_prompt_tokens: int, max_new_tokens: int, max_context_tokens: int) -> None:
-        message = (
-            f"the prompt has {num_prompt_tokens} tokens and {max_new_tokens} were asked for, but this model's context "
-            f"holds {max_context_tokens}; shorten the prompt, send fewer media, or lower max_tokens"
-        )
+        asked = f"the prompt has {num_prompt_tokens} tokens and {max_new_tokens} were asked for"
+        advice = "shorten the prompt, send fewer media, or lower max_tokens"
+        message = f"{asked}, but this model's context holds {max_context_tokens}; {advice}"
         super().__init__(message, "messages", "context_length_exceeded")
         self.args = (num_prompt_tokens, max_new_tokens, max_context_tokens)
 
@@ -173,10 +173,6 @@ class PluginError(MmError):
     code = "invalid_plugin"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
-
-
 def nearest(name: str, available: Sequence[str]) -> str:
     """A `; did you mean ...?` clause, or nothing when no name is close."""
     close = difflib.get_close_matches(name, available, n=1)
@@ -193,8 +189,8 @@ class UnknownPlugin(PluginError):
         self.kind, self.name, self.available = kind, name, tuple(available)
 
     def __str__(self) -> str:
-        known = ", ".join(self.available) or "none installed"
-        return f"no {self.kind} named {shown(self.name)}{nearest(self.name, self.available)} (available: {known})"
+        known, hint = ", ".join(self.available) or "none installed", nearest(self.name, self.available)
+        return f"no {self.kind} named {shown(self.name)}{hint} (available: {known})"
 
 
 class MissingPackage(PluginError):
@@ -207,10 +203,8 @@ class MissingPackage(PluginError):
         self.kind, self.name, self.package = kind, name, package
 
     def __str__(self) -> str:
-        return (
-            f"the {self.kind} {self.name!r} needs the package {self.package!r}, which is not installed; "
-            "pip install 'mm-serving[all]' brings what ours need"
-        )
+        advice = "pip install 'mm-serving[all]' brings what ours need"
+        return f"the {self.kind} {self.name!r} needs the package {self.package!r}, which is not installed; {advice}"
 
 
 class BrokenPlugin(PluginError):
@@ -241,7 +235,7 @@ class InvalidOption(PluginError):
         self.owner, self.option, self.message = owner, option, message
 
     def __str__(self) -> str:
-        return f"{_cut(self.owner)}: option {shown(self.option)} {self.message}"
+        return f"{self.owner[:MAX_SHOWN_CHARS]}: option {shown(self.option)} {self.message}"
 
 
 class IncompatiblePlugin(PluginError):
@@ -348,3 +342,9 @@ class EngineError(MmError):
     """A fault of ours; the request may be right."""
 
     code = "internal_error"
+
+
+class SchemaNotFulfilled(EngineError):
+    """The model's answer breaks a rule of the request's JSON schema that could not be enforced token by token."""
+
+    code = "schema_not_fulfilled"

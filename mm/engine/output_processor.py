@@ -27,7 +27,7 @@ from mm.engine.spec_decode.verifier import StepLogits, TreeVerification
 from mm.engine.stats import Counters
 from mm.engine.step_result import StepResult
 from mm.engine.token_pruning import Candidates
-from mm.errors import EngineError
+from mm.errors import EngineError, SchemaNotFulfilled
 from mm.plugins.calls import PluginCalls
 
 log = logging.getLogger(__name__)
@@ -179,6 +179,9 @@ class OutputProcessor:
         try:
             delta = seq.output.append(sampled, request.prompt.length if is_first else None, is_drafted=is_drafted)
             request.sink.put(delta)
+        except SchemaNotFulfilled as error:
+            self._lifecycle.fail(request, error)
+            return False
         except Exception as error:
             log.exception("a sequence cannot go on: request_id=%s", request.request_id)
             self._lifecycle.fail(

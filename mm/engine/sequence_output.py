@@ -41,6 +41,9 @@ class SequenceOutput:
         Args:
             num_prompt_tokens: Reported with the first delta of a request.
             is_drafted: Whether a drafter had proposed this token.
+
+        Raises:
+            SchemaNotFulfilled: The output is complete and not of the request's schema.
         """
         token_id = sampled.token_id
         self._sampler.observe(token_id)
@@ -51,9 +54,13 @@ class SequenceOutput:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self._max_new_tokens:
             self.finish_reason = "length"
+        if self.finish_reason is not None:
+            text += self._text.finish()
+        if self.finish_reason == "stop" and self._sampler.matcher is not None:
+            self._sampler.matcher.check(self._text.text)
         return Delta(
             choice=self._sampler.choice,
-            text=text if self.finish_reason is None else text + self._text.finish(),
+            text=text,
             token_ids=(token_id,),
             finish_reason=self.finish_reason,
             num_prompt_tokens=num_prompt_tokens,

@@ -26,6 +26,7 @@ from mm.errors import (
     ReducerFault,
     ReducerOff,
     RequestError,
+    SchemaNotFulfilled,
     UnknownModel,
     shown,
 )
@@ -154,6 +155,7 @@ STATUS: tuple[tuple[type[MmError], int, str], ...] = (
     (DrafterOff, 503, "server_error"),
     (ReducerFault, 500, "server_error"),
     (PluginFault, 503, "server_error"),
+    (SchemaNotFulfilled, 500, "server_error"),
     (PluginError, 400, "invalid_request_error"),
 )
 """Status and type by error; the first class that fits counts."""

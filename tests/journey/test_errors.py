@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mm.config import MediaLimits, ModelConfig
-from mm.errors import CapacityError, ContextTooLong, MediaError, ReducerFault
+from mm.errors import CapacityError, ContextTooLong, MediaError, ReducerFault, SchemaNotFulfilled
 from serve.runtime import Unavailable
 from tests.journey.conftest import client_of
 
@@ -231,6 +231,7 @@ RAISED: list[tuple[Exception, int, str]] = [
     (CapacityError("no room", 7), 429, "overloaded"),
     (Unavailable("restarting", 5), 503, "unavailable"),
     (ReducerFault("Bad", "kept none"), 500, "reducer_fault"),
+    (SchemaNotFulfilled("the answer has equal items"), 500, "schema_not_fulfilled"),
     (ValueError("secret at /home/x 0x7f001234567"), 500, "internal_error"),
 ]
 

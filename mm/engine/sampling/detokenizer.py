@@ -28,6 +28,11 @@ class IncrementalDetokenizer:
         self._num_passed = 0  # stop strings that begin before are text
         self.stopped = False
 
+    @property
+    def text(self) -> str:
+        """All text so far, also what is held back."""
+        return self._text
+
     def push(self, token_id: int) -> str:
         """The text that can be sent now. `stopped` becomes true when a stop string is complete."""
         self._ids.append(token_id)

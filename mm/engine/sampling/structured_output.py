@@ -6,6 +6,7 @@ token is bounded too: a grammar that becomes too complex while it runs ends its 
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ import numpy as np
 
 from mm.data.arrays import BoolArray
 from mm.data.response_format import ResponseFormat
+from mm.engine.sampling.schema_check import Schema, SchemaCheck, relaxed
 from mm.engine.sampling.vocabulary import Vocabulary
 from mm.errors import CapacityError, EngineError, InvalidRequest
 
@@ -35,10 +37,24 @@ class GrammarMatcher:
 
     Args:
         matcher: The library's matcher. It belongs to this object alone.
+        schema_check: What the grammar does not enforce; None where it enforces all.
     """
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, schema_check: SchemaCheck | None = None) -> None:
+        self._matcher, self._schema_check = matcher, schema_check
+
+    def copy(self) -> GrammarMatcher:
+        """A matcher at the same place, for another sequence."""
+        return GrammarMatcher(self._matcher.deep_copy(), self._schema_check)
+
+    def check(self, text: str) -> None:
+        """Check a complete answer against what the grammar does not enforce.
+
+        Raises:
+            SchemaNotFulfilled: Names what it breaks.
+        """
+        if self._schema_check is not None:
+            self._schema_check.check(text)
 
     def consume(self, token_id: int) -> None:
         """Advance by one token. After a token that is not allowed, the next `allowed` raises."""
@@ -73,7 +89,7 @@ class GrammarCompiler:
     def __init__(self, vocabulary: Vocabulary, *, deadline_s: float = COMPILE_DEADLINE_S) -> None:
         self._vocabulary, self._deadline_s = vocabulary, deadline_s
         self._pool = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="grammar")
-        self._compiled: OrderedDict[ResponseFormat, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[ResponseFormat, GrammarMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
     def matcher(self, form: ResponseFormat) -> GrammarMatcher:
@@ -93,9 +109,9 @@ class GrammarCompiler:
                 self._compiled[form] = found
                 while len(self._compiled) > NUM_CACHED:
                     self._compiled.popitem(last=False)
-        return GrammarMatcher(found.deep_copy())
+        return found.copy()
 
-    def _wait(self, compiling: Future[LLMatcher]) -> LLMatcher:
+    def _wait(self, compiling: Future[GrammarMatcher]) -> GrammarMatcher:
         try:
             return compiling.result(self._deadline_s)
         except FutureTimeout:
@@ -104,7 +120,7 @@ class GrammarCompiler:
             limit = f"the limit of {self._deadline_s:g} seconds"
             raise InvalidRequest(f"the schema takes longer to compile than {limit}; simplify it", PARAM) from None
 
-    def _compile(self, form: ResponseFormat) -> LLMatcher:
+    def _compile(self, form: ResponseFormat) -> GrammarMatcher:
         return compile_matcher(form, self._vocabulary)
 
     def close(self) -> None:
@@ -124,30 +140,51 @@ MAX_LEXER_STATES = 50_000
 """Each takes 1 to 2 kB."""
 
 
-def compile_matcher(form: ResponseFormat, vocabulary: Vocabulary) -> LLMatcher:
-    """The library's matcher at the start of `form`, ready for the first token.
+def compile_matcher(form: ResponseFormat, vocabulary: Vocabulary) -> GrammarMatcher:
+    """A matcher at the start of `form`, ready for the first token.
 
     Raises:
         InvalidRequest: With the library's reason.
     """
-    from llguidance import LLMatcher, LLParserLimits
-
-    schema = form.schema if form.schema is not None else '{"type":"object"}'
-    # Verbose errors quote many lines of the parser's state.
-    limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
+    schema: Schema = json.loads(form.schema) if form.schema is not None else {"type": "object"}
+    grammar, is_checked = relaxed(schema)
     try:
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
-        matcher = LLMatcher(vocabulary.library, grammar, log_level=0, limits=limits)
-    except ValueError as error:
-        raise InvalidRequest(f"the schema cannot be used: {_reason(str(error))}", PARAM) from None
-    if matcher.is_error():
-        raise InvalidRequest(f"the schema cannot be used: {_reason(matcher.get_error())}", PARAM)
+        matcher = _library_matcher(grammar, vocabulary)
+    except _OneOfOverlaps:
+        grammar, is_checked = relaxed(schema, one_of_as_any=True)
+        matcher = _library_matcher(grammar, vocabulary)
     try:
         begins = GrammarMatcher(matcher).allowed(vocabulary.size).any()
     except EngineError:
         begins = False
     if not begins:
         raise InvalidRequest("the schema cannot be used: no answer fulfils it, or it is too complex", PARAM)
+    return GrammarMatcher(matcher, SchemaCheck(schema) if is_checked else None)
+
+
+ONE_OF_SIGNS = ("coerce_one_of", "circular references with sibling keys")
+"""In the library's reason: it compares the alternatives of a `oneOf`, and cannot where they refer to themselves."""
+
+
+class _OneOfOverlaps(Exception):
+    """The library cannot tell that at most one alternative of a `oneOf` fits."""
+
+
+def _library_matcher(schema: Schema, vocabulary: Vocabulary) -> LLMatcher:
+    from llguidance import LLMatcher, LLParserLimits
+
+    # Verbose errors quote many lines of the parser's state.
+    limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=OPTIONS)
+        matcher = LLMatcher(vocabulary.library, grammar, log_level=0, limits=limits)
+        reason = matcher.get_error() if matcher.is_error() else ""
+    except ValueError as error:
+        reason, matcher = str(error), None
+    if "oneOf" in json.dumps(schema) and any(sign in reason for sign in ONE_OF_SIGNS):
+        raise _OneOfOverlaps
+    if matcher is None or reason:
+        raise InvalidRequest(f"the schema cannot be used: {_reason(reason)}", PARAM)
     return matcher
 
 
