@@ -162,11 +162,12 @@ def _body(call: EmbeddingCall, media: EncodedMedia, vector: npt.NDArray[np.float
     return body
 
 
-def add_embeddings(app: FastAPI, embeddings: Embeddings) -> None:
-    """Add the route. The schema of `vision` is that of the chat route."""
-    schema = EmbeddingBody.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    body = {"content": {"application/json": {"schema": schema}}, "required": True}
+def add_embeddings(app: FastAPI, embeddings: Embeddings, body: JsonObject) -> None:
+    """Add the route.
+
+    Args:
+        body: The `requestBody` that the OpenAPI document shows.
+    """
 
     @app.post("/v1/embeddings", openapi_extra={"requestBody": body}, response_class=Response)
     async def create_embedding(http: HttpRequest) -> Response:

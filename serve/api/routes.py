@@ -21,6 +21,7 @@ from mm.errors import InvalidRequest, MmError, UnknownModel
 from mm.models.shipped import limits_of
 from serve.api.body import BodyReader
 from serve.api.chat import Chat, http_response
+from serve.api.document import ChatRequest, EmbeddingRequest, LoadRequest, body_of, definitions
 from serve.api.embeddings import Embeddings, add_embeddings
 from serve.api.errors import error_response
 from serve.api.formats import RESPONSES
@@ -31,7 +32,6 @@ from serve.api.leftovers import DropLeftovers
 from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.render import JsonObject, to_json
 from serve.api.responses_body import responses_body
-from serve.api.schema import ChatBody
 from serve.api.stream import frame
 from serve.config import ServeConfig
 from serve.runtime import Runtime
@@ -63,7 +63,7 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     bodies = BodyReader(config)
     chat = Chat(runtime, config, metrics, bodies)
     _add_chat(app, chat)
-    add_embeddings(app, Embeddings(chat, runtime, config))
+    add_embeddings(app, Embeddings(chat, runtime, config), body_of(EmbeddingRequest))
     _add_models(app, runtime, config, bodies)
     _add_operations(app, runtime, metrics)
     add_home(app, config)
@@ -79,11 +79,7 @@ async def _on_invalid(http: HttpRequest, error: Exception) -> Response:
 
 
 def _add_chat(app: FastAPI, chat: Chat) -> None:
-    schema = ChatBody.model_json_schema(ref_template="#/components/schemas/{model}")
-    parts = schema.pop("$defs")
-    body = {"content": {"application/json": {"schema": schema}}, "required": True}
-
-    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body}, response_class=Response)
+    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body_of(ChatRequest)}, response_class=Response)
     async def chat_completions(http: HttpRequest) -> Response:
         return await chat.answer(http)
 
@@ -94,7 +90,7 @@ def _add_chat(app: FastAPI, chat: Chat) -> None:
     def openapi() -> JsonObject:
         if app.openapi_schema is None:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            app.openapi_schema.setdefault("components", {}).setdefault("schemas", {}).update(parts)
+            app.openapi_schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions())
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -131,7 +127,7 @@ def _add_models(app: FastAPI, runtime: Runtime, config: ServeConfig, bodies: Bod
             raise UnknownModel(model, config.names)
         return Response(to_json(await card(model)), media_type="application/json")
 
-    @app.post("/load_model")
+    @app.post("/load_model", openapi_extra={"requestBody": body_of(LoadRequest)})
     async def load_model(http: HttpRequest) -> Response:
         """Terminal chat clients call this first; the model is loaded already."""
         body = await bodies.read_json(http)
