@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -72,6 +72,7 @@ class LlavaEncoder(CheckpointEncoder):
         {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS, BLOCK_KEYS}
     )
     kinds: frozenset[str] = frozenset({"image", "video"})
+    frames_apart: ClassVar[bool] = True
 
     def __init__(
         self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32

@@ -112,6 +112,15 @@ def _follow(plane: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
 
 def _compose(first: Reduction, then: Reduction, left: VisualTokens, num_tokens: int) -> Reduction:
     """One decision about `num_tokens` tokens that equals `first` and `then`, which leave the tokens `left`."""
+    if first.embeddings is not None or then.embeddings is not None:
+        return Reduction(
+            keep=first.keep.index_select(0, then.keep),
+            sizes=left.sizes,
+            protected=left.protected,
+            embeddings=left.embeddings,
+            placement=left.placement,
+            borders=left.borders,
+        )
     merged = first.merge is not None or then.merge is not None
     resized = first.sizes is not None or then.sizes is not None
     return Reduction(

@@ -13,6 +13,7 @@ RUN/cubes gets state.pt, training.jsonl, model.safetensors, decoder.safetensors 
 """
 
 import argparse
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
@@ -136,14 +137,15 @@ class CubesTraining(ReducerTraining):
         free = step > FREE_FROM * args.steps
         changed = {f"layers.{n}": p for n, p in self.decoder.layers.named_parameters()} if free else {}
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
-        config = {"reducer": "cubes", "base": checkpoint_fingerprint(args.base), **network.shape.as_dict()}
+        config = {"reducer": "cubes", "base": checkpoint_fingerprint(args.base), **asdict(network.shape)}
         config |= {"frames_per_cube": list(FRAMES_PER_CUBE), "default_frames_per_cube": FRAMES_PER_CUBE[0]}
         config |= {"input": "projected frames, pooled 2x2", "timestamps": "frame number, digits before each cube"}
         config |= {"parameters": {**parts, "decoder": sum(p.numel() for p in changed.values())}}
         config["decoder_prefix"] = "model.language_model."
         config["trained"] = {"steps": step, "of_steps": args.steps, "seed": args.seed, "batch": args.batch, **trained}
         config["data"] = {"clips": info["clips"], "first_seed": info["first_seed"]}
-        save_reducer(self.out, dict(network.state_dict()), config, changed)
+        digits = self.decoder.embed_tokens.weight[torch.tensor(self.batches.digits)]
+        save_reducer(self.out, {**network.state_dict(), "digits": digits}, config, changed)
 
 
 def mean_size(model: nn.Module, features: FrozenFeatures) -> float:

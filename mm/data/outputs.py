@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mm.data.media import Kind
-from mm.data.tokens import Grid
+from mm.data.tokens import Cube, Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,11 +15,13 @@ class KeptMap:
     Attributes:
         grid: (t, h, w) of the unreduced item; t above 1 in an image counts its crops, see `VisualTokens.crops`.
         kept: Ascending raster indices into that grid.
+        cubes: The pieces of a clip, in order, where a reducer cut it.
     """
 
     kind: Kind
     grid: Grid
     kept: tuple[int, ...]
+    cubes: tuple[Cube, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

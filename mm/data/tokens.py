@@ -18,6 +18,38 @@ Grid = tuple[int, int, int]
 """Tokens along time, height and width: (t, h, w). An image has t = 1, or one step per crop of it."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Placement:
+    """Positions of an item's tokens that do not follow from its grid. Only for models with one row of positions.
+
+    Attributes:
+        offsets: (N,) int64 on the CPU, ascending, counted from the item's first position.
+        advance: Position of what follows the item.
+    """
+
+    offsets: Tensor
+    advance: int
+
+    def take(self, keep: Tensor) -> Placement:
+        """The positions of some of the tokens. What follows the item stays where it is."""
+        return replace(self, offsets=self.offsets[keep.to(self.offsets.device)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cube:
+    """Consecutive frames of a clip that a reducer joined.
+
+    Attributes:
+        first_frame, num_frames: Among the sampled frames of the clip.
+        start_s, end_s: Time from the clip's start to the cube's first frame and to the next cube's, or the clip's end.
+    """
+
+    first_frame: int
+    num_frames: int
+    start_s: float
+    end_s: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisualTokens:
     """The visual tokens of one item, in the form that the decoder receives.
@@ -35,6 +67,8 @@ class VisualTokens:
         crops: For an image that is cut into crops: the numbers of rows and columns of crops. The steps of `grid` are
             then the crops, row by row, followed by the whole image at the size of one crop. Else None.
         protected: (N,) bool, tokens that reducers inside the decoder have to keep. None protects no token.
+        placement: Positions in the prompt; None where they follow from the grid.
+        borders: The steps at which a reducer began another cube; empty where it made none.
     """
 
     embeddings: Tensor
@@ -46,6 +80,8 @@ class VisualTokens:
     seconds_per_step: float | None = None
     crops: tuple[int, int] | None = None
     protected: Tensor | None = None
+    placement: Placement | None = None
+    borders: tuple[int, ...] = ()
 
     @classmethod
     def full(
@@ -120,6 +156,7 @@ class Encoded:
             shared.
         fault: The reducer's error, if all tokens were kept because of it. Else empty.
         num_media_bytes: Size of the item's encoded file. 0 for pixels that were in memory.
+        cubes: What a reducer made of a clip's frames; empty where it made no cubes.
     """
 
     tokens: VisualTokens
@@ -128,6 +165,7 @@ class Encoded:
     key: str = ""
     fault: str = ""
     num_media_bytes: int = 0
+    cubes: tuple[Cube, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,21 +18,25 @@ from torch import Tensor
 
 from mm.data.media import FrameSampling, Image, Media, MediaFile, Prepared, Video
 from mm.data.request import Request, TextPart
-from mm.data.tokens import Encoded, EncodedMedia, EncodeTimings, VisualTokens
+from mm.data.tokens import Cube, Encoded, EncodedMedia, EncodeTimings, VisualTokens
 from mm.encode.feature_cache import cache_key
 from mm.encode.parts import EncodeParts
 from mm.encode.policy import resolve_reducer
 from mm.errors import MediaError, ReducerFault
 from mm.media import MediaBudget, content_hash, decode, decoded_size, fetch_item
 from mm.plugins.apply import reduce_tokens
-from mm.plugins.capabilities import in_tower, names_of
+from mm.plugins.capabilities import in_tower, names_of, parts_of, streams
 from mm.plugins.encoder import HostsReducer, PreparesItems, ReadsText
 from mm.plugins.features import TEXT_EMBEDDINGS
-from mm.plugins.reducer import Reducer
+from mm.plugins.reducer import Reducer, Streams
 from mm.plugins.spec import ReducerSpec
+from mm.plugins.threads import plugin_errors
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+Prepare = Callable[[Image | Video, str | None], Image | Video | Prepared]
+"""An item's pixels, and the request field they came from, to what the tower takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +108,10 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
         tenant=request.cache_salt,
         question=asked,
     )
+    prepare = functools.partial(_prepared, budget=budget, parts=parts, keep_clips=_takes_frames(spec.plugin))
     try:
-        fetched = [_fetch_item(item, frames, budget, parts, key_of) for item in request.media]
-        items = _decode_files(fetched, frames, budget, parts)
+        fetched = [_fetch_item(item, frames, budget, parts, key_of, prepare) for item in request.media]
+        items = _decode_files(fetched, frames, budget, prepare)
     except BaseException:
         budget.give_back()
         raise
@@ -120,7 +125,12 @@ def question(request: Request) -> str:
 
 
 def _fetch_item(
-    item: Media, frames: FrameSampling, budget: MediaBudget, parts: EncodeParts, key_of: Callable[[str], str]
+    item: Media,
+    frames: FrameSampling,
+    budget: MediaBudget,
+    parts: EncodeParts,
+    key_of: Callable[[str], str],
+    prepare: Prepare,
 ) -> LoadedItem:
     param = getattr(item, "param", None)
     if item.kind not in parts.encoder.kinds:
@@ -133,28 +143,32 @@ def _fetch_item(
         key, num_bytes = key_of(fetched.content_hash), 0
     if (cached := parts.cache.get(key)) is not None:
         return LoadedItem(key=key, content=cached, num_media_bytes=num_bytes)
-    content = fetched if isinstance(fetched, MediaFile) else _prepared(fetched, param, budget, parts)
+    content = fetched if isinstance(fetched, MediaFile) else prepare(fetched, param)
     return LoadedItem(key=key, content=content, load_s=time.perf_counter() - start, num_media_bytes=num_bytes)
 
 
 def _decode_files(
-    items: Sequence[LoadedItem], frames: FrameSampling, budget: MediaBudget, parts: EncodeParts
+    items: Sequence[LoadedItem], frames: FrameSampling, budget: MediaBudget, prepare: Prepare
 ) -> tuple[LoadedItem, ...]:
     """The items with their files decoded, the largest first."""
     done = list(items)
     files = {i: item.content for i, item in enumerate(items) if isinstance(item.content, MediaFile)}
     for i in sorted(files, key=lambda i: decoded_size(files[i]), reverse=True):
         start, file = time.perf_counter(), files[i]
-        content = _prepared(decode(file, budget, frames), file.param, budget, parts)
+        content = prepare(decode(file, budget, frames), file.param)
         done[i] = replace(items[i], content=content, load_s=items[i].load_s + time.perf_counter() - start)
     return tuple(done)
 
 
 def _prepared(
-    pixels: Image | Video, param: str | None, budget: MediaBudget, parts: EncodeParts
+    pixels: Image | Video, param: str | None, *, budget: MediaBudget, parts: EncodeParts, keep_clips: bool
 ) -> Image | Video | Prepared:
-    """The item as the tower takes it, if the encoder can prepare single items. Then its pixels are given back."""
-    if not isinstance(parts.encoder, PreparesItems):
+    """The item as the tower takes it, if the encoder can prepare single items. Then its pixels are given back.
+
+    Args:
+        keep_clips: Leave clips as they are, for a reducer that takes their frames chunk by chunk.
+    """
+    if not isinstance(parts.encoder, PreparesItems) or (keep_clips and isinstance(pixels, Video)):
         return pixels
     try:
         encoder = parts.encoder
@@ -163,6 +177,11 @@ def _prepared(
         raise error.at(param) if param else error from None
     budget.give_back()
     return prepared
+
+
+def _takes_frames(reducer: Reducer) -> bool:
+    """Whether a part of the reducer takes a clip chunk by chunk, or has to know when its frames were shown."""
+    return any(isinstance(part, Streams) for part in parts_of(reducer))
 
 
 def encode_loaded(loaded: LoadedMedia, parts: EncodeParts) -> EncodedMedia:
@@ -194,8 +213,9 @@ def encode_loaded(loaded: LoadedMedia, parts: EncodeParts) -> EncodedMedia:
 
 def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: EncodeParts) -> dict[str, Encoded]:
     """The tokens of `fresh` by key; what went well is cached."""
+    streamed, fresh = _encode_streams(fresh, loaded, parts)
     if not fresh:
-        return {}
+        return streamed
     start, reducer = time.perf_counter(), loaded.reducer.plugin
     pixels = [cast(Image | Video, item.content) for item in fresh.values()]  # or what `prepare` made of them
     batch, fault = _run_tower(pixels, reducer, parts)
@@ -203,16 +223,68 @@ def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: Enco
     if TEXT_EMBEDDINGS in reducer.needs:
         text = _call_encoder(parts, lambda: cast(ReadsText, parts.encoder).embed_text(loaded.question))
     encode_s = (time.perf_counter() - start) / len(fresh)
-    encoded: dict[str, Encoded] = {}
+    encoded = streamed
     for item, tokens in zip(fresh.values(), batch, strict=True):
         start = time.perf_counter()
         kept, item_fault = (tokens, fault) if fault else _reduce(reducer, tokens, text, parts)
         timings = EncodeTimings(load_s=item.load_s, encode_s=encode_s, reduce_s=time.perf_counter() - start)
         key = "" if item_fault else item.key
-        encoded[item.key] = Encoded(tokens=kept, timings=timings, key=key, fault=item_fault)
+        cubes = _cubes(kept, item.content)
+        encoded[item.key] = Encoded(tokens=kept, timings=timings, key=key, fault=item_fault, cubes=cubes)
         if not item_fault:
             parts.cache.put(item.key, replace(encoded[item.key], timings=EncodeTimings()))
     return encoded
+
+
+STREAMED_FRAMES = 16
+"""Frames of a chunk. The tower's memory is that of so many."""
+
+
+def _encode_streams(
+    fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: EncodeParts
+) -> tuple[dict[str, Encoded], dict[str, LoadedItem]]:
+    """The clips whose reducer takes them chunk by chunk, done and cached; and the items that are left."""
+    reducer = streams(loaded.reducer.plugin)
+    if reducer is None or not getattr(parts.encoder, "frames_apart", False):
+        return {}, fresh
+    done: dict[str, Encoded] = {}
+    for item in fresh.values():
+        if isinstance(item.content, Video) and len(item.content.frames):
+            start = time.perf_counter()
+            try:
+                with plugin_errors(type(reducer).__name__, "on the frames of a clip"):
+                    tokens = _encode_stream(item.content, reducer, parts)
+            except ReducerFault:
+                if parts.policy.on_error == "fail":
+                    raise
+                continue  # it is encoded whole, and keeps all its tokens if the reducer fails on them too
+            timings = EncodeTimings(load_s=item.load_s, encode_s=time.perf_counter() - start)
+            cubes = _cubes(tokens, item.content)
+            done[item.key] = Encoded(tokens=tokens, timings=timings, key=item.key, cubes=cubes)
+            parts.cache.put(item.key, replace(done[item.key], timings=EncodeTimings()))
+    return done, {key: item for key, item in fresh.items() if key not in done}
+
+
+def _encode_stream(clip: Video, reducer: Streams, parts: EncodeParts) -> VisualTokens:
+    stream = reducer.stream()
+    for start in range(0, len(clip.frames), STREAMED_FRAMES):
+        part = slice(start, start + STREAMED_FRAMES)
+        chunk = replace(clip, frames=clip.frames[part], timestamps_s=clip.timestamps_s[part])
+        (tokens,) = _call_encoder(parts, functools.partial(parts.encoder.encode, [chunk], needs=reducer.needs))
+        stream.add(tokens)
+    return stream.finish()
+
+
+def _cubes(tokens: VisualTokens, item: object) -> tuple[Cube, ...]:
+    """The pieces into which a reducer cut a clip, with their times."""
+    if not tokens.borders or not isinstance(item, Video):
+        return ()
+    ends = [*tokens.borders[1:], len(item.timestamps_s)]
+    times = [*item.timestamps_s, max(item.duration_s, item.timestamps_s[-1])]
+    return tuple(
+        Cube(first_frame=first, num_frames=end - first, start_s=times[first], end_s=times[end])
+        for first, end in zip(tokens.borders, ends, strict=True)
+    )
 
 
 def _run_tower(pixels: Sequence[Image | Video], reducer: Reducer, parts: EncodeParts) -> tuple[list[VisualTokens], str]:

@@ -75,5 +75,5 @@ def _kept_maps(request: EngineRequest) -> tuple[KeptMap, ...]:
         if left is not None:
             indices = indices[left[(left >= first) & (left < first + tokens.num_tokens)] - first]
         first += tokens.num_tokens
-        maps.append(KeptMap(kind=tokens.kind, grid=tokens.grid, kept=tuple(ints(indices))))
+        maps.append(KeptMap(kind=tokens.kind, grid=tokens.grid, kept=tuple(ints(indices)), cubes=item.cubes))
     return tuple(maps)

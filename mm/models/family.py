@@ -140,6 +140,12 @@ class CheckpointFamily(ABC):
         for tokens in visual:
             if tokens.kind not in self.kinds:
                 raise MediaError("not_supported", tokens.kind)
+            if tokens.placement is not None and self.num_position_rows > 1:
+                raise InvalidRequest(
+                    "this model places visual tokens in time, height and width, and the reducer places them itself; "
+                    "name another",
+                    "vision.reducer",
+                )
         ids = self._template.token_ids(messages)
         self._check_placeholders(ids, [part.kind for m in messages for part in m.parts if isinstance(part, MediaPart)])
         return splice(
@@ -182,7 +188,7 @@ def splice(
     for is_item, run in itertools.groupby(ids, key=placeholders.__contains__):
         for group in [[token] for token in run] if is_item else [list(run)]:
             tokens = next(items) if is_item else None
-            placed = _text(len(group)) if tokens is None else place(tokens)
+            placed = _text(len(group)) if tokens is None else _placed(tokens, place)
             runs.append(_embedded(torch.tensor(group), tokens, placed, media, embed))
             positions.append(placed.offsets.cpu().expand(num_position_rows, -1) + next_position)
             next_position += placed.advance
@@ -210,6 +216,13 @@ def _embedded(
     is_media = torch.isin(placed.token_ids, media).unsqueeze(1).to(embedded.device)
     visual = tokens.embeddings.to(embedded.device, embedded.dtype)
     return placed.token_ids, embedded.masked_scatter(is_media, visual)
+
+
+def _placed(tokens: VisualTokens, place: Callable[[VisualTokens], Placed]) -> Placed:
+    """Where the reducer wants the tokens, or else where the family places them."""
+    if tokens.placement is None:
+        return place(tokens)
+    return Placed(offsets=tokens.placement.offsets.unsqueeze(0), advance=tokens.placement.advance)
 
 
 def in_sequence(tokens: VisualTokens) -> Placed:

@@ -66,9 +66,41 @@ def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer"
     protected = reduction.protected
     if protected is None and tokens.protected is not None:
         protected = tokens.protected.index_select(0, keep)
-    positions = tokens.positions.index_select(0, keep)
+    placement = reduction.placement
+    if placement is None and tokens.placement is not None:
+        placement = tokens.placement.take(keep)
     return replace(
-        tokens, embeddings=embeddings, positions=positions, sizes=sizes, protected=protected, aux_features={}
+        tokens,
+        embeddings=embeddings if reduction.embeddings is None else reduction.embeddings,
+        positions=tokens.positions.index_select(0, keep),
+        sizes=sizes,
+        protected=protected,
+        aux_features={},
+        placement=placement,
+        borders=reduction.borders or tokens.borders,
+    )
+
+
+def rewritten(reduction: Reduction, like: VisualTokens, num_steps: int) -> VisualTokens:
+    """What `apply` gives for a clip of `num_steps` steps whose tokens were never all there.
+
+    Args:
+        reduction: With embeddings and sizes of its own.
+        like: Tokens of some of the clip's steps.
+    """
+    _, height, width = like.grid
+    keep, area = reduction.keep, height * width
+    assert reduction.embeddings is not None
+    assert reduction.sizes is not None
+    cells = torch.stack([keep // area, keep % area // width, keep % width], dim=1)
+    return VisualTokens(
+        embeddings=reduction.embeddings,
+        positions=cells,
+        sizes=reduction.sizes,
+        grid=(num_steps, height, width),
+        kind=like.kind,
+        placement=reduction.placement,
+        borders=reduction.borders,
     )
 
 
@@ -87,6 +119,8 @@ def _check(reduction: Reduction, tokens: VisualTokens, owner: str) -> None:
         ("merge", reduction.merge, (num_kept, num_tokens)),
         ("sizes", reduction.sizes, (num_kept,)),
         ("protected", reduction.protected, (num_kept,)),
+        ("embeddings", reduction.embeddings, (num_kept, tokens.embeddings.shape[1])),
+        ("placement", reduction.placement and reduction.placement.offsets, (num_kept,)),
     ):
         if plane is not None and tuple(plane.shape) != shape:
             raise ReducerFault(owner, f"{name} has to be of shape {shape}, not {tuple(plane.shape)}")

@@ -24,6 +24,7 @@ from mm.plugins.reducer import (
     PlansTokens,
     Reducer,
     Stage,
+    Streams,
 )
 from mm.plugins.weights import ReducerWeights
 
@@ -117,6 +118,12 @@ def in_prefill(reducer: Reducer) -> tuple[InPrefill, ...]:
 def in_decode(reducer: Reducer) -> tuple[InDecode, ...]:
     """The parts that evict entries from the KV cache, in order."""
     return tuple(cast(InDecode, part) for part in parts_of(reducer) if Stage.IN_DECODE in part.acts_at)
+
+
+def streams(reducer: Reducer) -> Streams | None:
+    """The part that takes a clip chunk by chunk, if no other part acts before the decoder."""
+    outside = [part for part in parts_of(reducer) if acts_outside_decoder(part)]
+    return outside[0] if len(outside) == 1 and isinstance(outside[0], Streams) else None
 
 
 def per_token(reducer: Reducer) -> tuple[PerToken, ...]:

@@ -22,6 +22,7 @@ class Encoder(Protocol):
     Attributes:
         provides: Names of the auxiliary features that it can supply, see `mm.plugins.features`.
         kinds: What it takes: "image", "video" or both.
+        frames_apart: Optional, True where a clip's tokens are those of its parts, in order: frames are encoded apart.
         fingerprint: Names weights, preprocessing and dtype, for cache keys. Equal only where the tokens are equal.
     """
 

@@ -24,7 +24,7 @@ from typing import Literal, Protocol, Self, runtime_checkable
 from torch import Tensor
 
 from mm.data.media import Kind
-from mm.data.tokens import Grid, VisualTokens
+from mm.data.tokens import Grid, Placement, VisualTokens
 from mm.plugins.weights import ReducerWeights
 
 Count = Literal["fixed", "bounded"]
@@ -122,12 +122,18 @@ class Reduction:
         merge: (k, N) sparse or dense weights whose rows sum to 1, or None when kept tokens stay as they are.
         sizes: (k,) float32, how many original tokens each stands for; None gathers the input's.
         protected: (k,) bool, kept tokens that later stages have to keep too; None gathers the input's.
+        embeddings: (k, D) in place of the anchors' own or merged ones, for a reducer that computes new tokens.
+        placement: The k tokens' positions in the prompt; None keeps those of the anchors.
+        borders: Steps along t at which the reducer began another cube.
     """
 
     keep: Tensor
     merge: Tensor | None = None
     sizes: Tensor | None = None
     protected: Tensor | None = None
+    embeddings: Tensor | None = None
+    placement: Placement | None = None
+    borders: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +168,30 @@ class BeforeDecoder(PlansTokens, Protocol):
 
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
         """Decide about one item's tokens. Must not change its arguments."""
+        ...
+
+
+class FrameStream(Protocol):
+    """One clip of a `Streams` reducer, whose frames come in chunks."""
+
+    def add(self, tokens: VisualTokens) -> None:
+        """Take the tokens of the next frames: a clip of their own, as the encoder gives it."""
+        ...
+
+    def finish(self) -> VisualTokens:
+        """What is left of all frames. Called once, at the end."""
+        ...
+
+
+@runtime_checkable
+class Streams(BeforeDecoder, Protocol):
+    """A reducer of the stage TEMPORAL that needs no more than some frames at a time.
+
+    Where the encoder sees frames apart (`frames_apart`), a clip then never has all its tokens in memory.
+    """
+
+    def stream(self) -> FrameStream:
+        """For one clip. The chunks' sizes must not matter: `after_encode` gives the same for the whole clip."""
         ...
 
 

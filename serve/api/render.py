@@ -100,7 +100,8 @@ def accepted_fields(num_tokens: int, num_accepted: int) -> dict[str, int]:
 
 
 def _kept(item: KeptMap) -> JsonObject:
-    return {"kind": item.kind, "grid": list(item.grid), "kept": list(item.kept)}
+    fields: JsonObject = {"kind": item.kind, "grid": list(item.grid), "kept": list(item.kept)}
+    return fields | ({"cubes": [asdict(cube) for cube in item.cubes]} if item.cubes else {})
 
 
 def logprobs_fields(logprobs: Sequence[TokenLogprob]) -> JsonObject:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm.data.media import Kind
 from mm.data.outputs import KeptMap
+from mm.data.tokens import Cube
 from mm.errors import MmError
 from serve.client import ServerClient, ServerError, media_part
 
@@ -288,7 +289,16 @@ def _kept_map(item: Any) -> KeptMap:
     kept = tuple(int(index) for index in item["kept"])
     if min(t, h, w) < 1 or any(not 0 <= index < t * h * w for index in kept):
         raise ValueError("kept tokens outside of their grid")
-    return KeptMap(kind=item["kind"], grid=(t, h, w), kept=kept)
+    cubes = tuple(
+        Cube(
+            first_frame=int(cube["first_frame"]),
+            num_frames=int(cube["num_frames"]),
+            start_s=float(cube["start_s"]),
+            end_s=float(cube["end_s"]),
+        )
+        for cube in item.get("cubes") or ()
+    )
+    return KeptMap(kind=item["kind"], grid=(t, h, w), kept=kept, cubes=cubes)
 
 
 def curl_command(url: str, question: Question, model: str, *, needs_key: bool = False) -> str:

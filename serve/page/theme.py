@@ -107,6 +107,11 @@ gradio-app, .gradio-container { min-width: 0 !important; }
 .mm-figs label { display: inline-flex; align-items: center; gap: 8px; color: var(--body-text-color-subdued); }
 .mm-figs input[type=range] { width: 130px; accent-color: #0d9488; }
 .mm-frames { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.mm-timeline { position: relative; height: 20px; margin: 12px 0 0; }
+.mm-timeline i { position: absolute; top: 0; bottom: 0; box-sizing: border-box; border-left: 2px solid #0d9488;
+  padding-left: 3px; overflow: hidden; font: 11px/20px inherit; font-style: normal; background: #ccfbf1;
+  color: #134e4a; }
+.mm-timeline i:nth-child(even) { background: #99f6e4; }
 .mm-single { display: flex; justify-content: center; }
 .mm-figs figure { margin: 0; min-width: 0; }
 .mm-figs figcaption { font-size: 12px; color: var(--body-text-color-subdued); margin-top: 3px;

@@ -182,6 +182,8 @@ def plain_pictures(preview: Preview, title: str) -> str:
 
 def kept_pictures(preview: Preview, item: KeptMap, title: str) -> str:
     """The pictures with their dropped cells dimmed, and a slider for how much."""
+    if item.cubes:
+        return cut_clip(preview, item, title)
     if not has_layout(item):
         return error("This model does not say where in the picture its tokens lie.")
     mask = kept_mask(item)
@@ -196,6 +198,25 @@ def kept_pictures(preview: Preview, item: KeptMap, title: str) -> str:
         "oninput=\"this.closest('.mm-figs').style.setProperty('--mm-dim', this.value)\"></label>"
     )
     return _figures(title, slider, figures, preview)
+
+
+def cut_clip(preview: Preview, item: KeptMap, title: str) -> str:
+    """The frames of a clip with a time line below them: the pieces into which it was cut, and when each begins."""
+    num_frames, total_s = item.grid[0], max(item.cubes[-1].end_s, 1e-9)
+    first = {cube.first_frame: i for i, cube in enumerate(item.cubes, 1)}
+    figures: list[str] = []
+    for step, url in enumerate(preview.urls):
+        frame = step * num_frames // len(preview.urls)
+        begins = f" · cube {first[frame]} begins" if frame in first else ""
+        figures.append(_figure(url, "", f"{preview.timestamps_s[step]:.1f} s{begins}"))
+    pieces = "".join(
+        f'<i style="left:{100 * cube.start_s / total_s:.3f}%;width:{100 * (cube.end_s - cube.start_s) / total_s:.3f}%" '
+        f'title="cube {i}: {cube.num_frames} frames, {cube.start_s:.1f} s to {cube.end_s:.1f} s">{cube.start_s:.1f}</i>'
+        for i, cube in enumerate(item.cubes, 1)
+    )
+    label = f"{len(item.cubes)} cubes of {num_frames} frames; {len(item.kept)} tokens"
+    line = f'<div class="mm-timeline" role="img" aria-label="{label}">{pieces}</div><p class="mm-note">{label}</p>'
+    return _figures(title, "", figures, preview).removesuffix("</div>") + f"{line}</div>"
 
 
 def _figures(title: str, control: str, figures: Sequence[str], preview: Preview) -> str:

@@ -33,7 +33,10 @@ PIPELINES = [
 ]
 ALONE = [name for name in names("reducer") if name != "pipeline"]
 IN_TOWER = [name for name in ALONE if Stage.IN_VIT in get("reducer", name).acts_at]
-AFTER_TOWER = [name for name in ALONE if acts_before_decoder(build_reducer(name))]
+REWRITING = ["cubes"]
+"""Reducers that compute new tokens, for frames of the grid that they were trained on: they keep no row as it was."""
+
+AFTER_TOWER = [name for name in ALONE if acts_before_decoder(build_reducer(name)) and name not in REWRITING]
 IN_DECODER = [name for name in ALONE if {Stage.IN_PREFILL, Stage.IN_DECODE} & {*get("reducer", name).acts_at}]
 BUDGETED = [name for name in AFTER_TOWER if "keep_ratio" in options_of(get("reducer", name))]
 SPECS = AFTER_TOWER + PIPELINES
@@ -121,6 +124,29 @@ def test_count_order_and_rows(reducer, grid, seed):
     merged = out.sizes != 1
     assert torch.equal(out.embeddings[~merged], tokens.embeddings[indices[~merged]])
     assert out.sizes.sum() <= tokens.num_tokens + 1e-3
+
+
+@pytest.mark.parametrize("name", REWRITING)
+@pytest.mark.parametrize("num_frames", [1, 2, 9])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_reducers_promise_that_compute_new_tokens(name, num_frames, dtype):
+    """Counts, order, positions, dtype and sizes as of every other; the input is untouched; nothing is remembered."""
+    reducer, tokens = build(name), dataclasses.replace(make((num_frames, 8, 8), dtype=dtype), kind="video")
+    before = tokens.embeddings.clone()
+    out = reduce_tokens(reducer, tokens)
+    assert torch.equal(tokens.embeddings, before)
+    assert 1 <= out.num_tokens <= planned(reducer, tokens)
+    assert torch.equal(out.indices, out.indices.unique())
+    assert (out.embeddings.dtype, out.sizes.dtype, out.grid) == (dtype, torch.float32, tokens.grid)
+    assert torch.isfinite(out.embeddings).all()
+    assert 0 < float(out.sizes.sum()) <= tokens.num_tokens + 1e-2
+    assert out.placement is not None
+    assert out.placement.offsets.tolist() == sorted(set(out.placement.offsets.tolist()))
+    assert out.placement.advance > int(out.placement.offsets[-1])
+    reduce_tokens(reducer, dataclasses.replace(make((3, 8, 8), seed=3), kind="video"))
+    assert same(reduce_tokens(build(name), tokens), out)
+    empty = reduce_tokens(reducer, dataclasses.replace(make((1, 0, 0)), kind="video"))
+    assert empty.num_tokens == 0
 
 
 def test_nothing_stays_nothing(reducer):

@@ -16,9 +16,7 @@ from demos.train.cubing import (
     CubeNetwork,
     Cubes,
     CubeShape,
-    grid_means,
     gumbel_share,
-    momentum,
     num_borders,
     onsets,
     pick_borders,
@@ -29,6 +27,7 @@ from demos.train.data.clips import sample_clip
 from demos.train.frozen import FrozenFeatures, load_base
 from demos.train.reducer_training import run
 from mm.plugins.weights import checkpoint_fingerprint
+from pruning.learned.cubing import grid_means, momentum
 
 FOLDER = Path(__file__).parents[2] / "mm" / "models" / "weights" / "tiny"
 SEED = 100_000
