@@ -72,11 +72,18 @@ class CheckpointEncoder:
         check_depths(self.path)
         self.config: Any = model_config(self.path)
         self.image_processor: Any = from_folder(AutoImageProcessor, self.path)
-        self._text = functools.cache(lambda: TextEmbeddings(self.path, self.device))
+        self._text = functools.cache(self._text_embeddings)
 
     def embed_text(self, text: str) -> Tensor:
-        """(T, D) float32: the text's tokens as the decoder embeds them."""
+        """(T, D) float32: the text's tokens as the decoder embeds them.
+
+        Raises:
+            InvalidRequest: The text is longer than the decoder's context.
+        """
         return self._text()(text)
+
+    def _text_embeddings(self) -> TextEmbeddings:
+        return TextEmbeddings(self.path, self.config.get_text_config().max_position_embeddings, self.device)
 
     def load(
         self,

@@ -74,7 +74,7 @@ class InvalidRequest(RequestError):
 class ContextTooLong(InvalidRequest):
     """Prompt and requested output together exceed the model's positions."""
 
-    def __init__(self, num_prompt_tokens: int, max_new_tokens: int, max_context_tokens: int) -> None:
+    def __init__(self, num_prompt_tokens: int | str, max_new_tokens: int, max_context_tokens: int) -> None:
         asked = f"the prompt has {num_prompt_tokens} tokens and {max_new_tokens} were asked for"
         advice = "shorten the prompt, send fewer media, or lower max_tokens"
         message = f"{asked}, but this model's context holds {max_context_tokens}; {advice}"

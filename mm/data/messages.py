@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from mm.data.media import Kind, MediaSource
-from mm.data.request import MediaPart, Message, TextPart
+from mm.data.request import ROLES, MediaPart, Message, TextPart
 from mm.errors import InvalidRequest, shown
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 MEDIA_PARTS: dict[str, Kind] = {"image_url": "image", "video_url": "video"}
 
 
@@ -32,8 +31,9 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[Message
 
 def _message(message: Mapping[str, object], param: str, media: list[MediaSource]) -> Message:
     role = message.get("role")
-    if role not in ROLES:
-        raise InvalidRequest(f"the role {shown(role)} is unknown; allowed: {', '.join(ROLES)}", f"{param}.role")
+    if role not in (*ROLES, "developer"):
+        allowed = ", ".join((*ROLES, "developer"))
+        raise InvalidRequest(f"the role {shown(role)} is unknown; allowed: {allowed}", f"{param}.role")
     content = message.get("content")
     role = "system" if role == "developer" else role
     if content is None and role == "assistant":

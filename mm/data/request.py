@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mm.data.media import FrameSampling, Kind, Media
@@ -9,6 +10,9 @@ from mm.data.sampling_params import SamplingParams
 from mm.data.tokens import Positions
 from mm.errors import InvalidRequest
 from mm.settings import setting, settings_of
+
+ROLES = ("system", "user", "assistant", "tool")
+"""Roles of messages, as chat templates know them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,26 @@ class Message:
 
     role: str
     parts: tuple[TextPart | MediaPart, ...]
+
+
+def check_num_chars(messages: Sequence[Message], max_chars: int, max_context_tokens: int) -> None:
+    """Refuse a conversation whose text is too long, by its number of characters.
+
+    Raises:
+        InvalidRequest: It has more than `max_chars`.
+    """
+    num_chars = sum(len(part.text) for m in messages for part in m.parts if isinstance(part, TextPart))
+    if num_chars > max_chars:
+        raise text_too_long(num_chars, max_chars, max_context_tokens)
+
+
+def text_too_long(num_chars: int, max_chars: int, max_context_tokens: int) -> InvalidRequest:
+    """The error of a text that has more characters than can be tokens of the model's context."""
+    message = (
+        f"the text has {num_chars} characters, but this model's context of {max_context_tokens} tokens holds at most "
+        f"{max_chars}; shorten the prompt"
+    )
+    return InvalidRequest(message, "messages", "context_length_exceeded")
 
 
 @dataclass(frozen=True, kw_only=True)

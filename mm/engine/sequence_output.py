@@ -21,7 +21,7 @@ class SequenceOutput:
     def __init__(self, vocabulary: Vocabulary, sampler: Sampler, sampling: SamplingParams, max_new_tokens: int) -> None:
         self._vocabulary, self._sampler = vocabulary, sampler
         self._max_new_tokens = max_new_tokens
-        self._text = IncrementalDetokenizer(vocabulary.tokenizer, sampling.stop, min_tokens=sampling.min_tokens)
+        self._text = IncrementalDetokenizer(vocabulary.decoding, sampling.stop, min_tokens=sampling.min_tokens)
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
 
@@ -56,6 +56,8 @@ class SequenceOutput:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self._text.finish()
+            if self._text.stopped:
+                self.finish_reason = "stop"
         if self.finish_reason == "stop" and self._sampler.matcher is not None:
             self._sampler.matcher.check(self._text.text)
         return Delta(

@@ -1,96 +1,121 @@
 """Messages to token ids through a checkpoint's own chat template.
 
-Only the template may write control tokens. User text that spells a special token is tokenised as plain characters, so
-nobody can forge a placeholder or a turn.
+Only the template may write control tokens. What a request brings is text, whatever it spells, in however many parts,
+and whatever the template does with it: nobody can forge a placeholder or a turn.
 """
 
 from __future__ import annotations
 
-import re
-import secrets
-from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from mm.data.request import MediaPart, Message
-from mm.errors import InvalidRequest
+from mm.data.request import ROLES, MediaPart, Message, TextPart, check_num_chars
+from mm.errors import InvalidRequest, shown
+from mm.models.prompt_tokenizer import PromptTokenizer, control_tokens
+from mm.models.template import TemplateEnvironment
+from mm.models.user_text import Marks, closed_under_case, high_characters
+
+MAX_REASON_CHARS = 300
 
 
 class ChatTemplate:
-    """Renders and tokenises conversations.
+    """Renders and tokenises conversations. Safe to use from several threads.
 
     Args:
         tokenizer: The checkpoint's tokenizer.
         template: Jinja source; None takes the tokenizer's own.
+        max_tokens: Positions of the model. Longer conversations are refused.
+        placeholders: Ids of the tokens that stand for media. They are control tokens, whatever the tokenizer says.
+
+    Raises:
+        ValueError: There is no template, it is not valid, or the tokenizer cannot be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
-        self._tokenizer, self._template = tokenizer, template
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= set(tokenizer.all_special_tokens)
-        ordered = sorted((re.escape(text) for text in special), key=len, reverse=True)
-        self._special = re.compile("|".join(ordered)) if ordered else None
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        *,
+        max_tokens: int,
+        placeholders: Iterable[int] = (),
+    ) -> None:
+        source = tokenizer.get_chat_template(template)  # pyright: ignore[reportUnknownMemberType]
+        control = control_tokens(tokenizer, source)
+        for i in placeholders:
+            if not (text := cast("str | None", tokenizer.convert_ids_to_tokens(i))):
+                raise ValueError(f"its tokenizer has no token {i}, which stands for media")
+            control[text] = i
+        self.tokenizer = PromptTokenizer(tokenizer, control)
+        self._alphabet = closed_under_case(set[str]().union(*control))
+        self._special: dict[str, Any] = tokenizer.special_tokens_map
+        self._taken = high_characters([source, *control])
+        self._bos = str(tokenizer.bos_token or "")
+        self._max_tokens = max_tokens
+        try:
+            self._template = TemplateEnvironment().from_string(source)
+        except TemplateError as error:
+            raise ValueError(f"its chat template cannot be compiled: {error}") from error
+
+    @property
+    def max_chars(self) -> int:
+        """Characters that the text of a conversation may have."""
+        return self.tokenizer.max_chars(self._max_tokens)
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the conversation up to the start of the assistant's turn, with one placeholder per medium.
 
         Raises:
-            InvalidRequest: The template refuses the conversation.
+            ContextTooLong: It has more tokens than the model has positions.
+            InvalidRequest: The template refuses the conversation, or it holds what is no text.
         """
-        nonce, escaped = f"\ue000{secrets.token_hex(16)}", list[str]()
-        conversation = [self._plain(message, nonce, escaped) for message in messages]
-        try:
-            text = self._tokenizer.apply_chat_template(  # pyright: ignore[reportUnknownMemberType]
-                cast("list[dict[str, str]]", conversation),
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=True,
+        texts = self._checked(messages)
+        marks = Marks(self._alphabet, self._taken | high_characters(texts))
+        with marks.used():
+            rendered = self._render(messages, marks)
+            add_special = not (self._bos and str.startswith(rendered, self._bos))
+            prompt = marks.unmark(self.tokenizer.control(str.__str__(rendered)))
+        return self.tokenizer.ids(prompt, add_special_tokens=add_special)
+
+    def _checked(self, messages: Sequence[Message]) -> list[str]:
+        """The texts of the messages, which are not too long and valid."""
+        texts = [part.text for message in messages for part in message.parts if isinstance(part, TextPart)]
+        num_parts = max(len(messages), len(texts))
+        if num_parts > self._max_tokens:
+            raise InvalidRequest(
+                f"there are {num_parts} messages or text parts; the limit is {self._max_tokens}, the tokens of this "
+                "model's context",
+                "messages",
+                "context_length_exceeded",
             )
-        except (TemplateError, ValueError) as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
-        return self._tokenize(str(text), nonce, escaped)
+        check_num_chars(messages, self.max_chars, self._max_tokens)
+        self.tokenizer.check_text("".join(texts), self._max_tokens)
+        return texts
 
-    def _plain(self, message: Message, nonce: str, escaped: list[str]) -> dict[str, object]:
-        """A message as the template reads it. Text that spells special tokens moves to `escaped`; marks replace it."""
-
-        def mark(match: re.Match[str]) -> str:
-            escaped.append(match.group())
-            return f"{nonce}:{len(escaped) - 1};"
-
-        content: list[dict[str, str]] = []
-        for part in message.parts:
-            if isinstance(part, MediaPart):
-                content.append({"type": part.kind})
-            else:
-                content.append(
-                    {"type": "text", "text": self._special.sub(mark, part.text) if self._special else part.text}
-                )
-        return {"role": message.role, "content": content}
-
-    def _tokenize(self, text: str, nonce: str, escaped: list[str]) -> list[int]:
-        bos = str(self._tokenizer.bos_token or "")
-        add_special = not (bos and text.startswith(bos))
-        if not escaped:
-            return self._ids(text, add_special_tokens=add_special)
-        ids = self._ids("", add_special_tokens=True) if add_special else []
-        for i, piece in enumerate(re.split(rf"{nonce}:(\d+);", text)):
-            if i % 2:
-                ids += self._ids(escaped[int(piece)], add_special_tokens=False, split_special_tokens=True)
-            elif piece:
-                ids += self._ids(piece, add_special_tokens=False)
-        return ids
-
-    def _ids(self, text: str, **options: bool) -> list[int]:
-        return tokenize(self._tokenizer, text, **options)
+    def _render(self, messages: Sequence[Message], marks: Marks) -> str:
+        try:
+            return self._template.render(
+                messages=[_for_template(message, marks) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special,
+            )
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+            reason = marks.unmark(str(error))[:MAX_REASON_CHARS]
+            raise InvalidRequest(f"the model's chat template refuses these messages: {reason}", "messages") from error
 
 
-class _Encoding(Protocol):
-    input_ids: list[int]
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
-    """Token ids of a text. The options are those of the tokenizer's call."""
-    encode = cast("Callable[..., _Encoding]", tokenizer)
-    return encode(text, **options).input_ids
+def _for_template(message: Message, marks: Marks) -> dict[str, object]:
+    """A message as templates read it. Roles are ours, all other text is the request's."""
+    if message.role not in ROLES:
+        raise InvalidRequest(f"the role {shown(message.role)} is unknown; allowed: {', '.join(ROLES)}", "messages")
+    content: list[dict[str, str]] = []
+    for part in message.parts:
+        if isinstance(part, MediaPart):
+            content.append({"type": part.kind})
+        else:
+            content.append({"type": "text", "text": marks.text(part.text)})
+    return {"role": message.role, "content": content}

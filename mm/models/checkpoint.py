@@ -7,7 +7,8 @@ own tensors. Pickled weights (.bin, .pt) are refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -15,6 +16,7 @@ import blake3
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mm.errors import UnknownModel
 from mm.models.folder import BadCheckpoint, check_folder, read_json, reading
@@ -195,15 +197,45 @@ def _open(folder: Path, file: str) -> Generator[_TensorFile]:
 def load_module(
     module: nn.Module, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: str, folder: Path
 ) -> None:
-    """Load `tensors` into a module that was built on the meta device.
+    """Load `tensors` into a module that was built in `without_weights`.
 
     Raises:
         BadCheckpoint: A weight is missing, left over, or of another shape.
     """
     check_tensors(module, tensors, folder)
-    module.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+    cast_to = {name: dtype if tensor.is_floating_point() else None for name, tensor in tensors.items()}
+    on_device = {name: tensor.to(device, cast_to[name]) for name, tensor in tensors.items()}
+    module.load_state_dict(on_device, assign=True)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+    if left := [name for name, tensor in _all_tensors(module) if tensor.is_meta]:
+        raise BadCheckpoint(str(folder), f"is of an architecture with values that cannot be computed: {_few(left)}")
+    module.to(device)  # the buffers that no checkpoint holds
+
+
+def _all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+@contextlib.contextmanager
+def without_weights() -> Generator[None]:
+    """What this thread builds here has parameters without memory.
+
+    Buffers are computed: most of them, such as rotary frequencies or the scale of embeddings, are in no checkpoint.
+    """
+    builder = threading.get_ident()
+
+    def on_meta(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or threading.get_ident() != builder:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(on_meta)  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -22,7 +22,7 @@ from mm.data.media import Kind
 from mm.data.request import MediaPart, Message
 from mm.data.sampling_params import SamplingParams, sampling_options
 from mm.data.tokens import Prompt, VisualTokens
-from mm.errors import InvalidRequest, MediaError
+from mm.errors import ContextTooLong, InvalidRequest, MediaError
 from mm.models.chat import ChatTemplate
 from mm.models.checkpoint import check_depths
 from mm.models.folder import REPLACE, BadCheckpoint, read_json
@@ -69,11 +69,16 @@ class CheckpointFamily(ABC):
         self.tokenizer, template = self.load_tokenizer(folder)
         self.language = LanguageModel(folder, self.config, device, dtype)
         self.folder = folder
-        self._template = ChatTemplate(self.tokenizer, template)
+        self.max_context_tokens: int = self.language.config.max_position_embeddings
         self._placeholders = dict(self.placeholders())
         self._check_token_ids(folder)
+        try:
+            self._template = ChatTemplate(
+                self.tokenizer, template, max_tokens=self.max_context_tokens, placeholders=self._placeholders
+            )
+        except ValueError as error:
+            raise BadCheckpoint(str(folder), f"cannot be given prompts: {error}") from error
         self._generation = _generation_config(folder)
-        self.max_context_tokens: int = self.language.config.max_position_embeddings
         self.eos_token_ids = self._eos_token_ids()
 
     def load_tokenizer(self, folder: Path) -> tuple[PreTrainedTokenizerBase, str | None]:
@@ -134,6 +139,7 @@ class CheckpointFamily(ABC):
         visual tokens are dropped.
 
         Raises:
+            ContextTooLong: The text alone has more tokens than the model has positions.
             InvalidRequest: The chat template does not render each item once and in order.
             MediaError: The checkpoint does not take this kind of media.
         """
@@ -147,10 +153,17 @@ class CheckpointFamily(ABC):
                     "vision.reducer",
                 )
         ids = self._template.token_ids(messages)
+        num_text_tokens = sum(token not in self._placeholders for token in ids)
+        if num_text_tokens >= self.max_context_tokens:  # before anything is embedded
+            raise ContextTooLong(num_text_tokens, 1, self.max_context_tokens)
         self._check_placeholders(ids, [part.kind for m in messages for part in m.parts if isinstance(part, MediaPart)])
         return splice(
             ids, frozenset(self._placeholders), visual, self.language.embed, self.place, self.num_position_rows
         )
+
+    def item_ids(self, text: str) -> list[int]:
+        """Token ids of text that an item brings with it, in which control tokens are meant as such."""
+        return self._template.tokenizer.ids(self._template.tokenizer.control(text))
 
     def _check_placeholders(self, ids: Sequence[int], sent: Sequence[Kind]) -> None:
         placed = [self._placeholders[token] for token in ids if token in self._placeholders]

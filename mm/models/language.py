@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from mm.models.attention import ATTENTION, Attention, AttentionMetadata, Rotary
-from mm.models.checkpoint import BadCheckpoint, load_module, read_tensors
+from mm.models.checkpoint import BadCheckpoint, check_tensors, load_module, read_tensors, without_weights
 from mm.models.folder import reading
 from mm.models.kv_cache_spec import KVCacheSpec
 from mm.models.layers import FusedLayer, build_layer
@@ -79,14 +79,12 @@ class LanguageModel:
             )
         tensors = read_tensors(folder, _text_key)
         head = tensors.pop("lm_head.weight", None)
-        with torch.device("meta"):
+        with torch.device("meta"):  # so that sizes in config.json are checked before anything gets memory
+            check_tensors(build_module(folder, text, attn_implementation=ATTENTION), tensors, folder)
+        with without_weights():
             module = build_module(folder, text, attn_implementation=ATTENTION)
         load_module(module, tensors, dtype=dtype, device=device, folder=folder)
         self.model = cast(_TextModel, module)
-        # Rotary frequencies are not weights: a module built on the meta device has none until it is built again.
-        rebuild = cast("type[_RotaryEmbedding]", type(self.model.rotary_emb))
-        with reading(folder, "config.json"):
-            self.model.rotary_emb = rebuild(config=text).to(device)
         self.model.eval()
         self.config = cast(TextConfig, text)
         self.device, self.dtype = torch.device(device), dtype
@@ -115,7 +113,7 @@ class LanguageModel:
         if wrong := sorted(name for name, tensor in changed.items() if tensor.shape != tensors[name].shape):
             raise weights.bad(f"have tensors of other shapes than this model's decoder, such as {wrong[0]}")
         tensors |= changed
-        with torch.device("meta"):
+        with without_weights():
             module = build_module(self._folder, self._text, attn_implementation=ATTENTION)
         layers = cast(_TextModel, module).layers
         own = {name.removeprefix(LAYERS): tensor for name, tensor in tensors.items()}
@@ -218,12 +216,6 @@ class LanguageModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, vocab) of the last layer's output (T, D)."""
         return self._logits(self.model.norm(hidden))
-
-
-class _RotaryEmbedding(nn.Module):
-    """The constructor that all rotary embeddings of transformers share."""
-
-    def __init__(self, config: PretrainedConfig) -> None: ...
 
 
 LAYERS = "layers."

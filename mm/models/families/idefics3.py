@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mm.data.media import Kind
 from mm.data.tokens import VisualTokens
-from mm.models.chat import tokenize
 from mm.models.family import CheckpointFamily, Placed, among_text
 from mm.models.folder import REPLACE, BadCheckpoint, read_json, read_text
 from mm.models.pretrained import from_folder
@@ -48,7 +47,7 @@ class Idefics3(CheckpointFamily):
         image_token = cast(str, self.tokenizer.convert_ids_to_tokens(self._image_token_id))
         text = item_text(tokens.crops, image_token * height * width)
         # Control tokens separate an item from the text around it, so it can be tokenised alone.
-        ids = tokenize(self.tokenizer, text, add_special_tokens=False)
+        ids = self.item_ids(text)
         return among_text(ids, self._image_token_id, tokens)
 
 

@@ -16,7 +16,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def template(processor):
-    return ChatTemplate(processor.tokenizer, processor.chat_template)
+    return ChatTemplate(processor.tokenizer, processor.chat_template, max_tokens=2048)
 
 
 def user(*parts: str | MediaPart) -> Message:
@@ -57,6 +57,6 @@ def test_user_text_forges_no_control_token(processor, template, text):
 
 
 def test_what_a_template_refuses_is_the_requests_fault(processor):
-    refusing = ChatTemplate(processor.tokenizer, "{{ raise_exception('roles must alternate') }}")
+    refusing = ChatTemplate(processor.tokenizer, "{{ raise_exception('roles must alternate') }}", max_tokens=99)
     with pytest.raises(InvalidRequest, match="roles must alternate"):
         refusing.token_ids([user("x")])

@@ -1,17 +1,39 @@
 """Streaming text: what is sent adds up to the decoded answer, cut before the first stop string."""
 
+import dataclasses
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders
 
-from mm.engine.sampling.detokenizer import IncrementalDetokenizer
-from tests.helpers.checkpoints import tokenizer
+from mm.engine.sampling.detokenizer import IncrementalDetokenizer, TokenDecoding
+from tests.helpers.tokenizers import TOKENIZERS
 
-TOKENIZER = tokenizer().backend_tokenizer
+TOKENIZER = TOKENIZERS["byte_level"]().backend_tokenizer
+DECODING = TokenDecoding.of(TOKENIZER)
+KINDS = {kind: TokenDecoding.of(make().backend_tokenizer) for kind, make in TOKENIZERS.items()}
+
+
+def with_decoder(decoder: decoders.Decoder) -> TokenDecoding:
+    words = TOKENIZERS["llama"]().backend_tokenizer
+    words.decoder = decoder
+    return TokenDecoding.of(words)
+
+
+BLANK, BYTES, FUSE = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+KINDS |= {
+    "stripped": with_decoder(decoders.Sequence([BLANK, BYTES, FUSE, decoders.Strip(" ", 2, 0)])),
+    "cleaned": with_decoder(decoders.Sequence([BLANK, BYTES, FUSE, *(decoders.Replace(f" {c}", c) for c in ".,!?")])),
+    "regex": with_decoder(decoders.Sequence([BLANK, FUSE, decoders.Replace(Regex(r" +(?=[a-c])"), "_")])),
+    "metaspace": with_decoder(decoders.Metaspace()),
+    "suffix": with_decoder(decoders.BPEDecoder("a")),
+}
 
 
 def stream(text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
-    out = IncrementalDetokenizer(TOKENIZER, stop)
+    out = IncrementalDetokenizer(DECODING, stop)
     pieces = []
     for token in TOKENIZER.encode(text, add_special_tokens=False).ids:
         pieces.append(out.push(token))
@@ -44,6 +66,61 @@ def test_text_ends_before_the_first_stop_string(text, stop):
         assert "".join(pieces) == text
 
 
+def choices(decoding: TokenDecoding) -> list[int]:
+    """Tokens of which few make many odd sequences: bytes, blanks, control tokens, and ids that no token has."""
+    size = decoding.tokenizer.get_vocab_size()
+    named = ["▁", "a", "b", ".", ",", "##a", "the", "▁the", "é", "中", "Ġ", "ð", "Ł", "ĺ", "Ģ", "Ã", "©", "<0x20>"]
+    named += [f"<0x{byte:02X}>" for byte in (0xF0, 0x9F, 0x98, 0x80, 0xC3, 0x70)]
+    found = [i for name in named if (i := decoding.tokenizer.token_to_id(name)) is not None]
+    return [*found, *sorted(decoding.special)[:2], size, size + 7]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_tokens_of_any_tokenizer_add_up_to_its_own_text(kind):
+    decoding, rng = KINDS[kind], random.Random(kind)
+    allowed = choices(decoding)
+    for _ in range(200):
+        ids = [rng.choice(allowed) for _ in range(rng.choice([1, 3, 12, 80]))]
+        if rng.random() < 0.3:
+            ids = [rng.randrange(decoding.tokenizer.get_vocab_size()) for _ in ids]
+        out = IncrementalDetokenizer(decoding)
+        pieces = [out.push(token) for token in ids]
+        assert "".join([*pieces, out.finish()]) == decoding.tokenizer.decode(ids, skip_special_tokens=True), ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stop_strings_end_the_text_of_any_tokenizer(kind):
+    decoding, rng = KINDS[kind], random.Random(kind)
+    allowed = choices(decoding)
+    for _ in range(60):
+        ids = [rng.choice(allowed) for _ in range(40)]
+        text = decoding.tokenizer.decode(ids, skip_special_tokens=True)
+        start = rng.randrange(max(1, len(text) - 3))
+        stop = text[start : start + rng.randint(1, 3)] or "a"
+        out = IncrementalDetokenizer(decoding, [stop])
+        sent = ""
+        for token in ids:
+            sent += out.push(token)
+            if out.stopped:
+                break
+        sent += out.finish()
+        assert stop not in sent
+        assert sent == text.split(stop)[0] or decoding.margin != 0, (ids, stop)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama", "gemma", "wordpiece", "unigram"])
+def test_text_comes_with_its_tokens_and_costs_the_same_for_each(kind):
+    decoding = KINDS[kind]
+    word = decoding.tokenizer.token_to_id("a")
+    out = IncrementalDetokenizer(decoding)
+    decoded: list[int] = []
+    counted = dataclasses.replace(decoding)
+    object.__setattr__(counted, "text", lambda ids: decoded.append(len(ids)) or decoding.text(ids))
+    out._decoding = counted
+    assert all(out.push(word) for _ in range(300))
+    assert max(decoded) < 40
+
+
 def test_a_character_of_several_tokens_is_sent_whole():
     pieces, _ = stream("a😀b")
     assert len(TOKENIZER.encode("😀", add_special_tokens=False).ids) > 1
@@ -52,14 +129,14 @@ def test_a_character_of_several_tokens_is_sent_whole():
 
 
 def test_a_character_cut_by_the_end_becomes_a_replacement_mark():
-    out = IncrementalDetokenizer(TOKENIZER)
+    out = IncrementalDetokenizer(DECODING)
     first = TOKENIZER.encode("😀", add_special_tokens=False).ids[0]
     assert out.push(first) == ""
     assert out.finish() == "�"
 
 
 def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_known():
-    out = IncrementalDetokenizer(TOKENIZER, ("END",))
+    out = IncrementalDetokenizer(DECODING, ("END",))
     sent = [out.push(token) for text in ("x", "E", "N", "x") for token in TOKENIZER.encode(text).ids]
     assert sent == ["x", "", "", "ENx"]
 
@@ -72,7 +149,7 @@ def test_a_stop_string_that_never_completes_is_sent_at_the_end(tail):
 @pytest.mark.parametrize("stop", [("END",), ("ENDENDy", "END")])
 @pytest.mark.parametrize(("min_tokens", "sent"), [(5, "ab"), (6, "abEND"), (8, "abEND"), (9, "abENDENDx")])
 def test_a_stop_string_that_is_complete_too_early_is_text(min_tokens, sent, stop):
-    out = IncrementalDetokenizer(TOKENIZER, stop, min_tokens=min_tokens)
+    out = IncrementalDetokenizer(DECODING, stop, min_tokens=min_tokens)
     pieces = []
     for character in "abENDENDx":
         pieces.append(out.push(TOKENIZER.token_to_id(character)))
