@@ -28,6 +28,21 @@ class Unavailable(CapacityError):
     code = "unavailable"
 
 
+class StageMissing(Unavailable):
+    """A part of the server that the request needs has no replica.
+
+    Args:
+        stage: Name of the part.
+    """
+
+    def __init__(self, stage: str, retry_after_s: int) -> None:
+        super().__init__(stage, retry_after_s)
+        self.stage = stage
+
+    def __str__(self) -> str:
+        return f"no {self.stage} is running; one is being started, so try again in {self.retry_after_s} s"
+
+
 class MediaLost(Unavailable):
     """The encoded media are gone, because the replica that held them is."""
 
@@ -81,8 +96,33 @@ class DecoderLoad:
         return cls(num_running=stats.num_running, num_waiting=stats.num_waiting, engines=(stats,))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """Whether a request could be answered now.
+
+    Attributes:
+        missing: Stages without a replica.
+        silent: Stages with replicas that do not answer.
+    """
+
+    missing: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
+
+    @property
+    def is_ok(self) -> bool:
+        return not self.missing and not self.silent
+
+
 class Runtime(Protocol):
     """What the HTTP layer needs of the machinery below it."""
+
+    async def admit(self) -> None:
+        """Check that a chat request could be answered: that there is a decoder.
+
+        Raises:
+            StageMissing: There is none, and none came in a second.
+        """
+        ...
 
     async def encode(self, request: Request) -> MediaHandle:
         """Encode and reduce the request's media; also checks the reducer that it names."""
@@ -104,8 +144,8 @@ class Runtime(Protocol):
 
     async def load(self) -> DecoderLoad: ...
 
-    async def healthy(self) -> bool:
-        """Whether a request could be answered now. It never generates."""
+    async def health(self) -> Health:
+        """Whether a request could be answered now. It never generates, and takes less than a second."""
         ...
 
     async def status(self) -> StageStatus:
@@ -162,6 +202,9 @@ class LocalRuntime:
             kinds=encoder.kinds, max_context_tokens=max_context_tokens, default_reducer=default_reducer
         )
 
+    async def admit(self) -> None:
+        """Return: both halves are in this process."""
+
     async def encode(self, request: Request) -> EncodedMedia:
         if not needs_encoder(request):
             return EncodedMedia(reducer=self._info.default_reducer)
@@ -185,8 +228,8 @@ class LocalRuntime:
     async def load(self) -> DecoderLoad:
         return DecoderLoad.of(self._loop.stats)
 
-    async def healthy(self) -> bool:
-        return True
+    async def health(self) -> Health:
+        return Health()
 
     async def status(self) -> StageStatus:
         return joined([self._encoder.status(), self._loop.status()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable
@@ -38,6 +39,9 @@ from serve.runtime import Runtime
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+HEALTH_TIMEOUT_S = 0.9
+"""Whoever asks for `/health` decides within a second."""
 
 
 def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool = True) -> FastAPI:
@@ -142,11 +146,14 @@ def _add_models(app: FastAPI, runtime: Runtime, config: ServeConfig, bodies: Bod
 def _add_operations(app: FastAPI, runtime: Runtime, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> Response:
-        healthy, status = await _or_none(runtime.healthy()), await _or_none(runtime.status())
-        is_ok = bool(healthy) and status is not None and not status.problems
+        asked = asyncio.gather(runtime.health(), runtime.status())
+        answer = await _or_none(asyncio.wait_for(asked, HEALTH_TIMEOUT_S))
+        is_ok = answer is not None and answer[0].is_ok and not answer[1].problems
         content: JsonObject = {"status": "ok" if is_ok else "unavailable"}
-        if status is not None:
-            found = {"problems": list(status.problems), "plugins_off": [asdict(one) for one in status.plugins_off]}
+        if answer is not None:
+            stages, status = answer
+            found = {name: list(names) for name, names in asdict(stages).items()}
+            found |= {"problems": list(status.problems), "plugins_off": [asdict(one) for one in status.plugins_off]}
             content |= {name: value for name, value in found.items() if value}
         return Response(to_json(content), 200 if is_ok else 503, media_type="application/json")
 

@@ -6,7 +6,7 @@ Each delta becomes one chunk, however the runtime batches them, so that both run
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mm.data.outputs import Delta, Event, Summary
@@ -38,6 +38,7 @@ class ChunkWriter:
     call: ChatCall
     num_prompt_tokens: int | None = None
     num_completion_tokens: int = 0
+    finished: set[int] = field(default_factory=set[int], init=False)
 
     def start(self) -> Iterator[bytes]:
         """The first frame of each choice, which has its role."""
@@ -52,8 +53,10 @@ class ChunkWriter:
                 yield from self._delta(event)
 
     def error(self, error: ErrorResponse) -> bytes:
-        """The last frame of a response that failed after it had begun."""
-        return frame(error.body)
+        """The end of a stream that cannot go on: each unfinished choice ends, then comes the error."""
+        open_choices = [choice for choice in range(self.call.request.sampling.n) if choice not in self.finished]
+        ends = [self._frame(chunk(self.meta, choice, {}, "error")) for choice in open_choices]
+        return b"".join([*ends, frame(error.body)])
 
     def end(self) -> bytes:
         return DONE
@@ -69,6 +72,7 @@ class ChunkWriter:
                 fields["speculation"] = accepted_fields(len(delta.token_ids), delta.num_drafted)
             yield self._frame(fields)
         if delta.finish_reason is not None:
+            self.finished.add(delta.choice)
             yield self._frame(chunk(self.meta, delta.choice, {}, delta.finish_reason))
 
     def _frame(self, fields: JsonObject) -> bytes:
@@ -105,7 +109,7 @@ class Writer(Protocol):
     def frames(self, events: Sequence[Event]) -> Iterator[bytes]: ...
 
     def error(self, error: ErrorResponse) -> bytes:
-        """The frame for an error after the response has begun."""
+        """What ends the response after an error."""
         ...
 
     def end(self) -> bytes:
@@ -123,7 +127,7 @@ async def sse(
 
     Args:
         first: The events that came before the status was sent.
-        on_error: The last frame for an error after that.
+        on_error: What clients read of an error after that.
     """
     try:
         yield b"".join([*writer.start(), *writer.frames(first)])

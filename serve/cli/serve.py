@@ -19,10 +19,10 @@ from serve.cli.checks import (
 from serve.cli.log import log_to_stderr
 from serve.cli.options import EPILOG, build_config, config_option, print_settings, setting_options
 from serve.config import ServeConfig
+from serve.deployments.environment import LOCAL_HOSTS
 
 SAMPLE = Path(__file__).resolve().parents[2] / "demos" / "samples" / "many_shapes.png"
 QUESTION = "What color is the star?"
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 @click.command(epilog=EPILOG)

@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import ray
+from ray import _raylet
 from ray import serve as ray_serve
+from ray._private import ray_constants
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 
-from mm.errors import MmError
 from serve.config import ServeConfig
+from serve.deployments import node
 from serve.deployments.decoder import Decoder
 from serve.deployments.encoder import Encoder
+from serve.deployments.environment import UnsafeRay, prepare_environment
 from serve.deployments.ingress import APPLICATION, build_ingress
+from serve.deployments.loopback import open_ports
 from serve.deployments.router import STATS_PERIOD_S, LeastLoadedRouter
 
 log = logging.getLogger(__name__)
 
 NO_LIMIT = 1_000_000
 """The ingress admits requests itself, so that a refusal is an answer in OpenAI's form."""
+HEALTH_CHECK_PERIOD_S = 1.0
+"""The controller replaces a dead replica after this time at most."""
+HEALTH_CHECK_TIMEOUT_S = 10.0
+"""A replica that does not answer for this long, three times in a row, is replaced too."""
 
-
-RAY_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray starts its workers at niceness 15. Any other load on the machine would then slow a replica down.
-    "RAY_worker_niceness": "0",
-    # Replicas compute in threads of their own. Their event loops are free, and need no second loop beside them.
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-    # Short messages between replicas go straight over gRPC, which halves a hop; large bodies need its limit raised.
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),
-    # A busy machine may need longer than the default half minute to start the node.
-    "RAY_raylet_start_wait_time_s": "120",
-}
-"""Environment of a Ray that is started here, where the operator has not set it otherwise. Read by its processes."""
-
-
-class RayDidNotStart(MmError):
-    """No node came up on this machine."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+DRAIN_MARGIN_S = 5.0
+"""What Serve itself takes to delete an application, beyond the drain timeout."""
 
 
 def build_application(config: ServeConfig) -> ray_serve.Application:
@@ -54,27 +48,46 @@ def build_application(config: ServeConfig) -> ray_serve.Application:
     encoder = Encoder.options(
         num_replicas=config.num_encoders,
         max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_queued_requests,
-        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        request_router_config=_router("Encoder"),
         ray_actor_options={"num_cpus": config.encoder_cpus, "num_gpus": config.encoder_gpus},
+        **_lifetime(config),
     )
     decoder = Decoder.options(
-        **_replicas(config),
-        request_router_config=RequestRouterConfig.model_validate(
-            {"request_router_class": LeastLoadedRouter, "request_routing_stats_period_s": STATS_PERIOD_S}
-        ),
         max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_queued_requests,
-        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        request_router_config=_router("Decoder"),
         ray_actor_options={"num_cpus": config.decoder_cpus, "num_gpus": config.decoder_gpus},
+        **_replicas(config),
+        **_lifetime(config),
     )
     ingress = build_ingress(config).options(
         num_replicas=config.num_ingress,
         max_ongoing_requests=NO_LIMIT,
-        graceful_shutdown_timeout_s=config.drain_timeout_s,
         ray_actor_options={"num_cpus": config.ingress_cpus},
+        **_lifetime(config),
     )
     return ingress.bind(encoder.bind(config), decoder.bind(config))
+
+
+def _router(deployment: str) -> RequestRouterConfig:
+    """How the ingress chooses among the replicas of a deployment."""
+    return RequestRouterConfig.model_validate(
+        {
+            "request_router_class": LeastLoadedRouter,
+            "request_router_kwargs": {"deployment": deployment},
+            "request_routing_stats_period_s": STATS_PERIOD_S,
+        }
+    )
+
+
+def _lifetime(config: ServeConfig) -> dict[str, Any]:
+    """When a replica counts as lost, and how long one that is taken away may finish its requests."""
+    return {
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        # A replica that is not needed any more is in no hurry. When the server stops, `serving` waits less.
+        "graceful_shutdown_timeout_s": config.request_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.2,
+    }
 
 
 def _replicas(config: ServeConfig) -> dict[str, Any]:
@@ -90,44 +103,79 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def serving(config: ServeConfig) -> Iterator[None]:
+def serving(config: ServeConfig, on_end: Callable[[], None] | None = None) -> Iterator[node.Node]:
     """A Ray of our own with the application running on it; taken down on leaving, whatever happened.
 
+    Args:
+        on_end: Called from a thread if Ray ends by itself. None interrupts the main thread.
+
     Raises:
-        RayDidNotStart: The machine is too busy, or Ray cannot run on it.
+        RayDidNotStart: The machine is too busy, Ray cannot run on it, or a replica cannot start.
+        UnsafeRay: Ray would be open to other machines.
     """
-    for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    prepare_environment(config.host)
+    # Ray read this when it was imported; see `RAY_SETTINGS`.
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] != "0"
+    _raylet.Config.initialize("")  # pyright: ignore[reportAttributeAccessIssue]
+    options = {
+        "num_cpus": int(config.ray_cpus or max(os.cpu_count() or 1, config.total_cpus + 1)),
+        "object_store_memory": config.object_store_bytes,
+        "include_dashboard": False,
+        "configure_logging": False,
+        "log_to_driver": False,
+    }
+    ray_node = node.start(options, on_end or _thread.interrupt_main, partial(_start_serve, config))
     try:
-        _start_node(config)
-        ray_serve.start(http_options=HTTPOptions(host=config.host, port=config.port), proxy_location="HeadOnly")  # type: ignore[arg-type]
-        ray_serve.run(build_application(config), name=APPLICATION, route_prefix="/")
-        yield
+        _run_application(config)
+        if ports := open_ports(ray_node.mark, but=config.port):
+            raise UnsafeRay(f"Ray listens where other machines may reach it: {', '.join(ports)}")
+        yield ray_node
+    except KeyboardInterrupt:
+        if ray_node.failure is None:
+            raise
+        raise node.RayEnded(f"Ray ended while the server ran: {ray_node.failure}") from None
     finally:
-        if ray.is_initialized():
-            with contextlib.suppress(Exception):
-                # Shutting down at once would cut streams. Deleting the application lets its replicas drain first.
-                ray_serve.delete(APPLICATION)
-            with contextlib.suppress(Exception):
-                ray_serve.shutdown()
-            ray.shutdown()
+        _take_down(config, ray_node)
 
 
-def _start_node(config: ServeConfig) -> None:
+def _start_serve(config: ServeConfig, ray_node: node.Node) -> None:
+    """Connect to the node and start Serve's controller and proxy there."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        ray.init(
-            address="local",
-            num_cpus=int(config.ray_cpus or max(os.cpu_count() or 1, config.total_cpus + 1)),
-            object_store_memory=config.object_store_bytes,
-            include_dashboard=False,
-            configure_logging=False,
-            log_to_driver=False,
+        ray.init(address=ray_node.address, configure_logging=False, log_to_driver=False)
+        _restore(before)  # Ray's own handler for SIGTERM aborts the process
+        ray_serve.start(http_options=HTTPOptions(host=config.host, port=config.port), proxy_location="HeadOnly")  # type: ignore[arg-type]
+    except BaseException:
+        ray.shutdown()
+        raise
+
+
+def _run_application(config: ServeConfig) -> None:
+    try:
+        # Where the number of decoders is fixed, an operator may change it through Ray's controller.
+        ray_serve.run(
+            build_application(config),
+            name=APPLICATION,
+            route_prefix="/",
+            external_scaler_enabled=config.max_decoders is None,
         )
-    except Exception as error:  # Ray raises plain exceptions, of many kinds
-        raise RayDidNotStart(
-            f"Ray did not start on this machine: {error}. Try again when the machine is less busy, see Ray's logs "
-            "(/tmp/ray/session_latest/logs), or serve without Ray: mm serve --in-process"
+    except RuntimeError as error:
+        raise node.RayDidNotStart(
+            f"the model could not be served on Ray: {node.one_line(error)}. Ray's logs have the reason "
+            "(/tmp/ray/session_latest/logs/serve), and so has mm serve --in-process"
         ) from error
+
+
+def _take_down(config: ServeConfig, ray_node: node.Node) -> None:
+    """Let the replicas finish what they have begun, within the drain timeout, and end all processes."""
+    if ray_node.failure is None and ray.is_initialized():
+        with contextlib.suppress(Exception):
+            ray_serve.delete(APPLICATION, _blocking=False)
+            deadline = time.monotonic() + config.drain_timeout_s + DRAIN_MARGIN_S
+            while APPLICATION in ray_serve.status().applications and time.monotonic() < deadline:
+                time.sleep(0.1)
+        ray.shutdown()
+    ray_node.close()
 
 
 def run_on_ray(config: ServeConfig, on_ready: Callable[[], None] | None = None) -> None:
@@ -135,20 +183,38 @@ def run_on_ray(config: ServeConfig, on_ready: Callable[[], None] | None = None) 
 
     Args:
         on_ready: Called once the first request can be answered.
+
+    Raises:
+        RayDidNotStart: The machine is too busy, Ray cannot run on it, or a replica cannot start.
+        RayEnded: Ray's processes ended while the server ran.
+        UnsafeRay: Ray would be open to other machines.
     """
     stop = threading.Event()
-    before = _on_signal(stop)
+    before = _on_signal(_interrupt)
     try:
-        with serving(config):
-            _on_signal(stop)  # again: starting Ray puts its own handler for SIGTERM in place, which aborts the process
+        with serving(config, stop.set) as ray_node:
+            _on_signal(lambda *_: stop.set())
             if on_ready is not None:
                 on_ready()
             stop.wait()
+            if ray_node.failure is not None:
+                raise node.RayEnded(f"Ray ended while the server ran: {ray_node.failure}")
+    except KeyboardInterrupt:
+        log.info("stopped before the server was ready")
     finally:
-        for number, handler in before.items():
+        _restore(before)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _on_signal(handler: Callable[..., None]) -> dict[signal.Signals, Any]:
+    """Set the handler of SIGINT and SIGTERM; the handlers that were there before."""
+    return {number: signal.signal(number, handler) for number in SIGNALS}
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _on_signal(stop: threading.Event) -> dict[signal.Signals, Any]:
-    """Let SIGINT and SIGTERM set `stop`; the handlers that were there before."""
-    return {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -11,6 +11,7 @@ from mm.data.outputs import Event
 from mm.data.request import Request
 from mm.plugins.calls import StageStatus
 from serve.config import ServeConfig
+from serve.deployments.loopback import keep_replica_local
 from serve.deployments.messages import TransferredMedia
 from serve.deployments.router import routing_stats
 from serve.deployments.transport import receive
@@ -21,6 +22,7 @@ from serve.stages import build_decoder_loop
 @ray_serve.deployment(name="Decoder")
 class Decoder:
     def __init__(self, config: ServeConfig) -> None:
+        keep_replica_local()
         self._loop, self._max_context_tokens = build_decoder_loop(config)
 
     async def stream(self, request: Request, media: TransferredMedia) -> AsyncIterator[list[Event]]:
@@ -44,6 +46,9 @@ class Decoder:
     def record_routing_stats(self) -> dict[str, Any]:
         """Ray calls this from time to time and hands the result to the routers."""
         return routing_stats(self._loop.stats)
+
+    async def ping(self) -> None:
+        """Return: a sign of life of the event loop."""
 
     async def max_context_tokens(self) -> int:
         return self._max_context_tokens

@@ -10,6 +10,7 @@ from ray import serve as ray_serve
 from mm.data.request import Request
 from mm.plugins.calls import StageStatus
 from serve.config import ServeConfig
+from serve.deployments.loopback import keep_replica_local
 from serve.deployments.messages import INLINE_BYTES, TransferredMedia
 from serve.deployments.transport import num_bytes, pack
 from serve.stages import build_encoder_stage
@@ -18,6 +19,7 @@ from serve.stages import build_encoder_stage
 @ray_serve.deployment(name="Encoder")
 class Encoder:
     def __init__(self, config: ServeConfig) -> None:
+        keep_replica_local()
         self._stage = build_encoder_stage(config)
 
     async def encode(self, request: Request) -> TransferredMedia:
@@ -46,6 +48,9 @@ class Encoder:
         """Ray calls this from time to time, and replaces a replica for which it raises."""
         if problems := self._stage.status().problems:
             raise RuntimeError("; ".join(problems))
+
+    async def ping(self) -> None:
+        """Return: a sign of life of the event loop."""
 
     async def kinds(self) -> tuple[str, ...]:
         return self._stage.kinds

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+import functools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import (
     ActorDiedError,
@@ -23,9 +24,22 @@ from mm.data.request import Request
 from mm.data.tokens import EncodedMedia
 from mm.errors import CapacityError
 from mm.plugins.calls import StageStatus
+from serve.deployments.availability import NEW_WAIT_S, SILENT_S, STAGES, Pulse, Stage
 from serve.deployments.messages import INLINE_BYTES, TransferredMedia
 from serve.deployments.transport import receive
-from serve.runtime import DecoderLoad, MediaHandle, ModelInfo, Unavailable, joined, needs_encoder
+from serve.runtime import (
+    DecoderLoad,
+    Health,
+    MediaHandle,
+    MediaLost,
+    ModelInfo,
+    StageMissing,
+    Unavailable,
+    joined,
+    needs_encoder,
+)
+
+T = TypeVar("T")
 
 GONE = (
     ActorDiedError,
@@ -40,46 +54,60 @@ GONE = (
 
 
 STATUS_TIMEOUT_S = 0.5
+MAX_TRIES = 5
+"""Replicas that one request may lose. A request that ends each of them has to end too."""
+PAUSE_S = 0.1
+"""Before a lost call is made again, times the calls so far: the loss has to reach the router."""
 
 
 class RayRuntime:
     """Both halves in Ray Serve replicas, reached through handles.
 
-    The caller keeps the request with its media, so a lost encoder costs one more encoding and not the request.
+    The caller keeps the request with its media, so a lost replica costs one more encoding or decoding and not the
+    request. Only a stream that has begun ends with its decoder.
 
     Args:
         encoder, decoder: Handles of the `Encoder` and `Decoder` deployments.
-        is_healthy: Whether both have a running replica.
     """
 
-    def __init__(
-        self,
-        encoder: DeploymentHandle,
-        decoder: DeploymentHandle,
-        default_reducer: str,
-        is_healthy: Callable[[], Awaitable[bool]],
-    ) -> None:
+    def __init__(self, encoder: DeploymentHandle, decoder: DeploymentHandle, default_reducer: str) -> None:
+        self._encoder_stage, self._decoder_stage = Stage("encoder"), Stage("decoder")
+        STAGES.update({"Encoder": self._encoder_stage, "Decoder": self._decoder_stage})
         # Object references are only counted, and so kept alive, on calls that go through Ray itself.
         self._encode_by_reference = encoder.options(_by_reference=True).encode
         self._item_bytes: dict[str, int] = {}
         self._by_reference = decoder.options(_by_reference=True)
         self._encoder, self._decoder = encoder, decoder
         self._default_reducer = default_reducer
-        self._is_healthy = is_healthy
+        self._pulses = {
+            stage: Pulse(functools.partial(_ping, handle.options(_by_reference=True)))
+            for stage, handle in ((self._encoder_stage, encoder), (self._decoder_stage, decoder))
+        }
         self._info: ModelInfo | None = None
+
+    async def admit(self) -> None:
+        await self._decoder_stage.wait_until_present(NEW_WAIT_S)
 
     async def encode(self, request: Request) -> TransferredMedia:
         if not needs_encoder(request):
             return TransferredMedia(inline=[], reducer=self._default_reducer)
-        try:
-            media = await _result(self._encode_for(request).remote(request))
-        except Unavailable:
-            media = await _result(self._encode_for(request).remote(request))
+        await self._encoder_stage.wait_until_present(NEW_WAIT_S)
+        return await self._encode(request, is_new=True)
+
+    async def _encode(self, request: Request, *, is_new: bool) -> TransferredMedia:
+        async def attempt(loss: Unavailable | None) -> TransferredMedia:
+            call = _result(self._encode_for(request), request)
+            return await self._encoder_stage.through(call, is_new=is_new and loss is None)
+
+        media = await _retried(attempt)
+        self._learn_size(request, media)
+        return media
+
+    def _learn_size(self, request: Request, media: TransferredMedia) -> None:
         if media.num_items:
             size = media.num_bytes // media.num_items
             for kind in {item.kind for item in request.media}:
                 self._item_bytes[kind] = max(size, self._item_bytes.get(kind, 0))
-        return media
 
     async def collect(self, media: MediaHandle) -> EncodedMedia:
         assert isinstance(media, TransferredMedia), "media of another runtime"
@@ -92,29 +120,36 @@ class RayRuntime:
         return self._encoder.encode_inline if max(media, files) < INLINE_BYTES else self._encode_by_reference
 
     async def stream(self, request: Request, media: MediaHandle) -> AsyncGenerator[list[Event]]:
-        started = False
-        assert isinstance(media, TransferredMedia), "media of another runtime"
-        for last_try in (False, True):
-            try:
-                stream = self._decoder_for(media).stream.options(stream=True)
-                async for batch in _items(stream.remote(_without_media(request), media)):
-                    started = True
-                    yield batch
-                return
-            except Unavailable:
-                if started or last_try:
-                    raise
-                media = await self.encode(request)
+        async def attempt(loss: Unavailable | None) -> tuple[list[Event], AsyncGenerator[list[Event]]]:
+            current = await self._media(request, media, loss)
+            method = self._decoder_for(current).stream.options(stream=True)
+            events = _items(method, _without_media(request), current)
+            return await self._decode(_first(events), current, loss), events
+
+        first, rest = await _retried(attempt)
+        try:
+            yield first
+            async for batch in rest:
+                yield batch
+        finally:
+            await rest.aclose()
 
     async def complete(self, request: Request, media: MediaHandle) -> list[Event]:
-        assert isinstance(media, TransferredMedia), "media of another runtime"
-        try:
-            return await self._complete(request, media)
-        except Unavailable:
-            return await self._complete(request, await self.encode(request))
+        async def attempt(loss: Unavailable | None) -> list[Event]:
+            current = await self._media(request, media, loss)
+            call = _result(self._decoder_for(current).complete, _without_media(request), current)
+            return await self._decode(call, current, loss)
 
-    async def _complete(self, request: Request, media: TransferredMedia) -> list[Event]:
-        return await _result(self._decoder_for(media).complete.remote(_without_media(request), media))
+        return await _retried(attempt)
+
+    async def _media(self, request: Request, media: MediaHandle, loss: Unavailable | None) -> TransferredMedia:
+        """The request's encoded media; encoded again if they were lost."""
+        assert isinstance(media, TransferredMedia), "media of another runtime"
+        return await self._encode(request, is_new=False) if isinstance(loss, MediaLost) else media
+
+    async def _decode(self, call: Coroutine[Any, Any, T], media: TransferredMedia, loss: Unavailable | None) -> T:
+        """The result of a decoder. A request whose media were encoded is not new any more."""
+        return await self._decoder_stage.through(call, is_new=loss is None and not media.num_items)
 
     def _decoder_for(self, media: TransferredMedia) -> Any:
         return self._by_reference if media.reference is not None else self._decoder
@@ -122,7 +157,8 @@ class RayRuntime:
     async def info(self) -> ModelInfo:
         if self._info is None:
             kinds, max_context_tokens = await asyncio.gather(
-                _result(self._encoder.kinds.remote()), _result(self._decoder.max_context_tokens.remote())
+                self._encoder_stage.through(_result(self._encoder.kinds), is_new=True),
+                self._decoder_stage.through(_result(self._decoder.max_context_tokens), is_new=True),
             )
             self._info = ModelInfo(
                 kinds=kinds, max_context_tokens=max_context_tokens, default_reducer=self._default_reducer
@@ -131,18 +167,24 @@ class RayRuntime:
 
     async def load(self) -> DecoderLoad:
         # A broadcast does not wait in the queue of requests, so it is answered even when all replicas are full.
-        loads: list[DecoderLoad] = await self._decoder.broadcast("load").results_async(timeout_s=2.0)
+        answers = await self._decoder.broadcast("load").results_async(timeout_s=2.0, return_exceptions=True)
+        loads = [answer for answer in answers if isinstance(answer, DecoderLoad)]
         return DecoderLoad(
             num_running=sum(load.num_running for load in loads),
             num_waiting=sum(load.num_waiting for load in loads),
             engines=tuple(stats for load in loads for stats in load.engines),
         )
 
-    async def healthy(self) -> bool:
-        return await self._is_healthy()
+    async def health(self) -> Health:
+        silent = await asyncio.gather(*(pulse.is_silent() for pulse in self._pulses.values()))
+        stages = tuple(self._pulses)
+        return Health(
+            missing=tuple(stage.name for stage in stages if not stage.is_present),
+            silent=tuple(stage.name for stage, is_silent in zip(stages, silent, strict=True) if is_silent),
+        )
 
     async def status(self) -> StageStatus:
-        """What the replicas say that answer at once. The others are no plugin's fault, or are seen by `healthy`."""
+        """What the replicas say that answer at once. The others are no plugin's fault, or are seen by `health`."""
         asked = [
             handle.broadcast("status").results_async(timeout_s=STATUS_TIMEOUT_S)
             for handle in (self._encoder, self._decoder)
@@ -154,13 +196,36 @@ class RayRuntime:
         """Does nothing: Ray stops routing to a replica before it ends it, and waits for the replica's requests."""
 
 
+async def _retried(attempt: Callable[[Unavailable | None], Awaitable[T]]) -> T:
+    """The result of `attempt`, which is made again after it lost its replica. It gets the loss of the last attempt."""
+    loss: Unavailable | None = None
+    for tries in range(1, MAX_TRIES + 1):
+        try:
+            return await attempt(loss)
+        except StageMissing:
+            raise
+        except Unavailable as error:
+            loss = error
+        await asyncio.sleep(PAUSE_S * tries)
+    assert loss is not None
+    raise loss
+
+
+async def _ping(handle: DeploymentHandle) -> None:
+    """Ask every replica for a sign of life. Raises if none gives one; calls to dead ones tell the router."""
+    answers = await handle.broadcast("ping").results_async(timeout_s=SILENT_S, return_exceptions=True)
+    if all(isinstance(answer, Exception) for answer in answers):
+        raise Unavailable("no replica answers")
+
+
 def _without_media(request: Request) -> Request:
     """What the decoder needs of a request; pixels and files never travel to it."""
     return replace(request, media=())
 
 
-async def _result(response: Any) -> Any:
+async def _result(method: Any, *arguments: Any) -> Any:
     """A replica's result. Its errors are raised as what they are."""
+    response = method.remote(*arguments)
     try:
         return await response
     except asyncio.CancelledError:
@@ -170,7 +235,8 @@ async def _result(response: Any) -> Any:
         raise _unwrapped(error) from None
 
 
-async def _items(response: Any) -> AsyncIterator[Any]:
+async def _items(method: Any, *arguments: Any) -> AsyncGenerator[Any]:
+    response = method.remote(*arguments)
     try:
         async for item in response:
             yield item
@@ -178,6 +244,10 @@ async def _items(response: Any) -> AsyncIterator[Any]:
         raise _unwrapped(error) from None
     finally:
         response.cancel()
+
+
+async def _first(events: AsyncGenerator[list[Event]]) -> list[Event]:
+    return await anext(events)
 
 
 def _unwrapped(error: Exception) -> Exception:

@@ -1,4 +1,4 @@
-"""Which decoder takes a request: of two at random, one with room in its cache before one whose line has begun.
+"""Which replica takes a request: of two at random, one with room in its cache before one whose line has begun.
 
 Ray counts the requests that a replica holds; a decoder knows more: how full its cache is, and how many prompt tokens
 wait. It publishes that about once a second, so it orders candidates only where it makes a plain difference; among
@@ -10,9 +10,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from mm.engine.stats import EngineStats
+from serve.deployments import availability
 
 FULL = 0.95
 STATS_PERIOD_S = 1.0
@@ -34,7 +35,35 @@ def is_full(stats: dict[str, Any]) -> bool:
 
 
 class LeastLoadedRouter(FIFOMixin, RequestRouter):
-    """Two choices, those with room first."""
+    """Two choices, those with room first. It tells the deployment's `Stage` how many replicas there are.
+
+    Encoders publish no figures, so among them Ray's count alone decides. Ray copies this class into the ingress, so it
+    reaches what it shares with the rest of the process through a module, which is not copied.
+    """
+
+    _deployment = ""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        self._deployment = kwargs.get("deployment", "")
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Ray's controller sent the replicas that run."""
+        super().update_replicas(replicas)
+        self._report()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """A call found the replica dead, before the controller did."""
+        super().on_replica_actor_died(replica_id)
+        self._report()
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """The replica has taken the request."""
+        if call := availability.CURRENT_CALL.get(None):
+            call.is_accepted = True
+
+    def _report(self) -> None:
+        if stage := availability.STAGES.get(self._deployment):
+            stage.report(len(self.curr_replicas))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

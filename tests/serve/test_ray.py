@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import os
 import re
 import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import av
@@ -90,7 +92,7 @@ def without_clock(content: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def ray_client(on_ray: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=on_ray, timeout=60) as client:
+    with httpx.Client(base_url=on_ray, timeout=300) as client:
         yield client
 
 
@@ -151,6 +153,36 @@ def test_operations(ray_client) -> None:
     assert ray_client.get("/nothing").json()["error"]["code"] == "not_found"
 
 
+def test_ray_listens_on_this_machine_only_and_wants_its_token(on_ray, config) -> None:
+    """Serve's replicas unpickle what reaches their port, so it is the one that matters most."""
+    import grpc
+
+    from serve.deployments.loopback import open_ports
+    from serve.deployments.processes import MARK, listening, marked
+
+    marks = {process.environ()[MARK] for pid in replica_pids("Decoder") for process in [psutil_process(pid)]}
+    (mark,) = marks
+    names = {process.name() for process in marked(mark)}
+    assert {"gcs_server", "raylet"} <= names
+    assert open_ports(mark, but=config.port) == []
+    ports = {address for name, address in listening(mark) if name.startswith("ray::ServeRepl")}
+    refusals = []
+    for address in ports:
+        with grpc.insecure_channel(address.replace("::ffff:", "")) as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as refused:
+                call(b"", timeout=60)
+            refusals.append(refused.value.code())  # type: ignore[attr-defined]
+    assert refusals.count(grpc.StatusCode.UNAUTHENTICATED) == 3  # one replica of each deployment
+    assert set(refusals) <= {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}  # the latter: Ray's own
+
+
+def psutil_process(pid: int) -> Any:
+    import psutil
+
+    return psutil.Process(pid)
+
+
 def running(client: httpx.Client) -> float:
     text = client.get("/metrics").text
     found = re.search(r'vllm:num_requests_running\{model_name="tiny"\} (\S+)', text)
@@ -183,7 +215,14 @@ def kill(deployment: str) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def ask_until_answered(client: httpx.Client, request: dict[str, Any], timeout_s: float = 60.0) -> list[int]:
+def await_health(client: httpx.Client, timeout_s: float = 300.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while client.get("/health").status_code != 200:
+        assert time.monotonic() < deadline, "the lost replica was not replaced"
+        time.sleep(0.2)
+
+
+def ask_until_answered(client: httpx.Client, request: dict[str, Any], timeout_s: float = 300.0) -> list[int]:
     """Status codes up to the first 200; every other one is well-formed and says when to try again."""
     statuses = []
     deadline = time.monotonic() + timeout_s
@@ -198,18 +237,47 @@ def ask_until_answered(client: httpx.Client, request: dict[str, Any], timeout_s:
     return statuses
 
 
-def test_lost_encoder_costs_a_retry_and_no_request(ray_client) -> None:
-    request = body([IMAGE, TEXT], {})
+@pytest.mark.parametrize(
+    ("deployment", "stage", "content"), [("Encoder", "encoder", [IMAGE, TEXT]), ("Decoder", "decoder", "Hello")]
+)
+def test_a_request_to_a_stage_without_replicas_is_refused_and_health_names_the_stage(
+    ray_client, deployment, stage, content
+) -> None:
+    request = body(content, {})
     before = ray_client.post(PATH, json=request).json()["choices"]
-    kill("Encoder")
-    statuses = ask_until_answered(ray_client, request)
-    assert statuses[-1] == 200
-    assert set(statuses[:-1]) <= {503}
+    kill(deployment)
+    refused = ray_client.post(PATH, json=request, timeout=60)
+    assert refused.status_code == 503
+    assert f"no {stage} is running" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) >= 1
+    health = ray_client.get("/health", timeout=60)
+    assert (health.status_code, health.json()) == (503, {"status": "unavailable", "missing": [stage]})
+    if stage == "encoder":
+        assert ray_client.post(PATH, json=body("Hello", {}), timeout=60).status_code == 200
+    await_health(ray_client)
     assert ray_client.post(PATH, json=request).json()["choices"] == before
 
 
+def test_whole_requests_that_were_begun_outlive_their_decoder(ray_client) -> None:
+    """One is being decoded and one has been encoded; both are answered when the decoder is back."""
+    long = body("Hello", {"max_tokens": 400, "ignore_eos": True})
+    with ThreadPoolExecutor(2) as pool:
+        answers = [
+            pool.submit(ray_client.post, PATH, json=long | {"messages": [{"role": "user", "content": content}]})
+            for content in ("Hello", [OTHER, TEXT])
+        ]
+        deadline = time.monotonic() + 20
+        while running(ray_client) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        kill("Decoder")
+        replies = [answer.result() for answer in answers]
+    assert [reply.status_code for reply in replies] == [200, 200]
+    assert [reply.json()["usage"]["completion_tokens"] for reply in replies] == [400, 400]
+
+
 def test_decoder_lost_in_mid_stream_ends_the_stream_with_an_error(ray_client) -> None:
-    long = body("Hello", {"stream": True, "max_tokens": 3000, "ignore_eos": True})
+    long = body("Hello", {"stream": True, "max_tokens": 3000, "ignore_eos": True, "n": 2})
+    await_health(ray_client)
     with ray_client.stream("POST", PATH, json=long) as response:
         lines = response.iter_lines()
         next(lines)
@@ -217,4 +285,7 @@ def test_decoder_lost_in_mid_stream_ends_the_stream_with_an_error(ray_client) ->
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert '"code":"unavailable"' in rest[-2]
+    ends = [json.loads(line[6:])["choices"][0] for line in rest[-4:-2]]
+    assert [(end["index"], end["finish_reason"]) for end in ends] == [(0, "error"), (1, "error")]
+    await_health(ray_client)
     assert ask_until_answered(ray_client, body("Hello", {}))[-1] == 200

@@ -47,7 +47,7 @@ def server(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         assert process.stdout is not None
-        readable, _, _ = select.select([process.stdout], [], [], 180)
+        readable, _, _ = select.select([process.stdout], [], [], 600)
         assert readable, "the server did not say that it is ready"
         assert b"ready at" in process.stdout.readline()
         yield process, f"http://127.0.0.1:{port}"
@@ -77,6 +77,14 @@ def stream_and_stop(process: subprocess.Popen[bytes], url: str) -> list[dict]:
     return chunks
 
 
+def await_end(pids: set[int], timeout_s: float = 30.0) -> set[int]:
+    """The processes that are left after a while."""
+    deadline = time.monotonic() + timeout_s
+    while (left := {pid for pid in pids if os.path.exists(f"/proc/{pid}")}) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
 OPTIONS = [
     pytest.param(["--in-process"], id="in process"),
     pytest.param(["--ray-cpus", "4"], id="ray", marks=pytest.mark.ray),
@@ -91,7 +99,14 @@ def test_a_running_stream_finishes_before_a_terminated_server_exits(options):
         assert [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]][-1] == "length"
         assert chunks[-1]["usage"]["completion_tokens"] == NUM_TOKENS
         assert process.wait(60) == 0
-    deadline = time.monotonic() + 30
-    while (left := {pid for pid in below if os.path.exists(f"/proc/{pid}")}) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not left
+    assert not await_end(below)
+
+
+@pytest.mark.ray
+def test_a_server_that_is_killed_leaves_no_process():
+    with server("--ray-cpus", "4") as (process, _):
+        below = descendants(process.pid)
+        assert len(below) > 5
+        process.kill()
+        process.wait()
+        assert not await_end(below)
