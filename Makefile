@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help install serve demo test check format bench clean
+.PHONY: help install serve demo test check format bench reliability clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -42,6 +42,9 @@ format: install  ## format the code
 bench: install  ## the benchmarks that run on a laptop
 	$(BIN)/python -m demos.bench.divprune
 	$(BIN)/python -m demos.bench.path
+
+reliability: install  ## what the server promises when something goes wrong (make reliability ARGS=--release takes hours)
+	$(BIN)/python -m demos.bench.reliability $(ARGS)
 
 clean:  ## remove the environment and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
