@@ -43,7 +43,7 @@ class LeastLoadedRouter(FIFOMixin, RequestRouter):
 
     _deployment = ""
 
-    def initialize_state(self, **kwargs: Any) -> None:
+    def initialize_state(self, **kwargs: str) -> None:
         self._deployment = kwargs.get("deployment", "")
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -56,7 +56,7 @@ class LeastLoadedRouter(FIFOMixin, RequestRouter):
         super().on_replica_actor_died(replica_id)
         self._report()
 
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
         """The replica has taken the request."""
         if call := availability.CURRENT_CALL.get(None):
             call.is_accepted = True
