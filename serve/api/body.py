@@ -111,7 +111,7 @@ class BodyReader:
         self._num_bytes += num_bytes
         if self._num_bytes > max(self._config.max_arriving_bytes, self._config.max_body_bytes):
             raise CapacityError("too many large requests are arriving; try again shortly")
-        if arriving.timeout is not None and not arriving.is_evicted:
+        if arriving.timeout is not None and not (arriving.is_evicted or arriving.timeout.expired()):
             arriving.timeout.reschedule(self._deadline(arriving))
 
     def _deadline(self, arriving: _Arriving) -> float:
@@ -130,7 +130,8 @@ class BodyReader:
 
 def _evict_slowest(bodies: set[_Arriving], now: float) -> None:
     """End the reading of the slowest body that had time to arrive."""
-    old = [one for one in bodies if now - one.began > EVICTION_GRACE_S and not one.is_evicted and one.timeout]
+    reading = [one for one in bodies if one.timeout is not None and not (one.is_evicted or one.timeout.expired())]
+    old = [one for one in reading if now - one.began > EVICTION_GRACE_S]
     if not old:
         return
     slowest = min(old, key=lambda one: one.num_bytes / (now - one.began))
