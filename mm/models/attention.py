@@ -12,12 +12,31 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from mm.data.arrays import IntArray
+from mm.errors import MmError
 
 ATTENTION = "mm_engine"
 """The name under which transformers finds `attend_in_layer`."""
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin, each (T, rotated width) float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionVariant:
+    """How the attention of one layer differs from softmax(q k^T / sqrt(d)) v over all earlier tokens.
+
+    Attributes:
+        scale: Factor of the products q k^T. None is 1 / sqrt(d).
+        window: Tokens that a token sees, itself included: it and those just before it. None is all of them.
+        softcap: c of c * tanh(score / c), which bounds the scores. None leaves them as they are.
+    """
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+
+PLAIN = AttentionVariant()
 
 
 def _no_masks() -> dict[int, Tensor]:
@@ -65,12 +84,20 @@ class AttentionMetadata:
 class Attention(Protocol):
     """What a decoder layer calls; see `mm.engine.attention` for the backends."""
 
-    def attend(self, layer: int, qkv: Tensor, metadata: AttentionMetadata, rotary: Rotary | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        metadata: AttentionMetadata,
+        rotary: Rotary | None,
+        variant: AttentionVariant = PLAIN,
+    ) -> Tensor:
         """Write keys and values to the cache, and attend.
 
         Args:
             qkv: (T, H + 2 * H_kv, d): queries, keys and values of each token. May be overwritten.
             rotary: Applied to queries and keys. None where that was done already.
+            variant: How this layer attends. A window counts tokens that the cache holds, whatever was dropped before.
 
         Returns:
             (T, H, d).
@@ -90,6 +117,23 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], dim=-1)
 
 
+HARMLESS = frozenset({"dropout", "is_causal", "position_ids", "output_attentions", "use_cache", "sliding_window"})
+"""Arguments of transformers' attention that need nothing: dropout is 0, and windows come from the configuration."""
+
+
+class UnknownAttention(MmError):
+    """A layer's attention takes arguments that change its result in a way that we do not have."""
+
+    code = "bad_checkpoint"
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        super().__init__(arguments)
+        self.arguments = arguments
+
+    def __str__(self) -> str:
+        return f"attention with {', '.join(self.arguments)} cannot be computed here"
+
+
 def attend_in_layer(
     module: nn.Module,
     query: Tensor,
@@ -99,12 +143,26 @@ def attend_in_layer(
     *,
     mm_attention: Attention,
     mm_metadata: AttentionMetadata,
+    mm_window: int | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attention for transformers' own layers: queries, keys and values are (1, heads, T, d) and rotated already."""
+    """Attention for transformers' own layers: queries, keys and values are (1, heads, T, d) and rotated already.
+
+    Args:
+        mm_window: The layer's sliding window.
+
+    Raises:
+        UnknownAttention: The layer asks for arithmetic that no backend of ours has.
+    """
+    unknown = sorted(name for name, value in kwargs.items() if name not in HARMLESS and value is not None)
+    if unknown:
+        raise UnknownAttention(unknown)
     qkv = torch.cat([query, key, value], dim=1).squeeze(0).transpose(0, 1).contiguous()
     layer = cast(int, module.layer_idx)
-    return mm_attention.attend(layer, qkv, mm_metadata, None).unsqueeze(0), None
+    variant = AttentionVariant(scale=scaling, window=mm_window, softcap=softcap)
+    return mm_attention.attend(layer, qkv, mm_metadata, None, variant).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, attend_in_layer)  # pyright: ignore[reportUnknownMemberType]

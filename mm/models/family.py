@@ -26,7 +26,7 @@ from mm.errors import ContextTooLong, InvalidRequest, MediaError
 from mm.models.chat import ChatTemplate
 from mm.models.checkpoint import check_depths
 from mm.models.folder import REPLACE, BadCheckpoint, read_json
-from mm.models.language import LanguageModel
+from mm.models.language import LanguageModel, TextConfig
 from mm.models.pretrained import from_folder, model_config
 
 GENERATION = "generation_config.json"
@@ -69,7 +69,7 @@ class CheckpointFamily(ABC):
         self.tokenizer, template = self.load_tokenizer(folder)
         self.language = LanguageModel(folder, self.config, device, dtype)
         self.folder = folder
-        self.max_context_tokens: int = self.language.config.max_position_embeddings
+        self.max_context_tokens: int = _max_context_tokens(self.language.config)
         self._placeholders = dict(self.placeholders())
         self._check_token_ids(folder)
         try:
@@ -277,3 +277,11 @@ def _generation_config(folder: Path) -> dict[str, Any]:
         if isinstance(value, str | list | dict):
             raise BadCheckpoint(str(folder), f"{GENERATION}: {name} is {value!r}, not a number; {REPLACE}")
     return found
+
+
+def _max_context_tokens(config: TextConfig) -> int:
+    """Positions of the model. Where every layer has a sliding window, those for which it is full attention."""
+    window: int | None = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "layer_types", None):
+        return config.max_position_embeddings
+    return min(window, config.max_position_embeddings)

@@ -77,6 +77,10 @@ class LanguageModel:
             raise BadCheckpoint(
                 str(folder), "has decoder layers without full attention, which this engine cannot drive"
             )
+        if getattr(text, "embedding_multiplier", 1.0) != 1.0:
+            raise BadCheckpoint(
+                str(folder), "multiplies embeddings before its first layer, which this engine cannot do"
+            )
         tensors = read_tensors(folder, _text_key)
         head = tensors.pop("lm_head.weight", None)
         with torch.device("meta"):  # so that sizes in config.json are checked before anything gets memory

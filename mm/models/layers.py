@@ -19,7 +19,7 @@ from mm.models.linear import PackedLinear, bias_of, prepack_linears
 FUSED = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer"}
 )
-"""Layers that are: RMS norm, attention with optional biases on q, k, v, residual, RMS norm, gated MLP, residual."""
+"""Layers that are: RMS norm, attention, residual, RMS norm, gated MLP, residual, with or without biases."""
 
 
 class DecoderLayers(Protocol):
@@ -166,7 +166,7 @@ class FusedLayer:
         self._num_queries = inner.q_proj.out_features
         self._qkv = _join(inner.q_proj, inner.k_proj, inner.v_proj)
         self._gate_up = _join(mlp.gate_proj, mlp.up_proj)
-        self._out, self._down = PackedLinear(inner.o_proj.weight), PackedLinear(mlp.down_proj.weight)
+        self._out, self._down = (PackedLinear(part.weight, bias_of(part)) for part in (inner.o_proj, mlp.down_proj))
         self._activation = mlp.act_fn
         self._norms = [
             (norm.weight, norm.variance_epsilon) for norm in (layer.input_layernorm, layer.post_attention_layernorm)

@@ -54,7 +54,7 @@ class PackedLinear:
         return nn.functional.linear(inputs, self._weight, self._bias)
 
     def add_to(self, hidden: Tensor, inputs: Tensor) -> Tensor:
-        """hidden + x W^T, (T, out), for a layer without a bias. `hidden` stays as it is.
+        """hidden + x W^T + b, (T, out). `hidden` stays as it is.
 
         Args:
             hidden: (T, out).
@@ -62,9 +62,10 @@ class PackedLinear:
         """
         if self._is_packed:
             rows, to = _filled_up(inputs), _filled_up(hidden)
-            outputs = torch.ops.mkldnn._linear_pointwise.binary(rows, to, self._weight, None, "add")
+            outputs = torch.ops.mkldnn._linear_pointwise.binary(rows, to, self._weight, self._bias, "add")
             return cast(Tensor, outputs)[: len(inputs)]
-        return torch.addmm(hidden, inputs, self._weight.t())
+        total = torch.addmm(hidden, inputs, self._weight.t())
+        return total if self._bias is None else total.add_(self._bias)
 
     def part(self, inputs: Tensor, outputs: slice) -> Tensor:
         """(T, n): only some of the outputs."""

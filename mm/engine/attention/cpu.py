@@ -13,7 +13,7 @@ from mm.data.arrays import BoolArray, IntArray
 from mm.engine.attention.cpu_kernels import Kernel, attend_kernel, set_num_threads, write_kv
 from mm.engine.attention.gather import prefill_attend, split_qkv
 from mm.engine.kv_cache.blocks import KVCache
-from mm.models.attention import AttentionMetadata, Rotary
+from mm.models.attention import PLAIN, AttentionMetadata, AttentionVariant, Rotary
 
 MAX_QUERY_LEN = 16
 """Chunks of up to this many tokens go to the compiled loops, longer ones to torch."""
@@ -31,7 +31,6 @@ class CpuAttention:
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
         self._keys, self._values = _view(cache.keys), _view(cache.values)
-        self._scale = np.float32(cache.shape.head_dim**-0.5)
         self._compile()
 
     def _compile(self) -> None:
@@ -42,16 +41,24 @@ class CpuAttention:
         for rotary in ((torch.ones(1, shape.head_dim), torch.zeros(1, shape.head_dim)), None):
             self.attend(0, qkv, nothing, rotary)
 
-    def attend(self, layer: int, qkv: Tensor, metadata: AttentionMetadata, rotary: Rotary | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        metadata: AttentionMetadata,
+        rotary: Rotary | None,
+        variant: AttentionVariant = PLAIN,
+    ) -> Tensor:
         cache = self.cache
         output = torch.empty((qkv.shape[0], qkv.shape[1] - 2 * cache.shape.num_heads, qkv.shape[2]), dtype=qkv.dtype)
         cos, sin = (NO_ROTARY, NO_ROTARY) if rotary is None else (_view(rotary[0]), _view(rotary[1]))
         states, table, lengths = _view(qkv), cache.block_tables[layer], cache.lengths[layer]
         chunks = metadata.seq_indices, metadata.query_starts, metadata.query_lens
         write_kv(states, cos, sin, self._keys, self._values, table, lengths, *chunks)
+        scale = cache.shape.head_dim**-0.5 if variant.scale is None else variant.scale
         self._kernel(lengths, metadata)(
             states,
-            self._scale,
+            (np.float32(scale), variant.window or 0, np.float32(variant.softcap or 0)),
             self._keys,
             self._values,
             table,
@@ -64,7 +71,7 @@ class CpuAttention:
         if (metadata.query_lens > MAX_QUERY_LEN).any():
             query, key, value = split_qkv(qkv, cache.shape.num_heads)
             for chunk in np.flatnonzero(metadata.query_lens > MAX_QUERY_LEN).tolist():
-                prefill_attend(cache, layer, query, key, value, metadata, chunk, output)
+                prefill_attend(cache, layer, query, key, value, metadata, chunk, output, variant)
         return output
 
     def _kernel(self, lengths: IntArray, metadata: AttentionMetadata) -> Kernel:

@@ -13,6 +13,7 @@ and 168 against 310.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -163,21 +164,52 @@ def _weighted_sum_for(dim: int) -> Kernel:
 
 
 @numba.njit(**INLINED)
-def _softmax(scores, i, length, base, masks, chunk, token):
-    """Turn row `i` of the scores into weights. Tokens from `base` on are seen where the mask or causality allows."""
+def _depth(masks, chunk, token):
+    """How many tokens of its chunk come before a token: in a draft tree, its ancestors."""
+    if masks.shape[0] == 0:
+        return token
+    depth = -1
+    for other in range(token + 1):
+        depth += masks[chunk, token, other]
+    return depth
+
+
+@numba.njit(**INLINED)
+def _mask(scores, i, begin, length, base, masks, chunk, token, window):
+    """Hide what row `i` does not see: later tokens, other branches of a draft tree, and what is behind the window."""
     for t in range(base, length):
         seen = t - base <= token if masks.shape[0] == 0 else masks[chunk, token, t - base]
         if not seen:
             scores[i, t] = np.float32(-1e30)
+    if window > 0:
+        oldest = _depth(masks, chunk, token) - window + 1
+        for t in range(begin, min(base, base + oldest)):
+            scores[i, t] = np.float32(-1e30)
+        for t in range(base, length):
+            if _depth(masks, chunk, t - base) < oldest:
+                scores[i, t] = np.float32(-1e30)
+
+
+@numba.njit(**INLINED)
+def _bound(scores, i, begin, length, softcap):
+    """Bound the scores of row `i`, where there is a bound."""
+    if softcap > 0:
+        for t in range(begin, length):
+            scores[i, t] = softcap * math.tanh(scores[i, t] / softcap)
+
+
+@numba.njit(**INLINED)
+def _softmax(scores, i, begin, length):
+    """Turn scores begin..length of row `i` into weights."""
     most = np.float32(-1e30)
-    for t in range(length):
+    for t in range(begin, length):
         most = max(most, scores[i, t])
     total = np.float32(0)
-    for t in range(length):
+    for t in range(begin, length):
         weight = _exp(scores[i, t] - most)
         scores[i, t] = weight
         total += weight
-    for t in range(length):
+    for t in range(begin, length):
         scores[i, t] /= total
 
 
@@ -186,9 +218,9 @@ def _attend_for(dim: int, size: int) -> Kernel:
     score, weighted_sum = _score_for(dim), _weighted_sum_for(dim)
 
     def attend(
-        qkv, scale, keys, values, table, lengths, seq_indices, query_starts, query_lens, masks, max_query_len, output
+        qkv, variant, keys, values, table, lengths, seq_indices, query_starts, query_lens, masks, max_query_len, output
     ):
-        num_kv = keys.shape[2]
+        (scale, window, softcap), num_kv = variant, keys.shape[2]
         group = (qkv.shape[1] - 2 * num_kv) // num_kv
         for work in numba.prange(seq_indices.shape[0] * num_kv):
             chunk, head = work // num_kv, work % num_kv
@@ -197,19 +229,23 @@ def _attend_for(dim: int, size: int) -> Kernel:
                 length = lengths[seq_index]
                 base = length - count
                 num_parts = (length + size - 1) // size
+                first_part = max(0, base - window + 1) // size if window > 0 else 0
+                begin = first_part * size
                 query = np.empty((count * group, dim), np.float32)
                 for i in range(count * group):
                     for d in range(dim):
                         query[i, d] = _load(qkv[first + i // group, head * group + i % group, d]) * scale
                 scores = np.empty((count * group, num_parts * size), np.float32)
-                for part in range(num_parts):
+                for part in range(first_part, num_parts):
                     start = part * size
                     score(query, keys, table[seq_index, part], head, start, min(size, length - start), scores)
                 for i in range(count * group):
-                    _softmax(scores, i, length, base, masks, chunk, i // group)
+                    _bound(scores, i, begin, length, softcap)
+                    _mask(scores, i, begin, length, base, masks, chunk, i // group, window)
+                    _softmax(scores, i, begin, length)
                     for d in range(dim):
                         query[i, d] = 0  # from here on the sums
-                for part in range(num_parts):
+                for part in range(first_part, num_parts):
                     start = part * size
                     weighted_sum(scores, values, table[seq_index, part], head, start, min(size, length - start), query)
                 for i in range(count * group):

@@ -1,7 +1,7 @@
 """Attention over the paged KV cache on a GPU: torch's varlen attention, which reads block tables.
 
 It is used where the installed torch has it and a small trial on the device agrees with `GatherAttention`. Draft trees
-go through the latter, since varlen attention has causal masks only.
+and bounded scores go through the latter, since varlen attention has causal masks only and no bound.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from mm.data.arrays import to_tensor
 from mm.engine.attention.gather import GatherAttention, split_qkv
 from mm.engine.kv_cache.blocks import KVCache
-from mm.models.attention import AttentionMetadata, Rotary, rotate
+from mm.models.attention import PLAIN, AttentionMetadata, AttentionVariant, Rotary, rotate
 from mm.models.kv_cache_spec import KVCacheSpec
 
 log = logging.getLogger(__name__)
@@ -79,9 +79,16 @@ class DeviceMetadata:
 class VarlenAttention(GatherAttention):
     """One kernel per layer for prefill and decode together. The host does nothing between two layers."""
 
-    def attend(self, layer: int, qkv: Tensor, metadata: AttentionMetadata, rotary: Rotary | None) -> Tensor:
-        if metadata.masks:
-            return super().attend(layer, qkv, metadata, rotary)
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        metadata: AttentionMetadata,
+        rotary: Rotary | None,
+        variant: AttentionVariant = PLAIN,
+    ) -> Tensor:
+        if metadata.masks or variant.softcap is not None:
+            return super().attend(layer, qkv, metadata, rotary, variant)
         from torch.nn.attention.varlen import varlen_attn
 
         cache, device = self.cache, metadata.backend_state
@@ -100,7 +107,8 @@ class VarlenAttention(GatherAttention):
             None,  # type: ignore[arg-type]
             device.max_query_len,
             device.max_seq_len,
-            window_size=(-1, 0),
+            window_size=(-1 if variant.window is None else variant.window - 1, 0),
+            scale=variant.scale,
             enable_gqa=query.shape[1] != key.shape[1],
             block_table=device.block_tables[layer],
             seqused_k=device.seq_lens[layer],

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 from mm.engine.attention.cpu import MAX_QUERY_LEN, CpuAttention
 from mm.engine.attention.gather import GatherAttention
 from mm.engine.kv_cache.blocks import KVCache
-from mm.models.attention import AttentionMetadata, rotate
+from mm.models.attention import PLAIN, AttentionMetadata, AttentionVariant, rotate
 from mm.models.kv_cache_spec import KVCacheSpec
 
 HEADS = [(4, 2, 16), (3, 3, 8), (8, 1, 64), (9, 3, 64)]
@@ -76,7 +76,7 @@ class Case:
             cache.append_slots(seqs[i], self.counts[i])
         return cache, AttentionMetadata.of([seqs[i] for i in range(len(self.held))], self.counts, self.masks)
 
-    def expected(self, rotary: bool) -> Tensor:
+    def expected(self, rotary: bool, variant: AttentionVariant = PLAIN) -> Tensor:
         """(T, H, d) by definition, one token and one head at a time."""
         query, key, value = self.rows.split([self.num_heads, self.num_kv, self.num_kv], dim=1)
         if rotary:
@@ -87,14 +87,24 @@ class Case:
             keys = torch.cat([self.past[i][:, : self.num_kv], key[mine]]).double()
             values = torch.cat([self.past[i][:, self.num_kv :], value[mine]]).double()
             mask = self.masks.get(i, torch.ones(count, count, dtype=torch.bool).tril())
+            places = [*range(self.held[i]), *(self.held[i] + len(ancestors(mask, row)) for row in range(count))]
             for row in range(count):
                 seen = torch.cat([torch.ones(self.held[i], dtype=torch.bool), mask[row]])
+                if variant.window is not None:
+                    seen &= places[self.held[i] + row] - torch.tensor(places) < variant.window
                 for head in range(self.num_heads):
                     group = head // (self.num_heads // self.num_kv)
-                    scores = keys[seen, group] @ query[first + row, head].double() * self.dim**-0.5
+                    scores = keys[seen, group] @ query[first + row, head].double() * (variant.scale or self.dim**-0.5)
+                    if variant.softcap is not None:
+                        scores = variant.softcap * torch.tanh(scores / variant.softcap)
                     output[first + row, head] = scores.softmax(0) @ values[seen, group]
             first += count
         return output
+
+
+def ancestors(mask: Tensor, row: int) -> list[int]:
+    """The earlier tokens of a chunk that a token sees."""
+    return [other for other in range(row) if mask[row, other]]
 
 
 def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -117,6 +127,27 @@ def test_ragged_batches_equal_plain_sums(backend, heads, dtype):
             expected = case.expected(rotary is not None)
             assert given.dtype == dtype
             assert float((given.double() - expected).abs().max()) < TOLERANCE[dtype]
+
+
+VARIANTS = [
+    AttentionVariant(window=1),
+    AttentionVariant(window=3),
+    AttentionVariant(window=20, scale=0.3),
+    AttentionVariant(softcap=0.5),
+    AttentionVariant(window=7, softcap=2.0, scale=0.7),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("backend", [GatherAttention, CpuAttention])
+def test_windows_scales_and_bounds_equal_plain_sums(backend, variant):
+    for seed in range(6):
+        case = Case(seed, HEADS[seed % len(HEADS)], torch.float32)
+        cache, batch = case.cache(1)
+        given = backend(cache).attend(1, case.rows.clone(), batch, case.rotary, variant)
+        assert float((given.double() - case.expected(True, variant)).abs().max()) < TOLERANCE[torch.float32]
+        if variant.window == 1:
+            assert float((given.double() - case.expected(True)).abs().max()) > 1e-2, "the window changes nothing"
 
 
 @pytest.mark.parametrize("backend", [GatherAttention, CpuAttention])

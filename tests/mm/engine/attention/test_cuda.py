@@ -36,12 +36,14 @@ def varlen(
     max_seq_len: int,
     *,
     window_size: tuple[int, int],
+    scale: float | None,
     enable_gqa: bool,
     block_table: Tensor,
     seqused_k: Tensor,
 ) -> Tensor:
     """What `torch.nn.attention.varlen.varlen_attn` promises, one sequence at a time, in float64."""
-    assert window_size == (-1, 0)
+    left, right = window_size
+    assert right == 0
     output = torch.empty_like(query)
     for i, length in enumerate(seqused_k.tolist()):
         first, stop = query_start_loc[i].item(), query_start_loc[i + 1].item()
@@ -54,9 +56,10 @@ def varlen(
             pool[block_table[i].long()].flatten(0, 1)[:length].double().transpose(0, 1).repeat_interleave(group, 0)
             for pool in (keys, values)
         ]
-        scores = rows @ seen[0].mT / keys.shape[3] ** 0.5
+        scores = rows @ seen[0].mT * (keys.shape[3] ** -0.5 if scale is None else scale)
         place = torch.arange(length)
-        scores.masked_fill_(place > place[length - (stop - first) :, None], -torch.inf)
+        own = place[length - (stop - first) :, None]
+        scores.masked_fill_((place > own) | ((left >= 0) & (place < own - left)), -torch.inf)
         output[first:stop] = (scores.softmax(-1) @ seen[1]).transpose(0, 1).to(query.dtype)
     return output
 
