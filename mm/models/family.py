@@ -127,10 +127,13 @@ class CheckpointFamily(ABC):
                 raise BadCheckpoint(str(folder), what)
 
     def _eos_token_ids(self) -> frozenset[int]:
-        found = cast("int | list[int] | None", self._generation.get("eos_token_id", self.language.config.eos_token_id))
-        if found is None:
-            return frozenset()
-        return frozenset([found] if isinstance(found, int) else found)
+        """Those of generation_config.json. Without them, those of config.json and the tokenizer's end of a turn."""
+        named = [self._generation.get("eos_token_id")]
+        if named == [None]:
+            configs: list[Any] = [self.config, self.language.config]
+            named = [getattr(config, "eos_token_id", None) for config in configs] + [self.tokenizer.eos_token_id]
+        lists = [[found] if isinstance(found, int) else found or [] for found in named]
+        return frozenset(token for found in lists for token in found)
 
     def splice(self, messages: Sequence[Message], visual: Sequence[VisualTokens]) -> Prompt:
         """The prompt: embedded text, with each placeholder replaced by its item's kept tokens.

@@ -16,7 +16,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from mm.models.folder import check_folder, reading
+from mm.models.flat_config import with_text_settings
+from mm.models.folder import check_folder, read_json, reading
 
 
 class _FromFolder(Protocol):
@@ -50,14 +51,15 @@ def from_folder(auto: type, folder: Path) -> object:
 
 
 def model_config(folder: Path) -> PretrainedConfig:
-    """The configuration of the whole model.
+    """The configuration of the whole model, with all settings of config.json.
 
     Raises:
         BadCheckpoint: As `from_folder`.
     """
     config = from_folder(AutoConfig, folder)
     assert isinstance(config, PretrainedConfig)
-    return config
+    with reading(folder, "config.json"):
+        return with_text_settings(config, read_json(folder, "config.json"))
 
 
 def build_module(folder: Path, config: object, **options: str) -> nn.Module:
