@@ -91,7 +91,7 @@ class PackedLinearModule(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        outputs = self.linear(inputs.flatten(0, -2))
+        outputs = self.linear(inputs.reshape(-1, inputs.shape[-1]))
         return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
 

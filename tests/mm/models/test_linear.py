@@ -61,9 +61,10 @@ def test_what_is_added_to_stays_as_it_was(num_tokens):
 
 
 @needs_packing
-def test_linear_layers_inside_a_module_are_replaced():
+@pytest.mark.parametrize("shape", [(), (3,), (70, 3)])
+def test_linear_layers_inside_a_module_are_replaced(shape):
     module = nn.Sequential(nn.Linear(8, 16), nn.Sequential(nn.SiLU(), nn.Linear(16, 4, bias=False)))
-    inputs = torch.randn(70, 3, 8)
+    inputs = torch.randn(*shape, 8)
     with torch.no_grad():
         plain = module(inputs)
         prepack_linears(module)
