@@ -31,7 +31,7 @@ import difflib
 import reprlib
 from collections.abc import Sequence
 
-MAX_SHOWN_CHARS = 60
+MAX_SHOWN_CHARS, MAX_OWNER_CHARS = 60, 300  # an owner may be the path of a settings file
 _SHORTENED = reprlib.Repr()
 _SHORTENED.maxstring = _SHORTENED.maxother = _SHORTENED.maxlong = MAX_SHOWN_CHARS
 
@@ -235,7 +235,7 @@ class InvalidOption(PluginError):
         self.owner, self.option, self.message = owner, option, message
 
     def __str__(self) -> str:
-        return f"{self.owner[:MAX_SHOWN_CHARS]}: option {shown(self.option)} {self.message}"
+        return f"{self.owner[:MAX_OWNER_CHARS]}: option {shown(self.option)} {self.message}"
 
 
 class IncompatiblePlugin(PluginError):

@@ -19,8 +19,12 @@ BASE = {"fastv": "layer=1"}
 
 
 def methods_for(kind: Kind) -> list[str]:
-    """Every registered reducer that acts on items of this kind, `none` first."""
-    found = [name for name in names("reducer") if name not in NO_METHOD]
+    """Every registered training-free reducer that acts on items of this kind, `none` first."""
+    found = [
+        name
+        for name in names("reducer")
+        if name not in NO_METHOD and not getattr(get("reducer", name), "trained", False)
+    ]
     return ["none", *(name for name in found if kind in getattr(get("reducer", name), "kinds", ("image", "video")))]
 
 

@@ -28,7 +28,9 @@ STAGES = ("pre_llm", "in_prefill", "in_decode")
 REDUCERS = [
     name
     for name in plugins.names("reducer")
-    if name != "pipeline" and plugins.get("reducer", name).acts_at[0].value in STAGES
+    if name != "pipeline"
+    and plugins.get("reducer", name).acts_at[0].value in STAGES
+    and not getattr(plugins.get("reducer", name), "trained", False)  # tests/parity/test_dynamic.py drafts under those
 ]
 QUESTIONS = (
     "Describe the picture.",
@@ -279,7 +281,8 @@ def test_drafters_pay_for_being_asked_and_for_the_states_they_watch(folder, monk
 
     monkeypatch.setattr(model.engine.spec_decoder, "clock", lambda: now[0])
     monkeypatch.setattr(source, "clock", lambda: now[0])
-    monkeypatch.setattr(model.engine._runner, "forward", timed(model.engine._runner.forward, 10.0, []))
+    runner = model.engine._decoders._runners[""]
+    monkeypatch.setattr(runner, "forward", timed(runner.forward, 10.0, []))
     monkeypatch.setattr(source.controller, "should_propose", timed(source.controller.should_propose, 1.0, asked))
     monkeypatch.setattr(source.controller, "record_capture", timed(source.controller.record_capture, 0.0, watched))
     monkeypatch.setattr(source.controller, "record_cost", lambda seconds, **of_what: bills.append(seconds))

@@ -94,7 +94,7 @@ def test_rubbish_changes_nothing_but_speed(folder, drafters, expected, width):
         num_drafts = stats.num_drafts - before.num_drafts
         assert stats.num_draft_tokens - before.num_draft_tokens > 2 * num_drafts > 0, spec
         before = stats
-    for source in model.engine.spec_decoder._drafters.values():
+    for source in model.engine.spec_decoder._drafters.active:
         if source.spec != "none":
             assert source.loaded.num_sessions == 0, f"{source.spec} keeps sessions of answers that are over"
             assert source.loaded._layer.cache.num_free_blocks == source.loaded._layer.cache.num_blocks

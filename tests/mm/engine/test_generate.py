@@ -134,7 +134,7 @@ def test_the_same_picture_is_encoded_once(model, monkeypatch):
         ({"reducer": "divprune:keep_rato=0.5"}, InvalidOption, "did you mean 'keep_ratio'"),
         ({"reducer": "divprune:keep_ratio=0"}, InvalidOption, "keep_ratio"),
         ({"reducer": "divprune", "keep_ratio": 1.5}, InvalidOption, "1.5"),
-        ({"keep_ratio": 0.5}, InvalidOption, "keep_ratio"),
+        ({"reducer": "none", "keep_ratio": 0.5}, InvalidOption, "keep_ratio"),
         ({"reducer": "uniform + random", "keep_ratio": 0.5}, InvalidOption, "ambiguous"),
         ({"temperature": -1}, InvalidRequest, "temperature was -1"),
         ({"top_p": 0}, InvalidRequest, "top_p"),

@@ -55,7 +55,11 @@ def test_the_shipped_models_own_encoder(embed, capsys):
         (["a.png", "--out", "out.txt"], "ends in .npz"),
         (["b.png", "--out", "out.npz"], "no images or clips"),
         (["a.png", "--out", "out.npz", "--encoder", "tim"], "did you mean 'timm'"),
-        (["a.png", "--out", "out.npz", "--encoder", f"{TIMM},checkpoint=none.pth"], "does not hold the weights"),
+        (
+            ["a.png", "--out", "out.npz", "--encoder", f"{TIMM},checkpoint=none.safetensors"],
+            "does not hold the weights",
+        ),
+        (["a.png", "--out", "out.npz", "--encoder", f"{TIMM},checkpoint=none.pth"], "only .safetensors files are read"),
         (["a.png", "--out", "out.npz", "--encoder", f"{TIMM},pretrained=true"], "give checkpoint=FILE"),
         (["a.png", "--out", "out.npz", "--encoder", TIMM, "--reducer", "fastvm"], "did you mean 'fastv'"),
     ],

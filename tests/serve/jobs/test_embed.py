@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import mm
 from mm.api import build_request
@@ -69,10 +70,11 @@ def test_a_reducer_acts_inside_or_after_the_tower(folder, reducer):
 
 
 def test_weights_from_a_file_are_not_called_random(folder, tmp_path, capsys):
-    torch.save(timm.create_model("test_vit", num_classes=0, img_size=64).state_dict(), tmp_path / "weights.pth")
-    code, found = embed(folder, f"{TIMM},checkpoint={tmp_path / 'weights.pth'}")
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0, img_size=64).state_dict(), weights)
+    code, found = embed(folder, f"{TIMM},checkpoint={weights}")
     assert code == 0
-    again = embed(folder, f"{TIMM},checkpoint={tmp_path / 'weights.pth'}")[1]
+    again = embed(folder, f"{TIMM},checkpoint={weights}")[1]
     assert np.array_equal(found["embeddings"], again["embeddings"])
     assert "random" not in capsys.readouterr().err
 
