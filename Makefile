@@ -28,7 +28,7 @@ demo: install  ## open the demo page's server at http://127.0.0.1:7860
 	$(BIN)/mm demo
 
 test: install  ## run the tests (the long fuzz runs too: make test ARGS="-m slow")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: install  ## formatting, lint and types
 	$(BIN)/ruff format --check .
