@@ -29,7 +29,7 @@ SILENT_S = 10.0
 
 
 STAGES: dict[str, Stage] = {}
-"""Who is told how many replicas a deployment has, by its name. Only an ingress has entries."""
+"""Listeners for the number of replicas of a deployment, by its name. Only an ingress has entries."""
 
 
 @dataclass

@@ -27,8 +27,8 @@ class Recorder:
         self.num_ends = 0
 
     def put(self, event: Event) -> None:
-        assert not self.num_ends, "an event came behind the end"
-        assert self.summary is None, "an event came behind the summary"
+        assert not self.num_ends, "an event came after the end"
+        assert self.summary is None, "an event came after the summary"
         self.events.append(event)
 
     def end(self, error: BaseException | None = None) -> None:

@@ -31,7 +31,7 @@ async def tell(made: Stage, num_replicas: int) -> None:
 
 
 class Replica:
-    """A call that ends when it is told to, with a flag for its cancellation."""
+    """A call that ends when the test says so, with a flag for its cancellation."""
 
     def __init__(self) -> None:
         self.was_cancelled = False

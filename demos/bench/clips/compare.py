@@ -31,7 +31,7 @@ def probe(path: Path, *arguments: str) -> dict:
 
 
 def main_stream(path: Path) -> dict:
-    """The stream that ffmpeg takes when it is not told: the largest, with a bonus for the default one."""
+    """The stream that ffmpeg takes when none is named: the largest, with a bonus for the default one."""
     streams = probe(path, "-show_streams", "-select_streams", "v")["streams"]
     real = [stream for stream in streams if not stream["disposition"]["attached_pic"]]
     return max(real, key=lambda s: s["width"] * s["height"] + 5_000_000 * s["disposition"]["default"])

@@ -1,4 +1,4 @@
-"""R18: a server that is told to stop under load finishes what it has begun."""
+"""R18: a server that is stopped under load finishes what it has begun."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def _depth(masks, chunk, token):
 
 @numba.njit(**INLINED)
 def _mask(scores, i, begin, length, base, masks, chunk, token, window):
-    """Hide what row `i` does not see: later tokens, other branches of a draft tree, and what is behind the window."""
+    """Hide what row `i` does not see: later tokens, other branches of a draft tree, tokens older than the window."""
     for t in range(base, length):
         seen = t - base <= token if masks.shape[0] == 0 else masks[chunk, token, t - base]
         if not seen:

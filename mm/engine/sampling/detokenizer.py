@@ -25,7 +25,7 @@ class TokenDecoding:
         special: Ids that add no text.
         bytes: Ids that stand for one byte. A run of them is text only once it has ended: if any part of it is no
             character, all of it becomes U+FFFD.
-        margin: Characters at the end of the text that later tokens may change. None where that cannot be told.
+        margin: Characters at the end of the text that later tokens may change. None where that is unknown.
     """
 
     tokenizer: Tokenizer

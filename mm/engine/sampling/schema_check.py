@@ -229,7 +229,7 @@ def _number(text: str) -> float | int:
 
 
 def _matches(pattern: str, text: str) -> bool:
-    # Not `re`, which cannot be told to give up.
+    # Not `re`, which has no time limit.
     return regex.search(pattern, text, timeout=PATTERN_TIMEOUT_S) is not None
 
 
