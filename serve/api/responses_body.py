@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from mm.errors import InvalidRequest
+from mm.errors import InvalidRequest, nearest
 from serve.api.render import JsonObject
-from serve.api.schema import ChatBody
+from serve.api.schema import IGNORED, ChatBody
 
 ROLES = ("user", "assistant", "system", "developer")
 RENAMED = {"max_output_tokens": "max_completion_tokens"}
@@ -19,23 +19,13 @@ NOT_TRANSLATED = frozenset(
     {"messages", "max_tokens", "max_completion_tokens", "response_format", "stream_options", "n"}
 )
 """Fields of a chat body that have another name or form here, or none."""
-PASSED = frozenset(ChatBody.model_fields) - NOT_TRANSLATED
-IGNORED = frozenset(
-    {
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-    }
-    | {"store", "user", "stream_options"}
-)
-"""Fields without an effect on the text. Nothing is ever stored, whatever `store` says; the response says `false`."""
+PASSED = (frozenset(ChatBody.model_fields) | IGNORED) - NOT_TRANSLATED
+"""Fields that mean the same in a chat request. Those without an effect are named in the response's header there."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "background": (False,),
     "include": ([],),
     "reasoning": ({}, {"effort": None, "summary": None}),
+    "stream_options": ({}, {"include_obfuscation": False}),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "truncation": ("disabled",),
@@ -85,7 +75,7 @@ def to_chat(body: Any) -> JsonObject:
 
 def _check_names(fields: Mapping[str, Any]) -> None:
     """Refuse fields that would change the answer and have no effect here."""
-    known = PASSED | IGNORED | set(RENAMED) | set(NEUTRAL) | {"input", "instructions", "text"}
+    known = PASSED | set(RENAMED) | set(NEUTRAL) | {"input", "instructions", "text"}
     for name, value in fields.items():
         if name in NEEDS_STORE:
             message = f"{name} needs responses that were stored, and this server stores none; send the whole input"
@@ -95,7 +85,8 @@ def _check_names(fields: Mapping[str, Any]) -> None:
             message = f"{name} is not supported by this server; leave it out or send {allowed}"
             raise InvalidRequest(message, name, "unsupported_parameter")
         if name not in known:
-            raise InvalidRequest(f"the field {name[:100]!r} is unknown", name[:100], "unknown_parameter")
+            message = f"the field {name[:100]!r} is unknown{nearest(name[:100], sorted(known))}"
+            raise InvalidRequest(message, name[:100], "unknown_parameter")
 
 
 def _messages(given: Any) -> list[JsonObject]:

@@ -110,6 +110,18 @@ async def test_an_error_in_the_middle_ends_the_stream_with_a_failed_response(sdk
     assert events[-1].response.error.code == "server_error"
 
 
+async def test_fields_without_an_effect_are_named_and_nothing_is_stored(client) -> None:
+    body = {"model": "tiny", "input": "Hello", "store": True, "user": "me", "metadata": {"a": "b"}}
+    response = await client.post("/v1/responses", json=body)
+    assert response.headers["x-mm-ignored-fields"] == "metadata, store, user"
+    assert (response.json()["store"], response.json()["metadata"]) == (False, {"a": "b"})
+
+
+async def test_a_misspelt_field_is_answered_with_the_nearest(client) -> None:
+    response = await client.post("/v1/responses", json={"model": "tiny", "input": "Hello", "max_output_token": 3})
+    assert "did you mean 'max_output_tokens'" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
