@@ -58,9 +58,9 @@ def render_home(config: ServeConfig, url: str) -> str:
     limits = limits_of(config.model.model)
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""
     curl = (
-        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '\n"
+        f"curl {url}/v1/chat/completions \\\n  -H 'Content-Type: application/json'{key} -d '\n"
         f'{{"model": "{name}", "max_tokens": 64,\n'
         ' "messages": [{"role": "user", "content": "What can you do?"}]}\''
     )
-    advice = f"{limits} For those serve a general model: mm serve {REAL_MODEL}" if limits else ""
-    return PAGE.format(name=escape(name), url=escape(url), curl=escape(curl), limits=escape(advice))
+    advice = f"{escape(limits)} For those serve a general model: <code>mm serve {REAL_MODEL}</code>" if limits else ""
+    return PAGE.format(name=escape(name), url=escape(url), curl=escape(curl), limits=advice)

@@ -39,7 +39,7 @@ gradio-app, .gradio-container { min-width: 0 !important; }
 .mm-server { font-size: 13px; color: var(--body-text-color-subdued); }
 .mm-server::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
   background: #0d9488; margin-right: 6px; }
-.mm-limits { font-size: 13px; color: var(--body-text-color-subdued); margin: 0; max-width: 60rem; }
+.mm-limits { font-size: 13px; color: var(--body-text-color); margin: 0; max-width: 60rem; }
 .mm-server.mm-down::before { background: #dc2626; }
 .mm-server code, .mm-card code { font-family: var(--font-mono); font-size: 12px; }
 
