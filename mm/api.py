@@ -10,7 +10,6 @@ print(answer.text, answer.usage.num_visual_tokens_kept)
 from __future__ import annotations
 
 import dataclasses
-import functools
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from mm.data.messages import parse_messages
 from mm.data.outputs import Event, KeptMap, Summary, Timings, TokenLogprob, Usage
 from mm.data.request import MediaPart, Message, Request, SpeculationOptions, TextPart, VisionOptions
 from mm.data.sampling_params import SamplingParams
+from mm.data.tokens import EncodedMedia
 from mm.encode.pipeline import encode
 from mm.engine.loop import EngineLoop
 from mm.errors import InvalidRequest, MmError
@@ -127,7 +127,12 @@ class Model:
 
     def run(self, request: Request) -> Generator[Event]:
         """The events of a request that was built before."""
-        yield from self.loop.stream_sync(request, encode(request, self.encode_parts))
+        yield from self.loop.stream_sync(request, self._encode(request))
+
+    def _encode(self, request: Request) -> EncodedMedia:
+        if request.media:
+            self.engine.inputs.check_length(request)
+        return encode(request, self.encode_parts)
 
     def generate_batch(self, prompts: Iterable[Mapping[str, object]], **options: object) -> list[Answer | MmError]:
         """Answer many questions together. The results are in the order of the questions.
@@ -152,8 +157,7 @@ class Model:
 
     def run_batch(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Event] | MmError]]:
         """The same for requests that were built before; see `mm.batch.generate_batch`."""
-        encode_one = functools.partial(encode, parts=self.encode_parts)
-        return generate_batch(requests, encode_one, self.loop, ahead=2 * self.config.max_num_seqs)
+        return generate_batch(requests, self._encode, self.loop, ahead=2 * self.config.max_num_seqs)
 
     def close(self) -> None:
         """Stop the model's threads. Requests that are under way get no more events."""

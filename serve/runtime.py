@@ -12,7 +12,7 @@ from typing import Protocol
 
 from mm.data.media import Kind
 from mm.data.outputs import Event
-from mm.data.request import Request
+from mm.data.request import Request, TextLimits
 from mm.data.tokens import EncodedMedia
 from mm.engine.loop import EngineLoop
 from mm.engine.stats import EngineStats
@@ -116,11 +116,12 @@ class Health:
 class Runtime(Protocol):
     """What the HTTP layer needs of the machinery below it."""
 
-    async def admit(self) -> None:
-        """Check that a chat request could be answered: that there is a decoder.
+    async def admit(self, request: Request) -> None:
+        """Check that a chat request could be answered, before its media are encoded.
 
         Raises:
-            StageMissing: There is none, and none came in a second.
+            StageMissing: There is no decoder, and none came in a second.
+            ContextTooLong, InvalidRequest: Its text alone is too long.
         """
         ...
 
@@ -170,6 +171,11 @@ def needs_encoder(request: Request) -> bool:
     return bool(request.media) or request.vision.reducer is not None or request.vision.keep_ratio is not None
 
 
+def needs_long_check(request: Request, limits: TextLimits) -> bool:
+    """Whether a text has to be tokenised before media are encoded, since it may be too long."""
+    return bool(request.media) and not limits.are_far_from(request.messages)
+
+
 def default_reducer(config: ServeConfig) -> str:
     return configured_reducer(config.model).canonical
 
@@ -191,19 +197,19 @@ class LocalRuntime:
 
     Args:
         loop: The decoder's engine, started.
-        max_context_tokens: Positions of the model.
+        limits: How long texts may be.
     """
 
-    def __init__(
-        self, encoder: EncoderHalf, loop: EngineLoop, *, max_context_tokens: int, default_reducer: str
-    ) -> None:
-        self._encoder, self._loop = encoder, loop
+    def __init__(self, encoder: EncoderHalf, loop: EngineLoop, *, limits: TextLimits, default_reducer: str) -> None:
+        self._encoder, self._loop, self._limits = encoder, loop, limits
         self._info = ModelInfo(
-            kinds=encoder.kinds, max_context_tokens=max_context_tokens, default_reducer=default_reducer
+            kinds=encoder.kinds, max_context_tokens=limits.max_context_tokens, default_reducer=default_reducer
         )
 
-    async def admit(self) -> None:
-        """Return: both halves are in this process."""
+    async def admit(self, request: Request) -> None:
+        self._limits.check(request.messages)
+        if needs_long_check(request, self._limits):
+            await self._loop.check_length(request)
 
     async def encode(self, request: Request) -> EncodedMedia:
         if not needs_encoder(request):

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 import torch
 
 from mm.build import build_encode_parts, build_engine
-from mm.data.request import Request
+from mm.data.request import Request, TextLimits
 from mm.data.tokens import EncodedMedia
 from mm.encode.pipeline import LoadedMedia, encode_loaded, load
 from mm.engine.loop import EngineLoop
@@ -123,13 +123,13 @@ def build_encoder_stage(config: ServeConfig) -> EncoderStage[LoadedMedia]:
     )
 
 
-def build_decoder_loop(config: ServeConfig) -> tuple[EngineLoop, int]:
-    """Load the language model and start its engine. Returns the loop and the positions of the model."""
+def build_decoder_loop(config: ServeConfig) -> tuple[EngineLoop, TextLimits]:
+    """Load the language model and start its engine. Returns the loop, and how long texts may be."""
     model = config.with_threads().model
     engine = build_engine(model)
     loop = EngineLoop(engine, num_threads=model.num_threads)
     loop.start()
-    return loop, engine.family.max_context_tokens
+    return loop, engine.family.text_limits
 
 
 def build_local_runtime(config: ServeConfig) -> LocalRuntime:
@@ -139,5 +139,5 @@ def build_local_runtime(config: ServeConfig) -> LocalRuntime:
         MmError: The model or its default reducer cannot be used.
     """
     encoder = build_encoder_stage(config)
-    loop, max_context_tokens = build_decoder_loop(config)
-    return LocalRuntime(encoder, loop, max_context_tokens=max_context_tokens, default_reducer=default_reducer(config))
+    loop, limits = build_decoder_loop(config)
+    return LocalRuntime(encoder, loop, limits=limits, default_reducer=default_reducer(config))

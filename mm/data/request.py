@@ -13,6 +13,8 @@ from mm.settings import setting, settings_of
 
 ROLES = ("system", "user", "assistant", "tool")
 """Roles of messages, as chat templates know them."""
+MAX_BYTES_PER_CHAR = 4
+"""Of UTF-8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +40,34 @@ class Message:
     parts: tuple[TextPart | MediaPart, ...]
 
 
-def check_num_chars(messages: Sequence[Message], max_chars: int, max_context_tokens: int) -> None:
-    """Refuse a conversation whose text is too long, by its number of characters.
+@dataclass(frozen=True, kw_only=True)
+class TextLimits:
+    """How long the text of a conversation may be.
 
-    Raises:
-        InvalidRequest: It has more than `max_chars`.
+    Attributes:
+        max_context_tokens: Positions of the model.
+        max_chars: Characters that can be so many tokens.
     """
-    num_chars = sum(len(part.text) for m in messages for part in m.parts if isinstance(part, TextPart))
-    if num_chars > max_chars:
-        raise text_too_long(num_chars, max_chars, max_context_tokens)
+
+    max_context_tokens: int
+    max_chars: int
+
+    def check(self, messages: Sequence[Message]) -> None:
+        """Refuse a conversation by its number of characters.
+
+        Raises:
+            InvalidRequest: It has more than `max_chars`.
+        """
+        if (num_chars := _num_chars(messages)) > self.max_chars:
+            raise text_too_long(num_chars, self.max_chars, self.max_context_tokens)
+
+    def are_far_from(self, messages: Sequence[Message]) -> bool:
+        """Whether a text so short fits, even if each byte of each character is a token."""
+        return _num_chars(messages) * MAX_BYTES_PER_CHAR < self.max_context_tokens
+
+
+def _num_chars(messages: Sequence[Message]) -> int:
+    return sum(len(part.text) for message in messages for part in message.parts if isinstance(part, TextPart))
 
 
 def text_too_long(num_chars: int, max_chars: int, max_context_tokens: int) -> InvalidRequest:

@@ -63,13 +63,13 @@ class LoadedMedia:
     Attributes:
         reducer: The request's reducer, checked against policy and encoder.
         budget: What the media drew from. It holds the memory of pixels that could not be prepared.
-        question: The user's last turn if the reducer reads it, else empty.
+        text: (T, D) embeddings of the user's last turn if the reducer reads it.
     """
 
     items: tuple[LoadedItem, ...]
     reducer: ReducerSpec
     budget: MediaBudget
-    question: str = ""
+    text: Tensor | None = None
 
 
 def encode(request: Request, parts: EncodeParts, budget: MediaBudget | None = None) -> EncodedMedia:
@@ -100,7 +100,10 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
     budget = budget or MediaBudget(parts.limits)
     budget.memory = parts.memory
     frames = request.vision.frames or parts.frames
-    asked = question(request) if TEXT_EMBEDDINGS in spec.capabilities.needs else ""
+    asked, text = "", None
+    if TEXT_EMBEDDINGS in spec.capabilities.needs:
+        asked = question(request)
+        text = _embed_text(asked, parts)  # refuses a text that is too long before any work on the media
     key_of = functools.partial(
         cache_key,
         fingerprint=parts.encoder.fingerprint,
@@ -115,13 +118,17 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
     except BaseException:
         budget.give_back()
         raise
-    return LoadedMedia(items=items, reducer=spec, budget=budget, question=asked)
+    return LoadedMedia(items=items, reducer=spec, budget=budget, text=text)
 
 
 def question(request: Request) -> str:
     """The text of the user's last turn, which a query-aware reducer reads."""
     turns = [message for message in request.messages if message.role == "user"]
     return "\n".join(part.text for part in turns[-1].parts if isinstance(part, TextPart)) if turns else ""
+
+
+def _embed_text(text: str, parts: EncodeParts) -> Tensor:
+    return _call_encoder(parts, lambda: cast(ReadsText, parts.encoder).embed_text(text))
 
 
 def _fetch_item(
@@ -219,14 +226,11 @@ def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: Enco
     start, reducer = time.perf_counter(), loaded.reducer.plugin
     pixels = [cast(Image | Video, item.content) for item in fresh.values()]  # or what `prepare` made of them
     batch, fault = _run_tower(pixels, reducer, parts)
-    text = None
-    if TEXT_EMBEDDINGS in reducer.needs:
-        text = _call_encoder(parts, lambda: cast(ReadsText, parts.encoder).embed_text(loaded.question))
     encode_s = (time.perf_counter() - start) / len(fresh)
     encoded = streamed
     for item, tokens in zip(fresh.values(), batch, strict=True):
         start = time.perf_counter()
-        kept, item_fault = (tokens, fault) if fault else _reduce(reducer, tokens, text, parts)
+        kept, item_fault = (tokens, fault) if fault else _reduce(reducer, tokens, loaded.text, parts)
         timings = EncodeTimings(load_s=item.load_s, encode_s=encode_s, reduce_s=time.perf_counter() - start)
         key = "" if item_fault else item.key
         cubes = _cubes(kept, item.content)

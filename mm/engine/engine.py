@@ -92,7 +92,7 @@ class LLMEngine:
         )
         self.spec_decoder.calibrate(runner, config.max_num_batched_tokens)
         self._lifecycle = RequestLifecycle(self._scheduler, self.spec_decoder, on_error=on_error)
-        self._inputs = InputProcessor(family, cache, self.spec_decoder, self._decoders, self.calls, on_error=on_error)
+        self.inputs = InputProcessor(family, cache, self.spec_decoder, self._decoders, self.calls, on_error=on_error)
         self._outputs = OutputProcessor(
             cache, self.prefix_cache, self._scheduler, self.spec_decoder, self._lifecycle, self._counters, self.calls
         )
@@ -111,7 +111,7 @@ class LLMEngine:
             CapacityError: Too many requests wait already, or the engine is draining.
         """
         self._admission.check(self._lifecycle.num_arrivals)
-        seqs = self._inputs.process(params, media, sink, reducer)
+        seqs = self.inputs.process(params, media, sink, reducer)
         with self._arrival_lock:
             self._admission.check(self._lifecycle.num_arrivals)  # again: others may have arrived meanwhile
             self._lifecycle.arrive(seqs)
@@ -138,7 +138,7 @@ class LLMEngine:
 
     def close(self) -> None:
         """Stop the threads that compile schemas."""
-        self._inputs.close()
+        self.inputs.close()
 
     def fail_all(self, error: MmError) -> None:
         """End all requests with an error."""

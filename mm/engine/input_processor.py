@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from mm.config import OnError
 from mm.data.request import Request
@@ -24,6 +26,8 @@ from mm.plugins.capabilities import capabilities_of, decoder_weights, in_decode,
 from mm.plugins.reducer import Reducer
 from mm.plugins.spec import bind, parse_spec, reducer_spec
 from mm.plugins.threads import plugin_errors
+
+T = TypeVar("T")
 
 
 class InputProcessor:
@@ -96,6 +100,17 @@ class InputProcessor:
             seq.block_hashes = list(hashes)
         return seqs
 
+    def check_length(self, params: Request) -> None:
+        """Refuse a request whose text alone is too long, before its media are encoded.
+
+        Raises:
+            ContextTooLong, InvalidRequest: As `process`.
+        """
+        limits = self._family.text_limits
+        limits.check(params.messages)
+        if not limits.are_far_from(params.messages):
+            self._call_family(functools.partial(self._family.check_length, params.messages))
+
     def _reducer(self, media: EncodedMedia) -> Reducer:
         """The reducer of a request, with its weights where there is anything to reduce."""
 
@@ -108,9 +123,13 @@ class InputProcessor:
         return self._calls.call("reducer", names, "while it was built", build, timeout_s=limit_s)
 
     def _splice(self, params: Request, media: EncodedMedia) -> Prompt:
-        splice = functools.partial(self._family.splice, params.messages, [item.tokens for item in media.items])
+        return self._call_family(
+            functools.partial(self._family.splice, params.messages, [item.tokens for item in media.items])
+        )
+
+    def _call_family(self, function: Callable[[], T]) -> T:
         name, limit_s = type(self._family).__name__, self._calls.limits.family_timeout_s
-        return self._calls.call("family", (name,), "while it made the prompt", splice, timeout_s=limit_s)
+        return self._calls.call("family", (name,), "while it made the prompt", function, timeout_s=limit_s)
 
     @property
     def vocabulary(self) -> Vocabulary:

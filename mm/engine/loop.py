@@ -197,6 +197,16 @@ class EngineLoop:
 
     # ── asynchronous reader ───────────────────────────────────────────────────────────────────────────────────────────
 
+    async def check_length(self, params: Request) -> None:
+        """Refuse a request whose text alone is too long, before its media are encoded.
+
+        Raises:
+            ContextTooLong, InvalidRequest: As `stream`.
+        """
+        assert self._submit_pool is not None, "start the loop first"
+        check = functools.partial(self._engine.inputs.check_length, params)
+        await asyncio.get_running_loop().run_in_executor(self._submit_pool, check)
+
     async def stream(self, params: Request, media: EncodedMedia) -> AsyncGenerator[list[Event]]:
         """A request's events as they come, several at a time where they came together.
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from mm.data.request import ROLES, MediaPart, Message, TextPart, check_num_chars
+from mm.data.request import ROLES, MediaPart, Message, TextLimits, TextPart
 from mm.errors import InvalidRequest, shown
 from mm.models.prompt_tokenizer import PromptTokenizer, control_tokens
 from mm.models.template import TemplateEnvironment
@@ -60,9 +60,10 @@ class ChatTemplate:
             raise ValueError(f"its chat template cannot be compiled: {error}") from error
 
     @property
-    def max_chars(self) -> int:
-        """Characters that the text of a conversation may have."""
-        return self.tokenizer.max_chars(self._max_tokens)
+    def limits(self) -> TextLimits:
+        """How long the text of a conversation may be."""
+        max_chars = self.tokenizer.max_chars(self._max_tokens)
+        return TextLimits(max_context_tokens=self._max_tokens, max_chars=max_chars)
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the conversation up to the start of the assistant's turn, with one placeholder per medium.
@@ -90,7 +91,7 @@ class ChatTemplate:
                 "messages",
                 "context_length_exceeded",
             )
-        check_num_chars(messages, self.max_chars, self._max_tokens)
+        self.limits.check(messages)
         self.tokenizer.check_text("".join(texts), self._max_tokens)
         return texts
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mm.data.media import Kind
-from mm.data.request import MediaPart, Message
+from mm.data.request import MediaPart, Message, TextLimits
 from mm.data.sampling_params import SamplingParams, sampling_options
 from mm.data.tokens import Prompt, VisualTokens
 from mm.errors import ContextTooLong, InvalidRequest, MediaError
@@ -110,6 +110,11 @@ class CheckpointFamily(ABC):
         return frozenset(self._placeholders.values())
 
     @property
+    def text_limits(self) -> TextLimits:
+        """How long the text of a conversation may be."""
+        return self._template.limits
+
+    @property
     def default_sampling(self) -> dict[str, float]:
         """Sampling options in generation_config.json, by name. `temperature` and `top_p` are always included."""
         options = sampling_options(SamplingParams)
@@ -155,14 +160,26 @@ class CheckpointFamily(ABC):
                     "name another",
                     "vision.reducer",
                 )
-        ids = self._template.token_ids(messages)
-        num_text_tokens = sum(token not in self._placeholders for token in ids)
-        if num_text_tokens >= self.max_context_tokens:  # before anything is embedded
-            raise ContextTooLong(num_text_tokens, 1, self.max_context_tokens)
+        ids = self._token_ids(messages)  # refuses what is too long before anything is embedded
         self._check_placeholders(ids, [part.kind for m in messages for part in m.parts if isinstance(part, MediaPart)])
         return splice(
             ids, frozenset(self._placeholders), visual, self.language.embed, self.place, self.num_position_rows
         )
+
+    def check_length(self, messages: Sequence[Message]) -> None:
+        """Refuse a conversation whose text alone is too long, before its media are encoded.
+
+        Raises:
+            ContextTooLong, InvalidRequest: As `splice`.
+        """
+        self._token_ids(messages)
+
+    def _token_ids(self, messages: Sequence[Message]) -> list[int]:
+        ids = self._template.token_ids(messages)
+        num_text_tokens = sum(token not in self._placeholders for token in ids)
+        if num_text_tokens >= self.max_context_tokens:
+            raise ContextTooLong(num_text_tokens, 1, self.max_context_tokens)
+        return ids
 
     def item_ids(self, text: str) -> list[int]:
         """Token ids of text that an item brings with it, in which control tokens are meant as such."""

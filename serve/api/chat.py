@@ -123,7 +123,7 @@ class Chat:
         self._metrics.in_flight.labels(self._config.names[0]).dec()
 
     async def _prepared(self, call: ChatCall, deadline: float) -> tuple[Request, MediaHandle]:
-        await self._runtime.admit()
+        await self._runtime.admit(call.request)
         self._metrics.requested(call.request)
         media = await self.encode(call.request)
         # The engine also ends the request by itself, should the cancellation not reach it.

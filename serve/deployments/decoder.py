@@ -8,7 +8,7 @@ from typing import Any
 from ray import serve as ray_serve
 
 from mm.data.outputs import Event
-from mm.data.request import Request
+from mm.data.request import Request, TextLimits
 from mm.plugins.calls import StageStatus
 from serve.config import ServeConfig
 from serve.deployments.loopback import keep_replica_local
@@ -23,7 +23,7 @@ from serve.stages import build_decoder_loop
 class Decoder:
     def __init__(self, config: ServeConfig) -> None:
         keep_replica_local()
-        self._loop, self._max_context_tokens = build_decoder_loop(config)
+        self._loop, self._limits = build_decoder_loop(config)
 
     async def stream(self, request: Request, media: TransferredMedia) -> AsyncIterator[list[Event]]:
         async for batch in self._loop.stream(request, await receive(media)):
@@ -50,5 +50,8 @@ class Decoder:
     async def ping(self) -> None:
         """Return: a sign of life of the event loop."""
 
-    async def max_context_tokens(self) -> int:
-        return self._max_context_tokens
+    async def text_limits(self) -> TextLimits:
+        return self._limits
+
+    async def check_length(self, request: Request) -> None:
+        await self._loop.check_length(request)

@@ -20,7 +20,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from mm.data.outputs import Event
-from mm.data.request import Request
+from mm.data.request import Request, TextLimits
 from mm.data.tokens import EncodedMedia
 from mm.errors import CapacityError
 from mm.plugins.calls import StageStatus
@@ -37,6 +37,7 @@ from serve.runtime import (
     Unavailable,
     joined,
     needs_encoder,
+    needs_long_check,
 )
 
 T = TypeVar("T")
@@ -84,9 +85,27 @@ class RayRuntime:
             for stage, handle in ((self._encoder_stage, encoder), (self._decoder_stage, decoder))
         }
         self._info: ModelInfo | None = None
+        self._limits: TextLimits | None = None
 
-    async def admit(self) -> None:
+    async def admit(self, request: Request) -> None:
         await self._decoder_stage.wait_until_present(NEW_WAIT_S)
+        limits = await self._text_limits()
+        limits.check(request.messages)
+        if needs_long_check(request, limits):
+            await self._ask_decoder(self._decoder.check_length, _without_media(request))
+
+    async def _text_limits(self) -> TextLimits:
+        limits = self._limits or await self._ask_decoder(self._decoder.text_limits)
+        self._limits = limits
+        return limits
+
+    async def _ask_decoder(self, method: Any, *arguments: Any) -> Any:
+        """The result of a quick method of a decoder."""
+
+        async def attempt(loss: Unavailable | None) -> Any:
+            return await self._decoder_stage.through(_result(method, *arguments), is_new=loss is None)
+
+        return await _retried(attempt)
 
     async def encode(self, request: Request) -> TransferredMedia:
         if not needs_encoder(request):
@@ -156,12 +175,11 @@ class RayRuntime:
 
     async def info(self) -> ModelInfo:
         if self._info is None:
-            kinds, max_context_tokens = await asyncio.gather(
-                self._encoder_stage.through(_result(self._encoder.kinds), is_new=True),
-                self._decoder_stage.through(_result(self._decoder.max_context_tokens), is_new=True),
+            kinds, limits = await asyncio.gather(
+                self._encoder_stage.through(_result(self._encoder.kinds), is_new=True), self._text_limits()
             )
             self._info = ModelInfo(
-                kinds=kinds, max_context_tokens=max_context_tokens, default_reducer=self._default_reducer
+                kinds=kinds, max_context_tokens=limits.max_context_tokens, default_reducer=self._default_reducer
             )
         return self._info
 

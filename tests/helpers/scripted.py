@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from mm.data.outputs import Event
@@ -44,6 +45,7 @@ class ScriptedEngine:
 
     def __init__(self, play: Play) -> None:
         self._play, self.calls = play, PluginCalls()
+        self.inputs = SimpleNamespace(check_length=lambda params: None)
         self._scenes: deque[Scene] = deque()
         self.wake = threading.Event()
 

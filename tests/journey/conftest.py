@@ -19,7 +19,7 @@ import pytest
 
 from mm.config import MediaLimits, SourcePolicy
 from mm.data.outputs import Delta, Event, KeptMap, Summary, Timings, Usage
-from mm.data.request import Request
+from mm.data.request import Request, TextLimits
 from mm.data.tokens import Encoded, EncodedMedia
 from mm.engine.loop import EngineLoop
 from mm.errors import InvalidOption, UnknownPlugin
@@ -104,6 +104,9 @@ def _encoded(file: Any) -> Any:
     return SimpleNamespace(cache_hit=False, num_media_bytes=len(file.data), tokens=SimpleNamespace(kind=file.kind))
 
 
+LIMITS = TextLimits(max_context_tokens=2048, max_chars=100_000_000)
+
+
 @pytest.fixture
 def engine() -> FakeEngine:
     return FakeEngine()
@@ -115,7 +118,7 @@ def build(engine: FakeEngine, **options: Any) -> tuple[Any, LocalRuntime]:
     loop.start()
     engine.limits = config.model.limits
     encoder = EncoderStage(engine.load, engine.encode, ("image", "video"))
-    runtime = LocalRuntime(encoder, loop, max_context_tokens=2048, default_reducer="none")
+    runtime = LocalRuntime(encoder, loop, limits=LIMITS, default_reducer="none")
     return create_app(runtime, config), runtime
 
 

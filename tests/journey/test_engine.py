@@ -101,6 +101,26 @@ async def test_a_layer_that_does_not_exist_is_the_callers_mistake(engine_client,
     assert response.json()["error"]["param"] == "vision.reducer"
 
 
+@pytest.mark.parametrize("text", ["word " * 5000, "a" * 5_000_000, "é\n" * 4096])
+async def test_a_text_that_is_too_long_is_refused_before_its_picture_is_encoded(
+    runtime, engine_client, ask, picture, text, monkeypatch
+) -> None:
+    asked: list[Any] = []
+    encode = runtime._encoder.encode
+
+    async def noted(request: Any) -> Any:
+        asked.append(request)
+        return await encode(request)
+
+    monkeypatch.setattr(runtime._encoder, "encode", noted)
+    refused = await engine_client.post(PATH, json=ask([picture[0], {"type": "text", "text": text}]))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert not asked
+    answered = await engine_client.post(PATH, json=ask([picture[0], {"type": "text", "text": "word " * 300}]))
+    assert answered.status_code == 200
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_full_line_refuses_with_a_hint_and_serves_those_in_it(engine_client, ask, stream) -> None:
     body = ask("Hello", max_tokens=60, ignore_eos=True, stream=stream)

@@ -76,6 +76,8 @@ REQUESTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "bad option": ([IMAGE], {"vision": {"reducer": "divprune:keep=1"}}),
     "too long": ("Hello", {"max_tokens": 1_000_000}),
     "too long, stream": ("Hello", {"max_tokens": 1_000_000} | STREAM),
+    "too long beside a picture": ([IMAGE, {"type": "text", "text": "word " * 5000}], {}),
+    "far too long": ([IMAGE, {"type": "text", "text": "word " * 1_000_000}], {}),
     "bad field": ("Hello", {"temperature": 5}),
     "unknown model": ("Hello", {"model": "gpt"}),
 }

@@ -49,7 +49,7 @@ def row(name: str, figure: Figure) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--release", action="store_true", help="hours instead of minutes")
     parser.add_argument("--only", action="append", choices=PROMISES, help="repeat for several")
     parser.add_argument("--seed", type=int, help="of an earlier run")

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 import httpx
 
+from demos.bench.reliability.processes import cpu_s, family, peak_mb, reset_peak, resident_mb
+
 START_S = 600
 STOP_S = 120
 ON_RAY = ("--ray-cpus", "6", "--object-store-bytes", "150000000", "--kv-cache-gb", "0.1")
@@ -62,6 +64,21 @@ class Server:
 
     def all_pids(self) -> set[int]:
         return {process.pid for process in self._processes()}
+
+    def cpu_s(self) -> float:
+        """CPU seconds of all its processes so far."""
+        return sum(map(cpu_s, family(self.process.pid)))
+
+    def reset_peak_mb(self) -> float:
+        """Begin a new measurement of the peak. Returns the resident memory of all its processes."""
+        pids = family(self.process.pid)
+        for pid in pids:
+            reset_peak(pid)
+        return sum(map(resident_mb, pids))
+
+    def peak_mb(self) -> float:
+        """The peaks of all its processes since then, added."""
+        return sum(map(peak_mb, family(self.process.pid)))
 
     def gauges(self) -> dict[str, float]:
         """The figures of `/metrics`; of those with several labels the last one."""

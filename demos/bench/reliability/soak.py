@@ -35,6 +35,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
+from demos.bench.reliability.processes import family, num_files, num_threads, resident_mb
+
 CLIENTS = 8
 REDUCERS = ("none", "divprune:keep_ratio=0.25", "visionzip:keep_ratio=0.2", "fastv", "tome", "cdpruner:keep_ratio=0.3")
 SCHEMA = {
@@ -140,29 +142,6 @@ async def send(client: httpx.AsyncClient, body: dict[str, Any], kind: str, seen:
 # ── the server ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def family(pid: int) -> list[int]:
-    """The process and all its descendants."""
-    children: list[int] = []
-    with contextlib.suppress(OSError):
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [pid, *(one for child in children for one in family(child))]
-
-
-def resident_mb(pid: int) -> float:
-    with contextlib.suppress(OSError):
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        return int(found[1]) / 1024 if found else 0.0
-    return 0.0
-
-
-def open_files(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
-
-def threads(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/task").iterdir()))
-
-
 @contextlib.asynccontextmanager
 async def server(options: list[str]) -> AsyncIterator[tuple[str, int]]:
     """A server of its own: its address and process id."""
@@ -202,7 +181,7 @@ async def soak(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
                 if own % EVERY == 0:
                     readings[own] = round(sum(resident_mb(one) for one in family(pid)), 1)
                     reading = {"requests": own, "resident_mb": readings[own], "server_mb": round(resident_mb(pid), 1)}
-                    reading |= {"files": open_files(pid), "threads": threads(pid)}
+                    reading |= {"files": num_files(pid), "threads": num_threads(pid)}
                     print(json.dumps(reading | {"s": round(time.perf_counter() - start)}), flush=True)
 
         await asyncio.gather(*(work() for _ in range(CLIENTS)))

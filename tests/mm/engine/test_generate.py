@@ -11,6 +11,7 @@ import pytest
 import mm
 from mm.api import build_request
 from mm.data.outputs import Delta, Summary
+from mm.encode.pipeline import encode
 from mm.errors import ContextTooLong, IncompatiblePlugin, InvalidOption, InvalidRequest, MediaError, UnknownPlugin
 from mm.models.checkpoint import BadCheckpoint
 from mm.plugins.capabilities import check_compatible
@@ -224,3 +225,19 @@ def test_a_model_without_clips_says_so(tmp_path):
 
 def test_every_request_has_its_own_name():
     assert build_request("a").request_id != build_request("a").request_id
+
+
+@pytest.mark.parametrize("text", ["word " * 5000, "a" * 5_000_000])
+def test_a_text_that_is_too_long_is_refused_before_its_media_are_read(model, text):
+    with pytest.raises(InvalidRequest) as refused:
+        model.generate(text, images=[b"no picture"])
+    assert refused.value.code == "context_length_exceeded"
+    (of_batch,) = model.generate_batch([{"prompt": text, "images": [b"no picture"]}])
+    assert of_batch.code == "context_length_exceeded"
+
+
+def test_a_question_that_is_too_long_for_a_reducer_is_refused_before_its_media_are_read(model):
+    request = build_request("word " * 5000, images=[b"no picture"], reducer="cdpruner:keep_ratio=0.5")
+    with pytest.raises(InvalidRequest) as refused:
+        encode(request, model.encode_parts)
+    assert refused.value.code == "context_length_exceeded"

@@ -93,7 +93,7 @@ def test_a_request_passes_through_three_threads_beside_the_event_loop(model, sta
     load_one = functools.partial(load, parts=model.encode_parts)
     encode_one = functools.partial(encode_loaded, parts=model.encode_parts)
     encoder = EncoderStage(noting("encode", load_one), noting("encode", encode_one), ("image",))
-    runtime = LocalRuntime(encoder, started, max_context_tokens=100, default_reducer="none")
+    runtime = LocalRuntime(encoder, started, limits=model.engine.family.text_limits, default_reducer="none")
 
     async def ask() -> list[Event]:
         request = question(seed=5)
