@@ -88,7 +88,7 @@ async def test_bias_penalties_and_truncation_change_the_answer_as_they_say(shipp
     plain = await text_of(shipped)
     first = model.generate("What colour is the circle?", max_new_tokens=1, temperature=0).token_ids[0][0]
     banned = (await post(shipped, logit_bias={str(first): -100}, logprobs=True)).json()["choices"][0]
-    word = model.engine._inputs.vocabulary.text_of(first)
+    word = model.engine.inputs.vocabulary.text_of(first)
     assert all(token["token"] != word for token in banned["logprobs"]["content"])
     assert await text_of(shipped, temperature=2, top_k=1) == plain
     assert await text_of(shipped, temperature=2, min_p=1) == plain

@@ -44,7 +44,7 @@ def test_streamed_text_adds_up_to_the_answer(model):
 
 def test_an_answer_ends_at_the_models_end_token(model):
     free = model.generate("What?", max_new_tokens=6, ignore_eos=True).token_ids[0]
-    samplers = model.engine._inputs._samplers
+    samplers = model.engine.inputs._samplers
     before, samplers._eos_token_ids = samplers._eos_token_ids, frozenset([free[3]])
     try:
         answer = model.generate("What?", max_new_tokens=6)
