@@ -92,7 +92,7 @@ def build_serving() -> Callable[[], list[str]]:
 
     async def start() -> httpx.AsyncClient:
         app = create_app(build_local_runtime(config), config)
-        return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://local", timeout=60)
+        return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1", timeout=60)
 
     client = runner.run(start())
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mm.models.attention import Attention, AttentionMetadata, Rotary, rotate
 from mm.models.linear import PackedLinear, bias_of, prepack_linears
+from mm.models.row_ops import build_gated, build_norm, has_kernels
 
 FUSED = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer"}
@@ -157,7 +158,7 @@ class _LlamaLayer(Protocol):
 
 
 class FusedLayer:
-    """The same in nine calls. The module's weights become views of the joined ones, so none is held twice."""
+    """The same in eight calls. The module's weights become views of the joined ones, so none is held twice."""
 
     def __init__(self, module: nn.Module, index: int, head_dim: int) -> None:
         self._index, self._head_dim = index, head_dim
@@ -168,10 +169,16 @@ class FusedLayer:
         self._gate_up = _join(mlp.gate_proj, mlp.up_proj)
         self._out, self._down = (PackedLinear(part.weight, bias_of(part)) for part in (inner.o_proj, mlp.down_proj))
         self._activation = mlp.act_fn
-        self._norms = [
-            (norm.weight, norm.variance_epsilon) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        self._norm_parts = [
+            (norm.weight.detach(), norm.variance_epsilon)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
+        self._build_row_ops(on_cpu_kernels=has_kernels(inner.o_proj.weight))
         self._before, self._after = self._before_attention, self._after_attention
+
+    def _build_row_ops(self, *, on_cpu_kernels: bool) -> None:
+        self._norms = [build_norm(*parts, on_cpu_kernels=on_cpu_kernels) for parts in self._norm_parts]
+        self._gated = build_gated(self._activation, on_cpu_kernels=on_cpu_kernels)
 
     def __call__(self, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
         attended = attention.attend(self._index, self._before(hidden), metadata, rotary)
@@ -179,18 +186,18 @@ class FusedLayer:
 
     def _before_attention(self, hidden: Tensor) -> Tensor:
         """(T, D) to queries, keys and values (T, H + 2 * H_kv, d)."""
-        return _heads(self._qkv(self._norm(hidden, 0)), self._head_dim)
+        return _heads(self._qkv(self._norms[0](hidden)), self._head_dim)
 
     def _after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = self._out.add_to(hidden, attended.flatten(1))
-        gate, up = self._gate_up(self._norm(hidden, 1)).chunk(2, dim=-1)
-        return self._down.add_to(hidden, self._activation(gate).mul_(up))
+        return self._down.add_to(hidden, self._gated(self._gate_up(self._norms[1](hidden))))
 
     def prepack(self) -> None:
         for linear in (self._qkv, self._gate_up, self._out, self._down):
             linear.prepack()
 
     def compile(self) -> None:
+        self._build_row_ops(on_cpu_kernels=False)  # torch.compile cannot look into them
         self._before = torch.compile(self._before_attention, dynamic=True)
         self._after = torch.compile(self._after_attention, dynamic=True)
 
@@ -202,12 +209,8 @@ class FusedLayer:
         return self._rotated(slice(self._num_queries, middle), hidden, rotary)
 
     def _rotated(self, part: slice, hidden: Tensor, rotary: Rotary) -> Tensor:
-        projected = self._qkv.part(self._norm(hidden, 0), part)
+        projected = self._qkv.part(self._norms[0](hidden), part)
         return rotate(_heads(projected, self._head_dim), *rotary)
-
-    def _norm(self, hidden: Tensor, which: int) -> Tensor:
-        weight, epsilon = self._norms[which]
-        return nn.functional.rms_norm(hidden, (hidden.shape[-1],), weight, epsilon)
 
 
 def _heads(projected: Tensor, head_dim: int) -> Tensor:

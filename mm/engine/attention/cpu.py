@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,11 @@ class CpuAttention:
         rotary: Rotary | None,
         variant: AttentionVariant = PLAIN,
     ) -> Tensor:
-        cache = self.cache
+        cache, step = self.cache, _step_state(metadata, rotary)
         output = torch.empty((qkv.shape[0], qkv.shape[1] - 2 * cache.shape.num_heads, qkv.shape[2]), dtype=qkv.dtype)
-        cos, sin = (NO_ROTARY, NO_ROTARY) if rotary is None else (_view(rotary[0]), _view(rotary[1]))
         states, table, lengths = _view(qkv), cache.block_tables[layer], cache.lengths[layer]
         chunks = metadata.seq_indices, metadata.query_starts, metadata.query_lens
-        write_kv(states, cos, sin, self._keys, self._values, table, lengths, *chunks)
+        write_kv(states, step.cos, step.sin, self._keys, self._values, table, lengths, *chunks)
         scale = cache.shape.head_dim**-0.5 if variant.scale is None else variant.scale
         self._kernel(lengths, metadata)(
             states,
@@ -64,13 +64,13 @@ class CpuAttention:
             table,
             lengths,
             *chunks,
-            _masks(metadata),
+            step.masks,
             MAX_QUERY_LEN,
             _view(output),
         )
-        if (metadata.query_lens > MAX_QUERY_LEN).any():
+        if step.long_chunks:
             query, key, value = split_qkv(qkv, cache.shape.num_heads)
-            for chunk in np.flatnonzero(metadata.query_lens > MAX_QUERY_LEN).tolist():
+            for chunk in step.long_chunks:
                 prefill_attend(cache, layer, query, key, value, metadata, chunk, output, variant)
         return output
 
@@ -82,6 +82,34 @@ class CpuAttention:
             return attend_kernel(shape.head_dim, shape.block_size, False)
         set_num_threads(num_threads)
         return attend_kernel(shape.head_dim, shape.block_size, True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StepState:
+    """What all layers of a step share.
+
+    Attributes:
+        rotary: What `cos` and `sin` are views of.
+        masks: See `_masks`.
+        long_chunks: Chunks that torch's products compute.
+    """
+
+    rotary: Rotary | None
+    cos: NDArray[Any]
+    sin: NDArray[Any]
+    masks: BoolArray
+    long_chunks: list[int]
+
+
+def _step_state(metadata: AttentionMetadata, rotary: Rotary | None) -> _StepState:
+    """Made by the first layer of a step, and kept in its metadata."""
+    state = metadata.backend_state
+    if not isinstance(state, _StepState) or state.rotary is not rotary:
+        cos, sin = (NO_ROTARY, NO_ROTARY) if rotary is None else (_view(rotary[0]), _view(rotary[1]))
+        long_chunks = np.flatnonzero(metadata.query_lens > MAX_QUERY_LEN).tolist()
+        state = _StepState(rotary=rotary, cos=cos, sin=sin, masks=_masks(metadata), long_chunks=long_chunks)
+        metadata.backend_state = state
+    return state
 
 
 def _view(tensor: Tensor) -> NDArray[Any]:

@@ -14,22 +14,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic as _intrinsic
 
-intrinsic: Any = _intrinsic
-"""Its functions take a typing context that their callers do not pass, which type checkers cannot know."""
-
-Kernel = Callable[..., None]
-
-INLINED = {"fastmath": True, "inline": "always", "error_model": "numpy"}
+from mm.models.cpu_kernels import INLINED, Kernel, compile_kernel, exp, intrinsic
 
 
 @intrinsic
@@ -59,33 +51,6 @@ def _store(typing_context: Any, number: Any, like: Any) -> Any:
         return builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
 
     return like(types.float32, like), codegen
-
-
-@intrinsic
-def _power_of_two(typing_context: Any, exponent: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word = ir.IntType(32)
-        biased = builder.add(args[0], ir.Constant(word, 127))
-        return builder.bitcast(builder.shl(biased, ir.Constant(word, 23)), ir.FloatType())
-
-    return types.float32(types.int32), codegen
-
-
-@numba.njit(**INLINED)
-def _exp(x):
-    """e^x of float32 x <= 0 to 1e-7, in a form that becomes vector code. The library's is called once per number.
-
-    Powers of two times a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients: Cephes, expf).
-    """
-    x = max(x, np.float32(-87))
-    whole = np.int32(x * np.float32(1.4426950408889634) - np.float32(0.5))
-    rest = x - np.float32(whole) * np.float32(0.693147180559945)
-    series = np.float32(1.9875691500e-4) * rest + np.float32(1.3981999507e-3)
-    series = series * rest + np.float32(8.3334519073e-3)
-    series = series * rest + np.float32(4.1665795894e-2)
-    series = series * rest + np.float32(1.6666665459e-1)
-    series = series * rest + np.float32(5.0000001201e-1)
-    return (series * rest * rest + rest + np.float32(1)) * _power_of_two(whole)
 
 
 def _write_kv(qkv, cos, sin, keys, values, table, lengths, seq_indices, query_starts, query_lens):
@@ -206,7 +171,7 @@ def _softmax(scores, i, begin, length):
         most = max(most, scores[i, t])
     total = np.float32(0)
     for t in range(begin, length):
-        weight = _exp(scores[i, t] - most)
+        weight = exp(scores[i, t] - most)
         scores[i, t] = weight
         total += weight
     for t in range(begin, length):
@@ -255,25 +220,14 @@ def _attend_for(dim: int, size: int) -> Kernel:
     return attend
 
 
-def _compile(function: Any, name: str, **options: Any) -> Kernel:
-    """Compile on first use for each dtype, and keep the result on disk where a folder can be written."""
-    copy = FunctionType(function.__code__, function.__globals__, name, None, function.__closure__)
-    copy.__qualname__ = name  # names the copy on disk
-    options = {"fastmath": True, "nogil": True, "error_model": "numpy"} | options
-    try:
-        return numba.njit(cache=True, **options)(copy)
-    except RuntimeError:  # no folder that we may write to
-        return numba.njit(**options)(copy)
-
-
 @functools.cache
 def attend_kernel(dim: int, size: int, parallel: bool) -> Kernel:
     """Attention of small chunks, compiled for a head width and a block size."""
     name = f"attend_{dim}_{size}_parallel" if parallel else f"attend_{dim}_{size}"
-    return _compile(_attend_for(dim, size), name, parallel=parallel)
+    return compile_kernel(_attend_for(dim, size), name, parallel=parallel)
 
 
-write_kv: Kernel = _compile(_write_kv, "write_kv")
+write_kv: Kernel = compile_kernel(_write_kv, "write_kv")
 
 
 def set_num_threads(count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -32,6 +32,7 @@ class TokenDecoding:
     special: frozenset[int]
     bytes: frozenset[int]
     margin: int | None
+    _adds_text: dict[int, bool] = field(default_factory=dict[int, bool], repr=False)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenDecoding:
@@ -42,6 +43,14 @@ class TokenDecoding:
         if "ByteFallback" in names:
             single = frozenset(i for token, i in tokenizer.get_vocab().items() if _BYTE.fullmatch(token))
         return cls(tokenizer, special, single - special, _margin(steps))
+
+    def adds_text(self, token_id: int) -> bool:
+        """Whether a token is one that the tokenizer has, and not special."""
+        found = self._adds_text.get(token_id)
+        if found is None:
+            found = token_id not in self.special and self.tokenizer.id_to_token(token_id) is not None
+            self._adds_text[token_id] = found
+        return found
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -120,6 +129,8 @@ class IncrementalDetokenizer:
 
     def _cut_at_stop(self) -> bool:
         """End the text before the first stop string that counts."""
+        if not self._stop:
+            return False
         while (cut := self._first_stop()) is not None and self._num_tokens < self._min_tokens:
             self._num_passed = cut + 1
         if cut is not None:
@@ -130,7 +141,7 @@ class IncrementalDetokenizer:
     def _decode(self, token_id: int) -> None:
         """Add a token's text to `_text`, as far as later tokens cannot change it."""
         decoding = self._decoding
-        if token_id in decoding.special or decoding.tokenizer.id_to_token(token_id) is None:
+        if not decoding.adds_text(token_id):
             return
         self._window.append(token_id)
         if token_id in decoding.bytes:
@@ -170,7 +181,9 @@ class IncrementalDetokenizer:
 
     def _held(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        if not self._stop:
+            return 0
+        longest = max(len(stop) for stop in self._stop) - 1
         tail = self._text[self._num_sent :][-longest:] if longest else ""
         starts = (len(tail) - i for i in range(len(tail)) if any(stop.startswith(tail[i:]) for stop in self._stop))
         return next(starts, 0)
