@@ -23,7 +23,7 @@ MAY_IMPORT = {
 """Package to those of ours that it may import."""
 
 ROOMS = (
-    {"errors"},
+    {"errors", "processes"},
     {"settings"},
     {"data"},
     {"config"},

@@ -13,9 +13,10 @@ import numpy as np
 from mm.config import MediaLimits
 from mm.data.media import FrameChunk, FrameSampling, Pixels
 from mm.errors import MEDIA_REASONS, EngineError, MediaError
-from mm.media.child_pool import LIMIT_STATUSES, Child
+from mm.media.child_pool import LIMIT_STATUSES
 from mm.media.limits import MediaBudget
-from mm.media.wire import WireClosed, read_header, write_message
+from mm.processes.child import Child
+from mm.processes.wire import WireClosed, read_header, write_message
 
 ALLOWED_FORMATS = (
     "MP4, MOV, WebM, MKV, AVI, MPEG-TS, MPEG-PS, FLV, Ogg, ASF, GIF, APNG or animated WebP, with H.264, H.265, VP8, "

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 from mm.media.video_decoder import decode, prepare
 from mm.media.video_messages import DecodeRequest, Done, Message, Plan, Refused
-from mm.media.wire import OUT_OF_MEMORY_STATUS, WireClosed, read_exactly, read_header, write_message
+from mm.processes.child import lower_limit, private_stdout
+from mm.processes.wire import OUT_OF_MEMORY_STATUS, WireClosed, read_exactly, read_header, write_message
 
 Decode = Callable[[BinaryIO, DecodeRequest], Iterator[Message]]
 PIECE_BYTES = 1 << 20
@@ -25,7 +26,7 @@ PIECE_BYTES = 1 << 20
 
 def main(prepare: Callable[[], object] = prepare, decode: Decode = decode) -> None:
     """Serve one request on stdin and stdout. End without clean-up, since the clip may have damaged the process."""
-    pipe_in, pipe_out = sys.stdin.buffer, _private_stdout()
+    pipe_in, pipe_out = sys.stdin.buffer, private_stdout()
     try:
         prepare()
         write_message(pipe_out, {"type": "ready"})
@@ -90,22 +91,14 @@ def confine(limits: dict[str, Any]) -> None:
     """
     cpu_s, memory_bytes = int(limits["cpu_s"]), int(limits["memory_bytes"])
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-    _lower(resource.RLIMIT_CORE, 0, 0)
-    _lower(resource.RLIMIT_FSIZE, 0, 0)
-    _lower(resource.RLIMIT_CPU, cpu_s, cpu_s + 1)
-    _lower(resource.RLIMIT_AS, memory_bytes, memory_bytes)
-    _lower(resource.RLIMIT_NOFILE, highest, highest)
+    lower_limit(resource.RLIMIT_CORE, 0, 0)
+    lower_limit(resource.RLIMIT_FSIZE, 0, 0)
+    lower_limit(resource.RLIMIT_CPU, cpu_s, cpu_s + 1)
+    lower_limit(resource.RLIMIT_AS, memory_bytes, memory_bytes)
+    lower_limit(resource.RLIMIT_NOFILE, highest, highest)
     # The parent kills this process at the same time. This is for the case that the parent is gone.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, float(limits["wall_s"]))
-
-
-def _lower(limit: int, soft: int, hard: int) -> None:
-    """Set a limit, or keep the inherited one if that is lower."""
-    inherited = resource.getrlimit(limit)[1]
-    if inherited != resource.RLIM_INFINITY:
-        soft, hard = min(soft, inherited), min(hard, inherited)
-    resource.setrlimit(limit, (soft, hard))
 
 
 @contextmanager
@@ -124,13 +117,6 @@ def _encoded(message: Message) -> tuple[dict[str, Any], bytes | memoryview]:
     height, width, _ = message.pixels.shape
     body = message.pixels.data.cast("B")
     return {"type": "frame", "time_s": message.time_s, "width": width, "height": height}, body
-
-
-def _private_stdout() -> BinaryIO:
-    """The pipe under another descriptor, so that a library that prints to stdout cannot break the protocol."""
-    pipe_out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return pipe_out
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from mm.data.request import ROLES, MediaPart, Message, TextLimits, TextPart
-from mm.errors import InvalidRequest, shown
-from mm.models.prompt_tokenizer import PromptTokenizer, control_tokens
-from mm.models.template import TemplateEnvironment
+from mm.data.request import ROLES, MediaPart, Message, TextLimits, TextPart, text_too_long
+from mm.errors import InvalidRequest, PluginFault, shown
+from mm.models.prompt_tokenizer import PIECE_CHARS, PromptTokenizer, control_tokens
+from mm.models.renderer import RENDERER, RenderedTooLong, TemplateRefused
 from mm.models.user_text import Marks, closed_under_case, high_characters
 
 MAX_REASON_CHARS = 300
@@ -54,10 +53,17 @@ class ChatTemplate:
         self._taken = high_characters([source, *control])
         self._bos = str(tokenizer.bos_token or "")
         self._max_tokens = max_tokens
+        self._source = source
         try:
-            self._template = TemplateEnvironment().from_string(source)
-        except TemplateError as error:
+            RENDERER.compile(source)
+        except (TemplateRefused, PluginFault) as error:
             raise ValueError(f"its chat template cannot be compiled: {error}") from error
+        try:
+            self.token_ids([Message(role="user", parts=(TextPart(text="Hello"),))])
+        except InvalidRequest:
+            pass  # it may want other messages
+        except PluginFault as error:
+            raise ValueError(f"its chat template cannot be used: {error}") from error
 
     @property
     def limits(self) -> TextLimits:
@@ -73,11 +79,13 @@ class ChatTemplate:
             InvalidRequest: The template refuses the conversation, or it holds what is no text.
         """
         texts = self._checked(messages)
-        marks = Marks(self._alphabet, self._taken | high_characters(texts))
-        with marks.used():
-            rendered = self._render(messages, marks)
-            add_special = not (self._bos and str.startswith(rendered, self._bos))
-            prompt = marks.unmark(self.tokenizer.control(str.__str__(rendered)))
+        taken = self._taken | high_characters(texts)
+        marks = Marks(self._alphabet, taken)
+        rendered = self._render(messages, marks, taken)
+        if len(rendered) > sum(map(len, texts)) + PIECE_CHARS:  # the template itself wrote much
+            self.tokenizer.check_text(rendered, self._max_tokens)
+        add_special = not (self._bos and rendered.startswith(self._bos))
+        prompt = marks.unmark(self.tokenizer.control(rendered))
         return self.tokenizer.ids(prompt, add_special_tokens=add_special)
 
     def _checked(self, messages: Sequence[Message]) -> list[str]:
@@ -95,21 +103,25 @@ class ChatTemplate:
         self.tokenizer.check_text("".join(texts), self._max_tokens)
         return texts
 
-    def _render(self, messages: Sequence[Message], marks: Marks) -> str:
+    def _render(self, messages: Sequence[Message], marks: Marks, taken: frozenset[str]) -> str:
+        limits, options = self.limits, {"tools": None, "documents": None, "add_generation_prompt": True}
         try:
-            return self._template.render(
-                messages=[_for_template(message, marks) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special,
+            return RENDERER.render(
+                self._source,
+                [_for_template(message) for message in messages],
+                options | self._special,
+                alphabet=self._alphabet,
+                taken=taken,
+                max_chars=limits.max_chars,
             )
-        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        except TemplateRefused as error:
             reason = marks.unmark(str(error))[:MAX_REASON_CHARS]
             raise InvalidRequest(f"the model's chat template refuses these messages: {reason}", "messages") from error
+        except RenderedTooLong as error:
+            raise text_too_long(error.num_chars, limits.max_chars, limits.max_context_tokens) from error
 
 
-def _for_template(message: Message, marks: Marks) -> dict[str, object]:
+def _for_template(message: Message) -> dict[str, object]:
     """A message as templates read it. Roles are ours, all other text is the request's."""
     if message.role not in ROLES:
         raise InvalidRequest(f"the role {shown(message.role)} is unknown; allowed: {', '.join(ROLES)}", "messages")
@@ -118,5 +130,5 @@ def _for_template(message: Message, marks: Marks) -> dict[str, object]:
         if isinstance(part, MediaPart):
             content.append({"type": part.kind})
         else:
-            content.append({"type": "text", "text": marks.text(part.text)})
+            content.append({"type": "text", "text": part.text})
     return {"role": message.role, "content": content}

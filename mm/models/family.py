@@ -28,6 +28,7 @@ from mm.models.checkpoint import check_depths
 from mm.models.folder import REPLACE, BadCheckpoint, read_json
 from mm.models.language import LanguageModel, TextConfig
 from mm.models.pretrained import from_folder, model_config
+from mm.models.renderer import RENDERER
 
 GENERATION = "generation_config.json"
 
@@ -64,6 +65,7 @@ class CheckpointFamily(ABC):
     """Rows of a prompt's positions: 1, or 3 for M-RoPE."""
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        RENDERER.start()
         self.config = model_config(folder)
         check_depths(folder)
         self.tokenizer, template = self.load_tokenizer(folder)

@@ -298,13 +298,13 @@ def test_a_spare_ends_with_its_parent():
 
 
 def test_the_child_does_not_import_torch_and_sees_no_secrets(monkeypatch):
-    from mm.media.child_pool import _child_environment
+    from mm.processes.child import child_environment
 
     monkeypatch.setenv("MM_API_KEY", "secret")
-    assert "MM_API_KEY" not in _child_environment()
+    assert "MM_API_KEY" not in child_environment()
     code = "import sys; from mm.media import video_child; print('torch' in sys.modules)"
     answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_child_environment()
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=child_environment()
     )
     assert answer.stdout.strip() == "False"
 

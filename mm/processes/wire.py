@@ -1,7 +1,7 @@
-"""Messages between a process and its video child: a length, a JSON header, then raw bytes.
+"""Messages between a process and its child: a length, a JSON header, then raw bytes.
 
 Neither side trusts the other. Headers are bounded, and the reader checks the body's length before it reads the body.
-The video child imports this file, so it uses the standard library only.
+Children import this file and have to start fast, so it uses the standard library only.
 """
 
 from __future__ import annotations

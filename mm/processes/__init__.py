@@ -1,0 +1,1 @@
+"""Child processes that can be limited and killed, and the messages between them and their parent."""
