@@ -38,6 +38,7 @@ from mm.plugins.features import (
     TOWER_KEYS,
 )
 from mm.plugins.reducer import InTower
+from mm.plugins.registry import name_of
 
 MAX_BATCH = 16
 """Pictures per forward. Up to this number, the images of one call are one batch, as in `generate` of transformers."""
@@ -150,7 +151,7 @@ class LlavaEncoder(CheckpointEncoder):
         pictures = [item.pixels for item in items if item.kind == "image"]
         if len(pictures) < len(items):
             missing = "frames whose tokens stay on their grid, to be pooled"
-            raise IncompatiblePlugin(type(merging).__name__, "clips of this model", [missing])
+            raise IncompatiblePlugin(name_of(merging), "clips of this model", [missing])
         if not pictures:
             return []
         pixels = torch.cat(pictures)

@@ -17,6 +17,7 @@ from mm.data.media import Kind
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import InvalidOption
 from mm.plugins.reducer import Count, ReduceContext, Reduction, Stage
+from mm.plugins.registry import name_of
 
 Rounding = Literal["half_up", "half_even", "floor", "floor_complement", "ceil"]
 
@@ -155,7 +156,7 @@ class BudgetReducer(BaseReducer):
     keep_ratio: float = 0.25
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep_ratio", ratio_option(type(self).__name__, "keep_ratio", self.keep_ratio))
+        object.__setattr__(self, "keep_ratio", ratio_option(name_of(self), "keep_ratio", self.keep_ratio))
 
     def plan(self, num_tokens: int, grid: Grid | None = None, kind: Kind = "image") -> int:
         return budget(num_tokens, self.keep_ratio, self.rounding)

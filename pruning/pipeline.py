@@ -18,6 +18,7 @@ from mm.errors import InvalidOption
 from mm.plugins.apply import apply
 from mm.plugins.capabilities import Capabilities, before_decoder, capabilities_of, plans_tokens
 from mm.plugins.reducer import Count, ReduceContext, Reducer, Reduction, Stage
+from mm.plugins.registry import name_of
 from mm.plugins.threads import plugin_errors
 from pruning.base import NoReduction, keep_all
 
@@ -51,7 +52,7 @@ class Pipeline:
         """A part that acts at several stages is ordered by its first."""
         order = [ORDER.index(stage.acts_at[0]) for stage in self.stages]
         if order != sorted(order):
-            names = " + ".join(f"{type(stage).__name__} ({stage.acts_at[0].value})" for stage in self.stages)
+            names = " + ".join(f"{name_of(stage)} ({stage.acts_at[0].value})" for stage in self.stages)
             message = f"are in an order in which tokens do not meet them: {names}; put earlier stages first"
             raise InvalidOption("pipeline", "stages", message)
 
@@ -60,8 +61,8 @@ class Pipeline:
         for stage in removing[1:]:
             if getattr(stage, "needs_grid", False):
                 message = (
-                    f"put {type(stage).__name__}, which needs every cell of the grid, after "
-                    f"{type(removing[0]).__name__}, which removes some; let it come first"
+                    f"put {name_of(stage)}, which needs every cell of the grid, after "
+                    f"{name_of(removing[0])}, which removes some; let it come first"
                 )
                 raise InvalidOption("pipeline", "stages", message)
 
@@ -94,12 +95,12 @@ class Pipeline:
         total, num_tokens = keep_all(tokens), tokens.num_tokens
         aux_features = dict(context.aux_features)
         for stage in before_decoder(self):
-            with plugin_errors(type(stage).__name__, "before the decoder"):
+            with plugin_errors(name_of(stage), "before the decoder"):
                 reduction = stage.after_encode(tokens, replace(context, aux_features=aux_features))
             aux_features = {
                 name: _follow(plane, reduction.keep, tokens.num_tokens) for name, plane in aux_features.items()
             }
-            tokens = replace(apply(reduction, tokens, type(stage).__name__), aux_features=aux_features)
+            tokens = replace(apply(reduction, tokens, name_of(stage)), aux_features=aux_features)
             total = _compose(total, reduction, tokens, num_tokens)
         return total
 

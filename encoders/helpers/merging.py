@@ -18,6 +18,7 @@ from mm.data.tokens import Grid, VisualTokens
 from mm.errors import ReducerFault
 from mm.plugins.features import TOWER_FEATURES
 from mm.plugins.reducer import InTower, Matched
+from mm.plugins.registry import name_of
 from mm.plugins.threads import plugin_errors
 
 Attend = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -59,7 +60,7 @@ def run_blocks(
     Raises:
         ReducerFault: `merging` failed, or matched what cannot be merged.
     """
-    num_tokens, name = hidden.shape[1], type(merging).__name__
+    num_tokens, name = hidden.shape[1], name_of(merging)
     with plugin_errors(name, "in the tower"):
         counts = merging.merges(num_tokens - num_prefix, len(blocks))
     sizes = torch.ones(hidden.shape[:2], device=hidden.device)

@@ -29,6 +29,7 @@ from mm.plugins.capabilities import in_tower, names_of, parts_of, streams
 from mm.plugins.encoder import HostsReducer, PreparesItems, ReadsText
 from mm.plugins.features import TEXT_EMBEDDINGS
 from mm.plugins.reducer import Reducer, Streams
+from mm.plugins.registry import name_of
 from mm.plugins.spec import ReducerSpec
 from mm.plugins.threads import plugin_errors
 
@@ -256,7 +257,7 @@ def _encode_streams(
         if isinstance(item.content, Video) and len(item.content.frames):
             start = time.perf_counter()
             try:
-                with plugin_errors(type(reducer).__name__, "on the frames of a clip"):
+                with plugin_errors(name_of(reducer), "on the frames of a clip"):
                     tokens = _encode_stream(item.content, reducer, parts)
             except ReducerFault:
                 if parts.policy.on_error == "fail":
@@ -309,7 +310,7 @@ def _run_tower(pixels: Sequence[Image | Video], reducer: Reducer, parts: EncodeP
 
 
 def _call_encoder(parts: EncodeParts, function: Callable[[], T]) -> T:
-    name, limit_s = type(parts.encoder).__name__, parts.calls.limits.encoder_timeout_s
+    name, limit_s = name_of(parts.encoder), parts.calls.limits.encoder_timeout_s
     return parts.calls.call("encoder", (name,), "while it encoded", function, timeout_s=limit_s)
 
 

@@ -6,6 +6,7 @@ from mm.config import ReducerPolicy
 from mm.data.request import VisionOptions
 from mm.encode.parts import EncodeParts
 from mm.errors import ReducerNotAllowed, shown
+from mm.plugins.calls import BUILT
 from mm.plugins.capabilities import check_compatible, names_of
 from mm.plugins.spec import ReducerSpec, bind, parse_spec, reducer_or_default
 from mm.plugins.weights import is_beside_model
@@ -23,7 +24,7 @@ def resolve_reducer(vision: VisionOptions, parts: EncodeParts) -> ReducerSpec:
     """
     names = tuple(part.name for part in parse_spec(vision.reducer or parts.reducer))
     limit_s = parts.calls.limits.reducer_timeout_s
-    spec = parts.calls.call("reducer", names, "while it was built", lambda: _resolve(vision, parts), timeout_s=limit_s)
+    spec = parts.calls.call("reducer", names, BUILT, lambda: _resolve(vision, parts), timeout_s=limit_s)
     if parts.policy.on_error == "fail":
         parts.calls.check("reducer", names_of(spec.plugin))
     return spec

@@ -17,6 +17,7 @@ from mm.engine.prefill_pruning import PruneState
 from mm.errors import MmError, ReducerFault
 from mm.plugins.calls import PluginCalls
 from mm.plugins.reducer import CacheView, InDecode
+from mm.plugins.registry import name_of
 from mm.plugins.threads import plugin_errors
 
 
@@ -59,7 +60,7 @@ def prune_cache(
 def _ask(
     reducer: InDecode, lengths: Sequence[int], planes: Sequence[tuple[Tensor, Tensor]], calls: PluginCalls
 ) -> dict[int, Tensor]:
-    name, when = type(reducer).__name__, "when the prompt was in"
+    name, when = name_of(reducer), "when the prompt was in"
     view = CacheView(
         lengths=tuple(lengths),
         visual=tuple(visual for visual, _ in planes),

@@ -21,9 +21,10 @@ from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.token_pruning import TokenPruning
 from mm.errors import ContextTooLong, InvalidRequest, MmError, ReducerFault
 from mm.models.family import CheckpointFamily
-from mm.plugins.calls import PluginCalls
+from mm.plugins.calls import BUILT, PluginCalls
 from mm.plugins.capabilities import capabilities_of, decoder_weights, in_decode, in_prefill, names_of, per_token
 from mm.plugins.reducer import Reducer
+from mm.plugins.registry import name_of
 from mm.plugins.spec import bind, parse_spec, reducer_spec
 from mm.plugins.threads import plugin_errors
 
@@ -120,7 +121,7 @@ class InputProcessor:
 
         names = tuple(part.name for part in parse_spec(media.reducer))
         limit_s = self._calls.limits.reducer_timeout_s
-        return self._calls.call("reducer", names, "while it was built", build, timeout_s=limit_s)
+        return self._calls.call("reducer", names, BUILT, build, timeout_s=limit_s)
 
     def _splice(self, params: Request, media: EncodedMedia) -> Prompt:
         return self._call_family(
@@ -128,7 +129,7 @@ class InputProcessor:
         )
 
     def _call_family(self, function: Callable[[], T]) -> T:
-        name, limit_s = type(self._family).__name__, self._calls.limits.family_timeout_s
+        name, limit_s = name_of(self._family), self._calls.limits.family_timeout_s
         return self._calls.call("family", (name,), "while it made the prompt", function, timeout_s=limit_s)
 
     @property
@@ -205,7 +206,7 @@ def add_reducers(
         for layer in layers:
             if not 0 <= layer < num_layers or layer in request.pruning_layers:
                 raise InvalidRequest(
-                    f"{type(stage).__name__} acts at layer {layer}; this model allows 0 to {num_layers - 1}, each "
+                    f"{name_of(stage)} acts at layer {layer}; this model allows 0 to {num_layers - 1}, each "
                     "for one reducer",
                     "vision.reducer",
                 )
@@ -218,11 +219,11 @@ def _token_pruning(
     """Who decides about the request's generated tokens, and at which layer; None where nobody does."""
     found = per_token(reducer)
     if len(found) > 1:
-        names = " and ".join(type(part).__name__ for part in found)
+        names = " and ".join(name_of(part) for part in found)
         raise InvalidRequest(f"{names} both decide about generated tokens; name one of them", "vision.reducer")
     if not found:
         return None
-    name, when = type(found[0]).__name__, "when asked for its layer"
+    name, when = name_of(found[0]), "when asked for its layer"
 
     def ask() -> object:
         with plugin_errors(name, when):

@@ -20,6 +20,7 @@ from mm.models.attention import Rotary
 from mm.models.layers import DecoderLayers
 from mm.plugins.calls import PluginCalls
 from mm.plugins.reducer import InPrefill
+from mm.plugins.registry import name_of
 from mm.plugins.threads import plugin_errors
 
 
@@ -141,7 +142,7 @@ def layers_of(reducer: InPrefill, num_layers: int, calls: PluginCalls) -> tuple[
     Raises:
         ReducerFault: It failed, or it named something that is no layer.
     """
-    name, when = type(reducer).__name__, "when asked for its layers"
+    name, when = name_of(reducer), "when asked for its layers"
 
     def ask() -> tuple[int, ...]:
         with plugin_errors(name, when):
@@ -165,7 +166,7 @@ def select_kept(state: PruneState, view: PrefillView, calls: PluginCalls) -> Ten
     if not state.visual.shape[0] or state.error is not None:
         return everything
     reducer = state.reducers[view.layer]
-    name = type(reducer).__name__
+    name = name_of(reducer)
 
     def ask() -> Tensor:
         with plugin_errors(name, f"at layer {view.layer}"):

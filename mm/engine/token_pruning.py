@@ -20,6 +20,7 @@ from mm.engine.kv_cache.blocks import KVCache
 from mm.errors import MmError, ReducerFault
 from mm.plugins.calls import PluginCalls
 from mm.plugins.reducer import PerToken
+from mm.plugins.registry import name_of
 from mm.plugins.threads import plugin_errors
 
 
@@ -121,7 +122,7 @@ def decide(layer: int, hidden: Tensor, groups: Sequence[tuple[Candidates, int]])
 
 def _ask(pruning: TokenPruning, hidden: Tensor, rows: IntArray, indices: IntArray) -> BoolArray:
     reducer, calls = pruning.reducer, pruning.calls
-    name, when = type(reducer).__name__, f"at layer {pruning.layer}, about generated tokens"
+    name, when = name_of(reducer), f"at layer {pruning.layer}, about generated tokens"
 
     def ask() -> BoolArray:
         with plugin_errors(name, when):

@@ -16,6 +16,7 @@ from mm.data.tokens import VisualTokens
 from mm.errors import ReducerFault
 from mm.plugins.capabilities import acts_before_decoder, acts_outside_decoder, plans_tokens
 from mm.plugins.reducer import BeforeDecoder, ReduceContext, Reducer, Reduction
+from mm.plugins.registry import name_of
 from mm.plugins.threads import plugin_errors
 
 ROW_SUM_TOLERANCE = 1e-3
@@ -32,7 +33,7 @@ def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tenso
     """
     if not acts_outside_decoder(reducer):
         return tokens.without_aux_features()
-    name = type(reducer).__name__
+    name = name_of(reducer)
     context = ReduceContext(aux_features=tokens.aux_features, text_embeddings=text_embeddings)
     reduced, planned = tokens.without_aux_features(), tokens.num_tokens
     with plugin_errors(name, "before the decoder"):

@@ -29,6 +29,9 @@ from mm.plugins.threads import THREADS, Call, new_call, slow_callback
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+BUILT = "while it was built"
+"""When a plugin is built. That is switched off apart from its other methods: where a fault keeps all
+tokens, the reducer still has to be built."""
 GRACE_S = 0.2
 """How long a call that is over time may take to stop when it is asked to."""
 SLOW_S = 1.0
@@ -97,7 +100,7 @@ class PluginCalls:
         self.limits = limits or PluginLimits()
         self.thread_s = 0.0
         self._clock, self._lock = clock, threading.Lock()
-        self._records: dict[tuple[PluginKind, str], _Record] = {}
+        self._records: dict[tuple[PluginKind, str, bool], _Record] = {}
 
     def call(
         self,
@@ -121,7 +124,7 @@ class PluginCalls:
             MmError: What the plugin raised, if that is an error of ours.
             ReducerFault, DrafterFault, PluginFault: It failed, took too long, or is switched off.
         """
-        self.check(kind, parts)
+        self.check(kind, parts, when)
         call, thread = new_call(function), THREADS.take()
         thread.begin(call)
         try:
@@ -133,7 +136,8 @@ class PluginCalls:
             THREADS.abandon(thread)
             call.done.acquire(timeout=GRACE_S)
             over_kind, name, limit_s = over
-            raise self._over(over_kind, name, f"took longer than {limit_s:g} s {when}", holds_all=holds_all)
+            reason = f"took longer than {limit_s:g} s {when}"
+            raise self._over(over_kind, name, when, reason, holds_all=holds_all)
         THREADS.give_back(thread)
         self.thread_s += call.thread_s
         return self._outcome(call, kind, parts, when)
@@ -181,9 +185,10 @@ class PluginCalls:
             self._count(kind, parts[0], when, reason, weight=1)
         raise _fault(kind, parts[0], reason) from error
 
-    def _over(self, kind: PluginKind, name: str, reason: str, *, holds_all: bool) -> PluginError:
+    def _over(self, kind: PluginKind, name: str, when: str, reason: str, *, holds_all: bool) -> PluginError:
         """Count a call that took too long. Returns the error."""
-        self._count(kind, name, "", reason, weight=self.limits.max_plugin_faults if holds_all else 1)
+        weight = self.limits.max_plugin_faults if holds_all else 1
+        self._count(kind, name, when, reason, weight=weight, is_over=True)
         return DrafterFault(name, reason, is_over=True) if kind == "drafter" else _fault(kind, name, reason)
 
     def _succeeded(self, kind: PluginKind, parts: tuple[str, ...], when: str) -> None:
@@ -191,14 +196,17 @@ class PluginCalls:
             return
         with self._lock:
             for name in parts:
-                if (record := self._records.get((kind, name))) is not None:
+                if (record := self._records.get((kind, name, when == BUILT))) is not None:
                     record.num_faults.pop(when, None)
                     record.num_faults.pop("", None)
 
-    def _count(self, kind: PluginKind, name: str, when: str, reason: str, *, weight: int) -> None:
+    def _count(
+        self, kind: PluginKind, name: str, when: str, reason: str, *, weight: int, is_over: bool = False
+    ) -> None:
         """Count a fault, and switch the plugin off after too many in a row."""
         with self._lock:
-            record = self._records.setdefault((kind, name), _Record())
+            record = self._records.setdefault((kind, name, when == BUILT), _Record())
+            when = "" if is_over else when
             record.num_faults[when] = record.num_faults.get(when, 0) + weight
             record.reason = reason[:MAX_REASON_CHARS]
             is_off = record.num_faults[when] >= self.limits.max_plugin_faults
@@ -207,8 +215,11 @@ class PluginCalls:
         if is_off:
             log.error("switched off for %g s: %s=%s reason=%r", self.limits.plugin_retry_s, kind, name, reason)
 
-    def check(self, kind: PluginKind, parts: tuple[str, ...]) -> None:
+    def check(self, kind: PluginKind, parts: tuple[str, ...], when: str = "") -> None:
         """Refuse plugins that are switched off. After `plugin_retry_s` one fault more switches them off again.
+
+        Args:
+            when: `BUILT` where they are to be built.
 
         Raises:
             ReducerOff, DrafterOff, PluginFault: One of them is off.
@@ -217,7 +228,7 @@ class PluginCalls:
             return
         for name in parts:
             with self._lock:
-                record = self._records.get((kind, name))
+                record = self._records.get((kind, name, when == BUILT))
                 left = None if record is None or record.off_until is None else record.off_until - self._clock()
                 if record is None or left is None:
                     continue
@@ -233,7 +244,7 @@ class PluginCalls:
         with self._lock:
             off = [
                 PluginOff(kind=kind, name=name, reason=record.reason, retry_in_s=round(record.off_until - now, 1))
-                for (kind, name), record in self._records.items()
+                for (kind, name, _), record in self._records.items()
                 if record.off_until is not None and record.off_until > now
             ]
         problems = [f"the {one.kind} {one.name} {one.reason}" for one in off if one.kind in ESSENTIAL]

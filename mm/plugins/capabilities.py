@@ -26,6 +26,7 @@ from mm.plugins.reducer import (
     Stage,
     Streams,
 )
+from mm.plugins.registry import name_of
 from mm.plugins.weights import ReducerWeights
 
 OUTSIDE_DECODER = (Stage.IN_VIT, Stage.TEMPORAL, Stage.PRE_LLM)
@@ -89,8 +90,8 @@ def parts_of(reducer: Reducer) -> tuple[Reducer, ...]:
 
 
 def names_of(reducer: Reducer) -> tuple[str, ...]:
-    """The classes of the parts, by which faults name them."""
-    return tuple(type(part).__name__ for part in parts_of(reducer))
+    """The names of the parts, by which faults name them."""
+    return tuple(name_of(part) for part in parts_of(reducer))
 
 
 def in_tower(reducer: Reducer) -> InTower | None:
@@ -208,9 +209,9 @@ def check_compatible(reducer: Reducer, encoder: ProvidesFeatures, host: str) -> 
     needs = frozenset[str]().union(*(part.needs for part in parts_of(reducer)))
     missing = sorted(needs - encoder.provides)
     if missing:
-        raise IncompatiblePlugin(type(reducer).__name__, host, missing)
+        raise IncompatiblePlugin(name_of(reducer), host, missing)
     if (merging := in_tower(reducer)) is not None:
         lost = sorted(needs - SUPPLIED_AFTER_MERGING) + ([BLOCK_KEYS] if BLOCK_KEYS not in encoder.provides else [])
         if lost:
-            after = [f"{name} with {type(merging).__name__} in its tower" for name in lost]
-            raise IncompatiblePlugin(type(reducer).__name__, host, after)
+            after = [f"{name} with {name_of(merging)} in its tower" for name in lost]
+            raise IncompatiblePlugin(name_of(reducer), host, after)

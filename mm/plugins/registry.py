@@ -75,6 +75,8 @@ def _distributions() -> Iterator[Distribution]:
 def refresh() -> None:
     """Read the installed distributions again, for instance after an installation in a running process."""
     _entry_points.cache_clear()
+    _names_by_value.cache_clear()
+    _NAMES.clear()
     _load.cache_clear()
 
 
@@ -106,6 +108,7 @@ def get(kind: PluginKind, name: str) -> type[object]:
     found = _load(kind, name)
     if isinstance(found, PluginError):
         raise type(found)(*found.args) from found.__cause__
+    _NAMES[found] = name
     return found
 
 
@@ -150,6 +153,22 @@ def _problem(kind: PluginKind, plugin: object) -> str:
     if absent:
         return f"has no method {absent[0]!r}, which every {kind} has"
     return declaration_problem(plugin) if kind == "reducer" else ""
+
+
+_NAMES: dict[type[object], str] = {}
+"""The names under which classes were last looked up. A class may have several."""
+
+
+def name_of(plugin: object) -> str:
+    """The registered name of a plugin, by which errors and metrics name it; else the name of its class."""
+    found = type(plugin)
+    return _NAMES.get(found) or _names_by_value().get(f"{found.__module__}:{found.__qualname__}") or found.__name__
+
+
+@functools.cache
+def _names_by_value() -> dict[str, str]:
+    """What entry points load to their names."""
+    return {point.value: name for group in _entry_points().values() for name, (point, *_) in group.items()}
 
 
 def options_of(plugin: type[object]) -> dict[str, dataclasses.Field[Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mm.data.tokens import VisualTokens
 from mm.errors import InvalidOption
 from mm.plugins.reducer import ReduceContext, Reduction
+from mm.plugins.registry import name_of
 from pruning.base import BudgetReducer, keep_all
 
 
@@ -75,7 +76,7 @@ class StepReducer(BudgetReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.joint, bool):
-            raise InvalidOption(type(self).__name__, "joint", f"has to be true or false, got {self.joint!r}")
+            raise InvalidOption(name_of(self), "joint", f"has to be true or false, got {self.joint!r}")
 
     @torch.no_grad()
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:

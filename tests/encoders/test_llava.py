@@ -436,13 +436,13 @@ def test_copies_in_a_picture_merge_without_loss(folder):
 
 def test_what_merging_needs_is_named(folder, video_folder, tmp_path):
     tome = build_reducer("tome")
-    with pytest.raises(IncompatiblePlugin, match="attention_received with ToMe in its tower"):
+    with pytest.raises(IncompatiblePlugin, match="attention_received with tome in its tower"):
         check_compatible(build_reducer("tome + scope"), LlavaEncoder(folder), "llava")
     check_compatible(build_reducer("tome + cdpruner"), LlavaEncoder(folder), "llava")
     several = random_llava(tmp_path, vision_feature_layer=[-1, 1])
     with pytest.raises(IncompatiblePlugin, match="block_keys"):
         check_compatible(tome, LlavaEncoder(several), "llava")
-    with pytest.raises(IncompatiblePlugin, match="ToMe cannot be used with clips of this model"):
+    with pytest.raises(IncompatiblePlugin, match="tome cannot be used with clips of this model"):
         LlavaEncoder(video_folder).encode([clip(2)], merging=tome)
     with pytest.raises(InvalidOption, match="one reducer inside the tower"):
         check_compatible(build_reducer("tome + tome"), LlavaEncoder(folder), "llava")

@@ -137,9 +137,9 @@ async def test_a_reducer_that_fails_again_and_again_is_off_by_name_and_comes_bac
         status, health = await server.health()
         assert (status, health["status"]) == (200, "ok")
         (shown,) = health["plugins_off"]
-        assert (shown["kind"], shown["name"]) == ("reducer", "Projected")
+        assert (shown["kind"], shown["name"]) == ("reducer", "projected")
         metrics = (await server.client.get("/metrics")).text
-        assert 'mm:plugin_off{kind="reducer",model_name="tiny",name="Projected"} 1.0' in metrics
+        assert 'mm:plugin_off{kind="reducer",model_name="tiny",name="projected"} 1.0' in metrics
         assert (await server.answer(picture())).status_code == 200
         calls = server.runtime._encoder.status.__self__
         calls._clock = lambda now=calls._clock: now() + 61

@@ -52,11 +52,11 @@ async def test_a_fault_is_an_error_or_a_counted_flag(failing, ask, image_url, on
     if on_error == "fail":
         error = response.json()["error"]
         assert (response.status_code, error["code"]) == (500, "reducer_fault")
-        assert error["message"] == "FastV: failed at layer 2: RuntimeError"
+        assert error["message"] == "fastv: failed at layer 2: RuntimeError"
         return
     assert response.status_code == 200
     answer = json.loads(response.text.split("\n\n")[-3].removeprefix("data: ") if stream else response.text)
-    assert answer["vision"]["reducer_faults"] == ["FastV: failed at layer 2: RuntimeError"]
+    assert answer["vision"]["reducer_faults"] == ["fastv: failed at layer 2: RuntimeError"]
     assert answer["vision"]["visual_tokens_kept"] == answer["vision"]["visual_tokens_in"]
     assert 'mm:reducer_faults_total{model_name="tiny",reducer="fastv"} 1.0' in metrics
 

@@ -74,10 +74,10 @@ def test_a_fault_in_the_tower(monkeypatch):
         raise RuntimeError("a secret of the plugin")
 
     monkeypatch.setattr(ToMe, "match", fail)
-    with pytest.raises(ReducerFault, match=r"^ToMe: failed in the tower: RuntimeError$"):
+    with pytest.raises(ReducerFault, match=r"^tome: failed in the tower: RuntimeError$"):
         load().generate(**QUESTION, reducer="tome", max_new_tokens=1)
     answer = load("keep_all").generate(**QUESTION, reducer="tome", max_new_tokens=1)
-    assert answer.reducer_faults == ("ToMe: failed in the tower: RuntimeError",)
+    assert answer.reducer_faults == ("tome: failed in the tower: RuntimeError",)
     assert answer.usage.num_visual_tokens_kept == 256
 
 

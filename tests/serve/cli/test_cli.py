@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import click
+import httpx
 import pytest
 
 from mm.models.shipped import SHIPPED
@@ -182,3 +183,24 @@ OPTIONS = {
     "demo": "--url --host --port --model --reducer --lenient-reducers --drafter --allow-drafter --device --dtype "
     "--threads --api-key",
 }
+
+
+def test_plugins_that_a_server_switched_off_are_marked(monkeypatch, capsys):
+    off = {"kind": "reducer", "name": "divprune", "reason": "failed in the tower", "retry_in_s": 41.0}
+    answer = httpx.Response(200, json={"status": "ok", "plugins_off": [off]})
+    asked = []
+    monkeypatch.setattr(httpx, "get", lambda url, **options: asked.append(url) or answer)
+    assert run_here(monkeypatch, "plugins", "--json", "--url", "http://127.0.0.1:8000/v1/") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert asked == ["http://127.0.0.1:8000/health"]
+    assert {row["name"]: row["off"] for row in rows if "off" in row} == {
+        "divprune": "failed in the tower; tried again in 41 s"
+    }
+    assert run_here(monkeypatch, "plugins", "--url", "http://127.0.0.1:8000") == 0
+    assert "off: failed in the tower" in capsys.readouterr().out
+
+
+def test_a_server_that_does_not_answer_is_named(monkeypatch, capsys):
+    port = free_port()
+    assert run_here(monkeypatch, "plugins", "--url", f"http://127.0.0.1:{port}") == 1
+    assert f"http://127.0.0.1:{port} does not answer" in capsys.readouterr().err

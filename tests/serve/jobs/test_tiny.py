@@ -62,7 +62,7 @@ def test_a_reducer_at_fault_fails_the_item_or_keeps_its_tokens(tmp_path: Path, m
         shutil.copy(SAMPLES / "many_shapes.png", tmp_path / name)
     model = ModelConfig(reducer="fastv", reducers=ReducerPolicy(on_error=on_error))
     job = CaptionJob(inputs=(str(tmp_path),), out=tmp_path / "out", model=model, max_tokens=4, as_json=True)
-    reported = "FastV: failed at layer 2: RuntimeError"
+    reported = "fastv: failed at layer 2: RuntimeError"
     if on_error == "fail":
         assert run_caption(job) == 3
         failures = read_lines(job.out / "failures.jsonl")
