@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,11 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 from torch import Tensor, nn
 
 from mm.engine.spec_decode.drafters.eagle.vision_adapters import build_vision_adapter
-from mm.models.checkpoint import BadCheckpoint
+from mm.errors import shown
+from mm.models.folder import REPLACE, BadCheckpoint, read_json, reading
 
+COUNTS = ("width", "vocab_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "num_ahead")
+MAX_COUNT = 1 << 24
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FIELD_NAMES = {"vision_adapter": "seeing", "vision_adapter_options": "seeing_options", "feature_layers": "taps"}
 """Field of `DraftConfig` to its key in config.json, where they differ."""
@@ -212,15 +215,41 @@ def read_draft_config(folder: Path) -> DraftConfig:
     if not path.is_file():
         raise BadCheckpoint(str(folder), f"has no {CONFIG}; give a folder that demos.train.train_drafter wrote")
     field_of = {FIELD_NAMES.get(f.name, f.name): f.name for f in dataclasses.fields(DraftConfig)}
-    given: dict[str, Any] = json.loads(path.read_text())
+    given = read_json(folder, CONFIG)
     if unknown := sorted(given.keys() - field_of.keys()):
         raise BadCheckpoint(str(folder), f"has the unknown setting {unknown[0]!r} in {CONFIG}: is it a drafter's?")
-    try:
-        fields = {field_of[key]: value for key, value in given.items()}
+    with reading(folder, CONFIG):
+        fields: dict[str, Any] = {field_of[key]: value for key, value in given.items()}
         fields["feature_layers"] = tuple(fields.get("feature_layers", ()))
-        return DraftConfig(**fields)
-    except TypeError as error:
-        raise BadCheckpoint(str(folder), f"cannot be read as a drafter: {error}") from error
+        config = DraftConfig(**fields)
+    _check_config(folder, config)
+    return config
+
+
+def _check_config(folder: Path, config: DraftConfig) -> None:
+    """Refuse settings of another type than those of `DraftConfig`, and sizes that no drafter has.
+
+    Raises:
+        BadCheckpoint: Names the setting.
+    """
+    counts = (*COUNTS, *(() if config.draft_vocab_size is None else ("draft_vocab_size",)))
+    wanted: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+        (counts, "a whole number above 0", lambda value: type(value) is int and 0 < value <= MAX_COUNT),
+        (("norm_eps", "rope_theta"), "a number above 0", lambda value: type(value) in (int, float) and value > 0),
+        (("vision_adapter", "target"), "a text", lambda value: isinstance(value, str)),
+        (("vision_adapter_options", "trained"), "an object", lambda value: isinstance(value, dict)),
+        (("feature_layers",), "a list of layers", lambda value: all(type(layer) is int for layer in value)),
+    )
+    wrong = [
+        (name, value, what)
+        for names, what, is_right in wanted
+        for name in names
+        if not is_right(value := getattr(config, name))
+    ]
+    if wrong:
+        name, value, what = wrong[0]
+        key = FIELD_NAMES.get(name, name)
+        raise BadCheckpoint(str(folder), f"{CONFIG}: {key} is {shown(value)}, not {what}; {REPLACE}")
 
 
 def load_draft_head(folder: Path, embedding: Tensor, head: Tensor) -> DraftHead:
@@ -238,14 +267,31 @@ def load_draft_head(folder: Path, embedding: Tensor, head: Tensor) -> DraftHead:
             str(folder),
             "was trained for another target: vocabulary or head differ; train one with demos.train.train_drafter",
         )
-    network = DraftHead(config, embedding, head)
-    tensors = load_file(folder / WEIGHTS)
+    with reading(folder, WEIGHTS):
+        tensors = load_file(folder / WEIGHTS)
+    with reading(folder, CONFIG):
+        network = _of_size(folder, config, tensors, embedding, head)
     names = {_stored_name(name): name for name in network.state_dict()}
     wrong = names.keys() ^ tensors.keys()
     if wrong:
         raise BadCheckpoint(str(folder), f"lacks {sorted(wrong)[0]} or has it in excess in {WEIGHTS}")
-    network.load_state_dict({names[key]: tensor for key, tensor in tensors.items()})
+    with reading(folder, WEIGHTS):
+        network.load_state_dict({names[key]: tensor for key, tensor in tensors.items()})
     return network.to(head.device, head.dtype).eval()
+
+
+def _of_size(
+    folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], embedding: Tensor, head: Tensor
+) -> DraftHead:
+    """The network of a configuration, which is not larger than its weights: a damaged size would ask for any memory."""
+    with torch.device("meta"):
+        needed = sum(math.prod(tensor.shape) for tensor in DraftHead(config, embedding, head).parameters())
+    there = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if needed > 2 * there:
+        raise BadCheckpoint(
+            str(folder), f"{CONFIG} describes {needed} parameters, but {WEIGHTS} has {there}; {REPLACE}"
+        )
+    return DraftHead(config, embedding, head)
 
 
 def _stored_name(name: str) -> str:
