@@ -240,6 +240,11 @@ class LocalRuntime:
     async def status(self) -> StageStatus:
         return joined([self._encoder.status(), self._loop.status()])
 
+    @property
+    def kv_bytes(self) -> int:
+        """Size of the KV cache."""
+        return self._loop.stats.kv_total_bytes
+
     def drain(self) -> None:
         self._loop.drain()
 

@@ -16,14 +16,20 @@ from starlette.requests import Request as HttpRequest
 from mm.errors import CapacityError, InvalidRequest
 from serve.api.errors import BodyTooSlow, PayloadTooLarge
 from serve.api.json_text import parse_json
+from serve.api.memory import trim
 from serve.config import ServeConfig
 
 INLINE_BYTES = 64 * 1024
 """Bodies above this are parsed in a thread."""
+TRIM_BYTES = 4 * 1024 * 1024
+"""After bodies from this size on, memory is given back to the system."""
+TRIM_AFTER_S = 0.5
 SPEED_GRACE_S = 10.0
 """A body may be slower than the limit for its first seconds."""
 EVICTION_GRACE_S = 1.0
 """A body is not given up for others of its address in its first second, in which a quick client has sent it."""
+EVICTED_WAIT_S = 10.0
+"""Before a body that was given up is answered. Its client would open the next connection at once, which costs more."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -50,6 +56,7 @@ class BodyReader:
         self._config = config
         self._arriving: dict[str, set[_Arriving]] = {}
         self._num_bytes = 0
+        self._trimming: asyncio.TimerHandle | None = None
 
     @property
     def num_arriving(self) -> int:
@@ -68,7 +75,18 @@ class BodyReader:
         body = await self._read(http)
         if not body:
             raise InvalidRequest("the body is empty; send a JSON object", None, "invalid_json")
+        if len(body) >= TRIM_BYTES:
+            self._trim_soon()
         return parse_json(body) if len(body) < INLINE_BYTES else await asyncio.to_thread(parse_json, body)
+
+    def _trim_soon(self) -> None:
+        """Give memory back when the large body that came now has been dealt with."""
+        if self._trimming is None:
+            self._trimming = asyncio.get_running_loop().call_later(TRIM_AFTER_S, self._trim)
+
+    def _trim(self) -> None:
+        self._trimming = None
+        asyncio.get_running_loop().run_in_executor(None, trim)
 
     async def _read(self, http: HttpRequest) -> bytearray:
         limit = self._config.max_body_bytes
@@ -85,9 +103,12 @@ class BodyReader:
                         if len(body) > limit:
                             raise PayloadTooLarge(limit)
                         self._count(arriving, len(piece))
+                return body
             except TimeoutError:
-                raise self._too_slow(arriving) from None
-        return body
+                error = self._too_slow(arriving)
+        if arriving.is_evicted:
+            await asyncio.sleep(EVICTED_WAIT_S)
+        raise error
 
     @contextlib.contextmanager
     def _counted(self, address: str) -> Iterator[_Arriving]:

@@ -36,14 +36,21 @@ class _Server(uvicorn.Server):
             self._on_ready()
 
 
-def run_in_process(config: ServeConfig, on_ready: Callable[[], None] | None = None) -> None:
+def run_in_process(
+    config: ServeConfig,
+    on_ready: Callable[[], None] | None = None,
+    on_loaded: Callable[[int], None] | None = None,
+) -> None:
     """Load the model into this process and serve until SIGINT or SIGTERM; running requests may finish first.
 
     Args:
         on_ready: Called when requests are accepted.
+        on_loaded: Called before that, with the size of the KV cache in bytes.
     """
     allow_many_connections()
     runtime = build_local_runtime(config)
+    if on_loaded is not None:
+        on_loaded(runtime.kv_bytes)
     # On a stop, streams finish by themselves within the drain timeout instead of being cut at once.
     AppStatus.disable_automatic_graceful_drain()
     settings = uvicorn.Config(

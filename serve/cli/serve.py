@@ -59,12 +59,18 @@ def _run(config: ServeConfig, in_process: bool) -> None:
         click.echo(f"mm: loading {config.model.model} into this process", err=True)
         from serve.api.server import run_in_process
 
-        run_in_process(config, ready)
+        run_in_process(config, ready, partial(_print_bounds, config))
     else:
         from serve.deployments.application import run_on_ray
 
         click.echo(f"mm: starting Ray and loading {config.model.model}; this takes up to a minute", err=True)
         run_on_ray(config, ready)
+
+
+def _print_bounds(config: ServeConfig, kv_bytes: int) -> None:
+    from serve.memory import bounds_text
+
+    click.echo(f"mm: {bounds_text(config, kv_bytes)}", err=True)
 
 
 def _print_ready(config: ServeConfig) -> None:

@@ -75,6 +75,15 @@ async def test_leaving_a_stream_closes_the_generator_within_a_token(client, engi
     assert cancelled(client) == 1
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_is_started_once(client, engine, ask, stream, path) -> None:
+    body = ask(stream=stream) if "chat" in path else {"model": "tiny", "input": "What?", "stream": stream}
+    assert (await client.post(path, json=body)).status_code == 200
+    assert engine.num_open == engine.num_closed == len(engine.requests) == 1
+    assert engine.num_tokens == len(engine.words)
+
+
 async def test_leaving_before_the_answer_cancels_it(client, engine, ask, until) -> None:
     engine.words, engine.delay_s = ("x",) * 1000, 0.01
     caller = Caller(client.app, ask())

@@ -75,6 +75,7 @@ async def test_a_body_that_is_too_slow_is_an_error(make_client, ask, monkeypatch
 
 async def test_of_too_many_bodies_of_one_address_the_slowest_is_refused(make_client, ask, monkeypatch, until) -> None:
     monkeypatch.setattr(body_module, "EVICTION_GRACE_S", 0.0)
+    monkeypatch.setattr(body_module, "EVICTED_WAIT_S", 0.5)
     async with make_client(max_arriving_per_address=2) as client:
         quick, slow = SlowCaller(client.app, ask(), 40), SlowCaller(client.app, ask(), 1)
         other = SlowCaller(client.app, ask(), 1, address="10.0.0.7")
@@ -83,6 +84,8 @@ async def test_of_too_many_bodies_of_one_address_the_slowest_is_refused(make_cli
         await asyncio.sleep(0.01)
         assert (await client.post("/v1/chat/completions", json=ask())).status_code == 200
         slow.rest.set()
+        with pytest.raises(TimeoutError):  # it waits, so that it does not come again at once
+            await asyncio.wait_for(slow.sent.get(), 0.1)
         status, answer = await slow.answer()
         assert (status, answer["error"]["code"]) == (429, "overloaded")
         quick.rest.set()
