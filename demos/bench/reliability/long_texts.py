@@ -24,6 +24,8 @@ TEXTS = {
     "escaped line breaks": "\n" * (NUM_BYTES // 2),
 }
 CPU_S, MEMORY_MB = 1.0, 100.0
+SETTLE_S = 1.5
+"""After a large body the server gives memory back."""
 LATENCY = 1.25
 """The median of others, with long texts arriving back to back, over what it is with bodies that are refused unread."""
 
@@ -37,6 +39,7 @@ def long_texts(settings: Settings) -> Iterator[Figure]:
         asyncio.run(_others(running, 3, rng))
         base_mb = running.reset_peak_mb()
         for kind, content in bodies.items():
+            time.sleep(SETTLE_S)
             yield from _refused(running, kind, content, base_mb)
         yield from _latency(running, bodies["words"], rng, settings.size(6, 60))
 

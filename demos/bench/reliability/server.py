@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import httpx
 
@@ -121,14 +121,18 @@ def left_after(pids: set[int], timeout_s: float) -> set[int]:
 
 
 @contextlib.contextmanager
-def server(*options: str) -> Iterator[Server]:
-    """A server of the shipped model that is ready, and is stopped afterwards."""
+def server(*options: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A server of the shipped model that is ready, and is stopped afterwards.
+
+    Args:
+        env: Variables beside those of this process.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "serve.cli.app", "serve", "tiny", "--port", str(port), "--threads", "1", *options]
     with tempfile.NamedTemporaryFile("w+b", suffix=".log") as log:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env={**os.environ, **(env or {})})
         running = Server(f"http://127.0.0.1:{port}", process, log.name)
         try:
             if running.await_health() == float("inf"):

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
+from demos.bench.reliability.checks import Figure, Settings, at_most, check, noted
 from demos.bench.reliability.processes import family, num_files, num_threads, resident_mb
 
 CLIENTS = 8
@@ -46,6 +47,7 @@ SCHEMA = {
 GAUGES = ("mm:num_requests_in_flight", "vllm:num_requests_running", "vllm:num_requests_waiting")
 WORDS = ("what", "color", "is", "the", "large", "round", "shape", "left", "of", "a", "word", "how", "many", "squares")
 EVERY = 250
+BOUNDED = ("--threads=1", "--kv-cache-gb=0.1", "--cache-bytes=16000000")
 GOAL = 0.02
 
 
@@ -178,7 +180,7 @@ async def soak(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
                 number += 1
                 own = number
                 await send(client, *requests.next(), seen)
-                if own % EVERY == 0:
+                if own % args.every == 0:
                     readings[own] = round(sum(resident_mb(one) for one in family(pid)), 1)
                     reading = {"requests": own, "resident_mb": readings[own], "server_mb": round(resident_mb(pid), 1)}
                     reading |= {"files": num_files(pid), "threads": num_threads(pid)}
@@ -204,12 +206,33 @@ async def soak(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@check("R11")
+def mixed_requests(settings: Settings) -> Iterator[Figure]:
+    """The soak, with a feature cache that is full after the warm-up: until then its growth is no leak."""
+    size = {
+        "requests": settings.size(600, 3000),
+        "warm_up": settings.size(300, 1000),
+        "every": settings.size(100, EVERY),
+    }
+    args = argparse.Namespace(**size, seed=settings.seed, url=None, pid=None, option=list(BOUNDED))
+    verdict = asyncio.run(_on_a_server(args))
+    gauges = sum(sum(values) for values in verdict["gauges"].values())
+    yield noted(f"resident memory after {size['requests']} requests, MB", verdict["last_mb"])
+    yield at_most("growth of resident memory after the warm-up", 100 * verdict["growth"], 100 * GOAL, "%")
+    yield at_most("server errors", verdict["errors_5xx"], 0)
+    yield at_most("requests that the gauges still count", gauges, 0)
+
+
+async def _on_a_server(args: argparse.Namespace) -> dict[str, Any]:
+    async with server(args.option) as (url, pid):
+        return await soak(url, pid, args)
+
+
 async def run(args: argparse.Namespace) -> None:
     if args.url:
         print(json.dumps(await soak(args.url, args.pid, args)))
         return
-    async with server(args.option) as (url, pid):
-        print(json.dumps(await soak(url, pid, args)))
+    print(json.dumps(await _on_a_server(args)))
 
 
 def main() -> None:
@@ -217,6 +240,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--warm-up", type=int, default=1000, help="requests after which memory has to stay")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
+    parser.add_argument("--every", type=int, default=EVERY, help="requests between two readings")
     parser.add_argument("--url", help="of a running server")
     parser.add_argument("--pid", type=int, help="its process id")
     parser.add_argument("--option", action="append", default=[], help="a further option of mm serve; repeat")
