@@ -212,6 +212,24 @@ def replica_pids(deployment: str) -> list[int]:
     return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
 
 
+def scale(deployment: str, num_replicas: int) -> None:
+    """What an operator or an external scaler asks of Ray's controller."""
+    import ray
+    from ray.serve._private.common import DeploymentID
+    from ray.serve.context import _get_global_client
+
+    controller = _get_global_client()._controller
+    ray.get(controller.update_deployment_replicas.remote(DeploymentID(name=deployment, app_name="mm"), num_replicas))
+
+
+def await_replicas(deployment: str, num_replicas: int, timeout_s: float = 300.0) -> list[int]:
+    deadline = time.monotonic() + timeout_s
+    while len(pids := replica_pids(deployment)) != num_replicas:
+        assert time.monotonic() < deadline, f"there are {len(pids)} replicas"
+        time.sleep(0.1)
+    return pids
+
+
 def kill(deployment: str) -> None:
     for pid in replica_pids(deployment):
         os.kill(pid, signal.SIGKILL)
@@ -237,6 +255,41 @@ def ask_until_answered(client: httpx.Client, request: dict[str, Any], timeout_s:
         assert "retry-after" in response.headers
         time.sleep(0.5)
     return statuses
+
+
+def test_a_running_stream_survives_the_removal_of_its_decoder(ray_client) -> None:
+    """Streams run on two decoders when one of them is taken away. Ray stops sending to it, and lets it finish."""
+    long = body("Hello", {"stream": True, "max_tokens": 1500, "ignore_eos": True})
+    begun = threading.Barrier(5)
+
+    def streamed() -> list[str]:
+        with ray_client.stream("POST", PATH, json=long) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            begun.wait(120)
+            return [first, *lines]
+
+    scale("Decoder", 2)
+    before = set(await_replicas("Decoder", 2))
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            streams = [pool.submit(streamed) for _ in range(4)]
+            begun.wait(120)
+            scale("Decoder", 1)
+            (left,) = await_replicas("Decoder", 1)
+            assert running(ray_client) >= 1
+            (removed,) = before - {left}
+            assert os.path.exists(f"/proc/{removed}"), "it was ended at once"
+            texts = ["".join(stream.result()) for stream in streams]
+    finally:
+        scale("Decoder", 1)
+    assert [text.count('"finish_reason":"length"') for text in texts] == [1] * 4
+    assert [text.endswith("data: [DONE]") for text in texts] == [True] * 4
+    deadline = time.monotonic() + 60
+    while os.path.exists(f"/proc/{removed}"):
+        assert time.monotonic() < deadline, "it is still there"
+        time.sleep(0.2)
+    assert ray_client.post(PATH, json=body("Hello", {})).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""What the ingress asks of replicas, with handles that only count: nothing is started twice, and nothing is lost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mm.data.media import MediaSource
+from mm.data.request import MediaPart, Message, Request, TextLimits, TextPart
+from mm.errors import InvalidRequest
+from serve.runtime import Unavailable
+
+with warnings.catch_warnings():  # Ray's own, while it is imported
+    warnings.simplefilter("ignore")
+    from ray.exceptions import ActorDiedError
+
+    from serve.deployments import ray_runtime
+    from serve.deployments.messages import TransferredMedia
+    from serve.deployments.ray_runtime import RayRuntime
+
+LIMITS = TextLimits(max_context_tokens=100, max_chars=1000)
+
+
+class Answer:
+    """One call: the results before its end, and the error at its end."""
+
+    def __init__(self, results: list[Any], error: Exception | None = None) -> None:
+        self.results, self.error, self.is_cancelled = results, error, False
+
+    def __await__(self) -> Any:
+        yield from ()
+        if self.error is not None:
+            raise self.error
+        return self.results[0]
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for result in self.results:
+            yield result
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Method:
+    """A method of a deployment. Each call gets the next answer, and the last one again and again."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self.answers, self.calls = list(answers), list[tuple[Any, ...]]()
+
+    def options(self, **_: Any) -> Method:
+        return self
+
+    def remote(self, *arguments: Any) -> Answer:
+        self.calls.append(arguments)
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+def deployment(**methods: Method) -> Any:
+    handle = SimpleNamespace(**methods)
+    handle.options = lambda **_: handle
+    return handle
+
+
+@pytest.fixture
+async def make(monkeypatch):
+    monkeypatch.setattr(ray_runtime, "PAUSE_S", 0.0)
+
+    def made(**methods: Method) -> RayRuntime:
+        media = TransferredMedia(inline=[], reducer="none", num_items=1)
+        encoder = deployment(encode=Method(Answer([media])), encode_inline=Method(Answer([media])))
+        decoder = deployment(**{"text_limits": Method(Answer([LIMITS]))} | methods)
+        runtime = RayRuntime(encoder, decoder, "none")
+        for stage in (runtime._encoder_stage, runtime._decoder_stage):
+            stage._set_present(True)
+        return runtime
+
+    return made
+
+
+def request(text: str = "What?", has_picture: bool = False) -> Request:
+    parts = (MediaPart(index=0, kind="image"),) if has_picture else ()
+    media = (MediaSource(kind="image", source=b"a picture"),) if has_picture else ()
+    return Request(request_id="r", messages=(Message(role="user", parts=(*parts, TextPart(text=text))),), media=media)
+
+
+MEDIA = TransferredMedia(inline=[], reducer="none")
+
+
+async def streamed(runtime: RayRuntime) -> list[Any]:
+    return [batch async for batch in runtime.stream(request(), MEDIA)]
+
+
+async def test_a_stream_is_started_once(make) -> None:
+    stream = Method(Answer([["a"], ["b"]]))
+    assert await streamed(make(stream=stream)) == [["a"], ["b"]]
+    assert len(stream.calls) == 1
+
+
+async def test_a_stream_whose_decoder_is_lost_before_its_first_token_is_started_again_once(make) -> None:
+    lost, whole = Answer([], ActorDiedError()), Answer([["a"], ["b"]])
+    stream = Method(lost, whole)
+    assert await streamed(make(stream=stream)) == [["a"], ["b"]]
+    assert len(stream.calls) == 2
+    assert lost.is_cancelled
+
+
+async def test_a_stream_that_has_begun_is_not_started_again(make) -> None:
+    stream = Method(Answer([["a"]], ActorDiedError()), Answer([["a"], ["b"]]))
+    events = make(stream=stream).stream(request(), MEDIA)
+    assert await anext(events) == ["a"]
+    with pytest.raises(Unavailable):
+        await anext(events)
+    assert len(stream.calls) == 1
+
+
+async def test_a_request_that_ends_every_decoder_ends_too(make) -> None:
+    complete = Method(Answer([], ActorDiedError()))
+    with pytest.raises(Unavailable):
+        await make(complete=complete).complete(request(), MEDIA)
+    assert len(complete.calls) == ray_runtime.MAX_TRIES
+
+
+async def test_leaving_a_stream_cancels_its_call(make) -> None:
+    call = Answer([["a"], ["b"], ["c"]])
+    events = make(stream=Method(call)).stream(request(), MEDIA)
+    assert await anext(events) == ["a"]
+    await events.aclose()
+    assert call.is_cancelled
+
+
+async def test_media_never_travel_to_the_decoder(make) -> None:
+    complete = Method(Answer([["a"]]))
+    await make(complete=complete).complete(request(has_picture=True), MEDIA)
+    ((sent, _),) = complete.calls
+    assert sent.media == ()
+    assert sent.messages == request(has_picture=True).messages
+
+
+@pytest.mark.parametrize(
+    ("text", "has_picture", "num_checks"), [("What?", True, 0), ("w " * 100, True, 1), ("w " * 100, False, 0)]
+)
+async def test_a_long_text_beside_media_is_checked_by_a_decoder(make, text, has_picture, num_checks) -> None:
+    check = Method(Answer([None]))
+    await make(check_length=check).admit(request(text, has_picture))
+    assert [sent.media for (sent,) in check.calls] == [()] * num_checks
+
+
+async def test_a_text_of_too_many_characters_reaches_no_decoder(make) -> None:
+    check = Method(Answer([None]))
+    with pytest.raises(InvalidRequest, match="1001 characters"):
+        await make(check_length=check).admit(request("w" * 1001, has_picture=True))
+    assert not check.calls
