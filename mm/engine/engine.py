@@ -124,7 +124,7 @@ class LLMEngine:
         Args:
             wait: Wait for a step that is running. For callers that run the engine themselves: it may be the last step.
         """
-        request.aborted.set()
+        self._lifecycle.abort(request)
         self.wake.set()
         if not request.is_finished and self._lock.acquire(blocking=wait):
             try:

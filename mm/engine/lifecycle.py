@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import queue
 import time
 
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 class RequestLifecycle:
     """Requests from arrival to end.
 
-    `arrive` and the counts may be used from any thread, everything else only by the thread that runs a step.
+    `arrive`, `abort` and the counts may be used from any thread, everything else only by the thread that runs a step.
 
     Args:
         on_error: What a reducer's fault does to its request, see `ReducerPolicy`.
@@ -30,14 +31,22 @@ class RequestLifecycle:
         self._scheduler, self._spec_decoder = scheduler, spec_decoder
         self._on_error: OnError = on_error
         self._arrivals: queue.SimpleQueue[list[Sequence]] = queue.SimpleQueue()
+        self._aborts: queue.SimpleQueue[EngineRequest] = queue.SimpleQueue()
         self._arrival_index = itertools.count()
-        self._live: set[Sequence] = set()
+        self._live: dict[EngineRequest, set[Sequence]] = {}
+        self._num_live = 0
+        self._first_deadline = math.inf  # no request's deadline is earlier
 
     def arrive(self, seqs: list[Sequence]) -> None:
         """Hand over the sequences of a new request. One thread at a time."""
         for seq in seqs:
             seq.arrival_index = next(self._arrival_index)
         self._arrivals.put(seqs)
+
+    def abort(self, request: EngineRequest) -> None:
+        """Let the next `update` end a request that has arrived, if it has not ended. From any thread."""
+        if not request.is_finished:
+            self._aborts.put(request)
 
     @property
     def num_arrivals(self) -> int:
@@ -47,31 +56,38 @@ class RequestLifecycle:
     @property
     def num_live(self) -> int:
         """Sequences that are waiting or running."""
-        return len(self._live)
+        return self._num_live
 
     @property
     def has_work(self) -> bool:
         return bool(self._live) or not self._arrivals.empty()
 
     def is_live(self, seq: Sequence) -> bool:
-        return seq in self._live
+        return seq in self._live.get(seq.request, ())
 
     def update(self) -> None:
-        """Take in what arrived, and end requests that were aborted or are past their deadline."""
+        """Take in what arrived, and end requests that were aborted or are past their deadline.
+
+        The time it takes does not depend on how many requests are waiting.
+        """
+        aborted = list[EngineRequest]()
+        while not self._aborts.empty():  # before the arrivals: what was aborted has then arrived
+            aborted.append(self._aborts.get())
         while not self._arrivals.empty():
             seqs = self._arrivals.get()
-            self._live.update(seqs)
+            request = seqs[0].request
+            self._live[request] = set(seqs)
+            self._num_live += len(seqs)
+            self._first_deadline = min(self._first_deadline, _deadline(request))
             self._scheduler.add(seqs[0])
-        now = time.perf_counter()
-        for seq in list(self._live):
-            request = seq.request
-            if seq not in self._live:
-                continue  # it went with its sibling
-            if request.aborted.is_set():
+        for request in aborted:
+            if request in self._live:
                 self._release(request)
                 _end(request)
-            elif request.deadline is not None and now > request.deadline:
+        if (now := time.perf_counter()) > self._first_deadline:
+            for request in [request for request in self._live if now > _deadline(request)]:
                 self.fail(request, DeadlineExceeded("the request took longer than it may"))
+            self._first_deadline = min(map(_deadline, self._live), default=math.inf)
 
     def finish(self, seq: Sequence, now: float) -> None:
         """End a sequence that has its finish reason, and its request with the last sequence."""
@@ -91,13 +107,13 @@ class RequestLifecycle:
 
     def fail(self, request: EngineRequest, error: BaseException) -> None:
         """End a request with an error."""
-        if any(seq.request is request for seq in self._live):
+        if request in self._live:
             self._release(request)
             _end(request, error)
 
     def fail_all(self, error: BaseException) -> None:
         """End every request with an error."""
-        for request in {seq.request for seq in self._live}:
+        for request in list(self._live):
             self.fail(request, error)
 
     def tolerate(self, request: EngineRequest, error: MmError) -> bool:
@@ -112,13 +128,21 @@ class RequestLifecycle:
 
     def _release(self, request: EngineRequest) -> None:
         request.is_finished = True
-        for seq in [seq for seq in self._live if seq.request is request]:
+        for seq in list(self._live[request]):
             self._drop(seq)
 
     def _drop(self, seq: Sequence) -> None:
         self._spec_decoder.close(seq)
         self._scheduler.remove(seq)
-        self._live.discard(seq)
+        seqs = self._live[seq.request]
+        seqs.remove(seq)
+        self._num_live -= 1
+        if not seqs:
+            del self._live[seq.request]
+
+
+def _deadline(request: EngineRequest) -> float:
+    return math.inf if request.deadline is None else request.deadline
 
 
 def _end(request: EngineRequest, error: BaseException | None = None) -> None:

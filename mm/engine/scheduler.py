@@ -12,6 +12,7 @@ later. Nothing is ever preempted to make room for drafts.
 from __future__ import annotations
 
 import bisect
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,11 +93,14 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
+        self._oldest_arrival = math.inf  # nothing that waits, and was not raised, has arrived earlier
 
     def add(self, seq: Sequence) -> None:
         """Put a sequence into the waiting queue, by priority and order of arrival."""
         seq.status = SequenceStatus.WAITING
         bisect.insort(self.waiting, seq, key=_order)
+        if not _is_raised(seq):
+            self._oldest_arrival = min(self._oldest_arrival, seq.request.arrival_time)
 
     def remove(self, seq: Sequence) -> None:
         """Take a sequence out of the queue or out of the running ones, and free its blocks."""
@@ -236,11 +240,14 @@ class Scheduler:
     def _raise_overdue(self) -> None:
         """Move sequences that have waited too long to the front."""
         overdue = self._clock() - self._config.max_wait_s
-        late = [seq for seq in self.waiting if seq.request.arrival_time < overdue]
-        if any(seq.request.priority > -PRIORITY_LIMIT for seq in late):
-            for seq in late:
+        if self._oldest_arrival >= overdue:
+            return
+        for seq in self.waiting:
+            if seq.request.arrival_time < overdue:
                 seq.request.priority = -PRIORITY_LIMIT
-            self.waiting.sort(key=_order)
+        self.waiting.sort(key=_order)
+        others = (seq.request.arrival_time for seq in self.waiting if not _is_raised(seq))
+        self._oldest_arrival = min(others, default=math.inf)
 
 
 def _is_running(seq: Sequence) -> bool:
@@ -250,6 +257,10 @@ def _is_running(seq: Sequence) -> bool:
 
 def _order(seq: Sequence) -> tuple[int, int]:
     return seq.request.priority, seq.arrival_index
+
+
+def _is_raised(seq: Sequence) -> bool:
+    return seq.request.priority <= -PRIORITY_LIMIT
 
 
 def _is_plain_decode(seq: Sequence) -> bool:

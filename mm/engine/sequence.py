@@ -6,7 +6,6 @@ scheduler works with: each has its own tokens, its own entry in the KV cache and
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import abc
 from dataclasses import dataclass, field
@@ -64,7 +63,6 @@ class EngineRequest:
         deadline: On the clock of `time.perf_counter`; None means no deadline.
         num_unfinished: Sequences that are not finished yet.
         kv_bytes: Bytes of the first sequence's KV cache when the first token came.
-        aborted: Any thread may set it; the engine looks at it before each step.
         is_finished: The engine holds nothing of the request any more.
     """
 
@@ -92,7 +90,6 @@ class EngineRequest:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     kv_bytes: int = 0
-    aborted: threading.Event = field(default_factory=threading.Event)
     is_finished: bool = False
 
     @property

@@ -247,12 +247,27 @@ def test_cancelling_from_another_thread_is_seen_at_the_next_step(engine, ask):
     assert_idle(engine)
 
 
-def test_a_deadline_ends_a_request_with_its_own_error(engine, ask):
-    late, sink = ask(max_new_tokens=400, timeout_s=30).put_to(engine)
-    run_until(engine, lambda: len(sink.deltas) > 2)
-    late.deadline = time.perf_counter() - 1
-    engine.step()
-    assert isinstance(sink.error, DeadlineExceeded)
+def test_deadlines_end_those_requests_that_are_late(engine, ask, monkeypatch):
+    """Some run and some wait; the first deadline to pass is of a request that is over by then."""
+    over, last, late, unlimited = put_all(
+        engine,
+        [
+            ask(max_new_tokens=2, timeout_s=10),
+            ask(max_new_tokens=1500, timeout_s=90),
+            ask(max_new_tokens=1500, timeout_s=30),
+            ask(max_new_tokens=1500),
+        ],
+    )
+    run_until(engine, lambda: len(late.deltas) > 4)
+    assert over.num_ends == 1
+    now = time.perf_counter
+    for passed, ended in ((20, []), (31, [late]), (91, [late, last])):
+        monkeypatch.setattr(time, "perf_counter", lambda passed=passed: now() + passed)
+        engine.step()
+        assert [sink for sink in (last, late, unlimited) if sink.num_ends] == [s for s in (last, late) if s in ended]
+    assert isinstance(late.error, DeadlineExceeded)
+    assert isinstance(last.error, DeadlineExceeded)
+    engine.fail_all(DeadlineExceeded("the test is over"))
     assert_idle(engine)
 
 
