@@ -28,6 +28,7 @@ from encoders.helpers.pictures import Pictures
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import IncompatiblePlugin, MediaError
+from mm.models.families.llava import Llava
 from mm.models.pretrained import build_module
 from mm.plugins.features import (
     ATTENTION_RECEIVED,
@@ -74,6 +75,7 @@ class LlavaEncoder(CheckpointEncoder):
     )
     kinds: frozenset[str] = frozenset({"image", "video"})
     frames_apart: ClassVar[bool] = True
+    takes = staticmethod(Llava.takes)
 
     def __init__(
         self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,14 +16,16 @@ from mm.encode.named import build_encoder
 from mm.encode.parts import EncodeParts
 from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
+from mm.engine.self_test import needs_self_test, self_test
 from mm.errors import BrokenPlugin, InvalidOption, MmError
 from mm.media import DecodeMemory
 from mm.models.checkpoint import BadCheckpoint, find, read_config
 from mm.models.family import CheckpointFamily
 from mm.models.folder import reading
+from mm.models.probe import transformers_types
 from mm.plugins.calls import PluginCalls
 from mm.plugins.capabilities import check_compatible
-from mm.plugins.registry import create, names
+from mm.plugins.registry import create, get, names
 from mm.plugins.spec import bind, configured_reducer
 from mm.plugins.threads import is_interrupt
 
@@ -45,19 +49,38 @@ def _plugin_for(kind: Literal["encoder", "family"], config: ModelConfig) -> Any:
     """The encoder or family that handles the checkpoint's model_type."""
     _check_device(config)
     folder = find(config.model)
-    model_type = str(read_config(folder)["model_type"])
-    if model_type not in names(kind):
-        known = ", ".join(names("family"))
-        raise BadCheckpoint(
-            str(folder), f"is of model_type {model_type!r}, for which no {kind} is installed (families: {known})"
-        )
+    name = plugin_name(kind, folder)
     try:
-        with reading(folder, f"config.json, or another file that the {kind} {model_type!r} reads,"):
-            return create(kind, model_type, folder=folder, device=config.device, dtype=_dtype(config))
+        with reading(folder, f"config.json, or another file that the {kind} {name!r} reads,"):
+            return create(kind, name, folder=folder, device=config.device, dtype=_dtype(config))
     except BaseException as error:
         if isinstance(error, MmError) or is_interrupt(error):
             raise
-        raise BrokenPlugin(kind, model_type, f"building it raised {type(error).__name__}") from error
+        raise BrokenPlugin(kind, name, f"building it raised {type(error).__name__}") from error
+
+
+GENERIC = "transformers"
+"""The encoder and the family for checkpoints that no other one takes."""
+
+
+def plugin_name(kind: Literal["encoder", "family"], folder: Path) -> str:
+    """The encoder or family that handles a checkpoint: that of its model_type, or else the generic one.
+
+    An encoder or family may have a static method `takes` that says of a config.json whether it can handle it.
+    """
+    raw = read_config(folder)
+    name = str(raw["model_type"])
+    if name not in names(kind):
+        if name not in transformers_types():
+            known = ", ".join(names("family"))
+            raise BadCheckpoint(
+                str(folder),
+                f"is of model_type {name!r}, for which no {kind} is installed (families: {known}), and for which "
+                "transformers has no image-text-to-text model",
+            )
+        return GENERIC
+    takes: Callable[[dict[str, Any]], bool] | None = getattr(get(kind, name), "takes", None)
+    return name if takes is None or takes(raw) else GENERIC
 
 
 def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> EncodeParts:
@@ -98,6 +121,8 @@ def build_engine(config: ModelConfig) -> LLMEngine:
     """The decoder's half of a model: only the language weights are read."""
     _use_threads(config)
     family: CheckpointFamily = _plugin_for("family", config)
+    if needs_self_test(family) and not config.skip_self_test:
+        self_test(family)
     on_cpu = not config.device.startswith("cuda")
     scheduler_config = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,

@@ -202,6 +202,9 @@ class ModelConfig:
     compile: bool = setting(
         False, help="Run the decoder's layers through torch.compile. It starts slowly and rarely helps on a CPU."
     )
+    skip_self_test: bool = setting(
+        False, help="Serve a model that no test covers without comparing it with transformers at load."
+    )
     speculation: SpeculationLimits = SpeculationLimits()
     limits: MediaLimits = MediaLimits()
     sources: SourcePolicy = SourcePolicy()

@@ -32,7 +32,7 @@ ROOMS = (
     {"encode", "models"},
     {"device", "engine"},
     {"batch", "build"},
-    {"api"},
+    {"api", "check"},
     {"__init__"},
 )
 """Rooms of `mm`, lowest first. A room imports itself and lower ones; rooms of one set do not import each other."""

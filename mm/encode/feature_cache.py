@@ -120,8 +120,8 @@ def encoded_bytes(tokens: VisualTokens) -> int:
 
 def _tensors(tokens: VisualTokens) -> Iterator[Tensor]:
     yield from (tokens.embeddings, tokens.positions, tokens.sizes, *tokens.aux_features.values())
-    if tokens.protected is not None:
-        yield tokens.protected
+    yield from tokens.layout.values()
+    yield from (plane for plane in (tokens.protected, tokens.layer_planes) if plane is not None)
 
 
 def _copy(tokens: VisualTokens) -> VisualTokens:
@@ -131,5 +131,7 @@ def _copy(tokens: VisualTokens) -> VisualTokens:
         positions=tokens.positions.clone(),
         sizes=tokens.sizes.clone(),
         protected=None if tokens.protected is None else tokens.protected.clone(),
+        layer_planes=None if tokens.layer_planes is None else tokens.layer_planes.detach().clone(),
+        layout={name: tensor.clone() for name, tensor in tokens.layout.items()},
         aux_features={},
     )

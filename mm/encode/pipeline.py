@@ -26,7 +26,7 @@ from mm.errors import MediaError, ReducerFault
 from mm.media import MediaBudget, content_hash, decode, decoded_size, fetch_item
 from mm.plugins.apply import reduce_tokens
 from mm.plugins.capabilities import in_tower, names_of, parts_of, streams
-from mm.plugins.encoder import HostsReducer, PreparesItems, ReadsText
+from mm.plugins.encoder import HostsReducer, PreparesItems, ReadsCompany, ReadsText
 from mm.plugins.features import TEXT_EMBEDDINGS
 from mm.plugins.reducer import Reducer, Streams
 from mm.plugins.registry import name_of
@@ -105,14 +105,17 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
     if TEXT_EMBEDDINGS in spec.capabilities.needs:
         asked = question(request)
         text = _embed_text(asked, parts)  # refuses a text that is too long before any work on the media
+    in_company = _in_company(request, parts)
     key_of = functools.partial(
         cache_key,
-        fingerprint=parts.encoder.fingerprint,
+        fingerprint=parts.encoder.fingerprint + (" in company" if in_company else ""),
         reducer_spec=spec.before_decoder,
         tenant=request.cache_salt,
         question=asked,
     )
-    prepare = functools.partial(_prepared, budget=budget, parts=parts, keep_clips=_takes_frames(spec.plugin))
+    prepare = functools.partial(
+        _prepared, budget=budget, parts=parts, keep_clips=_takes_frames(spec.plugin), in_company=in_company
+    )
     try:
         fetched = [_fetch_item(item, frames, budget, parts, key_of, prepare) for item in request.media]
         items = _decode_files(fetched, frames, budget, prepare)
@@ -120,6 +123,12 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
         budget.give_back()
         raise
     return LoadedMedia(items=items, reducer=spec, budget=budget, text=text)
+
+
+def _in_company(request: Request, parts: EncodeParts) -> bool:
+    """Whether pictures are prepared as several of one prompt, which makes a difference to some encoders."""
+    reads = isinstance(parts.encoder, ReadsCompany) and parts.encoder.reads_company
+    return reads and sum(item.kind == "image" for item in request.media) > 1
 
 
 def question(request: Request) -> str:
@@ -169,18 +178,25 @@ def _decode_files(
 
 
 def _prepared(
-    pixels: Image | Video, param: str | None, *, budget: MediaBudget, parts: EncodeParts, keep_clips: bool
+    pixels: Image | Video,
+    param: str | None,
+    *,
+    budget: MediaBudget,
+    parts: EncodeParts,
+    keep_clips: bool,
+    in_company: bool,
 ) -> Image | Video | Prepared:
     """The item as the tower takes it, if the encoder can prepare single items. Then its pixels are given back.
 
     Args:
         keep_clips: Leave clips as they are, for a reducer that takes their frames chunk by chunk.
+        in_company: See `ReadsCompany`.
     """
     if not isinstance(parts.encoder, PreparesItems) or (keep_clips and isinstance(pixels, Video)):
         return pixels
     try:
         encoder = parts.encoder
-        prepared = _call_encoder(parts, lambda: encoder.prepare(pixels))
+        prepared = _call_encoder(parts, lambda: encoder.prepare(pixels, **({"in_company": True} if in_company else {})))
     except MediaError as error:
         raise error.at(param) if param else error from None
     budget.give_back()

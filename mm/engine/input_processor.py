@@ -86,6 +86,7 @@ class InputProcessor:
         if prompt.is_visual.any() and (weights := decoder_weights(reducer)) is not None:
             request.decoder = self._decoders.add(weights)
         add_reducers(request, reducer, self._family.language.num_layers, self._calls, on_error=self._on_error)
+        check_dropping(request, self._family.language.arithmetic.shortest_window)
         seqs = [
             Sequence(
                 request=request,
@@ -211,6 +212,28 @@ def add_reducers(
                     "vision.reducer",
                 )
             request.pruning_layers[layer] = stage
+
+
+def check_dropping(request: EngineRequest, window: int | None) -> None:
+    """Refuse to drop tokens inside a decoder for which it is not defined what the others then see.
+
+    Args:
+        window: The shortest sliding window of the model's layers, if there is one.
+
+    Raises:
+        InvalidRequest: The prompt is longer than the window, or tokens of it attend to later ones.
+    """
+    if not request.pruning_layers and not request.cache_pruners and request.token_pruning is None:
+        return
+    if request.prompt.mask is not None:
+        why = "in this model, tokens of a prompt attend to later ones"
+    elif window is not None and request.prompt.length > window:
+        why = f"this model has layers that see {window} tokens, and the prompt has {request.prompt.length}"
+    else:
+        return
+    raise InvalidRequest(
+        f"{why}, so tokens cannot be dropped inside the decoder; name a reducer that acts before it", "vision.reducer"
+    )
 
 
 def _token_pruning(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mm.data.arrays import to_tensor
-from mm.data.tokens import Encoded
+from mm.data.tokens import Encoded, Prompt
 from mm.engine.prefill_pruning import PruneState
 from mm.engine.sequence import EngineRequest, Sequence
 from mm.engine.spec_decode.drafter_instance import LAST_HIDDEN
@@ -28,7 +28,10 @@ class Chunk:
         embeddings: (n, D).
         positions: (P, n).
         num_logits: The last so many tokens whose logits are wanted.
-        mask: (n, n) bool for draft trees; None means causal.
+        mask: (n, n) bool for draft trees, and for prompts in which tokens attend to later ones; None means causal.
+        layer_planes: (K, v, D), what is added to its visual tokens behind each of the first K layers. None for models
+            without DeepStack.
+        visual: (v,) int64, which of its tokens these are; None without planes.
         prune_state: For a prompt whose reducers act inside the decoder.
         candidates: Its generated tokens, where a reducer decides about them.
         capture: Names of the hidden states to hand out, such as "last_hidden" or "hidden:3".
@@ -42,6 +45,8 @@ class Chunk:
     positions: Tensor
     num_logits: int = 1
     mask: Tensor | None = None
+    layer_planes: Tensor | None = None
+    visual: Tensor | None = None
     prune_state: PruneState | None = None
     candidates: Candidates | None = None
     capture: frozenset[str] = frozenset()
@@ -102,6 +107,11 @@ class PackedTokens:
         positions += [chunk.positions for chunk in chunks]
         num_axes = max(part.shape[0] for part in positions)
         self.positions = _cat([part.expand(num_axes, -1) for part in positions], 1)
+        planes = [chunk.layer_planes for chunk in chunks if chunk.layer_planes is not None]
+        self._planes = _cat(planes, 1) if planes else None
+        if planes:
+            rows = [self.span(i)[0] + c.visual for i, c in enumerate(chunks) if c.visual is not None]
+            self._plane_rows = _cat(rows, 0)
 
     def metadata(self) -> AttentionMetadata:
         """What attention has to know of the tokens that are left."""
@@ -133,13 +143,23 @@ class PackedTokens:
         every = [*decode, *(chunk.candidates for chunk in self.chunks if chunk.candidates is not None)]
         return frozenset(one.pruning.layer for one in every)
 
+    def with_planes(self, layer: int, hidden: Tensor) -> Tensor:
+        """The output (T, D) of a layer, with what DeepStack adds to the visual tokens behind it."""
+        if self._planes is None or layer >= len(self._planes):
+            return hidden
+        return hidden.index_add(0, self._plane_rows, self._planes[layer])
+
     def capture(self, name: str, hidden: Tensor) -> None:
         """Keep a hidden state of all tokens if any sequence needs it."""
         if name in self._captured_names:
             self._states[name] = hidden
 
     def select(self, indices: Tensor) -> None:
-        """Keep only some tokens of what was captured, as of everything else."""
+        """Keep only some tokens of what was captured and of planes, as of everything else."""
+        if self._planes is not None:
+            stays = torch.isin(self._plane_rows, indices)
+            self._planes, rows = self._planes[:, stays], self._plane_rows[stays]
+            self._plane_rows = torch.searchsorted(indices, rows)
         if self._captured_names:
             if self._kept is None:
                 counts = (self.num_decode_tokens, *(chunk.num_tokens for chunk in self.chunks))
@@ -215,14 +235,27 @@ def make_chunk(seq: Sequence, count: int, token_embeddings: Tensor | None) -> Ch
         parts.append(token_embeddings)
         positions.append(after.expand(prompt.positions.shape[0] if positions else 1, -1))
     generated = range(max(start - prompt.length, 0), stop - prompt.length)
+    visual, planes = _planes(prompt, start, stop)
     return Chunk(
         seq_index=seq.seq_index,
         embeddings=_cat(parts, 0),
         positions=_cat(positions, 1),
         num_logits=int(stop == seq.num_tokens),
+        mask=None if prompt.mask is None or start >= prompt.length else prompt.mask[start:stop, start:stop],
+        layer_planes=planes,
+        visual=visual,
         candidates=_candidates(seq, generated) if generated else None,
         prune_state=_start_pruning(request, start) if request.pruning_layers and start < prompt.length else None,
     )
+
+
+def _planes(prompt: Prompt, start: int, stop: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of tokens `start` to `stop` of a prompt: which are visual, and their planes. None where there are no planes."""
+    if prompt.layer_planes is None or start >= prompt.length:
+        return None, None
+    visual = prompt.is_visual[start:stop].nonzero().squeeze(1)
+    first = int(prompt.is_visual[:start].sum())
+    return visual, prompt.layer_planes[:, first : first + len(visual)]
 
 
 def _make_verification_chunk(seq: Sequence, seq_index: int, token_embeddings: Tensor) -> Chunk:

@@ -133,7 +133,7 @@ class ModelRunner:
             if index in token_layers and packed.decide_tokens(index, hidden):
                 metadata = packed.metadata()
             packed.capture(f"hidden:{index}", hidden)
-            hidden = self._model.layer(index, hidden, metadata, rotary, self._attention)
+            hidden = packed.with_planes(index, self._model.layer(index, hidden, metadata, rotary, self._attention))
         return hidden
 
     def _run_pruning(self, packed: PackedTokens) -> Tensor:
@@ -155,7 +155,7 @@ class ModelRunner:
                 metadata = packed.metadata()
             previous = hidden
             packed.capture(f"hidden:{index}", hidden)
-            hidden = model.layer(index, hidden, metadata, rotary, self._attention)
+            hidden = packed.with_planes(index, model.layer(index, hidden, metadata, rotary, self._attention))
         return hidden
 
     def _kept_tokens(

@@ -101,9 +101,10 @@ class EngineRequest:
         """Whether the KV of the tokens after the first visual one is the same for every question.
 
         It is not where a reducer inside the decoder decides by the question. Neither are its layers of equal length
-        where it drops generated tokens.
+        where it drops generated tokens. And it is not where tokens attend to later ones.
         """
-        return not self.pruning_layers and not self.cache_pruners and self.token_pruning is None
+        is_pruned = self.pruning_layers or self.cache_pruners or self.token_pruning is not None
+        return not is_pruned and self.prompt.mask is None
 
     def block_hashes(self, block_size: int, generated: abc.Sequence[int] = ()) -> list[BlockHash]:
         """Hashes of the full blocks that other requests may share.
@@ -125,6 +126,9 @@ class EngineRequest:
         keys = [item.key for item in self.media]
         if len(visual) and (not self.can_share_visual_tokens or not all(keys)):
             stop = min(stop, int(visual[0]))
+        if prompt.mask is not None:  # tokens are shared up to the first one that attends to a later one
+            sees_later = prompt.mask.triu(1).any(dim=1).nonzero()
+            stop = min(stop, int(sees_later[0])) if len(sees_later) else stop
         return BlockHasher(
             token_ids=ids[:stop],
             positions=positions[:, :stop],
@@ -202,8 +206,14 @@ class Sequence:
 
     @property
     def must_prefill_in_one_chunk(self) -> bool:
-        """Whether the rest of the prompt has to be one chunk: its last token decides which others are kept."""
-        return bool(self.request.pruning_layers) and self.num_computed_tokens < self.num_prompt_tokens
+        """Whether the rest of the prompt has to be one chunk.
+
+        Its last token decides which others are kept, or some of its tokens attend to later ones.
+        """
+        return (
+            bool(self.request.pruning_layers or self.request.prompt.mask is not None)
+            and self.num_computed_tokens < self.num_prompt_tokens
+        )
 
     @property
     def max_chunk_tokens(self) -> int:

@@ -134,6 +134,35 @@ class UnknownAttention(MmError):
         return f"attention with {', '.join(self.arguments)} cannot be computed here"
 
 
+class AttentionInputs(Exception):
+    """Queries and keys of a layer. Raised to end the layer as soon as its attention has them.
+
+    Attributes:
+        queries: (T, H, d), rotated.
+        keys: (T, H_kv, d), rotated.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor) -> None:
+        super().__init__()
+        self.queries, self.keys = query[0].transpose(0, 1), key[0].transpose(0, 1)
+
+
+class _Recorder:
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        metadata: AttentionMetadata,
+        rotary: Rotary | None,
+        variant: AttentionVariant = PLAIN,
+    ) -> Tensor:
+        raise AssertionError("only `attend_in_layer` knows queries and keys apart")
+
+
+RECORDER = _Recorder()
+"""Given to a layer in place of an attention, it makes the layer raise `AttentionInputs`."""
+
+
 def attend_in_layer(
     module: nn.Module,
     query: Tensor,
@@ -156,6 +185,8 @@ def attend_in_layer(
     Raises:
         UnknownAttention: The layer asks for arithmetic that no backend of ours has.
     """
+    if mm_attention is RECORDER:
+        raise AttentionInputs(query, key)
     unknown = sorted(name for name, value in kwargs.items() if name not in HARMLESS and value is not None)
     if unknown:
         raise UnknownAttention(unknown)

@@ -6,7 +6,7 @@ and whatever the template does with it: nobody can forge a placeholder or a turn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -71,8 +71,11 @@ class ChatTemplate:
         max_chars = self.tokenizer.max_chars(self._max_tokens)
         return TextLimits(max_context_tokens=self._max_tokens, max_chars=max_chars)
 
-    def token_ids(self, messages: Sequence[Message]) -> list[int]:
+    def token_ids(self, messages: Sequence[Message], expand: Callable[[str], str] | None = None) -> list[int]:
         """Ids of the conversation up to the start of the assistant's turn, with one placeholder per medium.
+
+        Args:
+            expand: Applied to the rendered template, in which no text of the request can look like a control token.
 
         Raises:
             ContextTooLong: It has more tokens than the model has positions.
@@ -85,7 +88,7 @@ class ChatTemplate:
         if len(rendered) > sum(map(len, texts)) + PIECE_CHARS:  # the template itself wrote much
             self.tokenizer.check_text(rendered, self._max_tokens)
         add_special = not (self._bos and rendered.startswith(self._bos))
-        prompt = marks.unmark(self.tokenizer.control(rendered))
+        prompt = marks.unmark(self.tokenizer.control(rendered if expand is None else expand(rendered)))
         return self.tokenizer.ids(prompt, add_special_tokens=add_special)
 
     def _checked(self, messages: Sequence[Message]) -> list[str]:

@@ -26,19 +26,22 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-def find(model: str | Path) -> Path:
+def find(model: str | Path, *, weights: bool = True) -> Path:
     """The folder of a shipped model ("tiny"), of a local path, or of a hub name (downloaded by huggingface_hub).
+
+    Args:
+        weights: Download the weights too.
 
     Raises:
         UnknownModel: It is none of these.
         BadCheckpoint: It asks for code, or its settings are damaged; see `mm.models.folder`.
     """
-    folder = _find(model)
+    folder = _find(model, weights)
     check_folder(folder)
     return folder
 
 
-def _find(model: str | Path) -> Path:
+def _find(model: str | Path, weights: bool) -> Path:
     shipped = shipped_models()
     if str(model) in shipped:
         return SHIPPED / str(model)
@@ -49,15 +52,15 @@ def _find(model: str | Path) -> Path:
         return path
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
         raise UnknownModel(str(model), [*shipped, "a local folder", "a hub name such as owner/name"])
-    return _download(str(model), shipped)
+    return _download(str(model), shipped, weights)
 
 
-def _download(name: str, shipped: list[str]) -> Path:
+def _download(name: str, shipped: list[str], weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))  # pyright: ignore[reportUnknownMemberType]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UnknownModel(name, [*shipped, "a local folder", "a hub name that can be reached"]) from error
@@ -91,11 +94,11 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str,
         BadCheckpoint: No safetensors file, or one that cannot be read.
     """
     tensors: dict[str, Tensor] = {}
-    for file, keys in _files(folder).items():
+    for file, keys in tensor_files(folder).items():
         wanted = {key: name for key in keys if (name := rename(key)) is not None}
         if not wanted:
             continue
-        with _open(folder, file) as reader:
+        with tensor_reader(folder, file) as reader:
             tensors.update({name: reader.get_tensor(key) for key, name in wanted.items()})
     return tensors
 
@@ -106,17 +109,17 @@ def read_rows(folder: Path, matches: Callable[[str], bool], rows: Sequence[int])
     Raises:
         BadCheckpoint: No matrix matches, or several.
     """
-    found = [(file, key) for file, keys in _files(folder).items() for key in keys if matches(key)]
+    found = [(file, key) for file, keys in tensor_files(folder).items() for key in keys if matches(key)]
     if len(found) != 1:
         raise BadCheckpoint(str(folder), f"has {len(found)} matrices of token embeddings, not one")
     (file, key) = found[0]
-    with _open(folder, file) as reader:
+    with tensor_reader(folder, file) as reader:
         matrix = reader.get_slice(key)
         width = matrix.get_shape()[1]
         return torch.cat([torch.empty(0, width), *(matrix[row : row + 1].float() for row in rows)])
 
 
-def _files(folder: Path) -> Mapping[str, list[str]]:
+def tensor_files(folder: Path) -> Mapping[str, list[str]]:
     """File name to the keys in it.
 
     Raises:
@@ -125,13 +128,13 @@ def _files(folder: Path) -> Mapping[str, list[str]]:
     if (folder / INDEX).exists():
         return _indexed(folder)
     if (folder / SINGLE).exists():
-        with _open(folder, SINGLE) as reader:
+        with tensor_reader(folder, SINGLE) as reader:
             return {SINGLE: list(reader.keys())}
     raise BadCheckpoint(str(folder), "holds no safetensors weights (.bin and .pt files are refused: convert them)")
 
 
 def _indexed(folder: Path) -> Mapping[str, list[str]]:
-    """As `_files`, by the index of a checkpoint in several files."""
+    """As `tensor_files`, by the index of a checkpoint in several files."""
     weight_map: object = read_json(folder, INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise BadCheckpoint(str(folder), f"{INDEX}: weight_map is no object of keys and files; get the file again")
@@ -144,9 +147,7 @@ def _indexed(folder: Path) -> Mapping[str, list[str]]:
             raise BadCheckpoint(str(folder), what)
         files.setdefault(file, []).append(key)
     if lost := [file for file in files if not (folder / file).is_file()]:
-        raise BadCheckpoint(
-            str(folder), f"lacks {_few(lost)}, which {INDEX} names; download the rest of the checkpoint"
-        )
+        raise BadCheckpoint(str(folder), f"lacks {few(lost)}, which {INDEX} names; download the rest of the checkpoint")
     return files
 
 
@@ -160,7 +161,7 @@ def check_depths(folder: Path) -> None:
     Raises:
         BadCheckpoint: Names the setting.
     """
-    num_tensors = sum(map(len, _files(folder).values()))
+    num_tensors = sum(map(len, tensor_files(folder).values()))
     config = read_json(folder, "config.json")
     for part, settings in [("", config), *((f"{name}.", value) for name, value in config.items())]:
         for name in DEPTHS if isinstance(settings, dict) else ():
@@ -178,7 +179,7 @@ class _TensorSlice(Protocol):
     def __getitem__(self, index: slice) -> Tensor: ...
 
 
-class _TensorFile(Protocol):
+class TensorFile(Protocol):
     """An open safetensors file."""
 
     def keys(self) -> Sequence[str]: ...
@@ -189,9 +190,10 @@ class _TensorFile(Protocol):
 
 
 @contextlib.contextmanager
-def _open(folder: Path, file: str) -> Generator[_TensorFile]:
+def tensor_reader(folder: Path, file: str) -> Generator[TensorFile]:
+    """An open file of tensors."""
     with reading(folder, file), safe_open(folder / file, framework="pt") as reader:  # pyright: ignore[reportUnknownVariableType]
-        yield cast("_TensorFile", reader)
+        yield cast("TensorFile", reader)
 
 
 def load_module(
@@ -209,7 +211,7 @@ def load_module(
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     if left := [name for name, tensor in _all_tensors(module) if tensor.is_meta]:
-        raise BadCheckpoint(str(folder), f"is of an architecture with values that cannot be computed: {_few(left)}")
+        raise BadCheckpoint(str(folder), f"is of an architecture with values that cannot be computed: {few(left)}")
     module.to(device)  # the buffers that no checkpoint holds
 
 
@@ -247,14 +249,14 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path
     expected = module.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
-        what = f"lacks {_few(missing)}" if missing else f"has weights that this architecture does not: {_few(extra)}"
+        what = f"lacks {few(missing)}" if missing else f"has weights that this architecture does not: {few(extra)}"
         raise BadCheckpoint(str(folder), what)
     wrong = [name for name in expected if expected[name].shape != tensors[name].shape]
     if wrong:
-        raise BadCheckpoint(str(folder), f"has other shapes than its config.json says: {_few(wrong)}")
+        raise BadCheckpoint(str(folder), f"has other shapes than its config.json says: {few(wrong)}")
     floats = [name for name in expected if expected[name].is_floating_point()]
     if whole := [name for name in floats if not tensors[name].is_floating_point()]:
-        what = f"has weights of {tensors[whole[0]].dtype}, such as quantised ones, which are not read: {_few(whole)}"
+        what = f"has weights of {tensors[whole[0]].dtype}, such as quantised ones, which are not read: {few(whole)}"
         raise BadCheckpoint(str(folder), what)
 
 
@@ -270,6 +272,7 @@ def fill_buffers(model: nn.Module, device: str | torch.device) -> None:
             initialize(module)
 
 
-def _few(names: list[str], most: int = 3) -> str:
+def few(names: list[str], most: int = 3) -> str:
+    """Some of the names, and how many more there are."""
     tail = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + tail

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -19,15 +19,16 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mm.data.media import Kind
-from mm.data.request import MediaPart, Message, TextLimits
+from mm.data.request import MediaPart, Message, TextLimits, TextPart
 from mm.data.sampling_params import SamplingParams, sampling_options
 from mm.data.tokens import Prompt, VisualTokens
 from mm.errors import ContextTooLong, InvalidRequest, MediaError
 from mm.models.chat import ChatTemplate
 from mm.models.checkpoint import check_depths
 from mm.models.folder import REPLACE, BadCheckpoint, read_json
-from mm.models.language import LanguageModel, TextConfig
+from mm.models.language import LanguageModel
 from mm.models.pretrained import from_folder, model_config
+from mm.models.probe import WholeModel, is_converted, refuse_quantized
 from mm.models.renderer import RENDERER
 
 GENERATION = "generation_config.json"
@@ -61,22 +62,26 @@ class CheckpointFamily(ABC):
         device, dtype: Of the language model.
     """
 
-    num_position_rows: ClassVar[int] = 1
+    num_position_rows: int = 1
     """Rows of a prompt's positions: 1, or 3 for M-RoPE."""
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         RENDERER.start()
         self.config = model_config(folder)
+        refuse_quantized(folder)
         check_depths(folder)
         self.tokenizer, template = self.load_tokenizer(folder)
-        self.language = LanguageModel(folder, self.config, device, dtype)
+        self.language = self.load_language(folder, device, dtype)
         self.folder = folder
-        self.max_context_tokens: int = _max_context_tokens(self.language.config)
+        self.max_context_tokens: int = self.language.arithmetic.max_positions
         self._placeholders = dict(self.placeholders())
         self._check_token_ids(folder)
         try:
             self._template = ChatTemplate(
-                self.tokenizer, template, max_tokens=self.max_context_tokens, placeholders=self._placeholders
+                self.tokenizer,
+                template,
+                max_tokens=self.max_context_tokens,
+                placeholders=self._placeholders.keys() | self.mark_ids(),
             )
         except ValueError as error:
             raise BadCheckpoint(str(folder), f"cannot be given prompts: {error}") from error
@@ -87,6 +92,23 @@ class CheckpointFamily(ABC):
         """The tokenizer and the chat template. Without a template, the tokenizer's own is used."""
         processor = cast("_Processor", from_folder(AutoProcessor, folder))
         return processor.tokenizer, getattr(processor, "chat_template", None)
+
+    def load_language(self, folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
+        """The decoder."""
+        source = WholeModel(folder, self.config) if is_converted(self.config) else None
+        return LanguageModel(folder, self.config, device, dtype, source)
+
+    def mark_ids(self) -> Set[int]:
+        """Further tokens that only a template may write, whatever the tokenizer says."""
+        return frozenset()
+
+    def trial(self) -> tuple[list[VisualTokens], list[Message]]:
+        """A short conversation for a self-test, and random visual tokens of its media if the family can make some."""
+        return [], [Message(role="user", parts=(TextPart(text="What is it? 1, 2, 3"),))]
+
+    def type_ids(self, ids: Sequence[int]) -> dict[str, Tensor]:
+        """What transformers' model is told of each token of a prompt beside its id, by name, each (L,)."""
+        return {}
 
     @abstractmethod
     def placeholders(self) -> Mapping[int, Kind]:
@@ -164,6 +186,8 @@ class CheckpointFamily(ABC):
                 )
         ids = self._token_ids(messages)  # refuses what is too long before anything is embedded
         self._check_placeholders(ids, [part.kind for m in messages for part in m.parts if isinstance(part, MediaPart)])
+        if self.language.arithmetic.input_scale != 1.0:
+            visual = [replace(tokens, embeddings=self.language.as_input(tokens.embeddings)) for tokens in visual]
         return splice(
             ids, frozenset(self._placeholders), visual, self.language.embed, self.place, self.num_position_rows
         )
@@ -176,8 +200,8 @@ class CheckpointFamily(ABC):
         """
         self._token_ids(messages)
 
-    def _token_ids(self, messages: Sequence[Message]) -> list[int]:
-        ids = self._template.token_ids(messages)
+    def _token_ids(self, messages: Sequence[Message], expand: Callable[[str], str] | None = None) -> list[int]:
+        ids = self._template.token_ids(messages, expand)
         num_text_tokens = sum(token not in self._placeholders for token in ids)
         if num_text_tokens >= self.max_context_tokens:
             raise ContextTooLong(num_text_tokens, 1, self.max_context_tokens)
@@ -299,11 +323,3 @@ def _generation_config(folder: Path) -> dict[str, Any]:
         if isinstance(value, str | list | dict):
             raise BadCheckpoint(str(folder), f"{GENERATION}: {name} is {value!r}, not a number; {REPLACE}")
     return found
-
-
-def _max_context_tokens(config: TextConfig) -> int:
-    """Positions of the model. Where every layer has a sliding window, those for which it is full attention."""
-    window: int | None = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "layer_types", None):
-        return config.max_position_embeddings
-    return min(window, config.max_position_embeddings)

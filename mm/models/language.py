@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from mm.models.arithmetic import Arithmetic
 from mm.models.attention import ATTENTION, Attention, AttentionMetadata, Rotary
 from mm.models.checkpoint import BadCheckpoint, check_tensors, load_module, read_tensors, without_weights
 from mm.models.folder import reading
 from mm.models.kv_cache_spec import KVCacheSpec
-from mm.models.layers import FusedLayer, build_layer
+from mm.models.layers import FusedLayer, Layer, build_layer
 from mm.models.linear import PackedLinear
 from mm.models.pretrained import build_module
+from mm.models.probe import names_in_pass
 from mm.plugins.weights import ReducerWeights
 
 HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight")
@@ -44,7 +46,7 @@ class TextConfig(Protocol):
     eos_token_id: int | list[int] | None
 
 
-class _TextModel(Protocol):
+class _Decoder(Protocol):
     """The parts of a transformers text model that we call."""
 
     layers: nn.ModuleList
@@ -63,32 +65,31 @@ class LanguageModel:
         folder: Checkpoint. Only the language tensors are read.
         config: The whole model's configuration.
         device, dtype: Where and in what the weights live.
+        source: Reads and builds the decoder. When not given, it is found by the names that its tensors have.
 
     Attributes:
+        arithmetic: What is computed beside the layers.
         num_layer_weights: Number of weights of all decoder layers.
 
     Raises:
         BadCheckpoint: Weights are missing, or the architecture has layers that this engine cannot run.
     """
 
-    def __init__(self, folder: Path, config: PretrainedConfig, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: PretrainedConfig,
+        device: str,
+        dtype: torch.dtype,
+        source: DecoderSource | None = None,
+    ) -> None:
         text = config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
-        if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
-            raise BadCheckpoint(
-                str(folder), "has decoder layers without full attention, which this engine cannot drive"
-            )
-        if getattr(text, "embedding_multiplier", 1.0) != 1.0:
-            raise BadCheckpoint(
-                str(folder), "multiplies embeddings before its first layer, which this engine cannot do"
-            )
-        tensors = read_tensors(folder, _text_key)
-        head = tensors.pop("lm_head.weight", None)
-        with torch.device("meta"):  # so that sizes in config.json are checked before anything gets memory
-            check_tensors(build_module(folder, text, attn_implementation=ATTENTION), tensors, folder)
-        with without_weights():
-            module = build_module(folder, text, attn_implementation=ATTENTION)
+        self.arithmetic = Arithmetic.of(folder, text, names_in_pass(config))
+        self._source = source or _TextModel(folder, text)
+        tensors, head = self._source.decoder_tensors()
+        module = self._source.build_decoder()
         load_module(module, tensors, dtype=dtype, device=device, folder=folder)
-        self.model = cast(_TextModel, module)
+        self.model = cast(_Decoder, module)
         self.model.eval()
         self.config = cast(TextConfig, text)
         self.device, self.dtype = torch.device(device), dtype
@@ -96,13 +97,17 @@ class LanguageModel:
         self.head_dim: int = (
             getattr(text, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         )
-        self.layers = [build_layer(layer, i, self.head_dim) for i, layer in enumerate(self.model.layers)]
+        self.layers = self._built(self.model.layers)
         self._logits = PackedLinear(self.head_weight)
         self.num_layer_weights = sum(p.numel() for p in self.model.layers.parameters())
         self._table: Rotary | None = None
         with reading(folder, "config.json"):  # wrong sections of M-RoPE would only be found by the first request
             self._rotary(torch.zeros(3 if self._multi_axis else 1, 1, 1, dtype=torch.int64, device=device))
-        self._folder, self._text, self._prepared = folder, text, ""
+        self._folder, self._prepared = folder, ""
+
+    def _built(self, layers: nn.ModuleList) -> list[Layer]:
+        windows = self.arithmetic.windows
+        return [build_layer(layer, i, self.head_dim, windows[i]) for i, layer in enumerate(layers)]
 
     def with_layers(self, weights: ReducerWeights) -> LanguageModel:
         """The same model with the layers that were trained with a reducer. Tensors that were not changed are its own.
@@ -111,19 +116,19 @@ class LanguageModel:
             BadWeights: Tensors are damaged, of another shape, or of no layer of this model.
         """
         changed = weights.decoder_tensors()
-        tensors = read_tensors(self._folder, _layer_key)
+        found, _ = self._source.decoder_tensors()
+        tensors = {name: tensor for name, tensor in found.items() if name.startswith(LAYERS)}
         if extra := sorted(changed.keys() - tensors.keys()):
             raise weights.bad(f"change tensors of the decoder that are in no layer of this model, such as {extra[0]}")
         if wrong := sorted(name for name, tensor in changed.items() if tensor.shape != tensors[name].shape):
             raise weights.bad(f"have tensors of other shapes than this model's decoder, such as {wrong[0]}")
         tensors |= changed
-        with without_weights():
-            module = build_module(self._folder, self._text, attn_implementation=ATTENTION)
-        layers = cast(_TextModel, module).layers
+        module = self._source.build_decoder()
+        layers = cast(_Decoder, module).layers
         own = {name.removeprefix(LAYERS): tensor for name, tensor in tensors.items()}
         load_module(layers, own, dtype=self.dtype, device=str(self.device), folder=self._folder)
         adapted = copy.copy(self)
-        adapted.layers = [build_layer(layer.eval(), i, self.head_dim) for i, layer in enumerate(layers)]
+        adapted.layers = self._built(layers.eval())
         for layer in adapted.layers:
             if self._prepared:
                 layer.compile() if self._prepared == "compile" else layer.prepack()
@@ -158,8 +163,13 @@ class LanguageModel:
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:
-        """(T,) ids to (T, D) embeddings."""
-        return self.model.get_input_embeddings()(token_ids.to(self.device))
+        """(T,) ids to (T, D) embeddings: the first layer's input."""
+        return self.as_input(self.model.get_input_embeddings()(token_ids.to(self.device)))
+
+    def as_input(self, embeddings: Tensor) -> Tensor:
+        """The first layer's input of embeddings (T, D), also of visual tokens."""
+        scale = self.arithmetic.input_scale
+        return embeddings if scale == 1.0 else embeddings * scale
 
     def rotary(self, positions: Tensor) -> Rotary:
         """cos and sin (T, w) float32 of positions (P, T), which may have gaps. P = 1, or 3 for M-RoPE."""
@@ -167,7 +177,7 @@ class LanguageModel:
             return self._rotary(positions.unsqueeze(1))
         most = int(positions.max()) + 1
         if self._table is None or self._table[0].shape[0] < most:
-            size = max(1024, 1 << (most - 1).bit_length())
+            size = max(most, min(max(1024, 1 << (most - 1).bit_length()), self.arithmetic.max_positions))
             axes = 3 if self._multi_axis else 1
             self._table = self._rotary(torch.arange(size, device=self.device).expand(axes, 1, size))
         cos, sin = self._table
@@ -181,14 +191,34 @@ class LanguageModel:
         """cos and sin of positions (P, 1, T)."""
         like = torch.empty(1, dtype=torch.float32, device=self.device)
         ids = positions if positions.shape[0] > 1 else positions[0]
-        cos, sin = cast(Rotary, self.model.rotary_emb(like, position_ids=ids))
-        return cos[0].contiguous(), sin[0].contiguous()
+        found: list[Rotary] = []
+        for kind in self._rotary_kinds:
+            options = {} if kind is None else {"layer_type": kind}
+            cos, sin = cast(Rotary, self.model.rotary_emb(like, position_ids=ids, **options))
+            found.append((cos[0].contiguous(), sin[0].contiguous()))
+        if len(found) == 1:
+            return found[0]
+        return torch.cat([cos for cos, _ in found], dim=-1), torch.cat([sin for _, sin in found], dim=-1)
+
+    @property
+    def _rotary_kinds(self) -> list[str | None]:
+        """The different rotary embeddings of the layers. Their cos and sin are columns beside each other."""
+        return list(dict.fromkeys(self.arithmetic.rotary_kinds))
+
+    def _of_layer(self, index: int, rotary: Rotary) -> Rotary:
+        """The columns of cos and sin that a layer rotates by."""
+        kinds = self._rotary_kinds
+        if len(kinds) == 1:
+            return rotary
+        width = rotary[0].shape[-1] // len(kinds)
+        at = kinds.index(self.arithmetic.rotary_kinds[index]) * width
+        return rotary[0][:, at : at + width].contiguous(), rotary[1][:, at : at + width].contiguous()
 
     def layer(
         self, index: int, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention
     ) -> Tensor:
         """One decoder layer over packed tokens (T, D). `attention` writes their keys and values to the cache."""
-        return self.layers[index](hidden, metadata, rotary, attention)
+        return self.layers[index](hidden, metadata, self._of_layer(index, rotary), attention)
 
     def compile(self) -> None:
         """Put what layers do before and after attention through torch.compile, for the layers that we know."""
@@ -207,11 +237,11 @@ class LanguageModel:
 
     def queries(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor:
         """Rotated queries (T, H, d) of a layer's input."""
-        return self.layers[index].queries(hidden, rotary)
+        return self.layers[index].queries(hidden, self._of_layer(index, rotary))
 
     def keys(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor:
         """Rotated keys (T, H_kv, d) of a layer's input. Nothing is written to the cache."""
-        return self.layers[index].keys(hidden, rotary)
+        return self.layers[index].keys(hidden, self._of_layer(index, rotary))
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm (T, D) of the last layer's output (T, D): the head's input."""
@@ -219,15 +249,41 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, vocab) of the last layer's output (T, D)."""
-        return self._logits(self.model.norm(hidden))
+        return self.arithmetic.finish(self._logits(self.model.norm(hidden)))
 
 
 LAYERS = "layers."
 
 
-def _layer_key(key: str) -> str | None:
-    name = _text_key(key)
-    return name if name is not None and name.startswith(LAYERS) else None
+class DecoderSource(Protocol):
+    """Where a decoder comes from."""
+
+    def decoder_tensors(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The decoder's weights by name, checked against its shapes, and the head's if the checkpoint has it."""
+        ...
+
+    def build_decoder(self) -> nn.Module:
+        """The decoder without weights, attending through `mm.models.attention`."""
+        ...
+
+
+class _TextModel:
+    """The text model that transformers has for a configuration, with tensors under the names of `TEXT_KEY`."""
+
+    def __init__(self, folder: Path, config: PretrainedConfig) -> None:
+        self._folder, self._config = folder, config
+
+    def decoder_tensors(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        tensors = read_tensors(self._folder, _text_key)
+        head = tensors.pop("lm_head.weight", None)
+        with torch.device("meta"):  # so that sizes in config.json are checked before anything gets memory
+            module = build_module(self._folder, self._config, attn_implementation=ATTENTION)
+        check_tensors(module, tensors, self._folder)
+        return tensors, head
+
+    def build_decoder(self) -> nn.Module:
+        with without_weights():
+            return build_module(self._folder, self._config, attn_implementation=ATTENTION)
 
 
 def _text_key(key: str) -> str | None:

@@ -13,7 +13,17 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from mm.models.attention import Attention, AttentionMetadata, Rotary, rotate
+from mm.models.attention import (
+    PLAIN,
+    RECORDER,
+    Attention,
+    AttentionInputs,
+    AttentionMetadata,
+    AttentionVariant,
+    Rotary,
+    UnknownAttention,
+    rotate,
+)
 from mm.models.linear import PackedLinear, bias_of, prepack_linears
 from mm.models.row_ops import build_gated, build_norm, has_kernels
 
@@ -84,30 +94,34 @@ class Layer(Protocol):
         ...
 
 
-def build_layer(module: nn.Module, index: int, head_dim: int) -> Layer:
-    """The fused form where the module is known to have one."""
+def build_layer(module: nn.Module, index: int, head_dim: int, window: int | None = None) -> Layer:
+    """The fused form where the module is known to have one.
+
+    Args:
+        window: Tokens that a token sees in this layer, itself included. None is all earlier ones.
+    """
     if type(module).__name__ in FUSED:
-        return FusedLayer(module, index, head_dim)
-    return ModuleLayer(module, head_dim)
+        return FusedLayer(module, index, head_dim, window)
+    return ModuleLayer(module, window)
 
 
 class ModuleLayer:
     """transformers' layer, called as it is. Our attention function does the rest."""
 
-    def __init__(self, module: nn.Module, head_dim: int) -> None:
-        self._module = module
-        self._head_dim = head_dim
+    def __init__(self, module: nn.Module, window: int | None) -> None:
+        self._module, self._window = module, window
 
     def __call__(self, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
         cos_sin = tuple(part.to(hidden.dtype).unsqueeze(0) for part in rotary)
-        outputs: Tensor = self._module(
+        outputs: Tensor | tuple[Tensor, ...] = self._module(
             hidden.unsqueeze(0),
             attention_mask=None,
             position_embeddings=cos_sin,
             mm_metadata=metadata,
             mm_attention=attention,
+            mm_window=self._window,
         )
-        return outputs.squeeze(0)
+        return (outputs[0] if isinstance(outputs, tuple) else outputs).squeeze(0)
 
     def compile(self) -> None:
         """Does nothing: our attention is called in the middle of the module."""
@@ -116,17 +130,18 @@ class ModuleLayer:
         prepack_linears(self._module)
 
     def queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
-        return self._rotated("q", hidden, rotary)
+        return self._recorded(hidden, rotary).queries
 
     def keys(self, hidden: Tensor, rotary: Rotary) -> Tensor:
-        return self._rotated("k", hidden, rotary)
+        return self._recorded(hidden, rotary).keys
 
-    def _rotated(self, which: str, hidden: Tensor, rotary: Rotary) -> Tensor:
-        inner = self._module.get_submodule("self_attn")
-        project = inner.get_submodule(f"{which}_proj")
-        norm = cast(nn.Module, getattr(inner, f"{which}_norm", nn.Identity()))
-        projected: Tensor = project(self._module.get_submodule("input_layernorm")(hidden))
-        return rotate(norm(_heads(projected, self._head_dim)), *rotary)
+    def _recorded(self, hidden: Tensor, rotary: Rotary) -> AttentionInputs:
+        """What the module itself gives to attention, whatever norms and rotations come before."""
+        try:
+            self(hidden, AttentionMetadata.of([], []), rotary, RECORDER)
+        except AttentionInputs as found:
+            return found
+        raise UnknownAttention(["an interface of its own"])
 
 
 class _SelfAttention(Protocol):
@@ -160,8 +175,9 @@ class _LlamaLayer(Protocol):
 class FusedLayer:
     """The same in eight calls. The module's weights become views of the joined ones, so none is held twice."""
 
-    def __init__(self, module: nn.Module, index: int, head_dim: int) -> None:
+    def __init__(self, module: nn.Module, index: int, head_dim: int, window: int | None = None) -> None:
         self._index, self._head_dim = index, head_dim
+        self._variant = PLAIN if window is None else AttentionVariant(window=window)
         layer = cast(_LlamaLayer, module)
         inner, mlp = layer.self_attn, layer.mlp
         self._num_queries = inner.q_proj.out_features
@@ -181,7 +197,7 @@ class FusedLayer:
         self._gated = build_gated(self._activation, on_cpu_kernels=on_cpu_kernels)
 
     def __call__(self, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
-        attended = attention.attend(self._index, self._before(hidden), metadata, rotary)
+        attended = attention.attend(self._index, self._before(hidden), metadata, rotary, self._variant)
         return self._after(hidden, attended)
 
     def _before_attention(self, hidden: Tensor) -> Tensor:

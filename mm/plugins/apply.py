@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mm.data.tokens import VisualTokens
-from mm.errors import ReducerFault
+from mm.errors import IncompatiblePlugin, ReducerFault
 from mm.plugins.capabilities import acts_before_decoder, acts_outside_decoder, plans_tokens
 from mm.plugins.reducer import BeforeDecoder, ReduceContext, Reducer, Reduction
 from mm.plugins.registry import name_of
@@ -59,9 +59,12 @@ def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer"
         ReducerFault: `keep` is not a non-empty, strictly ascending int64 vector of token indices; the merge weights
             are of a wrong shape, negative, not finite or do not sum to 1 in a row; the sizes are of a wrong shape or
             not positive.
+        IncompatiblePlugin: The reduction rewrites the embeddings of tokens that have planes for further layers.
     """
     _check(reduction, tokens, owner)
-    keep = reduction.keep
+    keep, planes = reduction.keep, tokens.layer_planes
+    if planes is not None:
+        planes = _planes(reduction, planes, owner)
     embeddings = tokens.embeddings.index_select(0, keep) if reduction.merge is None else _merge(reduction.merge, tokens)
     sizes = tokens.sizes.index_select(0, keep) if reduction.sizes is None else reduction.sizes
     protected = reduction.protected
@@ -76,6 +79,7 @@ def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer"
         positions=tokens.positions.index_select(0, keep),
         sizes=sizes,
         protected=protected,
+        layer_planes=planes,
         aux_features={},
         placement=placement,
         borders=reduction.borders or tokens.borders,
@@ -107,6 +111,16 @@ def rewritten(reduction: Reduction, like: VisualTokens, num_steps: int) -> Visua
 
 def _merge(weights: Tensor, tokens: VisualTokens) -> Tensor:
     return (weights.float() @ tokens.embeddings.float()).to(tokens.embeddings.dtype)
+
+
+def _planes(reduction: Reduction, planes: Tensor, owner: str) -> Tensor:
+    """The planes (L, N, D) of the first layers after a reduction: they go with the tokens."""
+    if reduction.embeddings is not None:
+        missing = "tokens without further planes for the first layers, which a reducer that rewrites tokens cannot make"
+        raise IncompatiblePlugin(owner, "this model", [missing])
+    if reduction.merge is None:
+        return planes.index_select(1, reduction.keep)
+    return torch.stack([(reduction.merge.float() @ plane.float()).to(plane.dtype) for plane in planes])
 
 
 def _check(reduction: Reduction, tokens: VisualTokens, owner: str) -> None:

@@ -64,6 +64,22 @@ class PreparesItems(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsCompany(Protocol):
+    """An encoder that prepares a picture in another way when its prompt has several, if `reads_company` is true."""
+
+    @property
+    def reads_company(self) -> bool: ...
+
+    def prepare(self, item: Image | Video, *, in_company: bool = False) -> Prepared:
+        """As `PreparesItems.prepare`.
+
+        Args:
+            in_company: Whether the prompt has other pictures.
+        """
+        ...
+
+
 class HostsReducer(Encoder, Protocol):
     """An encoder that provides `BLOCK_KEYS`: a reducer may merge tokens in the blocks of its tower."""
 

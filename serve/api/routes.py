@@ -118,6 +118,7 @@ def _add_models(app: FastAPI, runtime: Runtime, config: ServeConfig, bodies: Bod
             "default_drafter": config.model.speculation.drafter,
             "drafters": list(config.model.speculation.offered),
             "description": limits_of(config.model.model),
+            **({"self_test": "skipped"} if config.model.skip_self_test else {}),
         }
 
     @app.get("/v1/models")

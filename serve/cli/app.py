@@ -13,6 +13,7 @@ import click
 from mm import __version__
 from mm.errors import MmError
 from serve.cli.caption import caption
+from serve.cli.check import check
 from serve.cli.compare import compare
 from serve.cli.demo import demo
 from serve.cli.embed import embed
@@ -21,7 +22,7 @@ from serve.cli.plugins import plugins
 from serve.cli.serve import serve
 from serve.cli.tune import tune
 
-COMMANDS = (plugins, serve, caption, compare, embed, evaluate, tune, demo)
+COMMANDS = (plugins, check, serve, caption, compare, embed, evaluate, tune, demo)
 
 
 class _InOrder(click.Group):

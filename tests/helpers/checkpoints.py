@@ -333,11 +333,19 @@ def random_video_llava(folder: Path, *, seed: int = 0) -> Path:
     return random_llava(folder, video=True, seed=seed)
 
 
+def random_generic(folder: Path, *, seed: int = 0) -> Path:
+    """A checkpoint that no encoder or family of its own takes: Qwen3-VL's, with clips and DeepStack."""
+    from tests.helpers.families import write
+
+    return write("qwen3_vl", folder, seed)
+
+
 CHECKPOINTS = {
     "idefics3": random_idefics3,
     "llava": random_video_llava,
     "qwen2_5_vl": random_qwen2_5_vl,
     "qwen2_vl": random_qwen2_vl,
     "smolvlm": random_smolvlm,
+    "transformers": random_generic,
 }
 """`model_type` to what writes a small checkpoint of it. The contract tests need one for each encoder and family."""

@@ -26,6 +26,18 @@ class Alone:
         """(n, D) rows at (P, n) positions; the logits (vocab,) behind the last one."""
         return self._runner.forward([Chunk(seq_index=self._seq_index, embeddings=embeddings, positions=positions)])[0]
 
+    def feed_prompt(self, prompt: Prompt) -> Tensor:
+        """The logits (vocab,) behind a prompt, with its mask and planes."""
+        chunk = Chunk(
+            seq_index=self._seq_index,
+            embeddings=prompt.embeddings,
+            positions=prompt.positions,
+            mask=prompt.mask,
+            layer_planes=prompt.layer_planes,
+            visual=prompt.is_visual.nonzero().squeeze(1),
+        )
+        return self._runner.forward([chunk])[0]
+
     def feed_token(self, token: int, position: int) -> Tensor:
         return self.feed(self.language.embed(torch.tensor([token])), torch.tensor([[position]]))
 

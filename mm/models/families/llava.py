@@ -7,7 +7,7 @@ config.json has a `video_token_id` also takes clips: the tokens of all frames, i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from mm.data.media import Kind
 from mm.data.tokens import VisualTokens
@@ -22,6 +22,12 @@ class Llava(CheckpointFamily):
     """The decoder side of a LLaVA checkpoint."""
 
     model_types: ClassVar[frozenset[str]] = frozenset({"llava"})
+
+    @staticmethod
+    def takes(raw: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of the kind with one run of tokens per picture, from a tower of fixed size."""
+        tower: object = raw.get("vision_config")
+        return not (isinstance(tower, Mapping) and cast("Mapping[str, object]", tower).get("model_type") == "pixtral")
 
     def placeholders(self) -> Mapping[int, Kind]:
         found: dict[int, Kind] = {cast(_Config, self.config).image_token_id: "image"}

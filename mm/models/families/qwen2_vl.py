@@ -32,7 +32,7 @@ class Qwen2VL(CheckpointFamily):
     """The decoder side of a Qwen2-VL or Qwen2.5-VL checkpoint, with M-RoPE positions."""
 
     model_types: ClassVar[frozenset[str]] = frozenset({"qwen2_vl", "qwen2_5_vl"})
-    num_position_rows: ClassVar[int] = 3
+    num_position_rows: int = 3
 
     def placeholders(self) -> Mapping[int, Kind]:
         config = cast(_Config, self.config)
