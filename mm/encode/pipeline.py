@@ -97,10 +97,9 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
     Raises:
         MediaError, PluginError: As `encode`.
     """
-    spec = resolve_reducer(request.vision, parts)
+    spec, frames = resolve_reducer(request.vision, parts), request.vision.frames or parts.frames
     budget = budget or MediaBudget(parts.limits)
     budget.memory = parts.memory
-    frames = request.vision.frames or parts.frames
     asked, text = "", None
     if TEXT_EMBEDDINGS in spec.capabilities.needs:
         asked = question(request)
