@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm.data.tokens import VisualTokens
 from mm.errors import IncompatiblePlugin, ReducerFault
-from mm.plugins.capabilities import acts_before_decoder, acts_outside_decoder, plans_tokens
+from mm.plugins.capabilities import acts_before_decoder, acts_outside_decoder, parts_of, plans_tokens, rewrites
 from mm.plugins.reducer import BeforeDecoder, ReduceContext, Reducer, Reduction
 from mm.plugins.registry import name_of
 from mm.plugins.threads import plugin_errors
@@ -29,7 +29,8 @@ def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tenso
         text_embeddings: See `ReduceContext`.
 
     Raises:
-        ReducerFault: The reducer broke its promise (see `apply`), or kept another number of tokens than its plan says.
+        ReducerFault: The reducer broke its promise (see `apply`), kept another number of tokens than its plan says, or
+            gave new embeddings without declaring that it `rewrites`.
     """
     if not acts_outside_decoder(reducer):
         return tokens.without_aux_features()
@@ -38,7 +39,10 @@ def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tenso
     reduced, planned = tokens.without_aux_features(), tokens.num_tokens
     with plugin_errors(name, "before the decoder"):
         if acts_before_decoder(reducer):
-            reduced = apply(cast(BeforeDecoder, reducer).after_encode(tokens, context), tokens, name)
+            reduction = cast(BeforeDecoder, reducer).after_encode(tokens, context)
+            if reduction.embeddings is not None and not any(map(rewrites, parts_of(reducer))):
+                raise ReducerFault(name, "gave new embeddings; declare rewrites = True, or leave them out")
+            reduced = apply(reduction, tokens, name)
         for part in plans_tokens(reducer):
             planned = part.plan(planned, tokens.grid, tokens.kind)
     kept = reduced.num_tokens

@@ -132,6 +132,11 @@ def per_token(reducer: Reducer) -> tuple[PerToken, ...]:
     return tuple(cast(PerToken, part) for part in parts_of(reducer) if Stage.PER_TOKEN in part.acts_at)
 
 
+def rewrites(part: Reducer) -> bool:
+    """Whether it computes new tokens in place of those that come in."""
+    return bool(getattr(part, "rewrites", False))
+
+
 def is_trained(part: Reducer) -> bool:
     """Whether a reducer, not a pipeline, has weights of its own."""
     return bool(getattr(part, "trained", False))

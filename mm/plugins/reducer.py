@@ -46,11 +46,12 @@ class Reducer(Protocol):
     """Fewer visual tokens out of many. Immutable; its options are its dataclass fields.
 
     This is what every reducer declares. The protocols below add the methods of each stage. Most reducers declare by
-    class variables. Four more are optional:
+    class variables. Five more are optional:
 
         kinds: What it reduces, "image", "video" or both (the default). Items of another kind stay as they are.
         needs_grid: True where every cell of the grid has to be present, so that no other reducer may come first.
         positions: "compact" where the tokens that are left have to be numbered anew; "kept" is the default.
+        rewrites: True where it computes new tokens (`Reduction.embeddings`), so that no row stays as it was.
         trained: True where it has weights of its own, see `Learned`.
 
     Attributes:

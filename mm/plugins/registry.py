@@ -200,7 +200,7 @@ def create(kind: PluginKind, name: str, /, **options: Any) -> object:
     return plugin(**options)
 
 
-FLAGS = ("needs", "provides", "kinds", "query_aware", "count", "model_types", "trained")
+FLAGS = ("needs", "provides", "kinds", "query_aware", "count", "model_types", "rewrites", "trained")
 """Class variables that `describe` shows."""
 
 

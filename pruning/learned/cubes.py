@@ -50,6 +50,7 @@ class Cubes(LearnedReducer):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"video"})
     count: ClassVar[Count] = "bounded"
     needs_grid: ClassVar[bool] = True
+    rewrites: ClassVar[bool] = True
     weights: str = "cubes"
     frames_per_cube: int | None = None
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm.data.tokens import Grid, VisualTokens
-from mm.errors import InvalidOption
+from mm.errors import InvalidOption, ReducerFault
 from mm.plugins.apply import reduce_tokens as reduce_by_context
-from mm.plugins.capabilities import acts_before_decoder, capabilities_of, in_decode, in_prefill, parts_of
+from mm.plugins.capabilities import acts_before_decoder, capabilities_of, in_decode, in_prefill, parts_of, rewrites
 from mm.plugins.declaration import declaration_problem
 from mm.plugins.features import ATTENTION_RECEIVED, CLS_ATTENTION, TOWER_FEATURES, TOWER_KEYS
 from mm.plugins.reducer import CacheView, ReduceContext, Reducer, Stage
@@ -33,7 +33,7 @@ PIPELINES = [
 ]
 ALONE = [name for name in names("reducer") if name != "pipeline"]
 IN_TOWER = [name for name in ALONE if Stage.IN_VIT in get("reducer", name).acts_at]
-REWRITING = ["cubes"]
+REWRITING = [name for name in ALONE if rewrites(build_reducer(name))]
 """Reducers that compute new tokens, for frames of the grid that they were trained on: they keep no row as it was."""
 
 AFTER_TOWER = [name for name in ALONE if acts_before_decoder(build_reducer(name)) and name not in REWRITING]
@@ -147,6 +147,13 @@ def test_what_reducers_promise_that_compute_new_tokens(name, num_frames, dtype):
     assert same(reduce_tokens(build(name), tokens), out)
     empty = reduce_tokens(reducer, dataclasses.replace(make((1, 0, 0)), kind="video"))
     assert empty.num_tokens == 0
+
+
+def test_new_tokens_have_to_be_declared(monkeypatch):
+    tokens = dataclasses.replace(make((3, 8, 8)), kind="video")
+    monkeypatch.setattr(get("reducer", "cubes"), "rewrites", False)
+    with pytest.raises(ReducerFault, match="declare rewrites"):
+        reduce_tokens(build("cubes"), tokens)
 
 
 def test_nothing_stays_nothing(reducer):
