@@ -14,6 +14,7 @@ from mm.data.media import Kind
 from mm.data.outputs import Event
 from mm.data.request import Request, TextLimits
 from mm.data.tokens import EncodedMedia
+from mm.encode.clip_stream import ClipProgress, OnProgress
 from mm.engine.loop import EngineLoop
 from mm.engine.stats import EngineStats
 from mm.errors import CapacityError
@@ -125,8 +126,13 @@ class Runtime(Protocol):
         """
         ...
 
-    async def encode(self, request: Request) -> MediaHandle:
-        """Encode and reduce the request's media; also checks the reducer that it names."""
+    async def encode(self, request: Request, on_progress: OnProgress | None = None) -> MediaHandle:
+        """Encode and reduce the request's media; also checks the reducer that it names.
+
+        Args:
+            on_progress: Told, in any thread, how far a clip is that is taken chunk by chunk. A runtime whose encoder
+                is in another process tells nothing.
+        """
         ...
 
     async def collect(self, media: MediaHandle) -> EncodedMedia:
@@ -185,7 +191,7 @@ class EncoderHalf(Protocol):
 
     kinds: tuple[str, ...]
 
-    async def encode(self, request: Request) -> EncodedMedia: ...
+    async def encode(self, request: Request, on_progress: OnProgress | None = None) -> EncodedMedia: ...
 
     def status(self) -> StageStatus: ...
 
@@ -211,10 +217,18 @@ class LocalRuntime:
         if needs_long_check(request, self._limits):
             await self._loop.check_length(request)
 
-    async def encode(self, request: Request) -> EncodedMedia:
+    async def encode(self, request: Request, on_progress: OnProgress | None = None) -> EncodedMedia:
+        """The encoded media. What is certain of a long clip is prefilled while the rest is still encoded."""
         if not needs_encoder(request):
             return EncodedMedia(reducer=self._info.default_reducer)
-        return await self._encoder.encode(request)
+
+        def tell(progress: ClipProgress) -> None:
+            if progress.settled is not None and len(request.media) == 1:
+                self._loop.prefill(request, progress.settled)
+            if on_progress is not None:
+                on_progress(progress)
+
+        return await self._encoder.encode(request, tell)
 
     async def collect(self, media: MediaHandle) -> EncodedMedia:
         assert isinstance(media, EncodedMedia), "media of another runtime"

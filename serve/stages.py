@@ -19,7 +19,9 @@ import torch
 from mm.build import build_encode_parts, build_engine
 from mm.data.request import Request, TextLimits
 from mm.data.tokens import EncodedMedia
-from mm.encode.pipeline import LoadedMedia, encode_loaded, load
+from mm.encode.clip_stream import ClipProgress, OnProgress
+from mm.encode.loaded import LoadedMedia
+from mm.encode.pipeline import encode_loaded, load
 from mm.engine.loop import EngineLoop
 from mm.media import is_remote, prepare_decoder
 from mm.plugins.calls import StageStatus
@@ -41,7 +43,7 @@ class EncoderStage(Generic[L]):
 
     Args:
         load: Fetches and decodes the media of a request.
-        encode: Runs the tower and the reducer on them.
+        encode: Runs the tower and the reducer on them, and says how far a long clip is.
         kinds: Kinds of media that it takes.
         workers: Requests that compute at a time.
         num_threads: CPU threads of torch in each worker; None leaves torch's own choice.
@@ -51,7 +53,7 @@ class EncoderStage(Generic[L]):
     def __init__(
         self,
         load: Callable[[Request], L],
-        encode: Callable[[L], EncodedMedia],
+        encode: Callable[[L, OnProgress], EncodedMedia],
         kinds: Iterable[str],
         *,
         workers: int = 2,
@@ -65,26 +67,37 @@ class EncoderStage(Generic[L]):
         self._pool = ThreadPoolExecutor(workers + MAX_DOWNLOADS, thread_name_prefix="encode", initializer=set_threads)
         self._may_compute = threading.Semaphore(workers)
 
-    async def encode(self, request: Request) -> EncodedMedia:
+    async def encode(self, request: Request, on_progress: OnProgress | None = None) -> EncodedMedia:
         """The request's encoded media, computed in one thread.
 
-        Cancelling drops a request that does not compute yet. What is being computed is cached.
+        Cancelling drops a request that does not compute yet, and ends one that takes a clip chunk by chunk. What else
+        is being computed is cached.
+
+        Args:
+            on_progress: Told in the thread that computes. What it raises ends the request.
         """
         is_cancelled = threading.Event()
-        work = asyncio.get_running_loop().run_in_executor(self._pool, self._run, request, is_cancelled)
+
+        def tell(progress: ClipProgress) -> None:
+            if is_cancelled.is_set():
+                raise CancelledError
+            if on_progress is not None:
+                on_progress(progress)
+
+        work = asyncio.get_running_loop().run_in_executor(self._pool, self._run, request, is_cancelled, tell)
         try:
             return await work
         except asyncio.CancelledError:
             is_cancelled.set()
             raise
 
-    def _run(self, request: Request, is_cancelled: threading.Event) -> EncodedMedia:
+    def _run(self, request: Request, is_cancelled: threading.Event, tell: OnProgress) -> EncodedMedia:
         """Load and encode. A download may take seconds, so it does not count as computing."""
         loaded = self._load(request) if any(is_remote(item) for item in request.media) else None
         with self._computing():
             if is_cancelled.is_set():
                 raise CancelledError
-            return self._encode(self._load(request) if loaded is None else loaded)
+            return self._encode(self._load(request) if loaded is None else loaded, tell)
 
     @contextlib.contextmanager
     def _computing(self) -> Generator[None]:
@@ -115,7 +128,7 @@ def build_encoder_stage(config: ServeConfig) -> EncoderStage[LoadedMedia]:
         prepare_decoder()  # a missing package is an error now, and the first clip need not wait
     return EncoderStage(
         functools.partial(load, parts=parts),
-        functools.partial(encode_loaded, parts=parts),
+        lambda loaded, tell: encode_loaded(loaded, parts, tell),
         parts.encoder.kinds,
         workers=config.encode_workers,
         num_threads=model.num_threads,

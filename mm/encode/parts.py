@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from mm.config import MediaLimits, ReducerPolicy, SourcePolicy
 from mm.data.media import FrameSampling
@@ -11,6 +13,9 @@ from mm.encode.feature_cache import FeatureCache
 from mm.media import DecodeMemory
 from mm.plugins.calls import PluginCalls
 from mm.plugins.encoder import Encoder
+from mm.plugins.registry import name_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +45,9 @@ class EncodeParts:
     policy: ReducerPolicy = field(default_factory=ReducerPolicy)
     memory: DecodeMemory | None = None
     calls: PluginCalls = field(default_factory=PluginCalls)
+
+
+def call_encoder(parts: EncodeParts, function: Callable[[], T]) -> T:
+    """The encoder's result, within its time."""
+    name, limit_s = name_of(parts.encoder), parts.calls.limits.encoder_timeout_s
+    return parts.calls.call("encoder", (name,), "while it encoded", function, timeout_s=limit_s)

@@ -11,66 +11,31 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from dataclasses import replace
+from typing import cast
 
 from torch import Tensor
 
 from mm.data.media import FrameSampling, Image, Media, MediaFile, Prepared, Video
 from mm.data.request import Request, TextPart
-from mm.data.tokens import Cube, Encoded, EncodedMedia, EncodeTimings, VisualTokens
+from mm.data.tokens import Encoded, EncodedMedia, EncodeTimings, VisualTokens
+from mm.encode.clip_stream import OnProgress, cubes_of, encode_streams, takes_files
 from mm.encode.feature_cache import cache_key
-from mm.encode.parts import EncodeParts
+from mm.encode.loaded import LoadedItem, LoadedMedia
+from mm.encode.parts import EncodeParts, call_encoder
 from mm.encode.policy import resolve_reducer
 from mm.errors import MediaError, ReducerFault
 from mm.media import MediaBudget, content_hash, decode, decoded_size, fetch_item
 from mm.plugins.apply import reduce_tokens
-from mm.plugins.capabilities import in_tower, names_of, parts_of, streams
+from mm.plugins.capabilities import in_tower, names_of, parts_of
 from mm.plugins.encoder import HostsReducer, PreparesItems, ReadsCompany, ReadsText
 from mm.plugins.features import TEXT_EMBEDDINGS
 from mm.plugins.reducer import Reducer, Streams
-from mm.plugins.registry import name_of
-from mm.plugins.spec import ReducerSpec
-from mm.plugins.threads import plugin_errors
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 Prepare = Callable[[Image | Video, str | None], Image | Video | Prepared]
 """An item's pixels, and the request field they came from, to what the tower takes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedItem:
-    """One media item before the tower.
-
-    Attributes:
-        key: Its key in the feature cache.
-        content: What the tower takes, or its tokens when the feature cache held them. Its file before it is decoded.
-        load_s: Seconds to fetch, decode and prepare it.
-        num_media_bytes: Size of its encoded file.
-    """
-
-    key: str
-    content: MediaFile | Image | Video | Prepared | Encoded
-    load_s: float = 0.0
-    num_media_bytes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedMedia:
-    """The media of one request before the tower, and what is to be done with them.
-
-    Attributes:
-        reducer: The request's reducer, checked against policy and encoder.
-        budget: What the media drew from. It holds the memory of pixels that could not be prepared.
-        text: (T, D) embeddings of the user's last turn if the reducer reads it.
-    """
-
-    items: tuple[LoadedItem, ...]
-    reducer: ReducerSpec
-    budget: MediaBudget
-    text: Tensor | None = None
 
 
 def encode(request: Request, parts: EncodeParts, budget: MediaBudget | None = None) -> EncodedMedia:
@@ -89,7 +54,8 @@ def encode(request: Request, parts: EncodeParts, budget: MediaBudget | None = No
 def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None) -> LoadedMedia:
     """Fetch the request's media, and decode and prepare those whose tokens are not in the feature cache.
 
-    The largest is decoded first, so that a request that needs too much memory is refused before the others are decoded.
+    Clips that are taken chunk by chunk stay files. The largest is decoded first, so that a request that needs too much
+    memory is refused before the others are decoded.
 
     Args:
         budget: What the media draw from. Give it only if some of them drew from it already (`MediaFile`).
@@ -117,11 +83,11 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
     )
     try:
         fetched = [_fetch_item(item, frames, budget, parts, key_of, prepare) for item in request.media]
-        items = _decode_files(fetched, frames, budget, prepare)
+        items = _decode_files(fetched, frames, budget, prepare, keep_clips=takes_files(spec.plugin, parts))
     except BaseException:
         budget.give_back()
         raise
-    return LoadedMedia(items=items, reducer=spec, budget=budget, text=text)
+    return LoadedMedia(items=items, reducer=spec, budget=budget, text=text, frames=frames)
 
 
 def _in_company(request: Request, parts: EncodeParts) -> bool:
@@ -137,7 +103,7 @@ def question(request: Request) -> str:
 
 
 def _embed_text(text: str, parts: EncodeParts) -> Tensor:
-    return _call_encoder(parts, lambda: cast(ReadsText, parts.encoder).embed_text(text))
+    return call_encoder(parts, lambda: cast(ReadsText, parts.encoder).embed_text(text))
 
 
 def _fetch_item(
@@ -164,11 +130,17 @@ def _fetch_item(
 
 
 def _decode_files(
-    items: Sequence[LoadedItem], frames: FrameSampling, budget: MediaBudget, prepare: Prepare
+    items: Sequence[LoadedItem], frames: FrameSampling, budget: MediaBudget, prepare: Prepare, *, keep_clips: bool
 ) -> tuple[LoadedItem, ...]:
-    """The items with their files decoded, the largest first."""
+    """The items with their files decoded, the largest first.
+
+    Args:
+        keep_clips: Leave clips as files.
+    """
     done = list(items)
     files = {i: item.content for i, item in enumerate(items) if isinstance(item.content, MediaFile)}
+    if keep_clips:
+        files = {i: file for i, file in files.items() if file.kind != "video"}
     for i in sorted(files, key=lambda i: decoded_size(files[i]), reverse=True):
         start, file = time.perf_counter(), files[i]
         content = prepare(decode(file, budget, frames), file.param)
@@ -195,7 +167,7 @@ def _prepared(
         return pixels
     try:
         encoder = parts.encoder
-        prepared = _call_encoder(parts, lambda: encoder.prepare(pixels, **({"in_company": True} if in_company else {})))
+        prepared = call_encoder(parts, lambda: encoder.prepare(pixels, **({"in_company": True} if in_company else {})))
     except MediaError as error:
         raise error.at(param) if param else error from None
     budget.give_back()
@@ -207,10 +179,14 @@ def _takes_frames(reducer: Reducer) -> bool:
     return any(isinstance(part, Streams) for part in parts_of(reducer))
 
 
-def encode_loaded(loaded: LoadedMedia, parts: EncodeParts) -> EncodedMedia:
+def encode_loaded(loaded: LoadedMedia, parts: EncodeParts, on_progress: OnProgress | None = None) -> EncodedMedia:
     """The tokens of every item. Items that are not cached are one batch of the tower; equal ones are encoded once.
 
+    Args:
+        on_progress: Told how far a clip is that is taken chunk by chunk.
+
     Raises:
+        MediaError: A clip that was not decoded yet cannot be used; names the request field.
         ReducerFault: The reducer failed, and the policy's `on_error` is "fail".
         CapacityError: The device has no memory for one item.
     """
@@ -219,7 +195,7 @@ def encode_loaded(loaded: LoadedMedia, parts: EncodeParts) -> EncodedMedia:
         if not isinstance(item.content, Encoded):
             fresh.setdefault(item.key, item)
     try:
-        encoded = _encode_batch(fresh, loaded, parts)
+        encoded = _encode_batch(fresh, loaded, parts, on_progress)
     finally:
         loaded.budget.give_back()
     return EncodedMedia(
@@ -234,9 +210,12 @@ def encode_loaded(loaded: LoadedMedia, parts: EncodeParts) -> EncodedMedia:
     )
 
 
-def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: EncodeParts) -> dict[str, Encoded]:
+def _encode_batch(
+    fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: EncodeParts, on_progress: OnProgress | None
+) -> dict[str, Encoded]:
     """The tokens of `fresh` by key; what went well is cached."""
-    streamed, fresh = _encode_streams(fresh, loaded, parts)
+    streamed = encode_streams(fresh.values(), loaded, parts, on_progress)
+    fresh = {key: _decoded(item, loaded) for key, item in fresh.items() if key not in streamed}
     if not fresh:
         return streamed
     start, reducer = time.perf_counter(), loaded.reducer.plugin
@@ -249,62 +228,18 @@ def _encode_batch(fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: Enco
         kept, item_fault = (tokens, fault) if fault else _reduce(reducer, tokens, loaded.text, parts)
         timings = EncodeTimings(load_s=item.load_s, encode_s=encode_s, reduce_s=time.perf_counter() - start)
         key = "" if item_fault else item.key
-        cubes = _cubes(kept, item.content)
+        cubes = cubes_of(kept, item.content) if isinstance(item.content, Video) else ()
         encoded[item.key] = Encoded(tokens=kept, timings=timings, key=key, fault=item_fault, cubes=cubes)
         if not item_fault:
             parts.cache.put(item.key, replace(encoded[item.key], timings=EncodeTimings()))
     return encoded
 
 
-STREAMED_FRAMES = 16
-"""Frames of a chunk. The tower's memory is that of so many."""
-
-
-def _encode_streams(
-    fresh: dict[str, LoadedItem], loaded: LoadedMedia, parts: EncodeParts
-) -> tuple[dict[str, Encoded], dict[str, LoadedItem]]:
-    """The clips whose reducer takes them chunk by chunk, done and cached; and the items that are left."""
-    reducer = streams(loaded.reducer.plugin)
-    if reducer is None or not getattr(parts.encoder, "frames_apart", False):
-        return {}, fresh
-    done: dict[str, Encoded] = {}
-    for item in fresh.values():
-        if isinstance(item.content, Video) and len(item.content.frames):
-            start = time.perf_counter()
-            try:
-                with plugin_errors(name_of(reducer), "on the frames of a clip"):
-                    tokens = _encode_stream(item.content, reducer, parts)
-            except ReducerFault:
-                if parts.policy.on_error == "fail":
-                    raise
-                continue  # it is encoded whole, and keeps all its tokens if the reducer fails on them too
-            timings = EncodeTimings(load_s=item.load_s, encode_s=time.perf_counter() - start)
-            cubes = _cubes(tokens, item.content)
-            done[item.key] = Encoded(tokens=tokens, timings=timings, key=item.key, cubes=cubes)
-            parts.cache.put(item.key, replace(done[item.key], timings=EncodeTimings()))
-    return done, {key: item for key, item in fresh.items() if key not in done}
-
-
-def _encode_stream(clip: Video, reducer: Streams, parts: EncodeParts) -> VisualTokens:
-    stream = reducer.stream()
-    for start in range(0, len(clip.frames), STREAMED_FRAMES):
-        part = slice(start, start + STREAMED_FRAMES)
-        chunk = replace(clip, frames=clip.frames[part], timestamps_s=clip.timestamps_s[part])
-        (tokens,) = _call_encoder(parts, functools.partial(parts.encoder.encode, [chunk], needs=reducer.needs))
-        stream.add(tokens)
-    return stream.finish()
-
-
-def _cubes(tokens: VisualTokens, item: object) -> tuple[Cube, ...]:
-    """The pieces into which a reducer cut a clip, with their times."""
-    if not tokens.borders or not isinstance(item, Video):
-        return ()
-    ends = [*tokens.borders[1:], len(item.timestamps_s)]
-    times = [*item.timestamps_s, max(item.duration_s, item.timestamps_s[-1])]
-    return tuple(
-        Cube(first_frame=first, num_frames=end - first, start_s=times[first], end_s=times[end])
-        for first, end in zip(tokens.borders, ends, strict=True)
-    )
+def _decoded(item: LoadedItem, loaded: LoadedMedia) -> LoadedItem:
+    """The item; a clip that was to be taken chunk by chunk, and could not, is decoded whole."""
+    if not isinstance(item.content, MediaFile):
+        return item
+    return replace(item, content=decode(item.content, loaded.budget, loaded.frames))
 
 
 def _run_tower(pixels: Sequence[Image | Video], reducer: Reducer, parts: EncodeParts) -> tuple[list[VisualTokens], str]:
@@ -312,21 +247,16 @@ def _run_tower(pixels: Sequence[Image | Video], reducer: Reducer, parts: EncodeP
     merging, needs = in_tower(reducer), reducer.needs
     try:
         if merging is None:
-            return _call_encoder(parts, lambda: parts.encoder.encode(pixels, needs=needs)), ""
+            return call_encoder(parts, lambda: parts.encoder.encode(pixels, needs=needs)), ""
         host = cast(HostsReducer, parts.encoder)
         parts.calls.check("reducer", names_of(merging))
-        return _call_encoder(parts, lambda: host.encode(pixels, needs=needs, merging=merging)), ""
+        return call_encoder(parts, lambda: host.encode(pixels, needs=needs, merging=merging)), ""
     except ReducerFault as error:
         if parts.policy.on_error == "fail":
             raise
         log.warning("reducer_fault=%s", error, exc_info=error.__cause__)
-        whole = _call_encoder(parts, lambda: parts.encoder.encode(pixels))
+        whole = call_encoder(parts, lambda: parts.encoder.encode(pixels))
         return [tokens.without_aux_features() for tokens in whole], str(error)
-
-
-def _call_encoder(parts: EncodeParts, function: Callable[[], T]) -> T:
-    name, limit_s = name_of(parts.encoder), parts.calls.limits.encoder_timeout_s
-    return parts.calls.call("encoder", (name,), "while it encoded", function, timeout_s=limit_s)
 
 
 def _reduce(

@@ -55,12 +55,20 @@ class InputProcessor:
         self._samplers = SamplerFactory(family)
 
     def process(
-        self, params: Request, media: EncodedMedia, sink: OutputSink, reducer: Reducer | None = None
+        self,
+        params: Request,
+        media: EncodedMedia,
+        sink: OutputSink,
+        reducer: Reducer | None = None,
+        *,
+        stop_at_media: bool = False,
     ) -> list[Sequence]:
         """The sequences of a request, one per choice. May wait for a schema to be compiled.
 
         Args:
             reducer: Used in place of `media.reducer`.
+            stop_at_media: End the prompt with the last visual token. For prompts whose keys and values are wanted, and
+                no output.
 
         Raises:
             ContextTooLong, InvalidRequest, MediaError: The request cannot be served as asked.
@@ -69,6 +77,7 @@ class InputProcessor:
         reducer = reducer or self._reducer(media)
         prompt = self._splice(params, media)
         prompt = with_positions(prompt, params.vision.positions or capabilities_of(reducer).positions)
+        prompt = up_to_media(prompt) if stop_at_media else prompt
         max_new_tokens = output_length(params, prompt, self._family.max_context_tokens, self._cache)
         samplers = self._samplers.make(params.sampling, prompt)
         now = time.perf_counter()
@@ -179,6 +188,18 @@ def with_positions(prompt: Prompt, positions: Positions) -> Prompt:
             "vision.positions",
         )
     return prompt.compact()
+
+
+def up_to_media(prompt: Prompt) -> Prompt:
+    """The prompt up to its last visual token, of which there has to be one."""
+    stop = int(prompt.is_visual.nonzero()[-1]) + 1
+    return Prompt(
+        token_ids=prompt.token_ids[:stop],
+        embeddings=prompt.embeddings[:stop],
+        positions=prompt.positions[:, :stop],
+        next_position=int(prompt.positions[:, stop - 1].max()) + 1,
+        is_visual=prompt.is_visual[:stop],
+    )
 
 
 def add_reducers(

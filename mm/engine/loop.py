@@ -155,6 +155,13 @@ class EngineLoop:
         queue = OutputQueue(changed.set if self._thread is not None else None)
         return Submitted(self._engine.submit(params, media, queue), queue, changed)
 
+    def prefill(self, params: Request, media: EncodedMedia) -> bool:
+        """Let a thread of the loop compute what is certain of a request that is still being encoded.
+
+        See `LLMEngine.prefill`.
+        """
+        return self._thread is not None and self._engine.prefill(params, media)
+
     def step(self) -> bool:
         """Compute one step in this thread. Returns whether there was anything to do."""
         return self._engine.step()

@@ -43,6 +43,16 @@ class OutputSink(Protocol):
         ...
 
 
+class NoSink:
+    """For a request whose output nobody wants."""
+
+    def put(self, event: Event) -> None:
+        """Drop it."""
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Take no note of it."""
+
+
 @dataclass(kw_only=True, eq=False)
 class EngineRequest:
     """A request that the engine has accepted.

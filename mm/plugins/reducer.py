@@ -185,6 +185,15 @@ class FrameStream(Protocol):
 
 
 @runtime_checkable
+class Settles(FrameStream, Protocol):
+    """A stream that knows its first tokens before the last frame. They may be computed in the decoder meanwhile."""
+
+    def settled(self) -> VisualTokens | None:
+        """The tokens that no later frame changes: the first ones of `finish`. None while there are none."""
+        ...
+
+
+@runtime_checkable
 class Streams(BeforeDecoder, Protocol):
     """A reducer of the stage TEMPORAL that needs no more than some frames at a time.
 

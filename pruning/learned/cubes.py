@@ -7,8 +7,9 @@ Equation  m_1 = f_1 - f_0; m_t = .8 (f_t - f_{t-1}) + .2 m_{t-1}; y_t = share of
           resampler's, 16 of all its frames. The thumbnail is the mean of the first frames of all cubes.
 Cost      A small network per frame and per cube. Memory does not grow with the clip, but for the tokens that are kept.
 Differs   from the paper: a long clip is cut window by window (`WINDOW` changes), each with its part of the budget, so
-          that frames may come one chunk at a time. A clip of up to a window is cut as a whole, as in training. One
-          frame is one cube. Images stay as they are.
+          that frames may come one chunk at a time, and its thumbnail is that of the first window, so that tokens may go
+          on before the clip has ended. A clip of up to a window is as in training. One frame is one cube. Images stay
+          as they are.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ class CubeStream:
         self._borders: list[int] = []
         self._cubes: list[Tensor] = []
         self._first_frames = torch.zeros(0)
+        self._thumbnail: Tensor | None = None  # known after the first window
         self._like: VisualTokens | None = None
 
     @torch.no_grad()
@@ -178,17 +180,28 @@ class CubeStream:
             self._open, begin = self._open[border - begin :].clone(), border
             self._begin(border, self._open[0])
         self._scores = []
+        self._show()
+
+    def _show(self) -> None:
+        if self._thumbnail is None:
+            self._thumbnail = self._network.shown(self._first_frames / len(self._borders))
 
     @torch.no_grad()
     def decide(self) -> Reduction:
         """The decision about all frames. None may follow."""
-        assert self._like is not None
         self._settle()
+        self._show()
         self._cubes.append(self._network.resampler(self._open))
-        shape, borders, dtype = self._network.shape, self._borders, self._like.embeddings.dtype
-        thumbnail = self._network.shown(self._first_frames / len(borders))
+        return self._reduction(self._num_frames)
+
+    def _reduction(self, end: int) -> Reduction:
+        """The thumbnail and the cubes that are done, which end before frame `end`."""
+        assert self._like is not None
+        assert self._thumbnail is not None
+        shape, thumbnail, dtype = self._network.shape, self._thumbnail, self._like.embeddings.dtype
+        borders = self._borders[: len(self._cubes)]
         digits, cells = self._network.get_buffer("digits"), ints(query_cells(shape))
-        lengths = [end - begin for begin, end in zip(borders, [*borders[1:], self._num_frames], strict=True)]
+        lengths = [after - begin for begin, after in zip(borders, [*borders[1:], end], strict=True)]
         first = [*range(len(thumbnail))]
         rows, keep, offsets, sizes = [thumbnail], [*first], [*first], [NOTHING] * len(first)
         for i, (border, tokens) in enumerate(zip(borders, self._cubes, strict=True)):
@@ -207,6 +220,15 @@ class CubeStream:
             placement=Placement(offsets=torch.tensor(offsets), advance=len(thumbnail) + len(borders) * shape.side**2),
             borders=tuple(borders),
         )
+
+    @torch.no_grad()
+    def settled(self) -> VisualTokens | None:
+        """The tokens that no later frame changes: those of all cubes but the last, once the first window is over."""
+        if self._thumbnail is None or not self._cubes:
+            return None
+        assert self._like is not None
+        end = self._borders[len(self._cubes)]
+        return rewritten(self._reduction(end), self._like, end)
 
     def finish(self) -> VisualTokens:
         """What is left of the clip."""

@@ -18,14 +18,16 @@ from starlette.types import Receive, Scope, Send
 
 from mm.data.outputs import Delta, Event, Summary
 from mm.data.request import Request
+from mm.encode.clip_stream import ClipProgress, OnProgress
 from mm.errors import CapacityError, DeadlineExceeded
 from serve.api.body import BodyReader
 from serve.api.errors import ErrorResponse, error_response
 from serve.api.formats import CHAT, Form
 from serve.api.metrics import Metrics
 from serve.api.parse import ChatCall, parse_chat
+from serve.api.progress import with_progress
 from serve.api.render import ResponseMeta, summary_of, to_json
-from serve.api.stream import Writer, sse
+from serve.api.stream import News, Writer, sse
 from serve.config import ServeConfig
 from serve.runtime import MediaHandle, Runtime
 
@@ -122,16 +124,18 @@ class Chat:
         self._in_flight -= 1
         self._metrics.in_flight.labels(self._config.names[0]).dec()
 
-    async def _prepared(self, call: ChatCall, deadline: float) -> tuple[Request, MediaHandle]:
+    async def _prepared(
+        self, call: ChatCall, deadline: float, on_progress: OnProgress | None = None
+    ) -> tuple[Request, MediaHandle]:
         await self._runtime.admit(call.request)
         self._metrics.requested(call.request)
-        media = await self.encode(call.request)
+        media = await self.encode(call.request, on_progress)
         # The engine also ends the request by itself, should the cancellation not reach it.
         return replace(call.request, timeout_s=max(0.0, deadline - asyncio.get_running_loop().time())), media
 
-    async def encode(self, request: Request) -> MediaHandle:
+    async def encode(self, request: Request, on_progress: OnProgress | None = None) -> MediaHandle:
         """The request's encoded media, counted in the metrics."""
-        media = await self._runtime.encode(request)
+        media = await self._runtime.encode(request, on_progress)
         self._metrics.encoded(media)
         return media
 
@@ -143,10 +147,8 @@ class Chat:
         self._finished(summary, _reasons(events), arrived)
         return events
 
-    async def _begin(
-        self, call: ChatCall, arrived: float, deadline: float
-    ) -> tuple[list[Event], AsyncGenerator[list[Event]]]:
-        """The first events, awaited before the status is sent, and the rest."""
+    async def _begin(self, call: ChatCall, arrived: float, deadline: float) -> tuple[News, AsyncGenerator[News]]:
+        """The first news, awaited before the status is sent, and the rest."""
         events = self._watched(call, arrived, deadline)
         try:
             return await anext(events), events
@@ -154,15 +156,21 @@ class Chat:
             await events.aclose()
             raise
 
-    async def _watched(self, call: ChatCall, arrived: float, deadline: float) -> AsyncGenerator[list[Event]]:
-        """The runtime's events, with deadline and metrics."""
+    async def _watched(self, call: ChatCall, arrived: float, deadline: float) -> AsyncGenerator[News]:
+        """How far the media are, then the runtime's events, with deadline and metrics."""
         reasons: list[str] = []
         started = False
-        async with until(deadline):
-            request, media = await self._prepared(call, deadline)
+        prepared = with_progress(partial(self._prepared, call, deadline))
+        async with contextlib.aclosing(prepared):
+            while True:
+                async with until(deadline):
+                    news = await anext(prepared)
+                if not isinstance(news, ClipProgress):
+                    break
+                yield news
         # The runtime keeps the media until the first token, in case they have to be encoded again.
-        events = self._runtime.stream(request, media)
-        del request, media
+        events = self._runtime.stream(*news)
+        del news
         try:
             while True:
                 async with until(deadline):
@@ -180,7 +188,7 @@ class Chat:
             await events.aclose()
 
     async def _body(
-        self, writer: Writer, first: list[Event], rest: AsyncGenerator[list[Event]], request_id: str
+        self, writer: Writer, first: News, rest: AsyncGenerator[News], request_id: str
     ) -> AsyncIterator[bytes]:
         try:
             async for frames in sse(writer, first, rest, lambda error: self._error(error, request_id)):

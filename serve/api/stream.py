@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mm.data.outputs import Delta, Event, Summary
+from mm.encode.clip_stream import ClipProgress
 from serve.api.errors import ErrorResponse
 from serve.api.parse import ChatCall
+from serve.api.progress import comment
 from serve.api.render import (
     JsonObject,
     ResponseMeta,
@@ -24,6 +26,9 @@ from serve.api.render import (
 )
 
 DONE = b"data: [DONE]\n\n"
+
+News = list[Event] | ClipProgress
+"""What a stream is made of: events, and before them how far a clip is that is taken chunk by chunk."""
 
 
 def frame(value: Any) -> bytes:
@@ -117,22 +122,26 @@ class Writer(Protocol):
         ...
 
 
+def _frames(writer: Writer, news: News) -> Iterator[bytes]:
+    return iter([comment(news)]) if isinstance(news, ClipProgress) else writer.frames(news)
+
+
 async def sse(
     writer: Writer,
-    first: Sequence[Event],
-    rest: AsyncGenerator[list[Event]],
+    first: News,
+    rest: AsyncGenerator[News],
     on_error: Callable[[BaseException], ErrorResponse],
 ) -> AsyncIterator[bytes]:
     """The body of a streamed response.
 
     Args:
-        first: The events that came before the status was sent.
+        first: What came before the status was sent.
         on_error: What clients read of an error after that.
     """
     try:
-        yield b"".join([*writer.start(), *writer.frames(first)])
-        async for events in rest:
-            if frames := b"".join(writer.frames(events)):
+        yield b"".join([*writer.start(), *_frames(writer, first)])
+        async for news in rest:
+            if frames := b"".join(_frames(writer, news)):
                 yield frames
     except Exception as error:
         yield writer.error(on_error(error))

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from mm.data.outputs import Event
 from mm.data.request import Request, TextLimits
 from mm.data.tokens import EncodedMedia
+from mm.encode.clip_stream import OnProgress
 from mm.errors import CapacityError
 from mm.plugins.calls import StageStatus
 from serve.deployments.availability import NEW_WAIT_S, SILENT_S, STAGES, Pulse, Stage
@@ -107,7 +108,7 @@ class RayRuntime:
 
         return await _retried(attempt)
 
-    async def encode(self, request: Request) -> TransferredMedia:
+    async def encode(self, request: Request, on_progress: OnProgress | None = None) -> TransferredMedia:
         if not needs_encoder(request):
             return TransferredMedia(inline=[], reducer=self._default_reducer)
         await self._encoder_stage.wait_until_present(NEW_WAIT_S)

@@ -21,6 +21,7 @@ from mm.config import MediaLimits, SourcePolicy
 from mm.data.outputs import Delta, Event, KeptMap, Summary, Timings, Usage
 from mm.data.request import Request, TextLimits
 from mm.data.tokens import Encoded, EncodedMedia
+from mm.encode.clip_stream import ClipProgress
 from mm.engine.loop import EngineLoop
 from mm.errors import InvalidOption, UnknownPlugin
 from mm.media import MediaBudget, fetch_item
@@ -40,6 +41,9 @@ class FakeEngine:
     error: Exception | None = None
     error_after: int | None = None
     encode_error: Exception | None = None
+    progress: tuple[int, ...] = ()
+    encode_gate: threading.Event | None = None
+    num_encoding: int = 0
     requests: list[Request] = field(default_factory=list)
     num_open: int = 0
     num_closed: int = 0
@@ -53,8 +57,17 @@ class FakeEngine:
         budget = MediaBudget(self.limits)
         return replace(request, media=tuple(fetch_item(item, SourcePolicy(), budget) for item in request.media))
 
-    def encode(self, request: Request) -> EncodedMedia:
+    def encode(self, request: Request, tell: Any = None) -> EncodedMedia:
         self.requests.append(request)
+        self.num_encoding += 1
+        try:
+            for num_frames in self.progress:
+                tell(ClipProgress(num_frames=num_frames, total_frames=self.progress[-1]))
+                time.sleep(0.05)
+            while self.encode_gate is not None and not self.encode_gate.wait(0.01):
+                tell(ClipProgress(num_frames=1, total_frames=1000))
+        finally:
+            self.num_encoding -= 1
         if self.encode_error is not None:
             raise self.encode_error
         if request.vision.reducer == "divprunne":

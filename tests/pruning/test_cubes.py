@@ -77,6 +77,28 @@ def test_the_chunks_in_which_frames_come_do_not_matter(num_frames):
         torch.testing.assert_close(parts.sizes, whole.sizes)
 
 
+@pytest.mark.parametrize("num_frames", [WINDOW + 1, 3 * WINDOW + 5])
+def test_what_is_settled_is_the_beginning_of_what_is_left(num_frames):
+    """Tokens, positions and borders that were told once are those of the end, and more are told as frames come."""
+    tokens, reducer = clip(num_frames), cubes_of(8)
+    stream, told = reducer.stream(), []
+    for part in tokens.embeddings.unflatten(0, (-1, 64)).split(16):
+        stream.add(VisualTokens.full(part.flatten(0, 1), (len(part), 8, 8), "video"))
+        told.append(stream.settled())
+    whole = stream.finish()
+    assert told[: WINDOW // 16] == [None] * (WINDOW // 16)
+    counts = [early.num_tokens for early in told if early is not None]
+    assert counts == sorted(counts)
+    assert len(set(counts)) == (num_frames - 1) // WINDOW
+    for early in (early for early in told if early is not None):
+        n = early.num_tokens
+        assert n < whole.num_tokens
+        assert torch.equal(early.embeddings, whole.embeddings[:n])
+        assert torch.equal(early.placement.offsets, whole.placement.offsets[:n])
+        assert early.borders == whole.borders[: len(early.borders)]
+        assert early.grid[0] == whole.borders[len(early.borders)]
+
+
 def test_memory_does_not_grow_with_the_clip():
     """What a stream holds of frames is bounded by two windows and a cube, also where nothing ever happens."""
     reducer, held = cubes_of(8), []

@@ -20,7 +20,7 @@ async def test_a_slow_download_occupies_no_worker() -> None:
             assert finish.wait(20)
         return request
 
-    stage = EncoderStage(load, lambda request: EncodedMedia(reducer=request.request_id), ("image",), workers=1)
+    stage = EncoderStage(load, lambda request, tell: EncodedMedia(reducer=request.request_id), ("image",), workers=1)
     slow = build_request("What?", images=["http://slow.example/a.png"])
     quick = build_request("What?", images=[b"file"])
     waiting = asyncio.ensure_future(stage.encode(slow))

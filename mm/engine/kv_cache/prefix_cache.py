@@ -66,11 +66,12 @@ class PrefixCache:
         enabled: False finds and stores nothing.
 
     Attributes:
+        enabled: Whether anything is found or stored.
         num_queries, num_hits: Prompt tokens that were looked up, and those of them that were found.
     """
 
     def __init__(self, cache: KVCache, *, enabled: bool = True) -> None:
-        self._cache, self._enabled = cache, enabled
+        self._cache, self.enabled = cache, enabled
         self._entries: OrderedDict[BlockHash, IntArray] = OrderedDict()
         self._is_held = np.zeros(cache.num_blocks, dtype=bool)
         self.num_queries = 0
@@ -116,7 +117,7 @@ class PrefixCache:
 
     def put(self, seq_index: int, hashes: Sequence[BlockHash]) -> None:
         """Store a sequence's first blocks in every layer, as many as there are hashes."""
-        if not self._enabled:
+        if not self.enabled:
             return
         for i in range(len(hashes) - 1, -1, -1):
             if hashes[i] in self._entries:

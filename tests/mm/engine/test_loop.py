@@ -12,6 +12,9 @@ import pytest
 import mm
 from mm.data.outputs import Delta, Event, Summary
 from mm.data.request import Request
+from mm.data.tokens import EncodedMedia
+from mm.encode.clip_stream import OnProgress
+from mm.encode.loaded import LoadedMedia
 from mm.encode.pipeline import encode, encode_loaded, load
 from mm.engine.loop import EngineLoop
 from mm.errors import CapacityError
@@ -91,7 +94,10 @@ def test_a_request_passes_through_three_threads_beside_the_event_loop(model, sta
         model.engine._decoders._runners[""], "forward", noting("step", model.engine._decoders._runners[""].forward)
     )
     load_one = functools.partial(load, parts=model.encode_parts)
-    encode_one = functools.partial(encode_loaded, parts=model.encode_parts)
+
+    def encode_one(loaded: LoadedMedia, tell: OnProgress) -> EncodedMedia:
+        return encode_loaded(loaded, model.encode_parts, tell)
+
     encoder = EncoderStage(noting("encode", load_one), noting("encode", encode_one), ("image",))
     runtime = LocalRuntime(encoder, started, limits=model.engine.family.text_limits, default_reducer="none")
 
