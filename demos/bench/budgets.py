@@ -6,8 +6,12 @@ of them, and the default of 2 keeps all tokens in half of the decoder. MustDrop 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from mm.data.media import Kind
 from mm.plugins.registry import get, names, options_of
+from mm.plugins.weights import CARD, FOLDER
 
 RATIOS = (0.1, 0.25, 0.05, 0.5, 1.0)
 """In the order in which they are run: the most informative first."""
@@ -18,14 +22,29 @@ NO_METHOD = frozenset({"none", "pipeline", "scheduled"})
 BASE = {"fastv": "layer=1"}
 
 
-def methods_for(kind: Kind) -> list[str]:
-    """Every registered training-free reducer that acts on items of this kind, `none` first."""
-    found = [
-        name
-        for name in names("reducer")
-        if name not in NO_METHOD and not getattr(get("reducer", name), "trained", False)
-    ]
+LEAST_OF_ROUTER = 0.25
+"""It pools every group of four then."""
+
+CUBE_SHARE = 0.25
+"""Tokens of a cube / those of a frame: a clip of cubes of one frame keeps so much."""
+
+
+def methods_for(kind: Kind, folder: Path | None = None) -> list[str]:
+    """Every registered reducer that acts on items of this kind, `none` first.
+
+    Args:
+        folder: The model's. Learned reducers are left out that have no weights beside it, or whose weights keep items
+            of this kind whole.
+    """
+    found = [name for name in names("reducer") if name not in NO_METHOD and _has_weights(name, kind, folder)]
     return ["none", *(name for name in found if kind in getattr(get("reducer", name), "kinds", ("image", "video")))]
+
+
+def _has_weights(method: str, kind: Kind, folder: Path | None) -> bool:
+    if not getattr(get("reducer", method), "trained", False):
+        return True
+    card = None if folder is None else folder / FOLDER / method / CARD
+    return card is not None and card.is_file() and kind in json.loads(card.read_text()).get("media", [kind])
 
 
 def ratios_of(method: str) -> tuple[float, ...]:
@@ -34,6 +53,10 @@ def ratios_of(method: str) -> tuple[float, ...]:
         return (1.0,)
     if method == "pool2":
         return (0.25,)
+    if method == "router":
+        return tuple(ratio for ratio in RATIOS if ratio >= LEAST_OF_ROUTER)
+    if method == "cubes":
+        return tuple(ratio for ratio in RATIOS if ratio <= CUBE_SHARE)
     return RATIOS
 
 
@@ -50,6 +73,8 @@ def spec_of(method: str, keep_ratio: float, threshold: float | None = None) -> s
     if method == "mustdrop":
         keys = min(0.08, keep_ratio / 2)
         return f"mustdrop:key_ratio={keys:g},global_share={threshold:.6g},peak={threshold:.6g}"
+    if method == "cubes":
+        return f"cubes:frames_per_cube={round(CUBE_SHARE / keep_ratio)}"
     if "keep_ratio" not in options_of(get("reducer", method)):
         raise SystemExit(f"{method} has no keep_ratio: add its budget to spec_of")
     extra = BASE.get(method)

@@ -57,7 +57,7 @@ from mm.models.checkpoint import find, weights_hash
 from mm.plugins.apply import reduce_tokens
 from mm.plugins.capabilities import in_tower
 from mm.plugins.features import BLOCK_KEYS, TEXT_EMBEDDINGS
-from mm.plugins.spec import build_reducer
+from mm.plugins.spec import bind, build_reducer, reducer_spec
 from pruning.base import NoReduction
 from serve.evaluation.items import Item, choose, read_test_set
 from serve.evaluation.scoring import is_right
@@ -66,7 +66,7 @@ NUM_FRAMES, MAX_TOKENS, IN_FLIGHT = 16, 192, 32
 NUM_SAME = 1
 """Questions of each task and wording that are asked at keep_ratio 1."""
 
-HOOKS = frozenset({"after_encode", "in_prefill", "prefill_done"})
+HOOKS = frozenset({"after_encode", "in_prefill", "prefill_done", "keep_tokens"})
 
 
 class Timed:
@@ -111,6 +111,10 @@ class Bench:
         self._tokens: dict[int, VisualTokens] = {}
         self._encode_s: dict[tuple[frozenset[str], Any], float] = {}
 
+    def reducer(self, spec: str) -> Any:
+        """The reducer of a text, with its weights for this model."""
+        return bind(reducer_spec(spec), self.engine.family.folder, "cpu").plugin
+
     def medium(self, item: Item) -> Image | Video:
         if item.media_index not in self._media:
             budget = MediaBudget(self.model.config.limits)
@@ -154,7 +158,7 @@ class Bench:
         done: dict[str, tuple[str, int, int]] = {}
         while len(done) < len(items):
             for item in _up_to(waiting, IN_FLIGHT - len(running)):
-                reducer = build_reducer(spec)
+                reducer = self.reducer(spec)
                 request, feed = self.request(item), OutputQueue()
                 encoded = self.reduced(request, self.tokens(item, reducer), reducer)
                 self.engine.submit(request, EncodedMedia(items=(encoded,), reducer=spec), feed, reducer)
@@ -183,7 +187,7 @@ class Bench:
 
     def cost(self, item: Item, spec: str) -> dict[str, float]:
         """One encoded request alone up to its first token: CPU seconds, and tokens and bytes in the cache."""
-        request, reducer, feed = self.request(item, 2), build_reducer(spec), OutputQueue()
+        request, reducer, feed = self.request(item, 2), self.reducer(spec), OutputQueue()
         tokens, timed = self.tokens(item, reducer), Timed(reducer)
         start = time.process_time()
         encoded = self.reduced(request, tokens, timed)
@@ -241,7 +245,7 @@ def costs(bench: Bench, items: Sequence[Item], spec: str, repeats: int) -> dict[
         {key: statistics.median(run[key] for run in of) for key in of[0]} for of in (runs[spec], runs["none"])
     )
     for which, of in ((spec, mine), ("none", full)):
-        of["encode"] = bench.encode_s(items, build_reducer(which), repeats)
+        of["encode"] = bench.encode_s(items, bench.reducer(which), repeats)
         of["ttft"] = of["encode"] + of.pop("reduce_and_prefill")
     over = {f"{key}_over_none": round(mine[key] / full[key], 4) for key in ("prefill", "ttft", "kv_bytes")}
     return {key: round(value, 6) for key, value in mine.items()} | over
@@ -352,7 +356,8 @@ def main() -> None:
             model=args.model, dtype="float32", num_threads=1, cache_bytes=0, prefix_caching=False, kv_cache_gb=0.5
         )
     )
-    wanted = methods_for(args.kind) if args.methods is None else ["none", *(m for m in args.methods if m != "none")]
+    everything = methods_for(args.kind, model.engine.family.folder)
+    wanted = everything if args.methods is None else ["none", *(m for m in args.methods if m != "none")]
     ratios = [ratio for ratio in args.ratios if ratio < 1]
     plan = [("none", 1.0), *((m, ratio) for ratio in ratios for m in wanted if ratio in ratios_of(m))]
     plan += [(m, 1.0) for m in wanted if m != "none" and 1.0 in ratios_of(m) and 1.0 in args.ratios]

@@ -27,12 +27,14 @@ from demos.bench.reducer_figures import (
 )
 from demos.bench.reducers import Timed, done_before, probes
 from mm.data.tokens import VisualTokens
+from mm.models.checkpoint import find
 from mm.plugins.capabilities import acts_outside_decoder
 from mm.plugins.reducer import ReduceContext, Stage
 from mm.plugins.spec import build_reducer
 from serve.evaluation.items import read_test_set
 
-ALL = sorted({*methods_for("image"), *methods_for("video")})
+TINY = find("tiny")
+ALL = sorted({*methods_for("image", TINY), *methods_for("video", TINY)})
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -51,6 +53,10 @@ def test_methods_act_on_their_kind() -> None:
     assert "evs" in methods_for("video")
     assert "evs" not in methods_for("image")
     assert methods_for("image")[0] == "none"
+    assert {"router", "dynamic"} <= {*methods_for("image", TINY)}
+    assert "cubes" in methods_for("video", TINY)
+    assert not {"dynamic", "router"} & {*methods_for("video", TINY)}  # their weights keep clips whole
+    assert not {"router", "dynamic", "cubes"} & {*methods_for("image"), *methods_for("video")}  # no weights there
     assert "pipeline" not in ALL
 
 
