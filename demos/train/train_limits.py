@@ -41,12 +41,12 @@ from demos.train.train_lm import exact, run_decoder, splice, to_device, visual_t
 from demos.train.train_vit import run_tower
 from demos.train.training import Optimisers, mean_where, split_matrices
 
-MUON_LR, NORM_LR = 4e-3, 5e-4
+MUON_LR, NORM_LR = 2e-3, 2.5e-4
 WARMUP_STEPS, DECAY_FROM = 20, 0.4
 SCENES, OTHERS = 4, 3  # rows of a batch
-CLIP_SHARE, OTHER_ROWS = 0.15, 0.25  # of the batches: clips, one drawn and one filmed; rows of other shapes
+CLIP_SHARE, OTHER_ROWS = 0.4, 0.25  # of the batches: clips, two drawn and one filmed; rows of other shapes
 CUTS = 4  # of a filmed clip: different frames
-OLD_WEIGHT = 1.0  # of the divergence from what the checkpoint said before
+OLD_WEIGHT = 2.0  # of the divergence from what the checkpoint said before
 
 
 def patches(model: LlavaForConditionalGeneration, pixels: np.ndarray) -> Tensor:
@@ -130,7 +130,7 @@ class LimitsTraining(ReducerTraining):
         rng = np.random.default_rng([31, self.args.seed, step])
         clip, plain, info = rng.random() < CLIP_SHARE, rng.random() > OTHER_ROWS, self.features.info
         kind, strange = ("clips", 1) if clip else ("scenes", OTHERS)
-        items = rng.integers(info[kind], size=strange + (1 if clip else SCENES)).tolist()
+        items = rng.integers(info[kind], size=strange + (2 if clip else SCENES)).tolist()
         batch = self.batches.draw_with(kind, items, strange, rng, unseen=False, plain=plain)
         pixels = [self.others.draw(rng, CUTS if clip else 1) for _ in range(strange)]
         return batch, list(patches(self.model, np.concatenate(pixels)).split(len(pixels[0])))
