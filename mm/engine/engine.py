@@ -11,11 +11,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 
 from mm.config import OnError, PluginLimits, SpeculationLimits
-from mm.data.request import Request, SpeculationOptions
-from mm.data.sampling_params import SamplingParams
+from mm.data.request import Request
 from mm.data.tokens import EncodedMedia
 from mm.engine.adapted_decoders import AdaptedDecoders
 from mm.engine.admission import AdmissionControl
@@ -29,11 +27,11 @@ from mm.engine.lifecycle import RequestLifecycle
 from mm.engine.model_runner import ModelRunner
 from mm.engine.output_processor import OutputProcessor
 from mm.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
-from mm.engine.sequence import EngineRequest, NoSink, OutputSink
+from mm.engine.sequence import EngineRequest, OutputSink
 from mm.engine.spec_decode.drafter_instance import target_of
 from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.stats import Counters, EngineStats
-from mm.errors import CapacityError, EngineError, MmError
+from mm.errors import EngineError, MmError
 from mm.models.family import CheckpointFamily
 from mm.plugins.calls import PluginCalls
 from mm.plugins.reducer import Reducer
@@ -119,37 +117,6 @@ class LLMEngine:
             self._lifecycle.arrive(seqs)
         self.wake.set()
         return seqs[0].request
-
-    def prefill(self, params: Request, media: EncodedMedia) -> bool:
-        """Compute the prompt up to its last visual token, for a request that is still being encoded.
-
-        `submit` finds the blocks in the prefix cache afterwards, if its prompt begins in the same way. Nothing happens
-        where the prompts of two requests share no visual tokens, or when the engine is busy.
-
-        Args:
-            media: The encoded media as far as they are certain.
-
-        Returns:
-            Whether it was accepted.
-
-        Raises:
-            ContextTooLong, InvalidRequest: The request cannot be served as asked.
-        """
-        try:
-            self._admission.check(self._lifecycle.num_arrivals)
-        except CapacityError:
-            return False
-        if not self.prefix_cache.enabled:
-            return False
-        sampling = SamplingParams(max_new_tokens=1, temperature=0.0)
-        params = replace(params, sampling=sampling, speculation=SpeculationOptions(drafter="none"))
-        seqs = self.inputs.process(params, media, NoSink(), stop_at_media=True)
-        if not seqs[0].request.can_share_visual_tokens:
-            return False
-        with self._arrival_lock:
-            self._lifecycle.arrive(seqs)
-        self.wake.set()
-        return True
 
     def abort(self, request: EngineRequest, *, wait: bool = False) -> None:
         """End a request. What it holds is freed at once when no step is running, and before the next step otherwise.

@@ -15,7 +15,7 @@ from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.prefill_pruning import layers_of
 from mm.engine.sampling.sampler_factory import SamplerFactory
 from mm.engine.sampling.vocabulary import Vocabulary
-from mm.engine.sequence import EngineRequest, OutputSink, Sequence
+from mm.engine.sequence import EngineRequest, OutputSink, PrefillOnly, Sequence
 from mm.engine.sequence_output import SequenceOutput
 from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.token_pruning import TokenPruning
@@ -55,20 +55,13 @@ class InputProcessor:
         self._samplers = SamplerFactory(family)
 
     def process(
-        self,
-        params: Request,
-        media: EncodedMedia,
-        sink: OutputSink,
-        reducer: Reducer | None = None,
-        *,
-        stop_at_media: bool = False,
+        self, params: Request, media: EncodedMedia, sink: OutputSink, reducer: Reducer | None = None
     ) -> list[Sequence]:
         """The sequences of a request, one per choice. May wait for a schema to be compiled.
 
         Args:
+            sink: With `PrefillOnly` the prompt ends with its last visual token.
             reducer: Used in place of `media.reducer`.
-            stop_at_media: End the prompt with the last visual token. For prompts whose keys and values are wanted, and
-                no output.
 
         Raises:
             ContextTooLong, InvalidRequest, MediaError: The request cannot be served as asked.
@@ -77,21 +70,10 @@ class InputProcessor:
         reducer = reducer or self._reducer(media)
         prompt = self._splice(params, media)
         prompt = with_positions(prompt, params.vision.positions or capabilities_of(reducer).positions)
-        prompt = up_to_media(prompt) if stop_at_media else prompt
+        prompt = up_to_media(prompt) if isinstance(sink, PrefillOnly) else prompt
         max_new_tokens = output_length(params, prompt, self._family.max_context_tokens, self._cache)
         samplers = self._samplers.make(params.sampling, prompt)
-        now = time.perf_counter()
-        request = EngineRequest(
-            params=params,
-            media=media.items,
-            prompt=prompt,
-            sink=sink,
-            reducer=media.reducer,
-            priority=params.priority,
-            deadline=None if params.timeout_s is None else now + params.timeout_s,
-            num_unfinished=len(samplers),
-            reducer_faults=[item.fault for item in media.items if item.fault],
-        )
+        request = new_request(params, media, prompt, sink, len(samplers))
         if prompt.is_visual.any() and (weights := decoder_weights(reducer)) is not None:
             request.decoder = self._decoders.add(weights)
         add_reducers(request, reducer, self._family.language.num_layers, self._calls, on_error=self._on_error)
@@ -149,6 +131,23 @@ class InputProcessor:
     def close(self) -> None:
         """Stop the threads that compile schemas."""
         self._samplers.close()
+
+
+def new_request(
+    params: Request, media: EncodedMedia, prompt: Prompt, sink: OutputSink, num_choices: int
+) -> EngineRequest:
+    """The request inside the engine, before reducers are noted."""
+    return EngineRequest(
+        params=params,
+        media=media.items,
+        prompt=prompt,
+        sink=sink,
+        reducer=media.reducer,
+        priority=params.priority,
+        deadline=None if params.timeout_s is None else time.perf_counter() + params.timeout_s,
+        num_unfinished=num_choices,
+        reducer_faults=[item.fault for item in media.items if item.fault],
+    )
 
 
 def output_length(params: Request, prompt: Prompt, max_context_tokens: int, cache: KVCache) -> int:

@@ -24,18 +24,24 @@ from dataclasses import dataclass, replace
 import torch
 
 from mm.data.outputs import Event
-from mm.data.request import Request
+from mm.data.request import Request, SpeculationOptions
+from mm.data.sampling_params import SamplingParams
 from mm.data.tokens import EncodedMedia
 from mm.engine.engine import LLMEngine
-from mm.engine.sequence import EngineRequest
+from mm.engine.sequence import EngineRequest, PrefillOnly
 from mm.engine.stats import EngineStats
-from mm.errors import EngineError
+from mm.errors import CapacityError, EngineError
 from mm.plugins.calls import StageStatus
+from mm.plugins.reducer import Stage
+from mm.plugins.spec import reducer_spec
 
 log = logging.getLogger(__name__)
 
 IDLE_S = 0.5
 """How often an idle engine looks for requests that are past their deadline."""
+IN_DECODER = frozenset({Stage.IN_PREFILL, Stage.IN_DECODE, Stage.PER_TOKEN})
+"""Where reducers decide by the question, or drop generated tokens: then requests share no visual tokens."""
+
 NUM_SUBMIT_THREADS = 2
 """Requests that are prepared at a time: chat template, splice, schema."""
 
@@ -156,11 +162,30 @@ class EngineLoop:
         return Submitted(self._engine.submit(params, media, queue), queue, changed)
 
     def prefill(self, params: Request, media: EncodedMedia) -> bool:
-        """Let a thread of the loop compute what is certain of a request that is still being encoded.
+        """Let the loop compute the prompt up to its last visual token, for a request that is still being encoded.
 
-        See `LLMEngine.prefill`.
+        The request finds the blocks in the prefix cache afterwards, if its prompt begins in the same way.
+
+        Args:
+            media: The encoded media as far as they are certain.
+
+        Returns:
+            Whether it was accepted. It is not where requests share no visual tokens, without a prefix cache, without a
+            thread of the loop, and when too many requests wait.
+
+        Raises:
+            ContextTooLong, InvalidRequest: The request cannot be served as asked.
         """
-        return self._thread is not None and self._engine.prefill(params, media)
+        stages = {*reducer_spec(media.reducer).capabilities.stages}
+        if self._thread is None or not self._engine.prefix_cache.enabled or stages & IN_DECODER:
+            return False
+        sampling = SamplingParams(max_new_tokens=1, temperature=0.0)
+        asked = replace(params, sampling=sampling, speculation=SpeculationOptions(drafter="none"))
+        try:
+            self._engine.submit(asked, media, PrefillOnly())
+        except CapacityError:
+            return False
+        return True
 
     def step(self) -> bool:
         """Compute one step in this thread. Returns whether there was anything to do."""

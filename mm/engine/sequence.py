@@ -43,8 +43,8 @@ class OutputSink(Protocol):
         ...
 
 
-class NoSink:
-    """For a request whose output nobody wants."""
+class PrefillOnly:
+    """The sink of a request whose keys and values are wanted, up to the last visual token, and no output."""
 
     def put(self, event: Event) -> None:
         """Drop it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 
@@ -116,6 +117,7 @@ def test_nothing_is_prefilled_where_questions_share_no_visual_tokens(model, file
     request = question(file, cache_salt="in the decoder", reducer="cubes:frames_per_cube=24 + fastv:layer=1")
     media = encode(request, model.encode_parts)
     loop = EngineLoop(model.engine)
-    assert not loop.prefill(request, media)  # no thread would compute it
-    assert not model.engine.prefill(request, media)
+    assert not loop.prefill(question(file), encode(question(file), model.encode_parts))  # no thread would compute it
+    loop._thread = threading.current_thread()
+    assert not loop.prefill(request, media)
     assert not model.engine.has_work
