@@ -8,7 +8,7 @@ SHIPPED = Path(__file__).parent / "weights"
 REAL_MODEL = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
 """A general model, small enough for a CPU, that messages recommend in place of a shipped one."""
 CANNOT_TELL = "I cannot tell: I was made for drawn shapes, short texts and charts."
-"""What `tiny` answers about pictures of other kinds, word for word; see its card for how often."""
+"""What `demos.train.train_limits` teaches a model to answer about other pictures; none that ships says it yet."""
 
 
 def shipped_models() -> list[str]:
