@@ -165,8 +165,10 @@ def _name_of(model: nn.Module, part: object) -> str | None:
 
 
 def transformers_types() -> frozenset[str]:
-    """Every model_type for which transformers has an image-text-to-text model."""
-    return frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    """Every model_type for which transformers has an image-text-to-text model, or for which one was registered."""
+    mapping: Any = AutoModelForImageTextToText._model_mapping  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
+    registered: dict[type[PretrainedConfig], object] = getattr(mapping, "_extra_content", {})
+    return frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) | {config.model_type for config in registered}
 
 
 def is_known(config: PretrainedConfig) -> bool:
