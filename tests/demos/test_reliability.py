@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 
+import httpx
 import pytest
 
+from demos.bench import reliability
 from demos.bench.reliability import checks
 from demos.bench.reliability.__main__ import row, run
+from demos.bench.reliability.attacks import judged
 from demos.bench.reliability.checks import Settings, at_least, at_most, check
 from demos.bench.reliability.kills import STREAM_END_S, kill_figures
 from demos.bench.reliability.load import Outcome, classify
@@ -99,3 +104,17 @@ def test_limits_are_part_of_what_is_allowed():
 def test_only_promises_are_checked():
     with pytest.raises(ValueError, match="R19"):
         check("R19")
+
+
+@pytest.mark.parametrize(("answers", "wrong"), [((200, 400, 429), ""), ((200, 500), "server errors"), ((0,), "answer")])
+def test_errors_of_the_server_and_silence_miss_the_goal(answers, wrong):
+    figures = judged("fuzz", [httpx.Response(status) if status else None for status in answers])
+    missed = [figure.what for figure in figures if not figure.is_reached]
+    assert len(missed) == bool(wrong)
+    assert all(wrong in what for what in missed)
+
+
+def test_every_promise_has_a_check():
+    for module in pkgutil.iter_modules(reliability.__path__):
+        importlib.import_module(f"demos.bench.reliability.{module.name}")
+    assert set(checks.CHECKS) == set(checks.PROMISES)
