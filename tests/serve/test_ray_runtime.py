@@ -12,7 +12,7 @@ import pytest
 from mm.data.media import MediaSource
 from mm.data.request import MediaPart, Message, Request, TextLimits, TextPart
 from mm.errors import InvalidRequest
-from serve.runtime import Unavailable
+from serve.runtime import StageMissing, Unavailable
 
 with warnings.catch_warnings():  # Ray's own, while it is imported
     warnings.simplefilter("ignore")
@@ -156,3 +156,15 @@ async def test_a_text_of_too_many_characters_reaches_no_decoder(make) -> None:
     with pytest.raises(InvalidRequest, match="1001 characters"):
         await make(check_length=check).admit(request("w" * 1001, has_picture=True))
     assert not check.calls
+
+
+async def test_a_stage_without_replicas_is_not_asked_again(make) -> None:
+    tries = []
+
+    async def attempt(loss: Unavailable | None) -> None:
+        tries.append(loss)
+        raise StageMissing("decoder", 5)
+
+    with pytest.raises(StageMissing):
+        await ray_runtime._retried(attempt)
+    assert tries == [None]
