@@ -7,6 +7,7 @@ signature that all decoder layers of transformers share, and on no model class.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from pathlib import Path
 from typing import Protocol, cast
@@ -24,6 +25,7 @@ from mm.models.layers import FusedLayer, Layer, build_layer
 from mm.models.linear import PackedLinear
 from mm.models.pretrained import build_module
 from mm.models.probe import names_in_pass
+from mm.models.row_ops import RowOp, build_norm, has_kernels
 from mm.plugins.weights import ReducerWeights
 
 HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight")
@@ -98,7 +100,7 @@ class LanguageModel:
             getattr(text, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         )
         self.layers = self._built(self.model.layers)
-        self._logits = PackedLinear(self.head_weight)
+        self._logits, self._norm = PackedLinear(self.head_weight), self._final_norm()
         self.num_layer_weights = sum(p.numel() for p in self.model.layers.parameters())
         self._table: Rotary | None = None
         with reading(folder, "config.json"):  # wrong sections of M-RoPE would only be found by the first request
@@ -108,6 +110,14 @@ class LanguageModel:
     def _built(self, layers: nn.ModuleList) -> list[Layer]:
         windows = self.arithmetic.windows
         return [build_layer(layer, i, self.head_dim, windows[i]) for i, layer in enumerate(layers)]
+
+    def _final_norm(self) -> RowOp:
+        """Decoders whose layers are all fused end with the norm that is in these layers."""
+        norm = self.model.norm
+        if not all(isinstance(layer, FusedLayer) for layer in self.layers):
+            return norm
+        weight, epsilon = cast(Tensor, norm.weight).detach(), cast(float, norm.variance_epsilon)
+        return build_norm(weight, epsilon, on_cpu_kernels=has_kernels(weight))
 
     def with_layers(self, weights: ReducerWeights) -> LanguageModel:
         """The same model with the layers that were trained with a reducer. Tensors that were not changed are its own.
@@ -200,7 +210,7 @@ class LanguageModel:
             return found[0]
         return torch.cat([cos for cos, _ in found], dim=-1), torch.cat([sin for _, sin in found], dim=-1)
 
-    @property
+    @functools.cached_property
     def _rotary_kinds(self) -> list[str | None]:
         """The different rotary embeddings of the layers. Their cos and sin are columns beside each other."""
         return list(dict.fromkeys(self.arithmetic.rotary_kinds))
@@ -245,11 +255,11 @@ class LanguageModel:
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm (T, D) of the last layer's output (T, D): the head's input."""
-        return self.model.norm(hidden)
+        return self._norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, vocab) of the last layer's output (T, D)."""
-        return self.arithmetic.finish(self._logits(self.model.norm(hidden)))
+        return self.arithmetic.finish(self._logits(self._norm(hidden)))
 
 
 LAYERS = "layers."
