@@ -22,7 +22,7 @@ from encoders.checkpoint_encoder import CheckpointEncoder
 from encoders.helpers.auxiliary_features import cell_means, observed_in_block
 from encoders.helpers.batches import in_groups
 from mm.data.media import Image, Kind, Video
-from mm.data.tokens import VisualTokens
+from mm.data.tokens import Grid, VisualTokens
 from mm.errors import MediaError
 from mm.models.pretrained import build_module
 from mm.plugins.features import ATTENTION_RECEIVED, TEXT_EMBEDDINGS, TOWER_FEATURES, TOWER_KEYS
@@ -102,6 +102,11 @@ class Idefics3Encoder(CheckpointEncoder):
         rows, columns = found["rows"][0][0], found["cols"][0][0]
         return Crops(pixels=found["pixel_values"][0], layout=(rows, columns) if rows else None)
 
+    def grid_of(self, prepared: Crops) -> Grid:
+        """The grid of the picture's tokens: its crops, and the cells of one."""
+        cell = self.config.vision_config.patch_size * self.config.scale_factor
+        return len(prepared.pixels), prepared.pixels.shape[-2] // cell, prepared.pixels.shape[-1] // cell
+
     @torch.inference_mode()
     def _forward(self, pictures: Sequence[Crops]) -> list[dict[str, Tensor]]:
         """`embeddings` (crops, n, D) of each picture."""
@@ -125,9 +130,7 @@ class Idefics3Encoder(CheckpointEncoder):
         return torch.cat([picture.pixels for picture in pictures]).to(self.device, self.dtype)
 
     def _tokens(self, picture: Crops, output: dict[str, Tensor]) -> VisualTokens:
-        cell = self.config.vision_config.patch_size * self.config.scale_factor
-        height, width = picture.pixels.shape[-2] // cell, picture.pixels.shape[-1] // cell
-        grid = (len(picture.pixels), height, width)
+        grid = self.grid_of(picture)
         aux_features = {
             name: plane.movedim(0, -2).flatten(-2) for name, plane in output.items() if name != "embeddings"
         }

@@ -23,6 +23,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from encoders.checkpoint_encoder import CheckpointEncoder, Rename
 from encoders.helpers.auxiliary_features import cell_means, observed_in_block
 from encoders.helpers.batches import in_batches
+from encoders.helpers.cells import kept_cells, picture_cells, tokens_of_cells, value_ranges
 from encoders.helpers.merging import merged_tokens, run_blocks
 from encoders.helpers.pictures import Pictures
 from mm.data.media import Image, Kind, Video
@@ -34,11 +35,12 @@ from mm.plugins.features import (
     ATTENTION_RECEIVED,
     BLOCK_KEYS,
     CLS_ATTENTION,
+    PATCHES,
     TEXT_EMBEDDINGS,
     TOWER_FEATURES,
     TOWER_KEYS,
 )
-from mm.plugins.reducer import InTower
+from mm.plugins.reducer import BeforeTower, InTower
 from mm.plugins.registry import name_of
 
 MAX_BATCH = 16
@@ -71,7 +73,7 @@ class LlavaEncoder(CheckpointEncoder):
 
     checkpoint_types = ("llava",)
     provides: frozenset[str] = frozenset(
-        {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS, BLOCK_KEYS}
+        {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS, BLOCK_KEYS, PATCHES}
     )
     kinds: frozenset[str] = frozenset({"image", "video"})
     frames_apart: ClassVar[bool] = True
@@ -95,8 +97,8 @@ class LlavaEncoder(CheckpointEncoder):
         found = {TOWER_FEATURES, TEXT_EMBEDDINGS}
         if self.config.vision_config.model_type in SEQUENTIAL_TOWERS and max(self._layers) > 0:
             found |= {ATTENTION_RECEIVED, TOWER_KEYS} | ({CLS_ATTENTION} if self._has_cls else set())
-            if len(self._layers) == 1 and self._has_cls == (self._first_token() == 1):
-                found.add(BLOCK_KEYS)
+            if self._has_cls == (self._first_token() == 1):
+                found |= {PATCHES} | ({BLOCK_KEYS} if len(self._layers) == 1 else set())
         return frozenset(found)
 
     def _first_token(self) -> int:
@@ -108,6 +110,7 @@ class LlavaEncoder(CheckpointEncoder):
         items: Sequence[Image | Video | Pictures],
         needs: frozenset[str] = frozenset(),
         merging: InTower | None = None,
+        dropping: BeforeTower | None = None,
     ) -> list[VisualTokens]:
         """One `VisualTokens` per item, in order.
 
@@ -116,6 +119,7 @@ class LlavaEncoder(CheckpointEncoder):
         Args:
             needs: Auxiliary features to compute.
             merging: A reducer that merges tokens inside the tower.
+            dropping: A reducer whose cells never enter the tower. Items that lose none are computed as without it.
 
         Raises:
             MediaError: A clip for a checkpoint without clips.
@@ -125,6 +129,8 @@ class LlavaEncoder(CheckpointEncoder):
         prepared = [item if isinstance(item, Pictures) else self.prepare(item) for item in items]
         if merging is not None:
             return self._encode_merging(prepared, needs, merging)
+        if dropping is not None:
+            return self._encode_dropping(prepared, needs, dropping)
         images = iter(self._encode_pictures([item.pixels for item in prepared if item.kind == "image"], "image", needs))
         return [next(images) if item.kind == "image" else self._encode_clip(item.pixels, needs) for item in prepared]
 
@@ -134,6 +140,15 @@ class LlavaEncoder(CheckpointEncoder):
             raise MediaError("not_supported", item.kind)
         pictures = [item.pixels] if isinstance(item, Image) else list(item.frames)
         return Pictures(kind=item.kind, pixels=self.preprocess(pictures))
+
+    def grid_of(self, prepared: Pictures) -> Grid:
+        """The grid of the item's tokens."""
+        height, width = (size // self.config.vision_config.patch_size for size in prepared.pixels.shape[2:])
+        side = self._cell_side(prepared)
+        found = (len(prepared.pixels), -(-height // side), -(-width // side))
+        # Without a grid, see `_grid`: all patches, and [CLS] where it is left among them.
+        surplus = int(self._has_cls) - self._first_token()
+        return found if not surplus else (1, 1, height * width + surplus)
 
     def _encode_pictures(self, pictures: Sequence[Tensor], kind: Kind, needs: frozenset[str]) -> list[VisualTokens]:
         if not pictures:
@@ -164,6 +179,56 @@ class LlavaEncoder(CheckpointEncoder):
             merged_tokens([row["embeddings"]], [(row["anchors"], row["sizes"])], grid, "image", row["features"], needs)
             for row in ({name: plane[i] for name, plane in outputs.items()} for i in range(len(pictures)))
         ]
+
+    def _encode_dropping(
+        self, items: Sequence[Pictures], needs: frozenset[str], dropping: BeforeTower
+    ) -> list[VisualTokens]:
+        kept = [kept_cells(dropping, self._cells(item)) for item in items]
+        is_whole = [bool(keep.all()) for keep in kept]
+        whole = iter(self.encode([item for item, alone in zip(items, is_whole, strict=True) if alone], needs))
+        return [
+            next(whole) if alone else self._encode_kept(item, keep, needs)
+            for item, keep, alone in zip(items, kept, is_whole, strict=True)
+        ]
+
+    def _cell_side(self, item: Pictures) -> int:
+        """Patches along one side of a cell."""
+        return self._pool if item.kind == "video" else 1
+
+    def _cells(self, item: Pictures) -> Tensor:
+        side = self._cell_side(item) * self.config.vision_config.patch_size
+        return picture_cells(item.pixels, side, value_ranges(self.image_processor, item.pixels.shape[1]))
+
+    def _encode_kept(self, item: Pictures, keep: Tensor, needs: frozenset[str]) -> VisualTokens:
+        """One picture after the other: each has another number of patches."""
+        side, patch = self._cell_side(item), self.config.vision_config.patch_size
+        height, width = (size // patch for size in item.pixels.shape[2:])
+        cells = keep.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)[:, :height, :width]
+        places = torch.arange(keep[0].numel()).view(keep.shape[1:])
+        places = places.repeat_interleave(side, dim=0).repeat_interleave(side, dim=1)[:height, :width]
+        parts = dict[str, list[Tensor]]()
+        for picture, stays in zip(item.pixels, cells, strict=True):
+            for name, rows in (self._forward_kept(picture, stays) if bool(stays.any()) else {}).items():
+                _, cell, counts = places[stays].unique(return_inverse=True, return_counts=True)
+                sums = torch.zeros(len(counts), rows.shape[1], device=rows.device)
+                means = sums.index_add_(0, cell.to(rows.device), rows.float()) / counts.to(rows.device).unsqueeze(1)
+                parts.setdefault(name, []).append(means.to(rows.dtype))
+        found = {name: torch.cat(rows) for name, rows in parts.items()}
+        aux_features = {TOWER_FEATURES: found["features"].float().mT} if TOWER_FEATURES in needs else {}
+        return tokens_of_cells(found["embeddings"], keep.to(self.device), item.kind, aux_features)
+
+    @torch.inference_mode()
+    def _forward_kept(self, picture: Tensor, stays: Tensor) -> dict[str, Tensor]:
+        """`embeddings` (m, D) and `features` (m, d) of the patches of one picture (C, H, W) that stay (h, w)."""
+        tower: Any = getattr(self.tower, "vision_model", self.tower)
+        first = int(self._has_cls)
+        kept = torch.cat([torch.ones(first, dtype=torch.bool), stays.flatten()]).to(self.device)
+        hidden = tower.embeddings(picture[None].to(self.device))[:, kept]
+        states = [tower.pre_layrnorm(hidden) if self._has_cls else hidden]
+        for block in _blocks(self.tower)[: max(self._layers)]:
+            states.append(block(states[-1], attention_mask=None))
+        features = torch.cat([states[layer][0, first:] for layer in self._layers], dim=-1)
+        return {"embeddings": self.projector(features[None])[0], "features": features}
 
     @torch.inference_mode()
     def _forward_merging(self, pixels: Tensor, merging: InTower) -> dict[str, Tensor]:

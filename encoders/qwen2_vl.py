@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,21 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from encoders.checkpoint_encoder import CheckpointEncoder
 from encoders.helpers.auxiliary_features import mean_attention
 from encoders.helpers.batches import in_groups
+from encoders.helpers.cells import kept_cells, tokens_of_cells, value_ranges
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import MediaError
 from mm.models.pretrained import from_folder
-from mm.plugins.features import ATTENTION_RECEIVED, TEXT_EMBEDDINGS, TOWER_FEATURES, TOWER_KEYS
+from mm.plugins.features import (
+    ATTENTION_RECEIVED,
+    BLOCK_KEYS,
+    PATCHES,
+    RESOLUTION,
+    TEXT_EMBEDDINGS,
+    TOWER_FEATURES,
+    TOWER_KEYS,
+)
+from mm.plugins.reducer import BeforeTower
 
 TOWERS: dict[str, Any] = {
     "qwen2_vl": Qwen2VisionTransformerPretrainedModel,
@@ -83,8 +93,14 @@ class Qwen2VLEncoder(CheckpointEncoder):
     """
 
     checkpoint_types = tuple(TOWERS)
-    provides: frozenset[str] = frozenset({ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS})
+    provides: frozenset[str] = frozenset(
+        {ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS, PATCHES, RESOLUTION}
+    )
     kinds: frozenset[str] = frozenset({"image", "video"})
+    lacks: ClassVar[dict[str, str]] = {
+        BLOCK_KEYS: "this tower joins squares of patches, which merging one by one takes apart"
+    }
+    """Why something is not provided."""
 
     def __init__(
         self, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
@@ -96,34 +112,123 @@ class Qwen2VLEncoder(CheckpointEncoder):
         self.finish({"tower": self.tower}, self.video_processor)
 
     def encode(
-        self, items: Sequence[Image | Video | Patches], needs: frozenset[str] = frozenset()
+        self,
+        items: Sequence[Image | Video | Patches],
+        needs: frozenset[str] = frozenset(),
+        dropping: BeforeTower | None = None,
     ) -> list[VisualTokens]:
         """One `VisualTokens` per item, in order. Images are batched together, clips are batched together.
+
+        Args:
+            dropping: A reducer whose cells never enter the tower. Items that lose none are computed as without it.
 
         Raises:
             MediaError: An item is too long and thin for the processor.
             CapacityError: The device has no memory for one item.
         """
         prepared = [item if isinstance(item, Patches) else self.prepare(item) for item in items]
+        if dropping is not None:
+            return self._encode_dropping(prepared, needs, dropping)
         images = self._encode([item for item in prepared if item.kind == "image"], needs)
         clips = self._encode([item for item in prepared if item.kind == "video"], needs)
         return [self._tokens(*next(images if item.kind == "image" else clips)) for item in prepared]
 
-    def prepare(self, item: Image | Video) -> Patches:
-        """The item as the tower's input."""
-        return self.image_patches(item) if isinstance(item, Image) else self.clip_patches(item)
+    def _encode_dropping(
+        self, items: Sequence[Patches], needs: frozenset[str], dropping: BeforeTower
+    ) -> list[VisualTokens]:
+        kept = [kept_cells(dropping, self._cells(item)) for item in items]
+        is_whole = [bool(keep.all()) for keep in kept]
+        whole = iter(self.encode([item for item, alone in zip(items, is_whole, strict=True) if alone], needs))
+        return [
+            next(whole) if alone else self._encode_kept(item, keep, needs)
+            for item, keep, alone in zip(items, kept, is_whole, strict=True)
+        ]
 
-    def image_patches(self, image: Image) -> Patches:
+    def _cells(self, item: Patches) -> Tensor:
+        """(t, h, w, n): the pixels of each token's patches."""
+        processor = self.image_processor if item.kind == "image" else self.video_processor
+        pixels = item.pixels.float().unflatten(1, (3, -1)) * value_ranges(processor, 3).unsqueeze(1)
+        return pixels.reshape(*self.grid_of(item), -1)
+
+    def _encode_kept(self, item: Patches, keep: Tensor, needs: frozenset[str]) -> VisualTokens:
+        outputs = in_groups(
+            lambda _: [self._forward_kept(item, keep, needs)], [item], [len(item.pixels)], len(item.pixels)
+        )
+        embeddings = outputs[0].pop("embeddings")
+        return tokens_of_cells(embeddings, keep.to(self.device), item.kind, outputs[0], item.seconds_per_step)
+
+    @torch.inference_mode()
+    def _forward_kept(self, item: Patches, keep: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
+        """`embeddings` (m, D) of the kept tokens, and the tower's features (d, m) if needed.
+
+        The tower of transformers takes positions and the borders of attention beside the patches: those of the kept.
+        """
+        grids, unit, cells = torch.tensor([item.grid]), self._merge**2, keep.flatten()
+        patches = cells.repeat_interleave(unit)
+        given = {
+            "position_ids": get_vision_position_ids(grids, self._merge)[patches].to(self.device),
+            "cu_seqlens": _borders(
+                torch.arange(len(keep)).repeat_interleave(keep[0].numel())[cells], unit, self.device
+            ),
+        }
+        order = None
+        if hasattr(self.tower, "window_size"):
+            index, ends = get_vision_window_index(
+                grids, self._merge, self.tower.window_size, self.tower.config.patch_size
+            )
+            windows = torch.repeat_interleave(torch.arange(len(ends) - 1), ends.diff() // unit)
+            kept = cells[index]
+            order = torch.cumsum(cells, 0)[index[kept]] - 1
+            given |= {
+                "window_index": order.to(self.device),
+                "cu_window_seqlens": _borders(windows[kept], unit, self.device),
+            }
+        pixels = item.pixels[patches].to(self.device, self.dtype)
+        output = self.tower(pixels, grid_thw=grids.to(self.device), **given)
+        found = {"embeddings": output.pooler_output}
+        if TOWER_FEATURES in needs:
+            features = output.last_hidden_state.float().unflatten(0, (-1, unit)).mean(dim=1)
+            found[TOWER_FEATURES] = (features if order is None else features[torch.argsort(order)]).mT
+        return found
+
+    def prepare(self, item: Image | Video, resolution: float | None = None) -> Patches:
+        """The item as the tower's input.
+
+        Args:
+            resolution: At most so many of the item's own tokens, by a smaller picture; each step has at least one.
+        """
+        own = self.image_patches(item) if isinstance(item, Image) else self.clip_patches(item)
+        if resolution is None or resolution >= 1:
+            return own
+        side = self.config.vision_config.patch_size
+        pixels = max(self._merge**2, int(len(own.pixels) * resolution)) * side**2
+        if isinstance(item, Image):
+            return self.image_patches(item, size={"shortest_edge": side**2, "longest_edge": pixels})
+        pixels *= self.video_processor.temporal_patch_size
+        return self.clip_patches(item, size={"shortest_edge": side**2, "longest_edge": pixels})
+
+    def grid_of(self, prepared: Patches) -> Grid:
+        """The grid of the item's tokens."""
+        steps, height, width = prepared.grid
+        return steps, height // self._merge, width // self._merge
+
+    def image_patches(self, image: Image, **options: object) -> Patches:
         """The picture's patches, by the checkpoint's image processor."""
         _check_aspect(image.pixels.shape[:2], "image")
-        found = self.image_processor(images=[image.pixels], input_data_format="channels_last", return_tensors="pt")
+        found = self.image_processor(
+            images=[image.pixels], input_data_format="channels_last", return_tensors="pt", **options
+        )
         return Patches(kind="image", pixels=found["pixel_values"], grid=_grid(found["image_grid_thw"]))
 
-    def clip_patches(self, clip: Video) -> Patches:
+    def clip_patches(self, clip: Video, **options: object) -> Patches:
         """The patches of all frames of the clip, by the checkpoint's video processor. It samples no frames itself."""
         _check_aspect(clip.frames.shape[1:3], "video")
         found = self.video_processor(
-            videos=[clip.frames], do_sample_frames=False, input_data_format="channels_last", return_tensors="pt"
+            videos=[clip.frames],
+            do_sample_frames=False,
+            input_data_format="channels_last",
+            return_tensors="pt",
+            **options,
         )
         return Patches(
             kind="video",
@@ -169,12 +274,17 @@ class Qwen2VLEncoder(CheckpointEncoder):
         return [dict(zip(planes, parts, strict=True)) for parts in split]
 
     def _tokens(self, patches: Patches, output: dict[str, Tensor]) -> VisualTokens:
-        steps, height, width = patches.grid
-        grid = (steps, height // self._merge, width // self._merge)
+        grid = self.grid_of(patches)
         aux_features = {name: plane.movedim(0, -1) for name, plane in output.items() if name != "embeddings"}
         return VisualTokens.full(
             output["embeddings"], grid, patches.kind, aux_features, seconds_per_step=patches.seconds_per_step
         )
+
+
+def _borders(parts: Tensor, unit: int, device: torch.device) -> Tensor:
+    """(n + 1,) int32: where the patches of each part begin and end, for tokens (m,) of ascending parts."""
+    counts = torch.unique_consecutive(parts, return_counts=True)[1] * unit
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32)
 
 
 def _grid(grid_thw: Tensor) -> Grid:

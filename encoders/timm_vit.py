@@ -117,6 +117,10 @@ class TimmEncoder:
         pixels = torch.stack([self._transform(PilImage.fromarray(picture)) for picture in pictures])
         return Pictures(kind=item.kind, pixels=pixels)
 
+    def grid_of(self, prepared: Pictures) -> Grid:
+        """The grid of the item's tokens."""
+        return (len(prepared.pixels), *self.grid[1:])
+
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
         features = self.model.forward_features(pixels.to(self.device, self.dtype))

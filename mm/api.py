@@ -102,8 +102,8 @@ class Model:
             images, videos: Media before the text, images first. Paths, encoded bytes, data URLs; images also as PIL
                 images or uint8 arrays (H, W, 3).
             **options: Fields of `SamplingParams` (max_new_tokens, temperature, top_p, top_k, seed, stop, n, logprobs,
-                response_format and more), of `VisionOptions` (reducer, keep_ratio, positions, num_frames, fps) and
-                of `Request` (priority, timeout_s, cache_salt, and speculation: a drafter's name or
+                response_format and more), of `VisionOptions` (reducer, keep_ratio, positions, max_visual_tokens,
+                num_frames, fps) and of `Request` (priority, timeout_s, cache_salt, and speculation: a drafter's name or
                 `SpeculationOptions`). Without a temperature the model's own default holds.
 
         Raises:
@@ -229,7 +229,7 @@ def collect(events: Iterator[Event]) -> Answer:
 
 
 SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
-VISION_FIELDS = {"reducer", "keep_ratio", "positions", "return_map"}
+VISION_FIELDS = {"reducer", "keep_ratio", "positions", "max_visual_tokens", "return_map"}
 FRAME_FIELDS = {f.name for f in dataclasses.fields(FrameSampling)}
 REQUEST_FIELDS = {"priority", "timeout_s", "cache_salt", "speculation"}
 FIELDS = SAMPLING_FIELDS | VISION_FIELDS | FRAME_FIELDS | REQUEST_FIELDS

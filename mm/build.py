@@ -121,6 +121,7 @@ def build_engine(config: ModelConfig) -> LLMEngine:
     """The decoder's half of a model: only the language weights are read."""
     _use_threads(config)
     family: CheckpointFamily = _plugin_for("family", config)
+    family.text_after_clip = config.text_after_clip
     if needs_self_test(family) and not config.skip_self_test:
         self_test(family)
     on_cpu = not config.device.startswith("cuda")

@@ -126,6 +126,7 @@ class PluginLimits:
 
 
 OnError = Literal["fail", "keep_all"]
+TextAfterClip = Literal["highest", "longer_side"]
 """What happens to a request whose reducer is at fault: it fails, or it keeps all its tokens and reports the fault."""
 
 
@@ -137,6 +138,7 @@ class ReducerPolicy:
         allowed: Names that a request may use; empty allows all. The configured default is always allowed.
         weights: Folders and hub names whose weights a request may give to a learned reducer. Those that lie beside the
             model are always allowed.
+        detail_low_tokens: Visual tokens that an item with detail "low" has at most; never more than a quarter.
         on_error: "fail" ends a request whose reducer raises or returns an invalid decision. "keep_all" keeps the tokens
             that it was to reduce, and reports the fault in the answer and the metrics.
     """
@@ -151,6 +153,11 @@ class ReducerPolicy:
     )
     min_keep_ratio: float | None = setting(
         None, above=0, max=1, help="Smallest share of the visual tokens that a request may keep."
+    )
+    detail_low_tokens: int = setting(
+        85,
+        min=1,
+        help='Visual tokens of an item with "detail": "low" at most; never more than a quarter of its tokens.',
     )
     on_error: OnError = setting(
         "fail",
@@ -185,6 +192,11 @@ class ModelConfig:
     )
     num_frames: int = setting(8, min=1, cli="frames", help="Frames sampled from a clip, evenly over its length.")
     fps: float | None = setting(None, above=0, help="Sample a clip by frames per second instead.")
+    text_after_clip: TextAfterClip = setting(
+        "highest",
+        help="Where text behind a clip goes on in Qwen2-VL and Qwen2.5-VL: after the clip's highest position, as the "
+        "models were trained, or after its longer_side, as in transformers since 5.3.",
+    )
     num_threads: int | None = setting(
         None, min=1, cli="threads", help="CPU threads per process; torch decides when not given."
     )

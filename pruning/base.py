@@ -6,6 +6,7 @@ Nothing here knows a model. `mm.plugins.apply.apply` carries a decision out.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal
@@ -132,6 +133,28 @@ def int_option(owner: str, option: str, value: object, low: int, high: int) -> i
     """
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidOption(owner, option, f"has to be an integer from {low} to {high}, got {value!r}")
+    return value
+
+
+def bool_option(owner: str, option: str, value: object) -> bool:
+    """`value` as true or false.
+
+    Raises:
+        InvalidOption: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise InvalidOption(owner, option, f"has to be true or false, got {value!r}")
+    return value
+
+
+def choice_option(owner: str, option: str, value: object, choices: Sequence[str]) -> str:
+    """`value` as one of `choices`.
+
+    Raises:
+        InvalidOption: It is something else.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise InvalidOption(owner, option, f"has to be one of {', '.join(choices)}, got {value!r}")
     return value
 
 

@@ -17,6 +17,7 @@ from mm.data.tokens import Grid, VisualTokens
 from mm.errors import InvalidOption
 from mm.plugins.apply import apply
 from mm.plugins.capabilities import Capabilities, before_decoder, capabilities_of, plans_tokens
+from mm.plugins.finite import finite
 from mm.plugins.reducer import Count, ReduceContext, Reducer, Reduction, Stage
 from mm.plugins.registry import name_of
 from mm.plugins.threads import plugin_errors
@@ -96,7 +97,8 @@ class Pipeline:
         aux_features = dict(context.aux_features)
         for stage in before_decoder(self):
             with plugin_errors(name_of(stage), "before the decoder"):
-                reduction = stage.after_encode(tokens, replace(context, aux_features=aux_features))
+                decision = stage.after_encode(tokens, replace(context, aux_features=aux_features))
+                reduction = finite(decision, tokens, name_of(stage))
             aux_features = {
                 name: _follow(plane, reduction.keep, tokens.num_tokens) for name, plane in aux_features.items()
             }

@@ -13,7 +13,7 @@ from typing import Protocol
 from mm.data.media import Kind
 from mm.data.outputs import Event
 from mm.data.request import Request, TextLimits
-from mm.data.tokens import EncodedMedia
+from mm.data.tokens import EncodedMedia, ItemCount
 from mm.encode.clip_stream import ClipProgress, OnProgress
 from mm.engine.loop import EngineLoop
 from mm.engine.stats import EngineStats
@@ -114,6 +114,19 @@ class Health:
         return not self.missing and not self.silent
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptCount:
+    """The tokens of a prompt.
+
+    Attributes:
+        num_tokens: Text and visual tokens.
+        items: The visual tokens of each media item.
+    """
+
+    num_tokens: int
+    items: tuple[ItemCount, ...]
+
+
 class Runtime(Protocol):
     """What the HTTP layer needs of the machinery below it."""
 
@@ -133,6 +146,10 @@ class Runtime(Protocol):
             on_progress: Told, in any thread, how far a clip is that is taken chunk by chunk. A runtime whose encoder
                 is in another process tells nothing.
         """
+        ...
+
+    async def count(self, request: Request) -> PromptCount:
+        """The tokens that a request's prompt would have. No tower runs, and nothing is generated."""
         ...
 
     async def collect(self, media: MediaHandle) -> EncodedMedia:
@@ -193,6 +210,8 @@ class EncoderHalf(Protocol):
 
     async def encode(self, request: Request, on_progress: OnProgress | None = None) -> EncodedMedia: ...
 
+    async def count(self, request: Request) -> tuple[ItemCount, ...]: ...
+
     def status(self) -> StageStatus: ...
 
     def close(self) -> None: ...
@@ -229,6 +248,11 @@ class LocalRuntime:
                 on_progress(progress)
 
         return await self._encoder.encode(request, tell)
+
+    async def count(self, request: Request) -> PromptCount:
+        await self.admit(request)
+        items = await self._encoder.count(request) if needs_encoder(request) else ()
+        return PromptCount(num_tokens=await self._loop.prompt_length(request, items), items=items)
 
     async def collect(self, media: MediaHandle) -> EncodedMedia:
         assert isinstance(media, EncodedMedia), "media of another runtime"

@@ -18,11 +18,13 @@ import torch
 
 from mm.build import build_encode_parts, build_engine
 from mm.data.request import Request, TextLimits
-from mm.data.tokens import EncodedMedia
+from mm.data.tokens import EncodedMedia, ItemCount
 from mm.encode.clip_stream import ClipProgress, OnProgress
+from mm.encode.counting import count_tokens
 from mm.encode.loaded import LoadedMedia
 from mm.encode.pipeline import encode_loaded, load
 from mm.engine.loop import EngineLoop
+from mm.errors import InvalidRequest
 from mm.media import is_remote, prepare_decoder
 from mm.plugins.calls import StageStatus
 from mm.plugins.threads import while_slow
@@ -36,6 +38,10 @@ MAX_DOWNLOADS = 16
 """Requests that may wait for remote media beside those that compute."""
 
 
+def _counts_nothing(request: Request) -> tuple[ItemCount, ...]:
+    raise InvalidRequest("this encoder cannot count tokens")
+
+
 class EncoderStage(Generic[L]):
     """Encodes in threads.
 
@@ -47,6 +53,7 @@ class EncoderStage(Generic[L]):
         kinds: Kinds of media that it takes.
         workers: Requests that compute at a time.
         num_threads: CPU threads of torch in each worker; None leaves torch's own choice.
+        count: Counts the visual tokens of a request.
         status: How the plugins do.
     """
 
@@ -58,11 +65,12 @@ class EncoderStage(Generic[L]):
         *,
         workers: int = 2,
         num_threads: int | None = None,
+        count: Callable[[Request], tuple[ItemCount, ...]] = _counts_nothing,
         status: Callable[[], StageStatus] = StageStatus,
     ) -> None:
         self.status = status
         self.kinds = tuple(sorted(kinds))
-        self._load, self._encode = load, encode
+        self._load, self._encode, self._count = load, encode, count
         set_threads = None if num_threads is None else functools.partial(torch.set_num_threads, num_threads)
         self._pool = ThreadPoolExecutor(workers + MAX_DOWNLOADS, thread_name_prefix="encode", initializer=set_threads)
         self._may_compute = threading.Semaphore(workers)
@@ -90,6 +98,14 @@ class EncoderStage(Generic[L]):
         except asyncio.CancelledError:
             is_cancelled.set()
             raise
+
+    async def count(self, request: Request) -> tuple[ItemCount, ...]:
+        """The visual tokens that the request's items will have. Its media are loaded, and no tower runs."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._count_in_turn, request)
+
+    def _count_in_turn(self, request: Request) -> tuple[ItemCount, ...]:
+        with self._computing():
+            return self._count(request)
 
     def _run(self, request: Request, is_cancelled: threading.Event, tell: OnProgress) -> EncodedMedia:
         """Load and encode. A download may take seconds, so it does not count as computing."""
@@ -132,6 +148,7 @@ def build_encoder_stage(config: ServeConfig) -> EncoderStage[LoadedMedia]:
         parts.encoder.kinds,
         workers=config.encode_workers,
         num_threads=model.num_threads,
+        count=functools.partial(count_tokens, parts=parts),
         status=parts.calls.status,
     )
 

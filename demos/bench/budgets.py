@@ -16,8 +16,8 @@ from mm.plugins.weights import CARD, FOLDER
 RATIOS = (0.1, 0.25, 0.05, 0.5, 1.0)
 """In the order in which they are run: the most informative first."""
 
-NO_METHOD = frozenset({"none", "pipeline", "scheduled"})
-"""Made of others, or of a schedule that `mm tune` finds."""
+NO_METHOD = frozenset({"native", "none", "pipeline", "pixelprune", "scheduled"})
+"""Made of others, or of a schedule that `mm tune` finds, or without a budget."""
 
 BASE = {"fastv": "layer=1"}
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from mm.data.media import Kind, MediaSource
-from mm.data.request import ROLES, MediaPart, Message, TextPart
+from mm.data.request import ROLES, Detail, MediaPart, Message, TextPart
 from mm.errors import InvalidRequest, shown
 
 MEDIA_PARTS: dict[str, Kind] = {"image_url": "image", "video_url": "video"}
@@ -59,11 +59,25 @@ def _part(part: object, param: str, media: list[MediaSource]) -> TextPart | Medi
         return TextPart(text=text)
     if isinstance(kind, str) and kind in MEDIA_PARTS:
         media.append(_source(fields.get(kind), MEDIA_PARTS[kind], f"{param}.{kind}"))
-        return MediaPart(index=len(media) - 1, kind=MEDIA_PARTS[kind])
+        detail, most = _wishes(fields[kind], f"{param}.{kind}")
+        return MediaPart(index=len(media) - 1, kind=MEDIA_PARTS[kind], detail=detail, max_visual_tokens=most)
     allowed = ", ".join(("text", *MEDIA_PARTS))
     raise InvalidRequest(
         f"the content type {shown(kind)} is not supported; allowed: {allowed}", f"{param}.type", "unsupported_content"
     )
+
+
+def _wishes(value: object, param: str) -> tuple[Detail, int | None]:
+    """What a media part says of its visual tokens."""
+    given = cast(Mapping[str, object], value if isinstance(value, Mapping) else {})
+    detail, most = given.get("detail"), given.get("max_visual_tokens")
+    details: dict[object, Detail] = {None: "auto", "auto": "auto", "low": "low", "high": "high"}
+    if not isinstance(detail, str | None) or detail not in details:
+        raise InvalidRequest(f"detail was {shown(detail)}; allowed: low, high, auto", f"{param}.detail")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        what = f"max_visual_tokens was {shown(most)}; it has to be a whole number of at least 1"
+        raise InvalidRequest(what, f"{param}.max_visual_tokens")
+    return details[detail], most
 
 
 def _source(value: object, kind: Kind, param: str) -> MediaSource:

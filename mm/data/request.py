@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mm.data.media import FrameSampling, Kind, Media
 from mm.data.sampling_params import SamplingParams
-from mm.data.tokens import Positions
+from mm.data.tokens import AskedPositions
 from mm.errors import InvalidRequest
 from mm.settings import setting, settings_of
 
@@ -15,6 +16,9 @@ ROLES = ("system", "user", "assistant", "tool")
 """Roles of messages, as chat templates know them."""
 MAX_BYTES_PER_CHAR = 4
 """Of UTF-8."""
+
+
+Detail = Literal["low", "high", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +30,17 @@ class TextPart:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaPart:
-    """Marks where in a message the request's `media[index]` belongs."""
+    """Marks where in a message the request's `media[index]` belongs.
+
+    Attributes:
+        detail: How many visual tokens the item may have, as in OpenAI's API; "low" is at most a quarter of "high".
+        max_visual_tokens: At most so many of the item's tokens enter the decoder.
+    """
 
     index: int
     kind: Kind
+    detail: Detail = "auto"
+    max_visual_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +100,13 @@ class VisionOptions:
             that takes a ratio, and for "divprune" otherwise.
         return_map: Report which tokens were kept.
         return_timings: Report the seconds of each stage.
+        max_visual_tokens: At most so many visual tokens of all items together enter the decoder. Each item keeps its
+            share, and at least one.
         frames: Which frames of a clip the encoder gets; None takes the server's default.
         positions: "kept" leaves each token the position that it has in the unreduced prompt. "compact" numbers the
-            tokens that enter the decoder anew, so that only they have to fit the context. None leaves the choice to the
-            reducer, whose default is "kept".
+            tokens that enter the decoder anew, so that only they have to fit the context. "as_published" does what the
+            authors of the reducer did, to reproduce their figures. None leaves the choice to the reducer, whose default
+            is "kept".
     """
 
     reducer: str | None = setting(
@@ -104,11 +118,16 @@ class VisionOptions:
         max=1,
         help="Tokens kept / tokens in. Without a reducer, the server's default or divprune keeps them.",
     )
-    positions: Positions | None = setting(
-        None, help="Whether positions are counted anew after dropped tokens; the reducer's choice if absent."
+    positions: AskedPositions | None = setting(
+        None,
+        help="Whether positions are counted anew after dropped tokens, or as the reducer's authors had it; its own "
+        "choice if absent.",
     )
     return_map: bool = setting(False, help="Report which tokens were kept.")
     return_timings: bool = setting(False, help="Report how many seconds each stage took.")
+    max_visual_tokens: int | None = setting(
+        None, min=1, max=1_000_000, help="At most so many visual tokens of all items together enter the decoder."
+    )
     frames: FrameSampling | None = None
 
 

@@ -14,6 +14,12 @@ from mm.data.media import Kind
 Positions = Literal["kept", "compact"]
 """Whether tokens that a reducer keeps have their positions of the unreduced prompt, or are numbered anew."""
 
+PublishedPositions = Literal["kept", "compact", "renumbered"]
+"""What a method's authors did: as `Positions`, or numbered anew in every layer in which tokens are dropped."""
+
+AskedPositions = Literal["kept", "compact", "as_published"]
+"""What a request may ask for; "as_published" is what the authors of its reducer did."""
+
 Grid = tuple[int, int, int]
 """Tokens along time, height and width: (t, h, w). An image has t = 1, or one step per crop of it."""
 
@@ -141,6 +147,36 @@ class VisualTokens:
 
     def without_aux_features(self) -> VisualTokens:
         return replace(self, aux_features={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemCount:
+    """How many visual tokens a media item has, before they are made.
+
+    Attributes:
+        grid, crops: As `VisualTokens` has them.
+        num_tokens: Those that enter the decoder; the most that may where it is not exact.
+        is_exact: False where the reducer's count depends on the picture.
+    """
+
+    kind: Kind
+    grid: Grid
+    num_tokens: int
+    is_exact: bool
+    crops: tuple[int, int] | None = None
+
+    @property
+    def num_tokens_in(self) -> int:
+        """Those that the encoder makes."""
+        t, h, w = self.grid
+        return t * h * w
+
+    def blank(self, width: int) -> VisualTokens:
+        """Tokens of that number, without content."""
+        whole = VisualTokens.full(torch.zeros(self.num_tokens_in, 1), self.grid, self.kind, crops=self.crops)
+        first = torch.arange(self.num_tokens)
+        zeros = torch.zeros(1, width).expand(self.num_tokens, -1)
+        return replace(whole, embeddings=zeros, positions=whole.positions[first], sizes=whole.sizes[first])
 
 
 @dataclass(frozen=True, kw_only=True)

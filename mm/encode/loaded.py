@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mm.data.media import FrameSampling, Image, MediaFile, Prepared, Video
 from mm.data.tokens import Encoded
+from mm.encode.token_budget import TokenBudget
 from mm.media import MediaBudget
 from mm.plugins.spec import ReducerSpec
 
@@ -39,6 +40,7 @@ class LoadedMedia:
         budget: What the media drew from. It holds the memory of pixels that could not be prepared.
         text: (T, D) embeddings of the user's last turn if the reducer reads it.
         frames: Which frames of a clip are taken.
+        tokens: How many visual tokens may enter the decoder.
     """
 
     items: tuple[LoadedItem, ...]
@@ -46,3 +48,4 @@ class LoadedMedia:
     budget: MediaBudget
     text: Tensor | None = None
     frames: FrameSampling = field(default_factory=FrameSampling)
+    tokens: TokenBudget = field(default_factory=TokenBudget)

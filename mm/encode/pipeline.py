@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -24,11 +24,12 @@ from mm.encode.feature_cache import cache_key
 from mm.encode.loaded import LoadedItem, LoadedMedia
 from mm.encode.parts import EncodeParts, call_encoder
 from mm.encode.policy import resolve_reducer
+from mm.encode.token_budget import TokenBudget, fitted
 from mm.errors import MediaError, ReducerFault
 from mm.media import MediaBudget, content_hash, decode, decoded_size, fetch_item
 from mm.plugins.apply import reduce_tokens
-from mm.plugins.capabilities import in_tower, names_of, parts_of
-from mm.plugins.encoder import HostsReducer, PreparesItems, ReadsCompany, ReadsText
+from mm.plugins.capabilities import before_tower, in_tower, names_of, parts_of, resolution
+from mm.plugins.encoder import ChangesResolution, HostsReducer, PreparesItems, ReadsCompany, ReadsText, SparesCells
 from mm.plugins.features import TEXT_EMBEDDINGS
 from mm.plugins.reducer import Reducer, Streams
 
@@ -78,16 +79,19 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
         tenant=request.cache_salt,
         question=asked,
     )
-    prepare = functools.partial(
-        _prepared, budget=budget, parts=parts, keep_clips=_takes_frames(spec.plugin), in_company=in_company
-    )
+    options = {"resolution": share} if (share := resolution(spec.plugin)) else {}
+    options |= {"in_company": True} if in_company else {}
+    keep_clips = _takes_frames(spec.plugin)
+    prepare = functools.partial(_prepared, budget=budget, parts=parts, keep_clips=keep_clips, options=options)
     try:
         fetched = [_fetch_item(item, frames, budget, parts, key_of, prepare) for item in request.media]
         items = _decode_files(fetched, frames, budget, prepare, keep_clips=takes_files(spec.plugin, parts))
     except BaseException:
         budget.give_back()
         raise
-    return LoadedMedia(items=items, reducer=spec, budget=budget, text=text, frames=frames)
+    return LoadedMedia(
+        items=items, reducer=spec, budget=budget, text=text, frames=frames, tokens=TokenBudget.of(request)
+    )
 
 
 def _in_company(request: Request, parts: EncodeParts) -> bool:
@@ -155,19 +159,21 @@ def _prepared(
     budget: MediaBudget,
     parts: EncodeParts,
     keep_clips: bool,
-    in_company: bool,
+    options: Mapping[str, float],
 ) -> Image | Video | Prepared:
     """The item as the tower takes it, if the encoder can prepare single items. Then its pixels are given back.
 
     Args:
         keep_clips: Leave clips as they are, for a reducer that takes their frames chunk by chunk.
-        in_company: See `ReadsCompany`.
+        options: See `ChangesResolution` and `ReadsCompany`.
     """
-    if not isinstance(parts.encoder, PreparesItems) or (keep_clips and isinstance(pixels, Video)):
+    if not isinstance(parts.encoder, PreparesItems):
+        return pixels
+    if keep_clips and isinstance(pixels, Video) and "resolution" not in options:
         return pixels
     try:
-        encoder = parts.encoder
-        prepared = call_encoder(parts, lambda: encoder.prepare(pixels, **({"in_company": True} if in_company else {})))
+        encoder = cast(ChangesResolution, parts.encoder)
+        prepared = call_encoder(parts, lambda: encoder.prepare(pixels, **options))
     except MediaError as error:
         raise error.at(param) if param else error from None
     budget.give_back()
@@ -198,16 +204,14 @@ def encode_loaded(loaded: LoadedMedia, parts: EncodeParts, on_progress: OnProgre
         encoded = _encode_batch(fresh, loaded, parts, on_progress)
     finally:
         loaded.budget.give_back()
-    return EncodedMedia(
-        items=tuple(
-            replace(
-                item.content if isinstance(item.content, Encoded) else encoded[item.key],
-                num_media_bytes=item.num_media_bytes,
-            )
-            for item in loaded.items
-        ),
-        reducer=loaded.reducer.canonical,
-    )
+    items = [
+        replace(
+            item.content if isinstance(item.content, Encoded) else encoded[item.key],
+            num_media_bytes=item.num_media_bytes,
+        )
+        for item in loaded.items
+    ]
+    return EncodedMedia(items=fitted(items, loaded.tokens, parts.policy), reducer=loaded.reducer.canonical)
 
 
 def _encode_batch(
@@ -244,8 +248,12 @@ def _decoded(item: LoadedItem, loaded: LoadedMedia) -> LoadedItem:
 
 def _run_tower(pixels: Sequence[Image | Video], reducer: Reducer, parts: EncodeParts) -> tuple[list[VisualTokens], str]:
     """The items' tokens, and what a reducer inside the tower did wrong if the policy keeps all tokens then."""
-    merging, needs = in_tower(reducer), reducer.needs
+    merging, dropping, needs = in_tower(reducer), before_tower(reducer), reducer.needs
     try:
+        if dropping is not None:
+            sparing = cast(SparesCells, parts.encoder)
+            parts.calls.check("reducer", names_of(dropping))
+            return call_encoder(parts, lambda: sparing.encode(pixels, needs=needs, dropping=dropping)), ""
         if merging is None:
             return call_encoder(parts, lambda: parts.encoder.encode(pixels, needs=needs)), ""
         host = cast(HostsReducer, parts.encoder)

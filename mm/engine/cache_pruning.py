@@ -7,16 +7,20 @@ a reducer returns something that cannot be applied, nothing is removed and the e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mm.data.tokens import Prompt
+from mm.data.arrays import to_tensor
+from mm.data.media import Kind
+from mm.data.tokens import Encoded, Prompt
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.prefill_pruning import PruneState
 from mm.errors import MmError, ReducerFault
+from mm.plugins.cache_view import CacheView
 from mm.plugins.calls import PluginCalls
-from mm.plugins.reducer import CacheView, InDecode
+from mm.plugins.reducer import InDecode
 from mm.plugins.registry import name_of
 from mm.plugins.threads import plugin_errors
 
@@ -29,6 +33,7 @@ def prune_cache(
     state: PruneState | None,
     reducers: Sequence[InDecode],
     calls: PluginCalls | None = None,
+    media: Sequence[Encoded] = (),
 ) -> tuple[int, MmError | None]:
     """Apply what the reducers decide, one after the other: each sees what the one before it left.
 
@@ -36,16 +41,19 @@ def prune_cache(
         num_cached_tokens: Tokens of the prompt that came from the prefix cache.
         state: What reducers between layers left of the prompt; None where there are none.
         calls: Calls the reducers.
+        media: The prompt's items.
 
     Returns:
         How many of the prompt's first tokens are where they were in every layer, and the error of a reducer that
         failed. A reducer that fails removes nothing, and those after it are not asked.
     """
     planes = _visual_of_layers(cache.shape.num_layers, prompt, num_cached_tokens, state)
+    items = _Items.of(media, prompt.is_visual.device)
     num_unchanged = prompt.length
     for reducer in reducers:
         try:
-            kept = _ask(reducer, cache.lengths[:, seq_index].tolist(), planes, calls or PluginCalls())
+            view = _view(cache, seq_index, planes, items)
+            kept = _ask(reducer, view, calls or PluginCalls())
         except MmError as error:
             return num_unchanged, error
         for layer, tokens in kept.items():
@@ -57,20 +65,48 @@ def prune_cache(
     return num_unchanged, None
 
 
-def _ask(
-    reducer: InDecode, lengths: Sequence[int], planes: Sequence[tuple[Tensor, Tensor]], calls: PluginCalls
-) -> dict[int, Tensor]:
-    name, when = name_of(reducer), "when the prompt was in"
-    view = CacheView(
-        lengths=tuple(lengths),
+@dataclass(frozen=True, kw_only=True)
+class _Items:
+    """What the items of a prompt are, token by token; see `CacheView`."""
+
+    items: Tensor
+    cells: Tensor
+    kinds: tuple[Kind, ...]
+
+    @classmethod
+    def of(cls, media: Sequence[Encoded], device: torch.device) -> _Items:
+        sizes = torch.tensor([item.tokens.num_tokens for item in media], dtype=torch.int64)
+        cells = [item.tokens.positions.to(device) for item in media]
+        return cls(
+            items=torch.repeat_interleave(torch.arange(len(media)), sizes).to(device),
+            cells=torch.cat(cells) if cells else torch.zeros(0, 3, dtype=torch.int64, device=device),
+            kinds=tuple(item.tokens.kind for item in media),
+        )
+
+
+def _view(cache: KVCache, seq_index: int, planes: Sequence[tuple[Tensor, Tensor]], items: _Items) -> CacheView:
+    def read(layer: int) -> tuple[Tensor, Tensor]:
+        slots = to_tensor(cache.slot_mapping(layer, seq_index), cache.keys.device)
+        return cache.keys.flatten(0, 1)[slots], cache.values.flatten(0, 1)[slots]
+
+    return CacheView(
+        lengths=tuple(cache.lengths[:, seq_index].tolist()),
         visual=tuple(visual for visual, _ in planes),
         origins=tuple(origins for _, origins in planes),
+        items=items.items,
+        cells=items.cells,
+        item_kinds=items.kinds,
+        read=read,
     )
+
+
+def _ask(reducer: InDecode, view: CacheView, calls: PluginCalls) -> dict[int, Tensor]:
+    name, when = name_of(reducer), "when the prompt was in"
 
     def ask() -> dict[int, Tensor]:
         with plugin_errors(name, when):
             kept = reducer.prefill_done(view)
-            _check(kept, lengths, name)
+            _check(kept, view.lengths, name)
             return dict(kept)
 
     return calls.call("reducer", (name,), when, ask, timeout_s=calls.limits.step_timeout_s, holds_all=True)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
+
+import torch
 
 from mm.config import OnError
 from mm.data.request import Request
-from mm.data.tokens import EncodedMedia, Positions, Prompt
+from mm.data.tokens import AskedPositions, EncodedMedia, ItemCount, Positions, Prompt
 from mm.engine.adapted_decoders import AdaptedDecoders
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.prefill_pruning import layers_of
 from mm.engine.sampling.sampler_factory import SamplerFactory
 from mm.engine.sampling.vocabulary import Vocabulary
-from mm.engine.sequence import EngineRequest, OutputSink, PrefillOnly, Sequence
+from mm.engine.sequence import EngineRequest, OutputSink, PrefillOnly
+from mm.engine.sequence import Sequence as EngineSequence
 from mm.engine.sequence_output import SequenceOutput
 from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.token_pruning import TokenPruning
@@ -56,7 +59,7 @@ class InputProcessor:
 
     def process(
         self, params: Request, media: EncodedMedia, sink: OutputSink, reducer: Reducer | None = None
-    ) -> list[Sequence]:
+    ) -> list[EngineSequence]:
         """The sequences of a request, one per choice. May wait for a schema to be compiled.
 
         Args:
@@ -69,7 +72,7 @@ class InputProcessor:
         """
         reducer = reducer or self._reducer(media)
         prompt = self._splice(params, media)
-        prompt = with_positions(prompt, params.vision.positions or capabilities_of(reducer).positions)
+        prompt = with_positions(prompt, asked_positions(params.vision.positions, reducer, prompt))
         prompt = up_to_media(prompt) if isinstance(sink, PrefillOnly) else prompt
         max_new_tokens = output_length(params, prompt, self._family.max_context_tokens, self._cache)
         samplers = self._samplers.make(params.sampling, prompt)
@@ -79,7 +82,7 @@ class InputProcessor:
         add_reducers(request, reducer, self._family.language.num_layers, self._calls, on_error=self._on_error)
         check_dropping(request, self._family.language.arithmetic.shortest_window)
         seqs = [
-            Sequence(
+            EngineSequence(
                 request=request,
                 sampler=sampler,
                 output=SequenceOutput(self._samplers.vocabulary, sampler, params.sampling, max_new_tokens),
@@ -103,6 +106,16 @@ class InputProcessor:
         limits.check(params.messages)
         if not limits.are_far_from(params.messages):
             self._call_family(functools.partial(self._family.check_length, params.messages))
+
+    def prompt_length(self, params: Request, items: Sequence[ItemCount]) -> int:
+        """Tokens of the prompt of a request, given how many its items have.
+
+        Raises:
+            ContextTooLong, InvalidRequest: As `process`.
+        """
+        width = self._family.language.embed(torch.zeros(1, dtype=torch.int64)).shape[1]
+        blank = [item.blank(width) for item in items]
+        return self._call_family(functools.partial(self._family.splice, params.messages, blank)).length
 
     def _reducer(self, media: EncodedMedia) -> Reducer:
         """The reducer of a request, with its weights where there is anything to reduce."""
@@ -170,6 +183,26 @@ def output_length(params: Request, prompt: Prompt, max_context_tokens: int, cach
             "context_length_exceeded",
         )
     return asked or min(room, max_context_tokens - next_position)
+
+
+def asked_positions(asked: AskedPositions | None, reducer: Reducer, prompt: Prompt) -> Positions:
+    """The positions that a request gets.
+
+    Raises:
+        InvalidRequest: What the reducer's authors did cannot be done.
+    """
+    capabilities = capabilities_of(reducer)
+    if asked != "as_published":
+        return asked or capabilities.positions
+    published, is_line = capabilities.published_positions, prompt.positions.shape[0] == 1
+    if published == "renumbered":
+        raise InvalidRequest(
+            "the authors of this reducer number the tokens anew in each layer in which some are dropped, which this "
+            'server does not do; send vision.positions = "kept"',
+            "vision.positions",
+        )
+    # In models with positions in time, height and width, the authors' code keeps them too.
+    return published if is_line else "kept"
 
 
 def with_positions(prompt: Prompt, positions: Positions) -> Prompt:

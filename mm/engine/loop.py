@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -26,7 +26,7 @@ import torch
 from mm.data.outputs import Event
 from mm.data.request import Request, SpeculationOptions
 from mm.data.sampling_params import SamplingParams
-from mm.data.tokens import EncodedMedia
+from mm.data.tokens import EncodedMedia, ItemCount
 from mm.engine.engine import LLMEngine
 from mm.engine.sequence import EngineRequest, PrefillOnly
 from mm.engine.stats import EngineStats
@@ -238,6 +238,16 @@ class EngineLoop:
         assert self._submit_pool is not None, "start the loop first"
         check = functools.partial(self._engine.inputs.check_length, params)
         await asyncio.get_running_loop().run_in_executor(self._submit_pool, check)
+
+    async def prompt_length(self, params: Request, items: Sequence[ItemCount]) -> int:
+        """Tokens of the prompt of a request, given how many its items have.
+
+        Raises:
+            ContextTooLong, InvalidRequest: As `stream`.
+        """
+        assert self._submit_pool is not None, "start the loop first"
+        ask = functools.partial(self._engine.inputs.prompt_length, params, items)
+        return await asyncio.get_running_loop().run_in_executor(self._submit_pool, ask)
 
     async def stream(self, params: Request, media: EncodedMedia) -> AsyncGenerator[list[Event]]:
         """A request's events as they come, several at a time where they came together.

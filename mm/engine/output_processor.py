@@ -126,6 +126,7 @@ class OutputProcessor:
             chunk.prune_state,
             request.cache_pruners,
             self._calls,
+            request.media,
         )
         del seq.block_hashes[unchanged // self._cache.shape.block_size :]
         if fault is not None:

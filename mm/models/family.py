@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mm.config import TextAfterClip
 from mm.data.media import Kind
 from mm.data.request import MediaPart, Message, TextLimits, TextPart
 from mm.data.sampling_params import SamplingParams, sampling_options
@@ -64,6 +65,10 @@ class CheckpointFamily(ABC):
 
     num_position_rows: int = 1
     """Rows of a prompt's positions: 1, or 3 for M-RoPE."""
+
+    text_after_clip: TextAfterClip = "highest"
+    """Where the text behind a clip goes on, in families with positions in time: after the clip's highest position, or
+    after the longer side of its grid."""
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         RENDERER.start()

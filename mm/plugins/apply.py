@@ -15,6 +15,7 @@ from torch import Tensor
 from mm.data.tokens import VisualTokens
 from mm.errors import IncompatiblePlugin, ReducerFault
 from mm.plugins.capabilities import acts_before_decoder, acts_outside_decoder, parts_of, plans_tokens, rewrites
+from mm.plugins.finite import finite
 from mm.plugins.reducer import BeforeDecoder, ReduceContext, Reducer, Reduction
 from mm.plugins.registry import name_of
 from mm.plugins.threads import plugin_errors
@@ -54,7 +55,8 @@ def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tenso
 def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer") -> VisualTokens:
     """`tokens` after `reduction`, on every per-token plane; auxiliary features are dropped, the input stays as it was.
 
-    Kept rows are gathered unchanged. Merged rows are computed in float32 and cast to the tokens' dtype at the end.
+    Tokens that are not finite are not kept (`mm.plugins.finite`). Kept rows are gathered unchanged. Merged rows are
+    computed in float32 and cast to the tokens' dtype at the end.
 
     Args:
         owner: Named in errors.
@@ -62,10 +64,11 @@ def apply(reduction: Reduction, tokens: VisualTokens, owner: str = "the reducer"
     Raises:
         ReducerFault: `keep` is not a non-empty, strictly ascending int64 vector of token indices; the merge weights
             are of a wrong shape, negative, not finite or do not sum to 1 in a row; the sizes are of a wrong shape or
-            not positive.
+            not positive; there are fewer finite tokens than it keeps.
         IncompatiblePlugin: The reduction rewrites the embeddings of tokens that have planes for further layers.
     """
     _check(reduction, tokens, owner)
+    reduction = finite(reduction, tokens, owner)
     keep, planes = reduction.keep, tokens.layer_planes
     if planes is not None:
         planes = _planes(reduction, planes, owner)

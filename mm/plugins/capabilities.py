@@ -6,20 +6,23 @@ its own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, cast, get_args
 
 from mm.data.media import Kind
-from mm.data.tokens import Positions
+from mm.data.tokens import Positions, PublishedPositions
 from mm.errors import IncompatiblePlugin, InvalidOption
-from mm.plugins.features import BLOCK_KEYS, TEXT_EMBEDDINGS, TOWER_FEATURES
+from mm.plugins.features import BLOCK_KEYS, PATCHES, RESOLUTION, TEXT_EMBEDDINGS, TOWER_FEATURES
 from mm.plugins.reducer import (
     BeforeDecoder,
+    BeforeTower,
     Count,
     InDecode,
     InPrefill,
     InTower,
     Learned,
+    OnPixels,
     PerToken,
     PlansTokens,
     Reducer,
@@ -29,7 +32,7 @@ from mm.plugins.reducer import (
 from mm.plugins.registry import name_of
 from mm.plugins.weights import ReducerWeights
 
-OUTSIDE_DECODER = (Stage.IN_VIT, Stage.TEMPORAL, Stage.PRE_LLM)
+OUTSIDE_DECODER = (Stage.PIXELS, Stage.BEFORE_VIT, Stage.IN_VIT, Stage.TEMPORAL, Stage.PRE_LLM)
 """The stages whose result is what the encoder hands over: encoded features depend on them, and on no later stage."""
 
 BEFORE_DECODER = (Stage.TEMPORAL, Stage.PRE_LLM)
@@ -51,6 +54,7 @@ class Capabilities:
         count: "fixed" when the number of kept tokens is known beforehand, "bounded" when there is an upper bound.
         needs_grid: Whether every cell of the grid has to be present.
         positions: "compact" where the tokens that are left are numbered anew.
+        published_positions: What the authors did.
         trained: Whether it has weights of its own.
         least_keep_ratio: Tokens kept / tokens in, at worst; None where it depends on the picture or the question.
     """
@@ -62,6 +66,7 @@ class Capabilities:
     count: Count
     needs_grid: bool
     positions: Positions
+    published_positions: PublishedPositions
     trained: bool
     least_keep_ratio: float | None
 
@@ -78,9 +83,15 @@ def capabilities_of(reducer: Reducer) -> Capabilities:
         count="fixed" if all(part.count == "fixed" for part in parts) else "bounded",
         needs_grid=any(getattr(part, "needs_grid", False) for part in parts),
         positions="compact" if any(getattr(part, "positions", "kept") == "compact" for part in parts) else "kept",
+        published_positions=_published_positions(parts),
         trained=any(is_trained(part) for part in parts),
         least_keep_ratio=_least_keep_ratio(parts),
     )
+
+
+def _published_positions(parts: tuple[Reducer, ...]) -> PublishedPositions:
+    found: list[PublishedPositions] = [getattr(part, "published_positions", "kept") for part in parts]
+    return "renumbered" if "renumbered" in found else "compact" if "compact" in found else "kept"
 
 
 def parts_of(reducer: Reducer) -> tuple[Reducer, ...]:
@@ -104,6 +115,25 @@ def in_tower(reducer: Reducer) -> InTower | None:
     if len(inside) > 1:
         raise InvalidOption("pipeline", "stages", "take one reducer inside the tower, not several")
     return cast(InTower, inside[0]) if inside else None
+
+
+def resolution(reducer: Reducer) -> float | None:
+    """The share of its own tokens that a checkpoint is to make; None where no part asks for fewer."""
+    ratios = [cast(OnPixels, part).resolution() for part in parts_of(reducer) if Stage.PIXELS in part.acts_at]
+    return math.prod(ratios) if ratios else None
+
+
+def before_tower(reducer: Reducer) -> BeforeTower | None:
+    """The part that removes cells before the vision tower, if there is one.
+
+    Raises:
+        InvalidOption: There are several, or another acts inside the tower.
+    """
+    stages = (Stage.BEFORE_VIT, Stage.IN_VIT)
+    found = [part for part in parts_of(reducer) if any(stage in part.acts_at for stage in stages)]
+    if len(found) > 1:
+        raise InvalidOption("pipeline", "stages", "take one reducer before or inside the tower, not several")
+    return cast(BeforeTower, found[0]) if found and Stage.BEFORE_VIT in found[0].acts_at else None
 
 
 def before_decoder(reducer: Reducer) -> tuple[BeforeDecoder, ...]:
@@ -190,8 +220,8 @@ def _keep_ratio(part: Reducer) -> float | None:
     return ratio
 
 
-SUPPLIED_AFTER_MERGING = frozenset({BLOCK_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS})
-"""The auxiliary features that an encoder still supplies when tokens are merged inside its tower."""
+SUPPLIED_AFTER_MERGING = frozenset({BLOCK_KEYS, PATCHES, RESOLUTION, TOWER_FEATURES, TEXT_EMBEDDINGS})
+"""The auxiliary features that an encoder still supplies when tokens are removed before or inside its tower."""
 
 
 class ProvidesFeatures(Protocol):
@@ -212,11 +242,15 @@ def check_compatible(reducer: Reducer, encoder: ProvidesFeatures, host: str) -> 
         InvalidOption: Several of its parts act inside the tower.
     """
     needs = frozenset[str]().union(*(part.needs for part in parts_of(reducer)))
-    missing = sorted(needs - encoder.provides)
+    lacks: dict[str, str] = getattr(encoder, "lacks", {})
+    missing = [f"{name} ({lacks[name]})" if name in lacks else name for name in sorted(needs - encoder.provides)]
     if missing:
         raise IncompatiblePlugin(name_of(reducer), host, missing)
-    if (merging := in_tower(reducer)) is not None:
-        lost = sorted(needs - SUPPLIED_AFTER_MERGING) + ([BLOCK_KEYS] if BLOCK_KEYS not in encoder.provides else [])
+    dropping = before_tower(reducer)
+    hosted, needed = (in_tower(reducer), BLOCK_KEYS) if dropping is None else (dropping, PATCHES)
+    if hosted is not None:
+        lost = sorted(needs - SUPPLIED_AFTER_MERGING) + ([needed] if needed not in encoder.provides else [])
         if lost:
-            after = [f"{name} with {name_of(merging)} in its tower" for name in lost]
+            where = "in" if dropping is None else "before"
+            after = [f"{name} with {name_of(hosted)} {where} its tower" for name in lost]
             raise IncompatiblePlugin(name_of(reducer), host, after)

@@ -7,6 +7,8 @@ from typing import cast
 from mm.plugins.reducer import Stage
 
 METHODS: dict[Stage, tuple[str, ...]] = {
+    Stage.PIXELS: ("plan", "resolution"),
+    Stage.BEFORE_VIT: ("plan", "keep_cells"),
     Stage.IN_VIT: ("plan", "merges", "match"),
     Stage.TEMPORAL: ("plan", "after_encode"),
     Stage.PRE_LLM: ("plan", "after_encode"),
@@ -17,6 +19,8 @@ METHODS: dict[Stage, tuple[str, ...]] = {
 """The methods that a reducer has for each stage where it acts."""
 
 HOOKS = {
+    Stage.PIXELS: "resolution",
+    Stage.BEFORE_VIT: "keep_cells",
     Stage.PRE_LLM: "after_encode",
     Stage.IN_PREFILL: "in_prefill",
     Stage.IN_DECODE: "prefill_done",

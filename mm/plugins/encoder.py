@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from mm.data.media import Image, Kind, Prepared, Video
-from mm.data.tokens import VisualTokens
-from mm.plugins.reducer import InTower
+from mm.data.tokens import Grid, VisualTokens
+from mm.plugins.reducer import BeforeTower, InTower
 
 
 class Encoder(Protocol):
@@ -22,6 +22,7 @@ class Encoder(Protocol):
     Attributes:
         provides: Names of the auxiliary features that it can supply, see `mm.plugins.features`.
         kinds: What it takes: "image", "video" or both.
+        lacks: Optional, a feature that it does not provide to the reason, for errors.
         frames_apart: Optional, True where a clip's tokens are those of its parts, in order: frames are encoded apart.
         fingerprint: Names weights, preprocessing and dtype, for cache keys. Equal only where the tokens are equal.
     """
@@ -80,6 +81,27 @@ class ReadsCompany(Protocol):
         ...
 
 
+class ChangesResolution(PreparesItems, Protocol):
+    """An encoder that provides `RESOLUTION`: its checkpoint takes pictures of any size."""
+
+    def prepare(self, item: Image | Video, resolution: float | None = None) -> Prepared:
+        """As `PreparesItems.prepare`.
+
+        Args:
+            resolution: Tokens / tokens that the item would have by itself, at most; None changes nothing.
+        """
+        ...
+
+
+@runtime_checkable
+class CountsTokens(PreparesItems, Protocol):
+    """An encoder that knows an item's visual tokens before its tower runs."""
+
+    def grid_of(self, prepared: Prepared) -> Grid:
+        """The grid that the tokens of what `prepare` returned will have."""
+        ...
+
+
 class HostsReducer(Encoder, Protocol):
     """An encoder that provides `BLOCK_KEYS`: a reducer may merge tokens in the blocks of its tower."""
 
@@ -91,6 +113,20 @@ class HostsReducer(Encoder, Protocol):
         Args:
             merging: Called in each block. The auxiliary features that can then be supplied are those of
                 `mm.plugins.capabilities.SUPPLIED_AFTER_MERGING`.
+        """
+        ...
+
+
+class SparesCells(Encoder, Protocol):
+    """An encoder that provides `PATCHES`: a reducer may remove cells before its tower sees them."""
+
+    def encode(
+        self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset(), dropping: BeforeTower | None = None
+    ) -> list[VisualTokens]:
+        """As `Encoder.encode`, with the tokens of the kept cells only, at their places in the whole grid.
+
+        Args:
+            dropping: Called once per item. Items that lose nothing have the same tokens as without it, bit for bit.
         """
         ...
 

@@ -24,5 +24,13 @@ BLOCK_KEYS = "block_keys"
 """Not a feature of tokens: an encoder that provides it hosts a reducer of the stage IN_VIT, see `InTower`."""
 
 
+RESOLUTION = "resolution"
+"""Not a feature of tokens: an encoder that provides it hosts a reducer of the stage PIXELS, see `ChangesResolution`."""
+
+
+PATCHES = "patches"
+"""Not a feature of tokens: an encoder that provides it hosts a reducer of the stage BEFORE_VIT, see `BeforeTower`."""
+
+
 TEXT_EMBEDDINGS = "text_embeddings"
 """Not per token, and of the question: see `ReduceContext.text_embeddings` and `ReadsText`."""

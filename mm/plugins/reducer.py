@@ -4,6 +4,8 @@ A reducer declares once, in `acts_at`, at which stages it acts. The methods foll
 
 | stage                 | protocol        | methods                                  |
 |-----------------------|-----------------|------------------------------------------|
+| PIXELS                | `OnPixels`      | plan, resolution                         |
+| BEFORE_VIT            | `BeforeTower`   | plan, keep_cells                         |
 | IN_VIT                | `InTower`       | plan, merges, match                      |
 | TEMPORAL, PRE_LLM     | `BeforeDecoder` | plan, after_encode                       |
 | IN_PREFILL            | `InPrefill`     | layers, in_prefill                       |
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from mm.data.media import Kind
 from mm.data.tokens import Grid, Placement, VisualTokens
+from mm.plugins.cache_view import CacheView
 from mm.plugins.weights import ReducerWeights
 
 Count = Literal["fixed", "bounded"]
@@ -33,6 +36,8 @@ Count = Literal["fixed", "bounded"]
 class Stage(Enum):
     """Where a reducer acts, in the order in which a token meets the stages."""
 
+    PIXELS = "pixels"
+    BEFORE_VIT = "before_vit"
     IN_VIT = "in_vit"
     TEMPORAL = "temporal"
     PRE_LLM = "pre_llm"
@@ -52,6 +57,8 @@ class Reducer(Protocol):
         needs_grid: True where every cell of the grid has to be present, so that no other reducer may come first.
         positions: "compact" where the tokens that are left have to be numbered anew; "kept" is the default.
         rewrites: True where it computes new tokens (`Reduction.embeddings`), so that no row stays as it was.
+        published_positions: What the method's authors did, for requests that ask for "as_published": "kept" (the
+            default), "compact", or "renumbered" where positions begin anew in each layer in which tokens are dropped.
         trained: True where it has weights of its own, see `Learned`.
 
     Attributes:
@@ -109,9 +116,6 @@ class Learned(Reducer, Protocol):
     def untrained(cls, width: int) -> ReducerWeights:
         """Weights as a training starts with, for a decoder of that width. The contract tests use them."""
         ...
-
-
-# ── before the decoder ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +209,20 @@ class Streams(BeforeDecoder, Protocol):
         ...
 
 
-# ── inside the vision tower ───────────────────────────────────────────────────────────────────────────────────────────
+class OnPixels(PlansTokens, Protocol):
+    """A reducer of the stage PIXELS: the checkpoint's own way to make fewer tokens, such as a lower resolution."""
+
+    def resolution(self) -> float:
+        """Tokens to make / tokens that the checkpoint would make by itself, at most."""
+        ...
+
+
+class BeforeTower(PlansTokens, Protocol):
+    """A reducer of the stage BEFORE_VIT: cells, which become one token each, that never enter the tower."""
+
+    def keep_cells(self, pixels: Tensor) -> Tensor:
+        """(t, h, w) bool, which cells stay, of pixels (t, h, w, n) float32; 1 is the range from black to white."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,9 +258,6 @@ class InTower(PlansTokens, Protocol):
             num_prefix: Leading tokens that are no patches, [CLS] among them. They are not merged and stay in front.
         """
         ...
-
-
-# ── inside the decoder ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class PrefillView(Protocol):
@@ -301,21 +315,6 @@ class InPrefill(Reducer, Protocol):
     def in_prefill(self, layer: int, view: PrefillView) -> Tensor:
         """(k,) int64, ascending: which of `view.visual` stay, in this layer and all later ones."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheView:
-    """What a reducer sees of one prompt in the KV cache, layer by layer.
-
-    Attributes:
-        lengths: Cache entries that each layer holds.
-        visual: (V,) int64 per layer, which of these entries are visual.
-        origins: (V,) int64 per layer, which of the prompt's visual tokens these are, counted over all its items.
-    """
-
-    lengths: tuple[int, ...]
-    visual: tuple[Tensor, ...]
-    origins: tuple[Tensor, ...]
 
 
 class InDecode(Reducer, Protocol):

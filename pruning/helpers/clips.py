@@ -1,4 +1,4 @@
-"""Reducers of clips: frames of equal grids in order of time, every cell of them there."""
+"""Reducers of clips: frames of equal grids in order of time, every cell of them there; and segments of time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mm.data.arrays import ints
 from mm.data.media import Kind
 from mm.data.tokens import Grid, VisualTokens
 from mm.plugins.reducer import ReduceContext, Reduction, Stage
-from pruning.base import BudgetReducer, keep_all
+from pruning.base import BudgetReducer, keep_all, unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +46,25 @@ class ClipReducer(BudgetReducer):
     def decide(self, frames: Tensor, context: ReduceContext, k: int) -> Reduction:
         """What becomes of the tokens of `frames` (F, n, D), of which `k` stay, with 0 < k < F n."""
         raise NotImplementedError
+
+
+def num_segments(num_frames: int) -> int:
+    """Segments that a clip has at least: one for each four frames, at most the authors' 8."""
+    return min(8, max(1, num_frames // 4))
+
+
+def beginnings(frames: Tensor, threshold: float, min_segments: int) -> Tensor:
+    """(F,) bool: whether a segment of time begins with each frame of `frames` (F, n, D)."""
+    means = unit_rows(frames.float().mean(dim=1))
+    alike = (means[1:] * means[:-1]).sum(dim=-1)
+    begins = torch.cat([alike.new_ones(1, dtype=torch.bool), alike < threshold])
+    # Those below the threshold are the least alike: taking the first so many adds only where they are too few.
+    least = torch.sort(alike, stable=True).indices[: max(min_segments - 1, 0)]
+    begins[least + 1] = True
+    return begins
+
+
+def segments(begins: Tensor) -> list[slice]:
+    """The frames of each segment."""
+    starts = ints(begins.nonzero().squeeze(1))
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(begins)], strict=True)]

@@ -21,13 +21,18 @@ def dpc_knn(rows: Tensor, num_clusters: int, num_neighbours: int) -> tuple[Tenso
     rows with the largest rho * delta; each row joins the nearest centre. Memory O(M^2 + M D).
     """
     distances = distances_between(rows)
-    nearest = distances.topk(min(num_neighbours, len(rows)), dim=1, largest=False).values
-    density = torch.exp(-nearest.square().mean(dim=1))
-    peaks = density * _isolation(distances, density)
+    peaks = density_peaks(distances, num_neighbours)
     centres = torch.sort(peaks, descending=True, stable=True).indices[:num_clusters]
     labels = torch.argmin(distances.index_select(1, centres), dim=1)
     labels[centres] = torch.arange(len(centres), device=rows.device)
     return centres, labels
+
+
+def density_peaks(distances: Tensor, num_neighbours: int) -> Tensor:
+    """(M,) float32: rho * delta of rows with these `distances` (M, M); see `dpc_knn`."""
+    nearest = distances.topk(min(num_neighbours, len(distances)), dim=1, largest=False).values
+    density = torch.exp(-nearest.square().mean(dim=1))
+    return density * _isolation(distances, density)
 
 
 def distances_between(rows: Tensor) -> Tensor:

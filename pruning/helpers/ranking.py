@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mm.errors import InvalidOption
 from mm.plugins.reducer import PrefillView
-from pruning.base import top_k_ascending
+from pruning.base import Rounding, budget, top_k_ascending
 
 PROTECTED = 2.0
 """Score of a protected token: above every attention weight."""
@@ -31,6 +31,15 @@ def keep_best(scores: Tensor, k: int) -> Tensor:
     return top_k_ascending(scores, k)
 
 
+def keep_best_of_items(scores: Tensor, view: PrefillView, keep_ratio: float, rounding: Rounding) -> Tensor:
+    """(k,) int64, ascending: of each item its best by `scores` (V,), `keep_ratio` of what entered the decoder."""
+    kept = list[Tensor]()
+    for item, size in enumerate(view.item_sizes):
+        columns = (view.items == item).nonzero().squeeze(1)
+        kept.append(columns[keep_best(scores[columns], budget(size, keep_ratio, rounding))])
+    return torch.cat(kept)
+
+
 def layers_option(owner: str, option: str, value: object) -> tuple[int, ...]:
     """`value` as strictly ascending layers of at least 1; empty stands for the method's own places.
 
@@ -45,15 +54,20 @@ def layers_option(owner: str, option: str, value: object) -> tuple[int, ...]:
     return layers
 
 
-def spread(num_stages: int, num_layers: int) -> tuple[int, ...]:
+def spread(owner: str, option: str, num_stages: int, num_layers: int) -> tuple[int, ...]:
     """Layers that cut a decoder into `num_stages` + 1 parts of about equal depth: 8, 16, 24 of 32 for three.
+
+    Args:
+        owner, option: What the user set `num_stages` by.
 
     Raises:
         InvalidOption: There are too few layers.
     """
     layers = tuple(stage * num_layers // (num_stages + 1) for stage in range(1, num_stages + 1))
     if layers and (layers[0] < 1 or len(set(layers)) < num_stages):
-        raise InvalidOption("stages", "number", f"was {num_stages}; this decoder has only {num_layers} layers")
+        most = max(num_layers - 1, 0)
+        what = f"is {num_stages}, but this model's decoder has {num_layers} layers; give {option}={most} or fewer"
+        raise InvalidOption(owner, option, what if most else f"{what}: it cannot drop tokens between layers")
     return layers
 
 

@@ -1,40 +1,18 @@
-"""Reducers that look at one crop or one frame at a time, and how a budget is split over them."""
+"""Reducers that look at one crop or one frame at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from mm.data.quota import quota
 from mm.data.tokens import VisualTokens
-from mm.errors import InvalidOption
 from mm.plugins.reducer import ReduceContext, Reduction
 from mm.plugins.registry import name_of
-from pruning.base import BudgetReducer, keep_all
-
-
-def quota(total: int, counts: Sequence[int]) -> list[int]:
-    """`total` kept tokens split over parts of `counts` tokens: in proportion, remainders to the largest fractions.
-
-    Among equal fractions the earlier part is served first. Where `total` allows, each part keeps at least one, taken
-    from the part that keeps most.
-
-    Args:
-        total: From 0 to the sum of `counts`.
-    """
-    exact = [Fraction(total * count, max(1, sum(counts))) for count in counts]
-    shares = [int(share) for share in exact]
-    by_fraction = sorted(range(len(counts)), key=lambda i: (shares[i] - exact[i], i))
-    for i in by_fraction[: total - sum(shares)]:
-        shares[i] += 1
-    for i, count in enumerate(counts):
-        if count and not shares[i] and max(shares) > 1:
-            shares[shares.index(max(shares))] -= 1
-            shares[i] = 1
-    return shares
+from pruning.base import BudgetReducer, bool_option, keep_all
 
 
 def runs(tokens: VisualTokens) -> list[slice]:
@@ -75,8 +53,7 @@ class StepReducer(BudgetReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.joint, bool):
-            raise InvalidOption(name_of(self), "joint", f"has to be true or false, got {self.joint!r}")
+        bool_option(name_of(self), "joint", self.joint)
 
     @torch.no_grad()
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:

@@ -8,11 +8,12 @@ Equation  merging   a w x w window whose tokens' mean pairwise cosine is at leas
           filtering with A (text rows, visual columns) of layer l, a token goes where sum_t A_tj is below
                     `global_share` of all columns' sum and max_t A_tj is below `peak`; key tokens stay.
           caching   the layers in which tokens were filtered keep only the tokens that survived all of them.
+Positions authors: counted anew in each layer where tokens leave (`vision.positions`: "as_published"); here kept.
 Differs   from the paper: merging looks at projected tokens and not at those after the tower's first block, so that
-          any tower will do; [CLS]'s attention to a merged token is the mean over its window.
+          any tower will do; [CLS]'s attention to a merged token is the mean over its window, and that of the block
+          that the features come from, where the authors take the last block's.
           From the authors' code: a merged token stands where its window begins, windows that a border or an earlier
-          reducer cuts stay as they are, original positions stay (theirs are counted anew, which moves cached keys
-          against the queries of later tokens), any number of items and of layers, at least one token is left.
+          reducer cuts stay as they are, any number of items and of layers, at least one token is left.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor
 
 from mm.data.media import Kind
-from mm.data.tokens import Grid, VisualTokens
-from mm.plugins.reducer import CacheView, Count, PrefillView, ReduceContext, Reduction, Stage
+from mm.data.tokens import Grid, PublishedPositions, VisualTokens
+from mm.plugins.cache_view import CacheView
+from mm.plugins.reducer import Count, PrefillView, ReduceContext, Reduction, Stage
 from pruning.base import budget, int_option, keep_all, number_option, top_k_ascending
 from pruning.helpers.ranking import layers_option, scaled
 
@@ -55,6 +57,7 @@ class MustDrop:
     acts_at: ClassVar[tuple[Stage, ...]] = (Stage.PRE_LLM, Stage.IN_PREFILL, Stage.IN_DECODE)
     query_aware: ClassVar[bool] = True
     count: ClassVar[Count] = "bounded"
+    published_positions: ClassVar[PublishedPositions] = "renumbered"
     window: int = 3
     similarity: float = 0.8
     key_ratio: float = 0.08

@@ -5,21 +5,23 @@ Needs     attention of the prompt's last row in the layer about to run.  Cost  o
           layer's keys once more; no full map.
 Equation  of an item's N tokens stage i = 1..S keeps floor(N * keep_ratio^(i/S)), those with the largest
           s_j = mean_h A[h, last, j]; the ratio is of the original N, not of what the stage before left.
-Differs   from the authors' code: original positions stay (theirs counts anew after each stage), key heads are shared
-          as the model shares them, and each item of a prompt has its own quota.
+Positions authors: counted anew after each stage (`vision.positions`: "as_published"); here kept.
+Differs   from the authors' code: key heads are shared as the model shares them, and each item of a prompt has its own
+          quota.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from mm.data.tokens import PublishedPositions
 from mm.errors import InvalidOption
 from mm.plugins.reducer import PrefillView
-from pruning.base import PrefillReducer, budget, int_option, ratio_option
-from pruning.helpers.ranking import keep_best, last_row_scores, layers_option, spread
+from pruning.base import PrefillReducer, int_option, ratio_option
+from pruning.helpers.ranking import keep_best_of_items, last_row_scores, layers_option, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class PyramidDrop(PrefillReducer):
         at_layers: At whose inputs, one per stage; empty spreads the stages evenly over the decoder.
     """
 
+    published_positions: ClassVar[PublishedPositions] = "renumbered"
     keep_ratio: float = 0.125
     num_stages: int = 3
     at_layers: tuple[int, ...] = ()
@@ -50,13 +53,8 @@ class PyramidDrop(PrefillReducer):
         return round(self.keep_ratio ** (stage / self.num_stages), 12)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        return self.at_layers or spread(self.num_stages, num_layers)
+        return self.at_layers or spread("pyramiddrop", "num_stages", self.num_stages, num_layers)
 
     def in_prefill(self, layer: int, view: PrefillView) -> Tensor:
         ratio = self.ratio(1 + self.layers(view.num_layers).index(layer))
-        scores = last_row_scores(view, layer)
-        kept = []
-        for item, size in enumerate(view.item_sizes):
-            columns = (view.items == item).nonzero().squeeze(1)
-            kept.append(columns[keep_best(scores[columns], budget(size, ratio, "floor"))])
-        return torch.cat(kept)
+        return keep_best_of_items(last_row_scores(view, layer), view, ratio, "floor")

@@ -5,7 +5,9 @@ Paper     arXiv:2412.00556 ("Accelerating Multimodal LLMs by Searching Optimal V
 Needs     attention of the prompt's last row in the layer before.  Cost  one attention row per layer named; no full map.
 Equation  at the input of layer l the half_even(N * r_l) tokens with the largest s_j = mean_h A[h, last, j] of layer
           l - 1 stay, N being what entered the decoder; r falls with l, since what is dropped does not come back.
-Differs   from the paper: nothing known; all items of a request are ranked together, and original positions stay.
+Positions here kept; the paper does not say.
+Differs   from the paper: each item of a request keeps its share, so that none can lose all its tokens to another; with
+          `joint` all are ranked together.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from torch import Tensor
 
 from mm.errors import InvalidOption
 from mm.plugins.reducer import PrefillView
-from pruning.base import PrefillReducer, budget, ratio_option
-from pruning.helpers.ranking import keep_best, last_row_scores, layers_option
+from pruning.base import PrefillReducer, bool_option, budget, ratio_option
+from pruning.helpers.ranking import keep_best, keep_best_of_items, last_row_scores, layers_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,16 @@ class Scheduled(PrefillReducer):
     Attributes:
         keep_ratios: Visual tokens kept / visual tokens in, from each of `at_layers` on; never rising.
         at_layers: At whose inputs tokens are dropped, ascending.
+        joint: Rank the tokens of all items of a request together, instead of giving each item its share.
     """
 
     keep_ratios: tuple[float, ...] = (0.5, 0.25)
     at_layers: tuple[int, ...] = (1, 2)
+    joint: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "at_layers", layers_option("scheduled", "at_layers", self.at_layers))
+        bool_option("scheduled", "joint", self.joint)
         given = self.keep_ratios if isinstance(self.keep_ratios, list | tuple) else (self.keep_ratios,)
         ratios = tuple(ratio_option("scheduled", "keep_ratios", ratio) for ratio in given)
         object.__setattr__(self, "keep_ratios", ratios)
@@ -53,4 +58,7 @@ class Scheduled(PrefillReducer):
 
     def in_prefill(self, layer: int, view: PrefillView) -> Tensor:
         ratio = self.keep_ratios[self.at_layers.index(layer)]
-        return keep_best(last_row_scores(view, layer - 1), budget(sum(view.item_sizes), ratio, "half_even"))
+        scores = last_row_scores(view, layer - 1)
+        if self.joint:
+            return keep_best(scores, budget(sum(view.item_sizes), ratio, "half_even"))
+        return keep_best_of_items(scores, view, ratio, "half_even")

@@ -9,7 +9,9 @@ Equation  S = cos(X, X); r_j = sign * mean_m cos(x_j, text_m), brought to (r - m
           Greedy maximum of det over subsets of diag(r) S diag(r): with h_j what is left of S_jj after a Cholesky
           factorisation over the chosen, k times c = argmax r_j^2 h_j; e_j = (S_cj - l_c . l_j) / sqrt(h_c), which is
           added to l_j; h_j -= e_j^2.
-Differs   from the authors' code, which scores relevance by a CLIP text tower that models of this kind do not ship:
+Positions authors: numbered anew (`vision.positions`: "as_published"); here kept.
+Differs   from the authors' code, which scores relevance by CLIP's text tower and projections. No checkpoint folder
+          that is served here has them (LLaVA's holds CLIP's vision half without its projection), so there is no option:
           here it is the cosine with the decoder's own text embeddings, a form that ports to models without one use.
           Theirs negates CLIP's cosines; `relevance_sign` says what is done here: 1, as with -1 the shipped model had 9
           points less of 280 held-out questions right at a tenth of the tokens, and 11 at a quarter. Relevance is
@@ -28,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mm.data.tokens import VisualTokens
+from mm.data.tokens import PublishedPositions, VisualTokens
 from mm.errors import InvalidOption
 from mm.plugins.features import TEXT_EMBEDDINGS
 from mm.plugins.reducer import ReduceContext
@@ -50,6 +52,7 @@ class CDPruner(StepReducer):
 
     needs: ClassVar[frozenset[str]] = frozenset({TEXT_EMBEDDINGS})
     query_aware: ClassVar[bool] = True
+    published_positions: ClassVar[PublishedPositions] = "compact"
     relevance_sign: int = 1
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ Cost      O(N^2 D) for the similarities, O(k N) for the selection with a running
 Equation  d(i, j) = 1 - cos(x_i, x_j). First argmax_i min_{j != i} d(i, j), the token whose nearest neighbour is
           farthest; then, k - 1 times, argmax over the tokens not yet chosen of min_{c chosen} d(i, c).
           Kept in reading order; the lowest index wins a tie.
+Positions authors: numbered anew (`vision.positions`: "as_published"); here kept.
 Differs   from the authors' code: no token is chosen twice (theirs repeats index 0 once only duplicates are left);
           everything is computed in float32 whatever the model's dtype; each crop has its share of the budget, where
           theirs selects over all crops of a picture at once, as `joint` does.
@@ -21,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mm.data.tokens import PublishedPositions
 from pruning.base import Rounding
 from pruning.helpers.products import product_with
 from pruning.helpers.steps import Step, StepReducer
@@ -42,6 +44,7 @@ class DivPrune(StepReducer):
     """
 
     rounding: ClassVar[Rounding] = "half_even"
+    published_positions: ClassVar[PublishedPositions] = "compact"
 
     def pick(self, step: Step, k: int) -> Tensor:
         return pick_order(step.embeddings, k)

@@ -7,6 +7,7 @@ Needs     attention_received and tower_features: what the tower saw, before the 
 Cost      O(N^2 d) for the similarities, O(k N^2) elementwise for the selection.
 Equation  C = cos(Z, Z), v = 0; k times: argmax over the tokens not yet chosen of
           (sum_i max(0, C_ij - v_i)) * a_j^alpha, then v = max(v, C_.j); a_j = sum_h A[h, j].
+Positions authors: numbered anew (`vision.positions`: "as_published"); here kept.
 Differs   from the authors' code in the split of a budget over crops: by largest remainders, where theirs loses some to
           an integer division; without [CLS] the attention is the mean over all tokens.
 """
@@ -20,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mm.data.tokens import PublishedPositions
 from mm.errors import InvalidOption
 from mm.plugins.features import ATTENTION_RECEIVED, TOWER_FEATURES
 from pruning.base import unit_rows
@@ -36,6 +38,7 @@ class Scope(StepReducer):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({ATTENTION_RECEIVED, TOWER_FEATURES})
+    published_positions: ClassVar[PublishedPositions] = "compact"
     alpha: float = 1.0
 
     def __post_init__(self) -> None:

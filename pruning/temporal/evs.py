@@ -7,6 +7,7 @@ Needs     nothing but the embeddings.
 Cost      O(F n D).
 Equation  d(t, p) = 1 - cos(x_{t,p}, x_{t-1,p}) for t >= 1: the same cell one frame earlier, kept or not; the first
           frame counts as changed. Keep the max(n, floor(F n keep_ratio)) largest d, in order; the earliest wins a tie.
+Positions authors: kept; here kept.
 Differs   from the paper, which compares pixels against a percentile: as in vLLM, projected tokens are compared and the
           count is exact.
 """

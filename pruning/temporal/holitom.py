@@ -11,8 +11,11 @@ Equation  b_{t,p} = cos(x_{t,p}, x_{t+1,p}) > threshold. Segments of time [s, e]
           shares the budget in proportion: of a segment's still tokens DPC-kNN makes clusters
           (0.6 centre + 0.4 mean of the others, in the centre's place), of a frame's other tokens those with the
           largest sum_h A[h, j] stay.
+Positions authors: numbered anew in LLaVA models, kept in Qwen's (`vision.positions`: "as_published"); here kept.
 Differs   from the authors' code, which rounds each part of the budget up by itself: shares by largest remainders keep
           the whole within the budget. Less is kept where less is left. No random noise breaks ties between densities.
+          Still tokens stand among those of their segment's first frame, in reading order; theirs come before all frames
+          of the segment, except in models whose rows end in a newline token.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mm.data.quota import quota
+from mm.data.tokens import PublishedPositions
 from mm.plugins.features import ATTENTION_RECEIVED
 from mm.plugins.reducer import Count, ReduceContext, Reduction
 from pruning.base import Rounding, number_option, top_k_ascending, unit_rows
 from pruning.helpers.clips import ClipReducer
 from pruning.helpers.clusters import dpc_knn
-from pruning.helpers.steps import quota
 
 CENTRE_SHARE = 0.6
 NEIGHBOURS = 7
@@ -46,6 +50,7 @@ class HoliTom(ClipReducer):
 
     needs: ClassVar[frozenset[str]] = frozenset({ATTENTION_RECEIVED})
     count: ClassVar[Count] = "bounded"
+    published_positions: ClassVar[PublishedPositions] = "compact"
     rounding: ClassVar[Rounding] = "half_even"
     threshold: float = 0.8
 

@@ -10,6 +10,7 @@ Equation  u = rows of length 1 over the floor(D / 2) channels of lowest variance
           A frame's share is p = softmax(-mean v / 0.01) over frames, scale_t = min(1, keep_ratio (1 + p_t - mean p));
           it keeps its max(1, half_even(scale_t n)) lowest s. Then, to exactly max(F, floor(F n keep_ratio)): of too
           many the highest s go, of too few the lowest s are added.
+Positions authors: numbered anew in LLaVA models, kept in Qwen's (`vision.positions`: "as_published"); here kept.
 Differs   from the authors' code in the exact total, which is vLLM's. So low a temperature makes p a single 1 on most
           clips: one frame gets about twice the share of the others.
 """
@@ -23,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mm.data.tokens import PublishedPositions
 from mm.plugins.reducer import ReduceContext, Reduction
 from pruning.base import Rounding, budget
 from pruning.helpers.clips import ClipReducer
@@ -40,6 +42,7 @@ class VidCom2(ClipReducer):
     """
 
     rounding: ClassVar[Rounding] = "floor_complement"
+    published_positions: ClassVar[PublishedPositions] = "compact"
 
     def num_kept(self, num_frames: int, num_per_frame: int) -> int:
         return max(num_frames, budget(num_frames * num_per_frame, self.keep_ratio, self.rounding))

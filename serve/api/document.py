@@ -29,6 +29,12 @@ class TextContent(_Part):
 
 class MediaUrl(_Part):
     url: Annotated[str, Field(min_length=1)] = Field(description="A data: URL, or an address the operator allows.")
+    detail: Literal["low", "high", "auto"] | None = Field(
+        default=None, description="low: at most a quarter of the visual tokens of high, and at most a fixed number."
+    )
+    max_visual_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="At most so many of the item's visual tokens enter the decoder."
+    )
 
 
 class ImageContent(_Part):

@@ -22,6 +22,7 @@ from mm.errors import InvalidRequest, MmError, UnknownModel
 from mm.models.shipped import limits_of
 from serve.api.body import BodyReader
 from serve.api.chat import Chat, http_response
+from serve.api.counting import Counting, add_counting
 from serve.api.document import ChatRequest, EmbeddingRequest, LoadRequest, body_of, definitions
 from serve.api.embeddings import Embeddings, add_embeddings
 from serve.api.errors import error_response
@@ -67,6 +68,7 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     bodies = BodyReader(config)
     chat = Chat(runtime, config, metrics, bodies)
     _add_chat(app, chat)
+    add_counting(app, Counting(chat, runtime, config), body_of(ChatRequest))
     add_embeddings(app, Embeddings(chat, runtime, config), body_of(EmbeddingRequest))
     _add_models(app, runtime, config, bodies)
     _add_operations(app, runtime, metrics)

@@ -9,6 +9,7 @@ from ray import serve as ray_serve
 
 from mm.data.outputs import Event
 from mm.data.request import Request, TextLimits
+from mm.data.tokens import ItemCount
 from mm.plugins.calls import StageStatus
 from serve.config import ServeConfig
 from serve.deployments.loopback import keep_replica_local
@@ -52,6 +53,9 @@ class Decoder:
 
     async def text_limits(self) -> TextLimits:
         return self._limits
+
+    async def prompt_length(self, request: Request, items: tuple[ItemCount, ...]) -> int:
+        return await self._loop.prompt_length(request, items)
 
     async def check_length(self, request: Request) -> None:
         await self._loop.check_length(request)

@@ -8,6 +8,7 @@ import ray
 from ray import serve as ray_serve
 
 from mm.data.request import Request
+from mm.data.tokens import ItemCount
 from mm.plugins.calls import StageStatus
 from serve.config import ServeConfig
 from serve.deployments.loopback import keep_replica_local
@@ -40,6 +41,9 @@ class Encoder:
             num_bytes=num_bytes(items),
             inline=items,
         )
+
+    async def count(self, request: Request) -> tuple[ItemCount, ...]:
+        return await self._stage.count(request)
 
     async def status(self) -> StageStatus:
         return self._stage.status()

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mm.data.outputs import Event
 from mm.data.request import Request, TextLimits
-from mm.data.tokens import EncodedMedia
+from mm.data.tokens import EncodedMedia, ItemCount
 from mm.encode.clip_stream import OnProgress
 from mm.errors import CapacityError
 from mm.plugins.calls import StageStatus
@@ -34,6 +34,7 @@ from serve.runtime import (
     MediaHandle,
     MediaLost,
     ModelInfo,
+    PromptCount,
     StageMissing,
     Unavailable,
     joined,
@@ -113,6 +114,19 @@ class RayRuntime:
             return TransferredMedia(inline=[], reducer=self._default_reducer)
         await self._encoder_stage.wait_until_present(NEW_WAIT_S)
         return await self._encode(request, is_new=True)
+
+    async def count(self, request: Request) -> PromptCount:
+        await self.admit(request)
+        items: tuple[ItemCount, ...] = ()
+        if needs_encoder(request):
+            await self._encoder_stage.wait_until_present(NEW_WAIT_S)
+
+            async def attempt(loss: Unavailable | None) -> tuple[ItemCount, ...]:
+                return await self._encoder_stage.through(_result(self._encoder.count, request), is_new=loss is None)
+
+            items = await _retried(attempt)
+        length = await self._ask_decoder(self._decoder.prompt_length, _without_media(request), items)
+        return PromptCount(num_tokens=length, items=items)
 
     async def _encode(self, request: Request, *, is_new: bool) -> TransferredMedia:
         async def attempt(loss: Unavailable | None) -> TransferredMedia:

@@ -13,7 +13,7 @@ from mm.data.tokens import VisualTokens
 from mm.errors import MediaError
 from mm.plugins.capabilities import SUPPLIED_AFTER_MERGING
 from mm.plugins.encoder import PreparesItems
-from mm.plugins.features import BLOCK_KEYS, TEXT_EMBEDDINGS
+from mm.plugins.features import BLOCK_KEYS, PATCHES, RESOLUTION, TEXT_EMBEDDINGS
 from mm.plugins.registry import create, get, names
 from mm.plugins.spec import build_reducer
 
@@ -21,7 +21,7 @@ NOT_CHECKPOINTS: dict[str, dict[str, Any]] = {"timm": {"model_name": "test_vit",
 """Encoders that are not built from a checkpoint's folder, and how they are built here."""
 
 NAMES = [*names("encoder"), "tiny"]
-NOT_OF_TOKENS = frozenset({BLOCK_KEYS, TEXT_EMBEDDINGS})
+NOT_OF_TOKENS = frozenset({BLOCK_KEYS, PATCHES, RESOLUTION, TEXT_EMBEDDINGS})
 KINDS: tuple[Kind, ...] = ("image", "video")
 
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import InvalidOption, ReducerFault
 from mm.plugins.apply import reduce_tokens as reduce_by_context
+from mm.plugins.cache_view import CacheView
 from mm.plugins.capabilities import acts_before_decoder, capabilities_of, in_decode, in_prefill, parts_of, rewrites
 from mm.plugins.declaration import declaration_problem
 from mm.plugins.features import ATTENTION_RECEIVED, CLS_ATTENTION, TOWER_FEATURES, TOWER_KEYS
-from mm.plugins.reducer import CacheView, ReduceContext, Reducer, Stage
+from mm.plugins.reducer import ReduceContext, Reducer, Stage
 from mm.plugins.registry import create, get, names, options_of
 from mm.plugins.spec import build_reducer, reducer_spec
 from pruning.base import BudgetReducer, budget
@@ -253,7 +254,10 @@ BROKEN = [float("nan"), float("inf"), -float("inf")]
 @pytest.mark.parametrize("bad", BROKEN)
 @pytest.mark.parametrize("share", [0.1, 1.0])
 def test_values_that_are_not_finite_spoil_no_other_token(reducer, bad, share):
-    """In embeddings and auxiliary features, of some tokens or of all: the count holds, and whole tokens stay whole."""
+    """In embeddings and auxiliary features, of some tokens: the count holds, whole tokens stay whole, and none that is
+    not finite is kept. Of all tokens: there is nothing to keep.
+    """
+    trained = capabilities_of(reducer).trained
     tokens = make((2, 9, 7), seed=6)
     hit = torch.rand(tokens.num_tokens, generator=torch.Generator().manual_seed(1)) < share
     spoiled = dataclasses.replace(
@@ -261,9 +265,14 @@ def test_values_that_are_not_finite_spoil_no_other_token(reducer, bad, share):
         embeddings=tokens.embeddings.masked_fill(hit[:, None], bad),
         aux_features={name: plane.masked_fill(hit, bad) for name, plane in tokens.aux_features.items()},
     )
+    if share == 1 and planned(reducer, tokens) < tokens.num_tokens and not trained:
+        with pytest.raises(ReducerFault, match="of which 0 are finite"):
+            reduce_tokens(reducer, spoiled)
+        return
     out = reduce_tokens(reducer, spoiled)
     assert out.num_tokens == planned(reducer, tokens) or reducer.count == "bounded"
     assert torch.isfinite(out.sizes).all()
+    assert torch.isfinite(out.embeddings).all() or out.num_tokens == tokens.num_tokens or trained
     whole = (out.sizes == 1) & ~hit[out.indices]
     assert torch.equal(out.embeddings[whole], tokens.embeddings[out.indices[whole]])
 
@@ -407,7 +416,9 @@ class Prompted:
 def test_inside_the_decoder(name, num_layers, item_sizes, seed):
     """What is kept is ascending, unique and never nothing; the same at every call; evictions keep valid entries."""
     reducer = build(name)
-    view = Prompted.whole(1, num_layers, tuple(item_sizes), seed)
+    view = first = Prompted.whole(1, num_layers, tuple(item_sizes), seed)
+    cells = torch.cat([torch.arange(size) for size in item_sizes])
+    rng = torch.Generator().manual_seed(seed)
     planes = {0: (view.visual, view.origins, view.num_rows)}
     for dropping in in_prefill(reducer):
         layers = dropping.layers(num_layers)
@@ -428,6 +439,10 @@ def test_inside_the_decoder(name, num_layers, item_sizes, seed):
         lengths=tuple(length for _, _, length in held),
         visual=tuple(visual for visual, _, _ in held),
         origins=tuple(origins for _, origins, _ in held),
+        items=first.items,
+        cells=torch.stack([cells // 4, cells % 4 // 2, cells % 2], dim=1),
+        item_kinds=first.item_kinds,
+        read=lambda layer: (torch.randn(held[layer][2], 2, 8, generator=rng), torch.ones(held[layer][2], 2, 8)),
     )
     for evicting in in_decode(reducer):
         for layer, stays in evicting.prefill_done(cache).items():

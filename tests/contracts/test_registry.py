@@ -11,6 +11,8 @@ from mm.plugins.registry import KINDS, describe, get, names
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {
+    "pruning/pixels": "reducer",
+    "pruning/before_vit": "reducer",
     "pruning/in_vit": "reducer",
     "pruning/temporal": "reducer",
     "pruning/pre_llm": "reducer",

@@ -21,7 +21,7 @@ from mm.errors import CapacityError, IncompatiblePlugin, InvalidOption, MediaErr
 from mm.plugins.apply import reduce_tokens
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.spec import build_reducer
-from tests.helpers.checkpoints import random_llava
+from tests.helpers.checkpoints import random_llava, random_siglip_llava
 
 CLS = frozenset({"cls_attention"})
 
@@ -324,18 +324,6 @@ def test_two_threads_do_not_mix(folder):
 EVERYTHING = frozenset({"cls_attention", "attention_received", "tower_keys", "tower_features"})
 
 
-def siglip_llava(folder: Path) -> Path:
-    random_llava(folder)
-    config = LlavaConfig.from_pretrained(folder)
-    config.vision_config = SiglipVisionConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=56, patch_size=14
-    )
-    config.vision_feature_select_strategy = "full"
-    config.vision_feature_layer = -2
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
 def block_inputs(model, pixels: torch.Tensor, block: int) -> torch.Tensor:
     """What a block's attention is given, seen by a hook on the module of transformers."""
     seen = []
@@ -352,7 +340,7 @@ def block_inputs(model, pixels: torch.Tensor, block: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("has_cls", [True, False])
 def test_aux_features_is_what_the_feature_block_computes(folder, tmp_path, has_cls):
-    path = folder if has_cls else siglip_llava(tmp_path)
+    path = folder if has_cls else random_siglip_llava(tmp_path)
     arrays = pictures(3)
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     pixels = reference_pixels(path, arrays)
@@ -386,7 +374,7 @@ def test_reducers_work_with_what_it_supplies(folder, video_folder, tmp_path, spe
     reducer = build_reducer(spec)
     for path, items in (
         (folder, images(pictures(2))),
-        (siglip_llava(tmp_path), images(pictures(1))),
+        (random_siglip_llava(tmp_path), images(pictures(1))),
         (video_folder, [clip(3), *images(pictures(1))]),
     ):
         encoder = LlavaEncoder(path)
@@ -399,7 +387,7 @@ def test_reducers_work_with_what_it_supplies(folder, video_folder, tmp_path, spe
 
 @pytest.mark.parametrize("has_cls", [True, False])
 def test_merging_inside_the_tower(folder, tmp_path, has_cls):
-    encoder = LlavaEncoder(folder if has_cls else siglip_llava(tmp_path))
+    encoder = LlavaEncoder(folder if has_cls else random_siglip_llava(tmp_path))
     items = images(pictures(3))
     plain = encoder.encode(items, frozenset({"tower_features"}))
     for keep_ratio in (1.0, 0.5):

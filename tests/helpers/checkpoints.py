@@ -26,6 +26,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SmolVLMImageProcessor,
@@ -170,6 +171,19 @@ def random_llava(
         chat_template=TEMPLATE,
         image_token="<image>",
     ).save_pretrained(folder)
+    return folder
+
+
+def random_siglip_llava(folder: Path) -> Path:
+    """Write a LLaVA checkpoint whose tower has no [CLS]."""
+    random_llava(folder)
+    config = LlavaConfig.from_pretrained(folder)
+    config.vision_config = SiglipVisionConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=56, patch_size=14
+    )
+    config.vision_feature_select_strategy = "full"
+    config.vision_feature_layer = -2
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
 

@@ -14,7 +14,8 @@ from mm.data.tokens import Encoded, EncodedMedia
 from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
 from mm.engine.sequence import EngineRequest
-from mm.plugins.reducer import CacheView, Reducer, Stage
+from mm.plugins.cache_view import CacheView
+from mm.plugins.reducer import Reducer, Stage
 from mm.plugins.spec import build_reducer
 
 

@@ -108,7 +108,7 @@ def compare(ours, theirs, reducer, rules_of, sizes, later=lambda masks: masks):
 @pytest.mark.parametrize("sizes", SIZES, ids=["one image", "two images"])
 @pytest.mark.parametrize(("keep_ratio", "layer"), [(0.5, 2), (0.25, 1), (0.1, 3)])
 def test_fastv(ours, theirs, keep_ratio, layer, sizes):
-    reducer = f"fastv:keep_ratio={keep_ratio},layer={layer}"
+    reducer = f"fastv:keep_ratio={keep_ratio},layer={layer},joint=true"
     worst, expected, kept = compare(ours, theirs, reducer, lambda counts: {layer: fastv(keep_ratio)}, sizes)
     assert kept == expected
     assert worst < 1e-5

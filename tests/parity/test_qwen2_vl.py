@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 import mm
-from mm.config import MediaLimits
+from mm.config import MediaLimits, ModelConfig
 from mm.data.request import Request
 from mm.data.tokens import Prompt
 from mm.encode.pipeline import encode
@@ -71,7 +71,8 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    return mm.load(folder, dtype="float32")
+    """As transformers places text behind clips; see `test_text_goes_on_after_the_highest_position_of_a_clip`."""
+    return mm.load(folder, dtype="float32", text_after_clip="longer_side")
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,28 @@ def test_clip_time_counts_for_qwen2_5_alone(ours):
     slow, fast = (our_prompt(ours, request_for([], [Clip(frames=frames, frame_s=s)])) for s in (4.0, 0.5))
     assert torch.equal(slow.embeddings, fast.embeddings)
     assert torch.equal(slow.positions, fast.positions) == ("Qwen2_5" not in type(ours.engine.family.config).__name__)
+
+
+def test_text_goes_on_after_the_highest_position_of_a_clip(ours, theirs):
+    """The default: as the authors' code has it, `llm_pos_ids_list[-1].max() + 1`. Positions are the only difference."""
+    images, clips = MEDIA["clip longer in time than in space"]
+    request = request_for(images, clips)
+    within = our_prompt(ours, request)
+    family = ours.engine.family
+    family.text_after_clip = ModelConfig().text_after_clip
+    try:
+        behind = our_prompt(ours, request)
+    finally:
+        family.text_after_clip = "longer_side"
+    last = int(torch.nonzero(behind.is_visual)[-1])
+    text = torch.arange(behind.length - last - 1) + int(behind.positions[:, : last + 1].max()) + 1
+    assert behind.positions[:, last + 1 :].tolist() == text.expand(3, -1).tolist()
+    assert behind.next_position == int(behind.positions.max()) + 1
+    assert torch.equal(behind.positions[:, : last + 1], within.positions[:, : last + 1])
+    assert int(within.positions[0, last + 1]) <= int(within.positions[:, : last + 1].max())
+    assert torch.equal(behind.embeddings, within.embeddings)
+    pictures = request_for(*MEDIA["image and two clips"][:1], [])
+    assert our_prompt(ours, pictures).next_position == int(our_prompt(ours, pictures).positions.max()) + 1
 
 
 def test_a_reducer_that_keeps_all_equals_generate(ours, theirs):

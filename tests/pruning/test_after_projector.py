@@ -73,6 +73,21 @@ def test_v1_visionzip_here_takes_the_mean_at_the_target():
     assert torch.allclose(out.embeddings, torch.tensor(expected))
 
 
+def test_v1_visionzip_as_the_authors_merge():
+    """Target plus the mean of the others, as in `test_v1`; a target that none joined stays as it is; no NaN spreads."""
+    aux_features = {ATTENTION_RECEIVED: V1_ROWS[:, 1:], TOWER_KEYS: V1_KEYS[1:].T}
+    reducer = create("reducer", "visionzip", keep_ratio=0.5, contextual_ratio=0.5, merge="target_plus_mean")
+    out = reduce_tokens(reducer, line(V1_HIDDEN[1:], **aux_features))
+    assert out.indices.tolist() == [0, 3, 5, 7]
+    assert torch.allclose(out.embeddings, torch.tensor([[4.5, 1], [5.5, 7], [1, 6], [2, 2]]))
+    spoiled = V1_HIDDEN[1:].clone()
+    spoiled[1] = torch.nan  # one of the two that join the first target
+    out = reduce_tokens(reducer, line(spoiled, **aux_features))
+    assert torch.allclose(out.embeddings[0], V1_HIDDEN[1] + V1_HIDDEN[5])
+    with pytest.raises(InvalidOption, match="mean, target_plus_mean"):
+        create("reducer", "visionzip", merge="sum")
+
+
 @pytest.mark.parametrize(("keep_ratio", "num_tokens", "merged"), [(64 / 576, 576, 10), (0.01, 100, 0), (0.04, 100, 1)])
 def test_visionzip_splits_its_budget(keep_ratio, num_tokens, merged):
     rng = torch.Generator().manual_seed(3)

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mm.data.quota import quota
 from mm.data.tokens import VisualTokens
 from mm.plugins.apply import reduce_tokens
 from mm.plugins.reducer import Reduction
 from pruning.base import merge_means
-from pruning.helpers.steps import Step, StepReducer, quota, runs
+from pruning.helpers.steps import Step, StepReducer, runs
 from pruning.pre_llm.uniform import Uniform
 
 

@@ -1,12 +1,13 @@
 """Qwen2-VL and Qwen2.5-VL: tokens between `<|vision_start|>` and `<|vision_end|>`, three-dimensional positions.
 
 M-RoPE gives each token a position in time, height and width. For text all three are equal. An item's tokens have the
-positions of their grid, added to the position after the text before it. The text after the item continues after the
-longer side of the grid. Positions are part of the prompt, not state of the model as transformers' `rope_deltas` are, so
-requests cannot mix.
+positions of their grid, added to the position after the text before it. Positions are part of the prompt, not state of
+the model as transformers' `rope_deltas` are, so requests cannot mix.
 
-Clips with more steps in time than cells per side differ from older code: the text after them continues after the longer
-side of the grid, as in transformers since 5.3. Earlier versions, and arXiv:2409.12191, use the highest position.
+The text after an item goes on after the item's highest position, in time, height or width: arXiv:2409.12191, section
+2.1, and the authors' code, with which the models were trained. In transformers since 5.3 it goes on after the longer
+side of the grid instead, so that a clip of many steps shares positions with the text behind it; `text_after_clip`
+chooses. Pictures are the same either way.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class Qwen2VL(CheckpointFamily):
         _, height, width = tokens.grid
         times = time_offsets(tokens, per_second)
         offsets = torch.stack([times[tokens.positions[:, 0].cpu()], *tokens.positions.cpu()[:, 1:].T])
-        return Placed(offsets=offsets, advance=max(height, width))
+        advance = max(height, width)
+        if self.text_after_clip == "highest" and len(times):
+            advance = max(advance, int(times[-1]) + 1)
+        return Placed(offsets=offsets, advance=advance)
 
 
 def time_offsets(tokens: VisualTokens, per_second: int | None) -> Tensor:

@@ -137,6 +137,23 @@ def test_compact_positions_count_what_is_left():
     assert reduced.logprobs != counted.logprobs
 
 
+def test_positions_as_a_methods_authors_had_them(tmp_path):
+    """DivPrune's count anew, FastV's stay; where positions are a grid they stay; PyramidDrop's change in each stage."""
+    model = load()
+    asked = {**QUESTION, **OPTIONS, "reducer": "divprune:keep_ratio=0.25"}
+    published = model.generate(**asked, positions="as_published")
+    assert same(published, model.generate(**asked, positions="compact"))
+    assert not same(published, model.generate(**asked))
+    asked |= {"reducer": "fastv:layer=1"}
+    assert same(model.generate(**asked, positions="as_published"), model.generate(**asked))
+    with pytest.raises(InvalidRequest, match="anew in each layer") as caught:
+        model.generate(**asked | {"reducer": "divprune + pyramiddrop:num_stages=1"}, positions="as_published")
+    assert caught.value.param == "vision.positions"
+    qwen = mm.load(random_qwen2_5_vl(tmp_path), dtype="float32")
+    asked = {**QUESTION, "reducer": "divprune:keep_ratio=0.5", "max_new_tokens": 2}
+    assert qwen.generate(**asked, positions="as_published").token_ids == qwen.generate(**asked).token_ids
+
+
 def test_the_context_has_to_hold_what_is_left_only():
     model = load()
     room = spliced(model).length + 10

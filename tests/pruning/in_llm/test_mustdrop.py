@@ -9,7 +9,8 @@ import mm
 from mm.data.tokens import VisualTokens
 from mm.errors import IncompatiblePlugin, InvalidOption
 from mm.plugins.apply import apply, reduce_tokens
-from mm.plugins.reducer import CacheView, ReduceContext
+from mm.plugins.cache_view import CacheView
+from mm.plugins.reducer import ReduceContext
 from mm.plugins.spec import build_reducer
 from pruning.in_llm.mustdrop import MustDrop, filtered, merge_windows, window_scores
 from tests.helpers.checkpoints import random_qwen2_5_vl
@@ -93,6 +94,10 @@ def test_the_cache_keeps_what_survived_all_filters():
         lengths=tuple(len(plane) for plane in planes),
         visual=tuple(flags.nonzero().squeeze(1) for flags in is_visual),
         origins=tuple(plane[flags] for plane, flags in zip(planes, is_visual, strict=True)),
+        items=torch.zeros(9, dtype=torch.int64),
+        cells=torch.zeros(9, 3, dtype=torch.int64),
+        item_kinds=("image",),
+        read=lambda layer: pytest.fail("neither keys nor values are read"),
     )
     answer = MustDrop(at_layers=(2, 3, 4)).prefill_done(view)
     assert {layer: planes[layer][rows].tolist() for layer, rows in answer.items()} == {

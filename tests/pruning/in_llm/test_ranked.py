@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from pruning.base import budget
 from pruning.helpers.ranking import scaled, spread
 from pruning.in_llm.fastv import FastV
 from pruning.in_llm.pyramiddrop import PyramidDrop
+from pruning.in_llm.scheduled import Scheduled
 
 
 @dataclass(kw_only=True)
@@ -91,11 +92,23 @@ def test_protected_tokens_come_first(reducer):
 
 
 def test_where_stages_lie():
-    assert spread(3, 32) == (8, 16, 24)
-    assert spread(3, 4) == (1, 2, 3)
+    assert spread("a", "b", 3, 32) == (8, 16, 24)
+    assert spread("a", "b", 3, 4) == (1, 2, 3)
     assert scaled((3, 7, 11, 15), 28, 32) == (3, 6, 10, 13)
-    with pytest.raises(InvalidOption, match="only 3 layers"):
+    with pytest.raises(InvalidOption, match=r"num_stages' is 3, .*has 3 layers; give num_stages=2 or fewer"):
         PyramidDrop().layers(3)
+    assert PyramidDrop(num_stages=2).layers(3) == (1, 2)
+    with pytest.raises(InvalidOption, match="cannot drop tokens between layers"):
+        PyramidDrop(num_stages=1).layers(1)
+
+
+@pytest.mark.parametrize("reducer", [FastV(keep_ratio=0.5), Scheduled(keep_ratios=(0.5,), at_layers=(2,))])
+def test_each_item_keeps_its_share(reducer):
+    """All of one picture scores below all of the other: jointly ranked, it would be gone."""
+    scores, items = torch.cat([torch.arange(6.0), 10 + torch.arange(6.0)]), torch.arange(12) // 6
+    view = View(scores=scores, visual=torch.arange(12), items=items, item_sizes=(6, 6))
+    assert reducer.in_prefill(2, view).tolist() == [3, 4, 5, 9, 10, 11]
+    assert replace(reducer, joint=True).in_prefill(2, view).tolist() == [6, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("layers", ["[2,2]", "[0,1,2]", "[3,2,1]", "7", "[1,2]", "[1.5,2,3]"])

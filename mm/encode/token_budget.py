@@ -1,0 +1,109 @@
+"""Budgets in visual tokens: how many of each item may enter the decoder, known before the tower runs.
+
+`max_visual_tokens` and `detail` count what the encoder's half hands over. A reducer comes first. Where it leaves more
+than the budget, the tokens that differ most stay (`RATIO_REDUCER`), exactly as many as may.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mm.config import ReducerPolicy
+from mm.data.quota import quota
+from mm.data.request import MediaPart, Request
+from mm.data.tokens import Encoded
+from mm.errors import InvalidRequest, ReducerNotAllowed
+from mm.plugins.apply import reduce_tokens
+from mm.plugins.spec import RATIO_REDUCER, build_reducer
+
+LOW_SHARE = 4
+"""An item with detail "low" has at most one token for so many of detail "high"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBudget:
+    """What a request asks of its visual tokens.
+
+    Attributes:
+        parts: Per item, where it stands in the messages.
+        max_visual_tokens: Of all items.
+    """
+
+    parts: tuple[MediaPart, ...] = ()
+    max_visual_tokens: int | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> TokenBudget:
+        parts = [part for message in request.messages for part in message.parts if isinstance(part, MediaPart)]
+        return cls(
+            parts=tuple(sorted(parts, key=lambda part: part.index)), max_visual_tokens=request.vision.max_visual_tokens
+        )
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it limits anything."""
+        return self.max_visual_tokens is not None or any(
+            part.detail == "low" or part.max_visual_tokens is not None for part in self.parts
+        )
+
+    def limits(self, counts: Sequence[int], policy: ReducerPolicy) -> list[int]:
+        """How many tokens of each item may enter the decoder, of `counts` that its reducer leaves.
+
+        Raises:
+            InvalidRequest: There are more items than tokens allowed.
+        """
+        allowed = [self._limit(i, count, policy) for i, count in enumerate(counts)]
+        most = self.max_visual_tokens
+        if most is None or sum(allowed) <= most:
+            return allowed
+        num_items = sum(count > 0 for count in allowed)
+        if most < num_items:
+            what = f"max_visual_tokens was {most} for {num_items} images and clips; each needs at least one"
+            raise InvalidRequest(what, "vision.max_visual_tokens")
+        return quota(most, allowed)
+
+    def _limit(self, item: int, count: int, policy: ReducerPolicy) -> int:
+        part = self.parts[item] if item < len(self.parts) else None
+        if part is None or not count:
+            return count
+        if part.max_visual_tokens is not None:
+            count = min(count, part.max_visual_tokens)
+        return min(count, policy.detail_low_tokens, max(1, count // LOW_SHARE)) if part.detail == "low" else count
+
+
+def fitted(items: Sequence[Encoded], budget: TokenBudget, policy: ReducerPolicy) -> tuple[Encoded, ...]:
+    """The items with as many tokens as the budget allows.
+
+    Raises:
+        InvalidRequest: As `TokenBudget.limits`.
+        ReducerNotAllowed: The operator wants a larger share to be kept.
+    """
+    if not budget.is_limited:
+        return tuple(items)
+    limits = budget.limits([item.tokens.num_tokens for item in items], policy)
+    return tuple(_fitted(item, limit, policy) for item, limit in zip(items, limits, strict=True))
+
+
+def _fitted(item: Encoded, limit: int, policy: ReducerPolicy) -> Encoded:
+    tokens = item.tokens
+    if tokens.num_tokens <= limit:
+        return item
+    check_share(limit, tokens.num_tokens_in, policy)
+    left = reduce_tokens(build_reducer(RATIO_REDUCER, limit / tokens.num_tokens), tokens)
+    key = hashlib.sha256(f"{item.key}\n{RATIO_REDUCER} {limit}".encode()).hexdigest() if item.key else ""
+    return replace(item, tokens=left, key=key)
+
+
+def check_share(num_tokens: int, num_tokens_in: int, policy: ReducerPolicy) -> None:
+    """Refuse a budget that leaves a smaller share of an item than the operator allows.
+
+    Raises:
+        ReducerNotAllowed: Says how much it leaves.
+    """
+    if policy.min_keep_ratio is not None and num_tokens < policy.min_keep_ratio * num_tokens_in:
+        raise ReducerNotAllowed(
+            f"this budget leaves {num_tokens} of {num_tokens_in} visual tokens of an item; requests to this server may "
+            f"not go below {policy.min_keep_ratio:g}"
+        )

@@ -1,0 +1,1 @@
+"""Reducers before the vision tower: some patches never enter it."""

@@ -1,0 +1,1 @@
+"""Reducers that ask the checkpoint for fewer tokens."""

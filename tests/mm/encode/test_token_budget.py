@@ -1,0 +1,167 @@
+"""Budgets in visual tokens: never exceeded, known before the tower runs, and one word each for OpenAI's `detail`."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mm.api import build_request
+from mm.build import build_encode_parts
+from mm.config import MediaLimits, ModelConfig, ReducerPolicy
+from mm.data.messages import parse_messages
+from mm.data.request import MediaPart, Request
+from mm.encode.counting import count_tokens
+from mm.encode.parts import EncodeParts
+from mm.encode.pipeline import encode
+from mm.encode.token_budget import TokenBudget
+from mm.errors import InvalidRequest, ReducerNotAllowed
+from mm.media import MediaBudget, image_from_array, video_from_array
+from tests.helpers.checkpoints import random_idefics3, random_llava, random_qwen2_5_vl, random_video_llava
+
+FAMILIES = {
+    "llava": random_llava,
+    "video": random_video_llava,
+    "qwen": random_qwen2_5_vl,
+    "idefics3": random_idefics3,
+}
+REDUCERS = {
+    "llava": ["divprune", "visionzip:keep_ratio=0.3", "tome", "pixelprune", "mustdrop", "mmtok", "dart:keep_ratio=0.7"],
+    "video": ["holitom", "flashvid:keep_ratio=0.4", "evs + uniform:keep_ratio=0.5", "pixelprune + random", "fastvid"],
+    "qwen": ["divprune:keep_ratio=0.1", "native + divprune", "vidcom2", "pixelprune:tau=0.2", "holov", "fastvid"],
+    "idefics3": ["uniform", "cdpruner", "pool2", "random:keep_ratio=0.9", "holov:keep_ratio=0.5"],
+}
+
+
+@pytest.fixture(scope="module")
+def parts_of(tmp_path_factory) -> dict[str, EncodeParts]:
+    return {
+        name: build_encode_parts(ModelConfig(model=str(make(tmp_path_factory.mktemp(name))), dtype="float32"))
+        for name, make in FAMILIES.items()
+    }
+
+
+def picture(rng: random.Random, budget: MediaBudget):
+    height, width = rng.choice([(40, 40), (56, 90), (30, 120), (90, 56)])
+    pixels = np.random.default_rng(rng.randrange(20)).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if rng.random() < 0.3:
+        pixels[: height // 2] = 255
+    return image_from_array(pixels, budget)
+
+
+def clip(rng: random.Random, budget: MediaBudget):
+    frames = np.random.default_rng(rng.randrange(9)).integers(0, 256, (rng.randint(1, 5), 60, 60, 3), dtype=np.uint8)
+    return video_from_array(frames, [i / 2 for i in range(len(frames))], len(frames) / 2, budget)
+
+
+def drawn(rng: random.Random, parts: EncodeParts, reducers: list[str]) -> Request:
+    """A request with up to four items, any reducer and any budgets."""
+    budget = MediaBudget(MediaLimits())
+    images = [picture(rng, budget) for _ in range(rng.randint(1, 3))]
+    videos = [clip(rng, budget)] if "video" in parts.encoder.kinds and rng.random() < 0.5 else []
+    most = rng.choice([None, 4, rng.randint(4, 12), rng.randint(4, 120)])
+    request = build_request("What is it?", images=images, videos=videos, max_visual_tokens=most)
+    (message,) = request.messages
+    wished = tuple(
+        replace(
+            part,
+            **(
+                {
+                    "detail": rng.choice(["low", "high", "auto"]),
+                    "max_visual_tokens": rng.choice([None, rng.randint(1, 40)]),
+                }
+                if hasattr(part, "index")
+                else {}
+            ),
+        )
+        for part in message.parts
+    )
+    vision = replace(request.vision, reducer=rng.choice([None, *reducers]))
+    return replace(request, messages=(replace(message, parts=wished),), vision=vision)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_never_more_than_asked_for_and_as_told_before(parts_of, family):
+    """1,000 requests in all."""
+    rng, parts = random.Random(family), parts_of[family]
+    for _ in range(250):
+        request = drawn(rng, parts, REDUCERS[family])
+        told = count_tokens(request, parts)
+        found = encode(request, parts).items
+        for part, count, item in zip(request.messages[0].parts, told, found, strict=False):
+            assert item.tokens.num_tokens <= count.num_tokens <= count.num_tokens_in
+            assert item.tokens.num_tokens == count.num_tokens or not count.is_exact
+            assert count.num_tokens_in == item.tokens.num_tokens_in
+            assert item.tokens.num_tokens <= (part.max_visual_tokens or 10**9)
+            assert item.tokens.num_tokens >= 1
+            if part.detail == "low":
+                assert item.tokens.num_tokens <= max(1, item.tokens.num_tokens_in // 4)
+        most = request.vision.max_visual_tokens
+        assert sum(item.tokens.num_tokens for item in found) <= (most or 10**9)
+        assert len({item.key for item in found}) == len({(item.key, item.tokens.num_tokens) for item in found})
+
+
+def wishing(parts: EncodeParts, *wishes: dict) -> Request:
+    rng, budget = random.Random(1), MediaBudget(MediaLimits())
+    images = [picture(rng, budget) for _ in wishes]
+    request = build_request("What is it?", images=images)
+    (message,) = request.messages
+    wished = tuple(replace(part, **wish) for part, wish in zip(message.parts, wishes, strict=False))
+    return replace(request, messages=(replace(message, parts=(*wished, message.parts[-1])),))
+
+
+def test_no_tower_runs_for_a_count(parts_of, monkeypatch):
+    parts = parts_of["qwen"]
+    monkeypatch.setattr(type(parts.encoder), "encode", lambda *_, **__: pytest.fail("the tower ran"))
+    request = wishing(parts, {"detail": "low"}, {"detail": "high"})
+    low, high = count_tokens(request, parts)
+    assert high.num_tokens == high.num_tokens_in
+    assert low.num_tokens == max(1, low.num_tokens_in // 4)
+
+
+@pytest.mark.parametrize(("high", "low"), [(400, 85), (340, 85), (100, 25), (7, 1), (1, 1), (0, 0)])
+def test_low_is_a_quarter_and_a_fixed_number(high, low):
+    budget = TokenBudget(parts=(MediaPart(index=0, kind="image", detail="low"),))
+    assert budget.limits([high], ReducerPolicy()) == [low]
+    assert budget.limits([high], ReducerPolicy(detail_low_tokens=1)) == [min(1, high)]
+
+
+def test_a_budget_below_one_token_per_item_is_refused(parts_of):
+    parts = parts_of["llava"]
+    request = wishing(parts, {}, {}, {})
+    request = replace(request, vision=replace(request.vision, max_visual_tokens=2))
+    for run in (count_tokens, encode):
+        with pytest.raises(InvalidRequest, match=r"was 2 for 3 images and clips"):
+            run(request, parts)
+
+
+def test_the_operators_share_holds_for_budgets_too(parts_of):
+    parts = replace(parts_of["llava"], policy=ReducerPolicy(min_keep_ratio=0.5))
+    for run in (count_tokens, encode):
+        with pytest.raises(ReducerNotAllowed, match=r"not go below 0\.5"):
+            run(wishing(parts, {"max_visual_tokens": 2}), parts)
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"detail": "tiny"}, "detail"),
+        ({"detail": 1}, "detail"),
+        ({"max_visual_tokens": 0}, "max_visual_tokens"),
+        ({"max_visual_tokens": True}, "max_visual_tokens"),
+        ({"max_visual_tokens": "9"}, "max_visual_tokens"),
+    ],
+)
+def test_wishes_that_cannot_be_are_refused(given, param):
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA==", **given}}
+    with pytest.raises(InvalidRequest) as caught:
+        parse_messages([{"role": "user", "content": [part]}])
+    assert caught.value.param == f"messages[0].content[0].image_url.{param}"
+
+
+def test_wishes_are_read():
+    url = {"url": "data:image/png;base64,AA==", "detail": "low", "max_visual_tokens": 7}
+    (message,), _ = parse_messages([{"role": "user", "content": [{"type": "image_url", "image_url": url}]}])
+    assert (message.parts[0].detail, message.parts[0].max_visual_tokens) == ("low", 7)
