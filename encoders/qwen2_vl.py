@@ -201,11 +201,9 @@ class Qwen2VLEncoder(CheckpointEncoder):
         if resolution is None or resolution >= 1:
             return own
         side = self.config.vision_config.patch_size
-        pixels = max(self._merge**2, int(len(own.pixels) * resolution)) * side**2
-        if isinstance(item, Image):
-            return self.image_patches(item, size={"shortest_edge": side**2, "longest_edge": pixels})
-        pixels *= self.video_processor.temporal_patch_size
-        return self.clip_patches(item, size={"shortest_edge": side**2, "longest_edge": pixels})
+        pixels = max(self._merge**2, int(len(own.pixels) // own.grid[0] * resolution)) * side**2
+        size = {"shortest_edge": side**2, "longest_edge": pixels}  # of one frame
+        return self.image_patches(item, size=size) if isinstance(item, Image) else self.clip_patches(item, size=size)
 
     def grid_of(self, prepared: Patches) -> Grid:
         """The grid of the item's tokens."""

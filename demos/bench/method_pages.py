@@ -25,6 +25,8 @@ PAGES, WORDS, RESULTS = Path("docs/methods"), Path("demos/bench/methods.toml"), 
 HEADINGS = ("Paper", "Source", "Stage", "Needs", "Cost", "Equation", "Positions", "Differs")
 RATIOS = (0.5, 0.25, 0.1, 0.05)
 LEFT_OUT = frozenset({"pipeline"})
+CHANGED = frozenset({"flashvid"})
+"""Methods that have changed since the results were measured: their figures are left out."""
 
 
 def sections(module: str) -> dict[str, str]:
@@ -47,6 +49,8 @@ def right_share(line: dict[str, Any]) -> float:
 def figures(name: str) -> list[str]:
     """A table of the method's measurements on the shipped model, pictures and clips."""
     rows = []
+    if name in CHANGED:
+        return rows
     for kind, what in (("image", "pictures"), ("video", "clips")):
         path = RESULTS / f"reducers-tiny-{kind}.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
@@ -125,6 +129,15 @@ def _attributes(doc: str) -> dict[str, str]:
         elif line.strip():
             break
     return found
+
+
+def official_table() -> str:
+    """What the authors' code gave beside ours, method by method."""
+    words = tomllib.loads(WORDS.read_text())
+    rows = [f"| [`{name}`](methods/{name}.md) | {_cell(of['official'])} |" for name, of in words.items()]
+    return "\n".join(
+        ["| method | official code, commit: result |", "|---|---|", *(row for row in rows if "| - |" not in row)]
+    )
 
 
 def index(pages: list[str]) -> str:

@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from demos.bench.method_pages import official_table
 from demos.bench.reducer_figures import Results, plot, put_into, report, report_beside
 from demos.bench.reducer_load import report_load
 from demos.bench.reducer_speed import report_select
@@ -88,6 +89,7 @@ def write_page(page: Path) -> None:
         put_into(page, results.name, report(results))
         plain = Results(path_of(kind, PLAIN), items)
         put_into(page, plain.name, report_beside(results, plain))
+    put_into(page, "official", official_table())
     put_into(page, "tuning-tiny", report_tuning(last_record("tuning-tiny.json")))
     put_into(page, "reducer-load-tiny", report_load(last_record("reducer-load-tiny-epyc-2core.txt")))
     put_into(page, "reducer-select-256m", report_select(last_record("reducer-select-256m-epyc-2core.txt")))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from typing import cast
 
-from mm.data.media import Image, Kind, Prepared, Video
+from mm.data.media import Image, Prepared, Video
 from mm.data.request import Request
 from mm.data.tokens import Encoded, Grid, ItemCount
 from mm.encode.loaded import LoadedItem
 from mm.encode.parts import EncodeParts
 from mm.encode.pipeline import load
-from mm.encode.token_budget import check_share
+from mm.encode.token_budget import check_share, planned_tokens
 from mm.errors import InvalidRequest
-from mm.plugins.capabilities import plans_tokens
 from mm.plugins.encoder import CountsTokens
-from mm.plugins.reducer import Reducer
 
 
 def count_tokens(request: Request, parts: EncodeParts) -> tuple[ItemCount, ...]:
@@ -31,7 +29,7 @@ def count_tokens(request: Request, parts: EncodeParts) -> tuple[ItemCount, ...]:
     finally:
         loaded.budget.give_back()
     reducer = loaded.reducer.plugin
-    planned = [_planned(reducer, grid, item.kind) for (grid, _), item in zip(found, request.media, strict=True)]
+    planned = [planned_tokens(reducer, grid, item.kind) for (grid, _), item in zip(found, request.media, strict=True)]
     limits = loaded.tokens.limits(planned, parts.policy)
     is_exact = loaded.reducer.capabilities.count == "fixed"
     for (grid, _), limit, left in zip(found, limits, planned, strict=True):
@@ -52,10 +50,3 @@ def _grid_of(item: LoadedItem, parts: EncodeParts) -> tuple[Grid, tuple[int, int
         raise InvalidRequest("the encoder of this model cannot tell how many tokens it makes before it made them")
     prepared = encoder.prepare(content) if isinstance(content, Image | Video) else cast(Prepared, content)
     return encoder.grid_of(prepared), getattr(prepared, "layout", None)
-
-
-def _planned(reducer: Reducer, grid: Grid, kind: Kind) -> int:
-    num_tokens = math.prod(grid)
-    for part in plans_tokens(reducer):
-        num_tokens = part.plan(num_tokens, grid, kind)
-    return num_tokens

@@ -211,7 +211,8 @@ def encode_loaded(loaded: LoadedMedia, parts: EncodeParts, on_progress: OnProgre
         )
         for item in loaded.items
     ]
-    return EncodedMedia(items=fitted(items, loaded.tokens, parts.policy), reducer=loaded.reducer.canonical)
+    left = fitted(items, loaded.tokens, parts.policy, loaded.reducer.plugin)
+    return EncodedMedia(items=left, reducer=loaded.reducer.canonical)
 
 
 def _encode_batch(

@@ -7,15 +7,19 @@ than the budget, the tokens that differ most stay (`RATIO_REDUCER`), exactly as 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mm.config import ReducerPolicy
+from mm.data.media import Kind
 from mm.data.quota import quota
 from mm.data.request import MediaPart, Request
-from mm.data.tokens import Encoded
+from mm.data.tokens import Encoded, Grid
 from mm.errors import InvalidRequest, ReducerNotAllowed
 from mm.plugins.apply import reduce_tokens
+from mm.plugins.capabilities import plans_tokens
+from mm.plugins.reducer import Reducer
 from mm.plugins.spec import RATIO_REDUCER, build_reducer
 
 LOW_SHARE = 4
@@ -73,8 +77,18 @@ class TokenBudget:
         return min(count, policy.detail_low_tokens, max(1, count // LOW_SHARE)) if part.detail == "low" else count
 
 
-def fitted(items: Sequence[Encoded], budget: TokenBudget, policy: ReducerPolicy) -> tuple[Encoded, ...]:
-    """The items with as many tokens as the budget allows.
+def planned_tokens(reducer: Reducer, grid: Grid, kind: Kind) -> int:
+    """Tokens that a reducer leaves of an item, or the most that it may."""
+    num_tokens = math.prod(grid)
+    for part in plans_tokens(reducer):
+        num_tokens = part.plan(num_tokens, grid, kind)
+    return num_tokens
+
+
+def fitted(
+    items: Sequence[Encoded], budget: TokenBudget, policy: ReducerPolicy, reducer: Reducer
+) -> tuple[Encoded, ...]:
+    """The items with as many tokens as the budget allows. Shares follow from what was planned, not from what is left.
 
     Raises:
         InvalidRequest: As `TokenBudget.limits`.
@@ -82,7 +96,8 @@ def fitted(items: Sequence[Encoded], budget: TokenBudget, policy: ReducerPolicy)
     """
     if not budget.is_limited:
         return tuple(items)
-    limits = budget.limits([item.tokens.num_tokens for item in items], policy)
+    planned = [planned_tokens(reducer, item.tokens.grid, item.tokens.kind) for item in items]
+    limits = budget.limits(planned, policy)
     return tuple(_fitted(item, limit, policy) for item, limit in zip(items, limits, strict=True))
 
 
