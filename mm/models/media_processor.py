@@ -174,9 +174,9 @@ class MediaProcessor:
         marks = self.marks
         counts = {kind: rendered.count(mark) for mark, kind in marks.items()}
         if any(counts.get(kind, 0) != len(found) for kind, found in by_kind.items()):
-            kinds: list[Kind] = [kind for kind, count in counts.items() for _ in range(count)]
-            return rendered, kinds
-        if by_kind["image"] and _changes_layout(type(self._processor)):
+            kinds = [kind for kind, count in counts.items() for _ in range(count)]
+            return rendered, cast("list[Kind]", kinds)
+        if by_kind["image"] and _changes_layout(self._processor):
             pictures = [[PIL.Image.fromarray(SAMPLE[0])] * len(by_kind["image"])]
             rendered = self._processor.prepare_inputs_layout(images=pictures, text=[rendered])[1][0]
         expanded, offsets = self._processor.get_text_with_replacements([rendered], by_kind["image"], by_kind["video"])
@@ -199,10 +199,10 @@ class MediaProcessor:
             return cast("dict[str, Any]", self._processor.to_dict())
 
 
-def _changes_layout(processor: type) -> bool:
+def _changes_layout(processor: object) -> bool:
     """Whether a processor writes more into a prompt than what stands for its items."""
     name = "prepare_inputs_layout"
-    return getattr(processor, name, None) is not getattr(ProcessorMixin, name, None)
+    return getattr(type(processor), name, None) is not getattr(ProcessorMixin, name, None)
 
 
 def _metadata(clip: Video) -> VideoMetadata:

@@ -209,7 +209,8 @@ def refuse_quantized(folder: Path) -> None:
     for where, part in parts:
         found: Any = cast("dict[str, Any]", part).get("quantization_config") if isinstance(part, dict) else None
         if found:
-            method = found.get("quant_method", "a method without a name") if isinstance(found, dict) else found
+            settings = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+            method = settings.get("quant_method", "a method without a name")
             raise BadCheckpoint(
                 str(folder),
                 f"config.json: {where}quantization_config says that the weights are quantised with {method}, which is "
@@ -245,7 +246,7 @@ def _decoder(folder: Path, model: PreTrainedModel) -> nn.Module:
 
 
 def _head_name(folder: Path, model: PreTrainedModel) -> str:
-    head: Any = model.get_output_embeddings()
+    head: Any = cast(Any, model).get_output_embeddings()
     name = None if head is None else _name_of(model, head)
     if name is None:
         raise BadCheckpoint(str(folder), f"is of model_type {model.config.model_type!r}, which has no head")

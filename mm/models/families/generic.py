@@ -55,7 +55,7 @@ class TransformersFamily(CheckpointFamily):
 
     def placeholders(self) -> Mapping[int, Kind]:
         both: tuple[Kind, ...] = ("image", "video")
-        kinds = [kind for kind in both if kind in self.processor.samples]
+        kinds = cast("list[Kind]", [kind for kind in both if kind in self.processor.samples])
         found: dict[int, Kind] = {}
         for kind in kinds:
             token: int | None = getattr(self.config, f"{kind}_token_id", None)
