@@ -56,6 +56,11 @@ class VisionZip(StepReducer):
             raise InvalidOption("VisionZip", "contextual_ratio", f"has to be a number from 0 to below 1, got {share!r}")
         choice_option("visionzip", "merge", self.merge, ("mean", "target_plus_mean"))
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether tokens are sums, which no weights that add up to 1 describe."""
+        return self.merge == "target_plus_mean"
+
     def after_encode(self, tokens: VisualTokens, context: ReduceContext) -> Reduction:
         reduction = super().after_encode(tokens, context)
         if self.merge == "mean" or reduction.merge is None:

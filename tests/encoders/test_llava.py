@@ -432,5 +432,5 @@ def test_what_merging_needs_is_named(folder, video_folder, tmp_path):
         check_compatible(tome, LlavaEncoder(several), "llava")
     with pytest.raises(IncompatiblePlugin, match="tome cannot be used with clips of this model"):
         LlavaEncoder(video_folder).encode([clip(2)], merging=tome)
-    with pytest.raises(InvalidOption, match="one reducer inside the tower"):
+    with pytest.raises(InvalidOption, match="one reducer before or inside the tower"):
         check_compatible(build_reducer("tome + tome"), LlavaEncoder(folder), "llava")

@@ -108,9 +108,9 @@ async def test_a_text_that_is_too_long_is_refused_before_its_picture_is_encoded(
     asked: list[Any] = []
     encode = runtime._encoder.encode
 
-    async def noted(request: Any) -> Any:
+    async def noted(request: Any, *rest: Any) -> Any:
         asked.append(request)
-        return await encode(request)
+        return await encode(request, *rest)
 
     monkeypatch.setattr(runtime._encoder, "encode", noted)
     refused = await engine_client.post(PATH, json=ask([picture[0], {"type": "text", "text": text}]))

@@ -36,7 +36,7 @@ def test_pool2_is_the_mean_of_neighbours_and_of_what_a_border_leaves():
 
 @pytest.mark.parametrize("spec", ["uniform + pool2", "pool2 + pool2", "visionzip + none + pool2"])
 def test_pool2_behind_another_is_refused(spec):
-    with pytest.raises(InvalidOption, match="Pool2, which needs every cell of the grid, after"):
+    with pytest.raises(InvalidOption, match="pool2, which needs every cell of the grid, after"):
         build_reducer(spec)
 
 

@@ -53,13 +53,13 @@ def test_what_is_no_specification_is_refused(spec):
         ("none", "none", "none"),
         ("uniform", "uniform:keep_ratio=0.25", "uniform:keep_ratio=0.25"),
         ("random : seed=7,keep_ratio=1", "random:keep_ratio=1.0,seed=7", "random:keep_ratio=1.0,seed=7"),
-        ("fastv", "fastv:keep_ratio=0.5,layer=2", "none"),
+        ("fastv", "fastv:joint=false,keep_ratio=0.5,layer=2", "none"),
         (
             "uniform:keep_ratio=0.5 + pyramiddrop:at_layers=[2,4],num_stages=2",
             "uniform:keep_ratio=0.5 + pyramiddrop:at_layers=[2,4],keep_ratio=0.125,num_stages=2",
             "uniform:keep_ratio=0.5",
         ),
-        ("none + fastv:layer=3", "none + fastv:keep_ratio=0.5,layer=3", "none"),
+        ("none + fastv:layer=3", "none + fastv:joint=false,keep_ratio=0.5,layer=3", "none"),
     ],
 )
 def test_canonical_forms(spec, canonical, before_decoder):
