@@ -1,4 +1,4 @@
-"""What of a checkpoint can be served, told without its weights: `mm check`.
+"""What of a checkpoint can be served, found without its weights: `mm check`.
 
 Each question is answered on its own, so that one that cannot be answered does not hide the others.
 """

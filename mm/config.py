@@ -194,7 +194,7 @@ class ModelConfig:
     fps: float | None = setting(None, above=0, help="Sample a clip by frames per second instead.")
     text_after_clip: TextAfterClip = setting(
         "highest",
-        help="Where text behind a clip goes on in Qwen2-VL and Qwen2.5-VL: after the clip's highest position, as the "
+        help="Where text after a clip goes on in Qwen2-VL and Qwen2.5-VL: after the clip's highest position, as the "
         "models were trained, or after its longer_side, as in transformers since 5.3.",
     )
     num_threads: int | None = setting(

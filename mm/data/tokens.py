@@ -75,7 +75,7 @@ class VisualTokens:
         protected: (N,) bool, tokens that reducers inside the decoder have to keep. None protects no token.
         placement: Positions in the prompt; None where they follow from the grid.
         borders: The steps at which a reducer began another cube; empty where it made none.
-        layer_planes: (L, N, D) of models with DeepStack: what is added to the tokens behind each of the first L layers
+        layer_planes: (L, N, D) of models with DeepStack: what is added to the tokens after each of the first L layers
             of the decoder. None for other models.
         text: What stands for the unreduced item in the prompt, as the checkpoint's processor writes it: a placeholder
             for each token, and text between them. None where the family knows it.
@@ -254,7 +254,7 @@ class Prompt:
         next_position: Position of the first generated token. By default the one that follows the unreduced prompt. With
             M-RoPE, tokens of a clip may have a larger position in time.
         is_visual: (L,) bool.
-        layer_planes: (K, V, D), what is added to the V visual tokens behind each of the first K layers. None for models
+        layer_planes: (K, V, D), what is added to the V visual tokens after each of the first K layers. None for models
             without DeepStack.
         mask: (L, L) bool, which tokens each one attends to, where some attend to later ones: those of the same picture,
             or the whole prompt. None where every token attends to the earlier ones.

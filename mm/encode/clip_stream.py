@@ -1,7 +1,7 @@
 """Clips chunk by chunk: decoded, encoded and reduced while later frames are still to come.
 
 Where the tower sees frames apart and the reducer takes them in chunks (`Streams`), a clip of any length needs the
-memory of a few chunks. What the reducer has settled is told as it goes, so that the decoder may begin with it.
+memory of a few chunks. What the reducer has settled is reported as it goes, so that the decoder may begin with it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ClipProgress:
     Attributes:
         num_frames: Frames that are encoded.
         total_frames: Frames that were asked for. A damaged clip has fewer in the end.
-        settled: The encoded clip as far as no later frame changes it, where that is more than was told before. Its
+        settled: The encoded clip as far as no later frame changes it, where that is more than was reported before. Its
             tokens are the first ones of the whole clip's.
     """
 
@@ -106,7 +106,7 @@ def _is_clip(content: MediaFile | Video) -> bool:
 def _encode_stream(
     item: LoadedItem, reducer: Streams, loaded: LoadedMedia, parts: EncodeParts, on_progress: OnProgress | None
 ) -> Encoded:
-    start, waited_s, times, told = time.perf_counter(), 0.0, list[float](), 0
+    start, waited_s, times, reported = time.perf_counter(), 0.0, list[float](), 0
     with _chunks(item.content, loaded) as (chunks, duration_s, total):
         with plugin_errors(name_of(reducer), "on the frames of a clip"):
             stream = reducer.stream()
@@ -118,8 +118,8 @@ def _encode_stream(
             times += chunk.timestamps_s
             _add(stream, chunk, duration_s, reducer, parts)
             if on_progress is not None:
-                settled = _settled(stream, reducer, told)
-                told = settled.num_tokens if settled else told
+                settled = _settled(stream, reducer, reported)
+                reported = settled.num_tokens if settled else reported
                 media = (
                     None
                     if settled is None
@@ -163,13 +163,13 @@ def _add(stream: FrameStream, chunk: FrameChunk, duration_s: float, reducer: Str
         stream.add(tokens)
 
 
-def _settled(stream: FrameStream, reducer: Streams, told: int) -> VisualTokens | None:
-    """What is certain, if it is more than `told` tokens."""
+def _settled(stream: FrameStream, reducer: Streams, reported: int) -> VisualTokens | None:
+    """What is certain, if it is more than `reported` tokens."""
     if not isinstance(stream, Settles):
         return None
     with plugin_errors(name_of(reducer), "when asked for what is settled"):
         tokens = stream.settled()
-    return tokens if tokens is not None and tokens.num_tokens > told else None
+    return tokens if tokens is not None and tokens.num_tokens > reported else None
 
 
 def cubes_of(tokens: VisualTokens, clip: ClipTimes | Video) -> tuple[Cube, ...]:

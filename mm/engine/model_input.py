@@ -29,7 +29,7 @@ class Chunk:
         positions: (P, n).
         num_logits: The last so many tokens whose logits are wanted.
         mask: (n, n) bool for draft trees, and for prompts in which tokens attend to later ones; None means causal.
-        layer_planes: (K, v, D), what is added to its visual tokens behind each of the first K layers. None for models
+        layer_planes: (K, v, D), what is added to its visual tokens after each of the first K layers. None for models
             without DeepStack.
         visual: (v,) int64, which of its tokens these are; None without planes.
         prune_state: For a prompt whose reducers act inside the decoder.
@@ -144,7 +144,7 @@ class PackedTokens:
         return frozenset(one.pruning.layer for one in every)
 
     def with_planes(self, layer: int, hidden: Tensor) -> Tensor:
-        """The output (T, D) of a layer, with what DeepStack adds to the visual tokens behind it."""
+        """The output (T, D) of a layer, with what DeepStack adds to the visual tokens after it."""
         if self._planes is None or layer >= len(self._planes):
             return hidden
         return hidden.index_add(0, self._plane_rows, self._planes[layer])

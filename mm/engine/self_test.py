@@ -2,7 +2,7 @@
 
 The engine drives the layers of a decoder itself, so whatever transformers does around them has to be done here too.
 What is known of it is computed, see `mm.models.arithmetic`. For a model that no test of ours covers this test decides:
-a prompt with a picture of random tokens, and a few tokens behind it, give the same logits, or the model is refused.
+a prompt with a picture of random tokens, and a few tokens after it, give the same logits, or the model is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mm.models.probe import WholeModel, accepted, is_known
 log = logging.getLogger(__name__)
 
 NUM_STEPS = 3
-"""Tokens that are decoded behind the prompt."""
+"""Tokens that are decoded after the prompt."""
 
 LARGEST = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 """The largest difference of the logits, relative to their spread, that rounding explains."""
@@ -70,7 +70,7 @@ def needs_self_test(family: CheckpointFamily) -> bool:
 
 
 def self_test(family: CheckpointFamily) -> None:
-    """Compare the logits behind a short prompt, and behind a few tokens after it, with those of transformers.
+    """Compare the logits after a short prompt, and after a few more tokens, with those of transformers.
 
     Call it before weights are repacked.
 
@@ -111,7 +111,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 @torch.inference_mode()
 def _our_logits(language: LanguageModel, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
-    """(1 + n, vocab): behind the prompt, and behind each of the n tokens."""
+    """(1 + n, vocab): after the prompt, and after each of the n tokens."""
     shape = language.kv_cache_spec
     num_blocks = shape.num_layers * shape.num_blocks(prompt.length + len(tokens) + 1)
     cache = KVCache(shape, num_blocks=num_blocks, max_num_seqs=1)

@@ -3,7 +3,7 @@
 At the input of one layer a reducer sees the hidden states of generated tokens and says which are kept. A dropped token
 sees itself: its keys and values are in the cache while its own step runs. After the step they leave the cache in this
 layer and those above. The tokens of a draft share a step, and so do those that are computed again after a preemption.
-There a mask hides the dropped ones from those behind them, so that every token sees what it would have seen alone.
+There a mask hides the dropped ones from those after them, so that every token sees what it would have seen alone.
 """
 
 from __future__ import annotations

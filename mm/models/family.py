@@ -67,7 +67,7 @@ class CheckpointFamily(ABC):
     """Rows of a prompt's positions: 1, or 3 for M-RoPE."""
 
     text_after_clip: TextAfterClip = "highest"
-    """Where the text behind a clip goes on, in families with positions in time: after the clip's highest position, or
+    """Where the text after a clip goes on, in families with positions in time: after the clip's highest position, or
     after the longer side of its grid."""
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -112,7 +112,7 @@ class CheckpointFamily(ABC):
         return [], [Message(role="user", parts=(TextPart(text="What is it? 1, 2, 3"),))]
 
     def type_ids(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        """What transformers' model is told of each token of a prompt beside its id, by name, each (L,)."""
+        """What transformers' model gets for each token of a prompt beside its id, by name, each (L,)."""
         return {}
 
     @abstractmethod

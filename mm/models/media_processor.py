@@ -52,7 +52,7 @@ class ProcessedItem:
 
 
 LAYOUT = ("grid_thw", "grid_ts", "_sizes", "num_images")
-"""Ends of the names of inputs that say how an item is laid out."""
+"""Ends of the names of inputs that describe the shape of an item."""
 
 SAMPLE: Pixels = (np.arange(2 * 64 * 96 * 3) % 251).astype(np.uint8).reshape(2, 64, 96, 3)
 """Two small frames to try a processor with."""

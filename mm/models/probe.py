@@ -1,4 +1,4 @@
-"""What transformers' class for a checkpoint offers, told by looking at the class and not at its name.
+"""What transformers' class for a checkpoint offers, found by looking at the class and not at its name.
 
 transformers' image-text-to-text models share an interface: `get_image_features` and `get_video_features` are the
 encoder, `get_decoder` is the language model, and `get_rope_index` gives positions. A `WholeModel` is such a model
@@ -138,7 +138,7 @@ class WholeModel:
 
     @property
     def num_planes(self) -> int:
-        """Layers behind which the decoder adds planes to visual tokens (DeepStack), from the first one on."""
+        """Layers after which the decoder adds planes to visual tokens (DeepStack), from the first one on."""
         if "deepstack_visual_embeds" not in inspect.signature(self.decoder.forward).parameters:
             return 0
         return len(getattr(cast(Any, self.config).vision_config, "deepstack_visual_indexes", None) or ())

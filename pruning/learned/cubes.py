@@ -1,4 +1,4 @@
-"""Cubes: a clip is cut where something begins, and each cube becomes a few tokens, dated and behind a thumbnail.
+"""Cubes: a clip is cut where something begins, and each cube becomes a few tokens, dated, after a thumbnail.
 
 Paper     Quicksviewer, arXiv:2504.15270. Trained by demos/train/train_cubes.py.
 Stage     temporal, in place of the frames' tokens.   Needs  weights for the model, which adapt its decoder too.

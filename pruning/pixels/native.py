@@ -26,7 +26,7 @@ class Native(BaseReducer):
 
     Attributes:
         keep_ratio: Tokens made / tokens that would be made, at most, in (0, 1]. The token counts of an answer begin
-            behind it: what is made is what came in.
+            after it: what is made is what came in.
     """
 
     acts_at: ClassVar[tuple[Stage, ...]] = (Stage.PIXELS,)

@@ -18,10 +18,10 @@ async def with_progress(work: Callable[[OnProgress], Awaitable[T]]) -> AsyncGene
     Args:
         work: Is given a function that may be called from any thread.
     """
-    loop, changed, told = asyncio.get_running_loop(), asyncio.Event(), list[ClipProgress]()
+    loop, changed, reported = asyncio.get_running_loop(), asyncio.Event(), list[ClipProgress]()
 
     def tell(progress: ClipProgress) -> None:
-        told[:] = [progress]
+        reported[:] = [progress]
         with contextlib.suppress(RuntimeError):  # the event loop is closed, so nobody reads any more
             loop.call_soon_threadsafe(changed.set)
 
@@ -31,8 +31,8 @@ async def with_progress(work: Callable[[OnProgress], Awaitable[T]]) -> AsyncGene
         while not task.done():
             await changed.wait()
             changed.clear()
-            if told and not task.done():
-                yield told.pop()
+            if reported and not task.done():
+                yield reported.pop()
         yield task.result()
     finally:
         task.cancel()

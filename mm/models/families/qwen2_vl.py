@@ -6,7 +6,7 @@ the model as transformers' `rope_deltas` are, so requests cannot mix.
 
 The text after an item goes on after the item's highest position, in time, height or width: arXiv:2409.12191, section
 2.1, and the authors' code, with which the models were trained. In transformers since 5.3 it goes on after the longer
-side of the grid instead, so that a clip of many steps shares positions with the text behind it; `text_after_clip`
+side of the grid instead, so that a clip of many steps shares positions with the text after it; `text_after_clip`
 chooses. Pictures are the same either way.
 """
 
