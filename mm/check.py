@@ -16,7 +16,7 @@ from mm.build import plugin_name
 from mm.data.media import Image, Pixels, Video
 from mm.errors import MmError
 from mm.models.arithmetic import Arithmetic
-from mm.models.checkpoint import read_config
+from mm.models.checkpoint import BadCheckpoint, read_config
 from mm.models.folder import reason_of
 from mm.models.media_processor import MediaProcessor
 from mm.models.pretrained import model_config
@@ -85,7 +85,12 @@ def _media(folder: Path, height: int, width: int, num_frames: int) -> Answer:
             found[kind] = f"not taken: {processor.refused.get(item.kind, 'unknown')}"
             continue
         ids: list[int] = processor.tokenizer.encode(processor.process(item).text, add_special_tokens=False)  # pyright: ignore[reportUnknownMemberType]
-        found[kind] = f"{sum(token in placeholders for token in ids)} visual tokens of {len(ids)} in the prompt"
+        if not (num_visual := sum(token in placeholders for token in ids)):
+            raise BadCheckpoint(
+                str(folder),
+                f"has a tokenizer without a {kind} token; add tokenizer.json, or the files it is made of",
+            )
+        found[kind] = f"{num_visual} visual tokens of {len(ids)} in the prompt"
     return found
 
 
@@ -122,6 +127,8 @@ def _reducers(encoder: str, whole: WholeModel | str) -> Answer:
     host: Any = get("encoder", encoder)
     found: Answer = {}
     for name in names("reducer"):
+        if name == "pipeline":  # as good as its parts
+            continue
         found[name] = _said(lambda name=name: _works(build_reducer(name), host, encoder, whole))
     return found
 

@@ -48,3 +48,13 @@ def test_needs_no_weights_and_says_what_is_wrong(folder, tmp_path):
     assert done.exit_code == 1
     assert "quantised: no: " in done.output
     assert "gptq" in done.output
+
+
+def test_a_folder_without_tokenizer_files_is_not_served(folder, tmp_path):
+    """transformers makes an empty tokenizer of tokenizer_config.json alone, whose texts hold no placeholder."""
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors" and path.name != "tokenizer.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    found = check_model(tmp_path)
+    assert "tokenizer" in found["media"]
+    assert not found["served"]
