@@ -10,18 +10,19 @@ import torch
 
 from mm.config import ModelConfig
 from mm.data.media import FrameSampling
-from mm.device import has_bfloat16, kv_cache_bytes
+from mm.device import check_device, has_bfloat16, kv_cache_bytes
 from mm.encode.feature_cache import FeatureCache
 from mm.encode.named import build_encoder
 from mm.encode.parts import EncodeParts
 from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
 from mm.engine.self_test import needs_self_test, self_test
-from mm.errors import BrokenPlugin, InvalidOption, MmError
+from mm.errors import BrokenPlugin, MmError
 from mm.media import DecodeMemory
 from mm.models.checkpoint import BadCheckpoint, find, read_config
 from mm.models.family import CheckpointFamily
 from mm.models.folder import reading
+from mm.models.locate import read_template
 from mm.models.probe import transformers_types
 from mm.plugins.calls import PluginCalls
 from mm.plugins.capabilities import check_compatible
@@ -36,23 +37,14 @@ def _dtype(config: ModelConfig) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
-def _check_device(config: ModelConfig) -> None:
-    """Refuse a device that torch does not know or that this machine does not have."""
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        what = f"was {config.device!r}, which torch cannot use here; try cpu, cuda or cuda:1"
-        raise InvalidOption("model", "device", what) from error
-
-
-def _plugin_for(kind: Literal["encoder", "family"], config: ModelConfig) -> Any:
+def _plugin_for(kind: Literal["encoder", "family"], config: ModelConfig, **options: Any) -> Any:
     """The encoder or family that handles the checkpoint's model_type."""
-    _check_device(config)
+    check_device(config.device)
     folder = find(config.model)
     name = plugin_name(kind, folder)
     try:
         with reading(folder, f"config.json, or another file that the {kind} {name!r} reads,"):
-            return create(kind, name, folder=folder, device=config.device, dtype=_dtype(config))
+            return create(kind, name, folder=folder, device=config.device, dtype=_dtype(config), **options)
     except BaseException as error:
         if isinstance(error, MmError) or is_interrupt(error):
             raise
@@ -97,7 +89,7 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
     if encoder_text is None:
         encoder, host = _plugin_for("encoder", config), config.model
     else:
-        _check_device(config)
+        check_device(config.device)
         encoder, host = build_encoder(encoder_text, config.device, _dtype(config)), encoder_text
     reducer = configured_reducer(config)
     check_compatible(bind(reducer, model, config.device).plugin, encoder, host)
@@ -120,7 +112,9 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
 def build_engine(config: ModelConfig) -> LLMEngine:
     """The decoder's half of a model: only the language weights are read."""
     _use_threads(config)
-    family: CheckpointFamily = _plugin_for("family", config)
+    template = read_template(config.chat_template)
+    options = {} if template is None else {"chat_template": template}
+    family: CheckpointFamily = _plugin_for("family", config, **options)
     family.text_after_clip = config.text_after_clip
     if needs_self_test(family) and not config.skip_self_test:
         self_test(family)

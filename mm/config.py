@@ -12,6 +12,8 @@ from typing import Any, Literal
 from mm.settings import build, check_settings, setting
 
 MiB = 1 << 20
+REDUCERS_FOLDER = "reducers"
+"""Of a model's folder: it holds one folder per learned reducer."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -192,6 +194,9 @@ class ModelConfig:
     )
     num_frames: int = setting(8, min=1, cli="frames", help="Frames sampled from a clip, evenly over its length.")
     fps: float | None = setting(None, above=0, help="Sample a clip by frames per second instead.")
+    chat_template: str | None = setting(
+        None, help="File with a chat template (Jinja), used in place of the checkpoint's own."
+    )
     text_after_clip: TextAfterClip = setting(
         "highest",
         help="Where text after a clip goes on in Qwen2-VL and Qwen2.5-VL: after the clip's highest position, as the "

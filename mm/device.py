@@ -14,6 +14,19 @@ CPU_SHARE, GPU_SHARE = 0.25, 0.9
 """Shares of the free memory that the KV cache takes unless its size is given."""
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know or that this machine does not have.
+
+    Raises:
+        InvalidOption: Says which ones torch can use.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        what = f"was {device!r}, which torch cannot use here; try cpu, cuda or cuda:1"
+        raise InvalidOption("model", "device", what) from error
+
+
 def has_bfloat16(device: str) -> bool:
     """Whether the device multiplies faster in bfloat16 than in float32."""
     if device.startswith("cuda"):

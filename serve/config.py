@@ -91,6 +91,7 @@ class ServeConfig:
     )
     max_arriving_bytes: int = setting(256 * MiB, min=0, help="Memory of all bodies that are arriving, in bytes.")
     header_timeout_s: float = setting(20.0, above=0, help="Seconds that a request's header may take (--in-process).")
+    ui: bool = setting(False, help="Serve the demo page at /ui, beside the API.")
     max_choices: int = setting(8, min=1, help="Largest `n` that a request may ask for.")
     request_timeout_s: float = setting(300.0, min=0, help="Seconds from a request's body to its last token.")
     send_timeout_s: float = setting(60.0, min=0, help="Seconds after which a client that reads nothing is cut off.")
@@ -104,6 +105,11 @@ class ServeConfig:
         check_hosts("serve", self.allowed_hosts, self.allowed_origins)
         if any(not key for key in self.api_keys):
             raise InvalidOption("serve", "api_keys", "holds an empty key")
+        if self.ui and self.api_keys:
+            what = "cannot go with API keys, since whoever opens the page could use the server; run `mm demo --url URL`"
+            raise InvalidOption("serve", "ui", what)
+        if self.ui and self.num_ingress > 1:
+            raise InvalidOption("serve", "ui", "needs a single HTTP replica, which holds the visitors of the page")
 
     @property
     def names(self) -> tuple[str, ...]:

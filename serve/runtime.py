@@ -6,7 +6,7 @@ Ray.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -152,6 +152,14 @@ class Runtime(Protocol):
         """The tokens that a request's prompt would have. No tower runs, and nothing is generated."""
         ...
 
+    async def token_ids(self, request: Request) -> list[int]:
+        """The tokens of a request without media."""
+        ...
+
+    async def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text that tokens stand for."""
+        ...
+
     async def collect(self, media: MediaHandle) -> EncodedMedia:
         """The encoded media themselves, in this process."""
         ...
@@ -253,6 +261,13 @@ class LocalRuntime:
         await self.admit(request)
         items = await self._encoder.count(request) if needs_encoder(request) else ()
         return PromptCount(num_tokens=await self._loop.prompt_length(request, items), items=items)
+
+    async def token_ids(self, request: Request) -> list[int]:
+        self._limits.check(request.messages)
+        return await self._loop.token_ids(request)
+
+    async def text_of(self, token_ids: Sequence[int]) -> str:
+        return await self._loop.text_of(token_ids)
 
     async def collect(self, media: MediaHandle) -> EncodedMedia:
         assert isinstance(media, EncodedMedia), "media of another runtime"

@@ -6,6 +6,7 @@ A part may carry explicit nulls beside its own field, as Arrow clients send them
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -38,13 +39,50 @@ def _message(message: Mapping[str, object], param: str, media: list[MediaSource]
     role = "system" if role == "developer" else role
     if content is None and role == "assistant":
         content = ""
+    fields = _fields(message, role, param)
     if isinstance(content, str):
-        return Message(role=role, parts=(TextPart(text=content),))
+        return Message(role=role, parts=(TextPart(text=content),), fields=fields)
     if not isinstance(content, Sequence) or not content:
         raise InvalidRequest("content has to be a string or a non-empty list of parts", f"{param}.content")
     given = cast(Sequence[object], content)
     parts = tuple(_part(part, f"{param}.content[{i}]", media) for i, part in enumerate(given))
-    return Message(role=role, parts=parts)
+    return Message(role=role, parts=parts, fields=fields)
+
+
+def _fields(message: Mapping[str, object], role: str, param: str) -> str:
+    """What a template may read of the turn beside its content; see `Message.fields`."""
+    found: dict[str, Any] = {}
+    calls = message.get("tool_calls")
+    if calls:
+        if role != "assistant" or not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise InvalidRequest("tool_calls has to be a list, in an assistant's message", f"{param}.tool_calls")
+        given = cast("Sequence[object]", calls)
+        found["tool_calls"] = [_call(call, f"{param}.tool_calls[{i}]") for i, call in enumerate(given)]
+    for name in ("tool_call_id",) if role == "tool" else ():
+        if (value := message.get(name)) is not None:
+            if not isinstance(value, str):
+                raise InvalidRequest(f"{name} was {shown(value)}; it has to be a text", f"{param}.{name}")
+            found[name] = value
+    return json.dumps(found, ensure_ascii=False) if found else ""
+
+
+def _call(call: object, param: str) -> dict[str, Any]:
+    """An earlier call; its arguments as an object, which is what templates expect, where they are one."""
+    given = cast("Mapping[str, Any]", call if isinstance(call, Mapping) else {})
+    function = cast("Mapping[str, Any]", found if isinstance(found := given.get("function"), Mapping) else {})
+    name, arguments = function.get("name"), function.get("arguments")
+    if not isinstance(name, str) or not isinstance(arguments, str):
+        raise InvalidRequest("a call needs a function with a name and arguments as JSON text", f"{param}.function")
+    try:
+        parsed: object = json.loads(arguments or "{}")
+    except ValueError:
+        parsed = arguments
+    shown_arguments = cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else arguments
+    return {
+        "id": str(given.get("id") or ""),
+        "type": "function",
+        "function": {"name": name, "arguments": shown_arguments},
+    }
 
 
 def _part(part: object, param: str, media: list[MediaSource]) -> TextPart | MediaPart:

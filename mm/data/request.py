@@ -45,10 +45,23 @@ class MediaPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation, or a whole prompt.
+
+    Attributes:
+        fields: JSON object with what a template may read of the turn beside its content: `tool_calls`, `tool_call_id`
+            and `name`. Empty where there is none.
+        context: JSON object with what a template gets beside the messages: `tools`, a list of OpenAI's function tools,
+            and `options`, further variables. Only the first message has it.
+        is_prompt: The message is the whole prompt. No template is applied, and control tokens in its text are such.
+        token_ids: Such a prompt as token ids, in place of text.
+    """
 
     role: str
     parts: tuple[TextPart | MediaPart, ...]
+    fields: str = ""
+    context: str = ""
+    is_prompt: bool = False
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +91,8 @@ class TextLimits:
 
 
 def _num_chars(messages: Sequence[Message]) -> int:
-    return sum(len(part.text) for message in messages for part in message.parts if isinstance(part, TextPart))
+    texts = sum(len(part.text) for message in messages for part in message.parts if isinstance(part, TextPart))
+    return texts + sum(len(message.fields) + len(message.context) for message in messages)
 
 
 def text_too_long(num_chars: int, max_chars: int, max_context_tokens: int) -> InvalidRequest:

@@ -108,7 +108,7 @@ def _fitted(item: Encoded, limit: int, policy: ReducerPolicy) -> Encoded:
     check_share(limit, tokens.num_tokens_in, policy)
     left = reduce_tokens(build_reducer(RATIO_REDUCER, limit / tokens.num_tokens), tokens)
     key = hashlib.sha256(f"{item.key}\n{RATIO_REDUCER} {limit}".encode()).hexdigest() if item.key else ""
-    return replace(item, tokens=left, key=key)
+    return replace(item, tokens=left, key=key, num_before_budget=tokens.num_tokens)
 
 
 def check_share(num_tokens: int, num_tokens_in: int, policy: ReducerPolicy) -> None:

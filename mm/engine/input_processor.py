@@ -117,6 +117,25 @@ class InputProcessor:
         blank = [item.blank(width) for item in items]
         return self._call_family(functools.partial(self._family.splice, params.messages, blank)).length
 
+    def token_ids(self, params: Request) -> list[int]:
+        """Token ids of a request without media.
+
+        Raises:
+            ContextTooLong, InvalidRequest: As `process`.
+        """
+        return self._call_family(functools.partial(self._family.token_ids, params.messages))
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text that tokens stand for, control tokens included.
+
+        Raises:
+            InvalidRequest: There is no such token.
+        """
+        num_ids = len(self._family.tokenizer)
+        if (wrong := max(token_ids, default=0)) >= num_ids:
+            raise InvalidRequest(f"the token {wrong} does not exist; this model has {num_ids}", "tokens")
+        return self._family.text_tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
     def _reducer(self, media: EncodedMedia) -> Reducer:
         """The reducer of a request, with its weights where there is anything to reduce."""
 

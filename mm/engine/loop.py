@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -36,6 +37,7 @@ from mm.plugins.reducer import Stage
 from mm.plugins.spec import reducer_spec
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 IDLE_S = 0.5
 """How often an idle engine looks for requests that are past their deadline."""
@@ -235,9 +237,7 @@ class EngineLoop:
         Raises:
             ContextTooLong, InvalidRequest: As `stream`.
         """
-        assert self._submit_pool is not None, "start the loop first"
-        check = functools.partial(self._engine.inputs.check_length, params)
-        await asyncio.get_running_loop().run_in_executor(self._submit_pool, check)
+        await self._aside(self._engine.inputs.check_length, params)
 
     async def prompt_length(self, params: Request, items: Sequence[ItemCount]) -> int:
         """Tokens of the prompt of a request, given how many its items have.
@@ -245,9 +245,21 @@ class EngineLoop:
         Raises:
             ContextTooLong, InvalidRequest: As `stream`.
         """
+        return await self._aside(self._engine.inputs.prompt_length, params, items)
+
+    async def token_ids(self, params: Request) -> list[int]:
+        """As `InputProcessor.token_ids`."""
+        return await self._aside(self._engine.inputs.token_ids, params)
+
+    async def text_of(self, token_ids: Sequence[int]) -> str:
+        """As `InputProcessor.text_of`."""
+        return await self._aside(self._engine.inputs.text_of, token_ids)
+
+    async def _aside(self, function: Callable[..., T], *args: object) -> T:
+        """The result of a quick function, computed in a thread beside that of the engine."""
         assert self._submit_pool is not None, "start the loop first"
-        ask = functools.partial(self._engine.inputs.prompt_length, params, items)
-        return await asyncio.get_running_loop().run_in_executor(self._submit_pool, ask)
+        work = functools.partial(function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._submit_pool, work)
 
     async def stream(self, params: Request, media: EncodedMedia) -> AsyncGenerator[list[Event]]:
         """A request's events as they come, several at a time where they came together.

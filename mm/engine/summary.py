@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from mm.data.arrays import ints
 from mm.data.media import Kind
 from mm.data.outputs import KeptMap, Summary, Timings, Usage
+from mm.data.tokens import Encoded
 from mm.engine.sequence import EngineRequest
+from mm.plugins.spec import RATIO_REDUCER
 
 
 def summarise(request: EngineRequest, now: float) -> Summary:
@@ -31,10 +33,20 @@ def summarise(request: EngineRequest, now: float) -> Summary:
         usage=_usage(request, kept),
         timings=timings,
         kept=kept if request.params.vision.return_map else (),
-        reducer=request.reducer,
+        reducer=reducer_text(request.reducer, request.media),
         reducer_faults=tuple(dict.fromkeys(request.reducer_faults)),
         kv_bytes=request.kv_bytes,
     )
+
+
+def reducer_text(reducer: str, media: Sequence[Encoded]) -> str:
+    """The reducer that an answer names: the request's, and what its budget in tokens left of the items."""
+    if not any(item.num_before_budget for item in media):
+        return reducer
+    before = sum(item.num_before_budget or item.tokens.num_tokens for item in media)
+    share = sum(item.tokens.num_tokens for item in media) / before
+    budget = f"{RATIO_REDUCER}:keep_ratio={round(share, 4):g}"
+    return budget if reducer == "none" else f"{reducer} + {budget}"
 
 
 def _usage(request: EngineRequest, kept: Sequence[KeptMap]) -> Usage:

@@ -6,6 +6,7 @@ and whatever the template does with it: nobody can forge a placeholder or a turn
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -13,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mm.data.request import ROLES, MediaPart, Message, TextLimits, TextPart, text_too_long
 from mm.errors import InvalidRequest, PluginFault, shown
+from mm.models.locate import NO_TEMPLATE
 from mm.models.prompt_tokenizer import PIECE_CHARS, PromptTokenizer, control_tokens
 from mm.models.renderer import RENDERER, RenderedTooLong, TemplateRefused
+from mm.models.tool_text import written_out
 from mm.models.user_text import Marks, closed_under_case, high_characters
 
 MAX_REASON_CHARS = 300
@@ -41,6 +44,8 @@ class ChatTemplate:
         max_tokens: int,
         placeholders: Iterable[int] = (),
     ) -> None:
+        if template is None and not cast(Any, tokenizer).chat_template:
+            raise ValueError(f"it {NO_TEMPLATE}")
         source = tokenizer.get_chat_template(template)  # pyright: ignore[reportUnknownMemberType]
         control = control_tokens(tokenizer, source)
         for i in placeholders:
@@ -53,7 +58,8 @@ class ChatTemplate:
         self._taken = high_characters([source, *control])
         self._bos = str(tokenizer.bos_token or "")
         self._max_tokens = max_tokens
-        self._source = source
+        self._source, self._knows_tools = source, "tools" in source
+        self._num_ids = len(tokenizer)
         try:
             RENDERER.compile(source)
         except (TemplateRefused, PluginFault) as error:
@@ -81,7 +87,10 @@ class ChatTemplate:
             ContextTooLong: It has more tokens than the model has positions.
             InvalidRequest: The template refuses the conversation, or it holds what is no text.
         """
+        if messages and messages[0].is_prompt:
+            return self._prompt_ids(messages[0])
         texts = self._checked(messages)
+        messages = messages if self._knows_tools else written_out(messages)
         taken = self._taken | high_characters(texts)
         marks = Marks(self._alphabet, taken)
         rendered = self._render(messages, marks, taken)
@@ -91,10 +100,24 @@ class ChatTemplate:
         prompt = marks.unmark(self.tokenizer.control(rendered if expand is None else expand(rendered)))
         return self.tokenizer.ids(prompt, add_special_tokens=add_special)
 
+    def _prompt_ids(self, message: Message) -> list[int]:
+        """Ids of a whole prompt, to which no template is applied."""
+        if message.token_ids:
+            if (wrong := max(message.token_ids)) >= self._num_ids:
+                raise InvalidRequest(f"the token {wrong} does not exist; this model has {self._num_ids}", "prompt")
+            return list(message.token_ids)
+        text = "".join(part.text for part in message.parts if isinstance(part, TextPart))
+        if not text:
+            raise InvalidRequest("the prompt is empty", "prompt")
+        self.tokenizer.check_text(text, self._max_tokens)
+        add_special = not (self._bos and text.startswith(self._bos))
+        return self.tokenizer.ids(self.tokenizer.control(text), add_special_tokens=add_special)
+
     def _checked(self, messages: Sequence[Message]) -> list[str]:
         """The texts of the messages, which are not too long and valid."""
         texts = [part.text for message in messages for part in message.parts if isinstance(part, TextPart)]
         num_parts = max(len(messages), len(texts))
+        texts += [text for message in messages for text in (message.fields, message.context) if text]
         if num_parts > self._max_tokens:
             raise InvalidRequest(
                 f"there are {num_parts} messages or text parts; the limit is {self._max_tokens}, the tokens of this "
@@ -107,7 +130,8 @@ class ChatTemplate:
         return texts
 
     def _render(self, messages: Sequence[Message], marks: Marks, taken: frozenset[str]) -> str:
-        limits, options = self.limits, {"tools": None, "documents": None, "add_generation_prompt": True}
+        context: dict[str, Any] = json.loads((messages[0].context if messages else "") or "{}")
+        limits, options = self.limits, {"documents": None, "add_generation_prompt": True}
         try:
             return RENDERER.render(
                 self._source,
@@ -116,6 +140,8 @@ class ChatTemplate:
                 alphabet=self._alphabet,
                 taken=taken,
                 max_chars=limits.max_chars,
+                tools=context.get("tools"),
+                variables=context.get("options") or {},
             )
         except TemplateRefused as error:
             reason = marks.unmark(str(error))[:MAX_REASON_CHARS]
@@ -134,4 +160,4 @@ def _for_template(message: Message) -> dict[str, object]:
             content.append({"type": part.kind})
         else:
             content.append({"type": "text", "text": part.text})
-    return {"role": message.role, "content": content}
+    return {"role": message.role, "content": content, **json.loads(message.fields or "{}")}

@@ -10,7 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import blake3
 import torch
@@ -18,52 +18,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from mm.errors import UnknownModel
-from mm.models.folder import BadCheckpoint, check_folder, read_json, reading
-from mm.models.shipped import SHIPPED, shipped_models
+from mm.models.folder import BadCheckpoint, read_json, reading
+from mm.models.locate import find, read_config
+
+__all__ = ["BadCheckpoint", "find", "read_config"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-def find(model: str | Path, *, weights: bool = True) -> Path:
-    """The folder of a shipped model ("tiny"), of a local path, or of a hub name (downloaded by huggingface_hub).
-
-    Args:
-        weights: Download the weights too.
-
-    Raises:
-        UnknownModel: It is none of these.
-        BadCheckpoint: It asks for code, or its settings are damaged; see `mm.models.folder`.
-    """
-    folder = _find(model, weights)
-    check_folder(folder)
-    return folder
-
-
-def _find(model: str | Path, weights: bool) -> Path:
-    shipped = shipped_models()
-    if str(model) in shipped:
-        return SHIPPED / str(model)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BadCheckpoint(str(path), "has no config.json; give the folder of a Hugging Face checkpoint")
-        return path
-    if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
-        raise UnknownModel(str(model), [*shipped, "a local folder", "a hub name such as owner/name"])
-    return _download(str(model), shipped, weights)
-
-
-def _download(name: str, shipped: list[str], weights: bool) -> Path:
-    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(name, allow_patterns=patterns))  # pyright: ignore[reportUnknownMemberType]
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UnknownModel(name, [*shipped, "a local folder", "a hub name that can be reached"]) from error
 
 
 def weights_hash(folder: Path) -> str:
@@ -72,19 +33,6 @@ def weights_hash(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         digest.update_mmap(path)
     return digest.hexdigest()
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json.
-
-    Raises:
-        BadCheckpoint: The folder cannot be used, see `check_folder`, or config.json names no model_type.
-    """
-    check_folder(folder)
-    config = read_json(folder, "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise BadCheckpoint(str(folder), "config.json names no model_type; give the folder of a whole checkpoint")
-    return config
 
 
 def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:

@@ -61,6 +61,7 @@ class CheckpointFamily(ABC):
     Args:
         folder: Checkpoint in Hugging Face format.
         device, dtype: Of the language model.
+        chat_template: Jinja source that is used in place of the checkpoint's own.
     """
 
     num_position_rows: int = 1
@@ -70,7 +71,14 @@ class CheckpointFamily(ABC):
     """Where the text after a clip goes on, in families with positions in time: after the clip's highest position, or
     after the longer side of its grid."""
 
-    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        chat_template: str | None = None,
+    ) -> None:
         RENDERER.start()
         self.config = model_config(folder)
         refuse_quantized(folder)
@@ -84,7 +92,7 @@ class CheckpointFamily(ABC):
         try:
             self._template = ChatTemplate(
                 self.tokenizer,
-                template,
+                chat_template or template,
                 max_tokens=self.max_context_tokens,
                 placeholders=self._placeholders.keys() | self.mark_ids(),
             )
@@ -207,10 +215,21 @@ class CheckpointFamily(ABC):
 
     def _token_ids(self, messages: Sequence[Message], expand: Callable[[str], str] | None = None) -> list[int]:
         ids = self._template.token_ids(messages, expand)
+        if messages and messages[0].is_prompt and any(i in self._placeholders or i in self.mark_ids() for i in ids):
+            what = "the prompt holds a token that stands for media; send media in the messages of a chat request"
+            raise InvalidRequest(what, "prompt")
         num_text_tokens = sum(token not in self._placeholders for token in ids)
         if num_text_tokens >= self.max_context_tokens:
             raise ContextTooLong(num_text_tokens, 1, self.max_context_tokens)
         return ids
+
+    def token_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation without media, or of a whole prompt.
+
+        Raises:
+            ContextTooLong, InvalidRequest: As `splice`.
+        """
+        return self._token_ids(messages)
 
     def item_ids(self, text: str) -> list[int]:
         """Token ids of text that an item brings with it, in which control tokens are meant as such."""

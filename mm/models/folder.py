@@ -15,8 +15,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from mm.config import REDUCERS_FOLDER
 from mm.errors import MmError
-from mm.plugins.weights import FOLDER as REDUCERS
 
 DATA_FILES = ("tokenizer.json", "vocab.json")
 """JSON files that may be large and from which no library takes settings."""
@@ -150,7 +150,7 @@ def check_folder(folder: Path) -> None:
             raise BadCheckpoint(str(folder), f"{name} is Python code for generation, which is never run here")
         if path.suffix != ".json" or _is_data(path):
             continue
-        if path.name in SETTINGS_FILES and path.relative_to(folder).parts[0] != REDUCERS:
+        if path.name in SETTINGS_FILES and path.relative_to(folder).parts[0] != REDUCERS_FOLDER:
             _refuse_code(folder, name, _object(folder, name, _parse(folder, path)))
         else:
             found: object = None

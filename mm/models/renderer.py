@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from mm.data.request import MAX_BYTES_PER_CHAR
@@ -91,6 +92,8 @@ class Renderer:
         alphabet: str,
         taken: frozenset[str],
         max_chars: int,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """The conversation as the template writes it, with marks in the text of the messages.
 
@@ -98,6 +101,8 @@ class Renderer:
             options: Further variables of the template.
             alphabet, taken: See `Marks`.
             max_chars: Longer results are refused.
+            tools: What the template gets as `tools`. Every text in it is the request's.
+            variables: Variables that the request sets; `options` count before them.
 
         Raises:
             TemplateRefused: The template raised an error.
@@ -106,6 +111,7 @@ class Renderer:
             PluginFault: The template took too much memory or time.
         """
         request = {"source": source, "messages": messages, "options": options, "max_chars": max_chars}
+        request |= {"tools": tools, "variables": dict(variables)}
         return self._ask(request | {"alphabet": alphabet, "taken": sorted(taken)}, max_chars)
 
     def _ask(self, request: Mapping[str, Any], max_chars: int) -> str:

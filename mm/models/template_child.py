@@ -75,7 +75,8 @@ def answer(request: Mapping[str, Any]) -> tuple[str, str]:
     """What became of a request, and the rendered text or the reason.
 
     The request holds the template's `source`; `messages` with text parts, or none to compile only; `options`, the
-    template's other variables; `alphabet` and `taken` as of `Marks`; and `max_chars`, the longest text to return.
+    template's other variables; `tools` and `variables`, which are the request's; `alphabet` and `taken` as of `Marks`;
+    and `max_chars`, the longest text to return.
     """
     try:
         marks = Marks(request["alphabet"], frozenset(request["taken"]))
@@ -86,7 +87,9 @@ def answer(request: Mapping[str, Any]) -> tuple[str, str]:
             template = compiled(request["source"])
             if request["messages"] is None:
                 return "compiled", ""
-            rendered = str.__str__(template.render(messages=_marked(request["messages"], marks), **request["options"]))
+            variables = _all_marked(request.get("variables") or {}, marks, keys=False)
+            variables |= {"tools": _all_marked(request.get("tools"), marks)} | request["options"]
+            rendered = str.__str__(template.render(messages=_marked(request["messages"], marks), **variables))
         except MemoryError:
             raise
         except BaseException as error:  # a template can raise what it likes
@@ -105,7 +108,21 @@ def _marked(messages: list[dict[str, Any]], marks: Marks) -> list[dict[str, Any]
         for part in message["content"]:
             if "text" in part:
                 part["text"] = marks.text(part["text"])
+        for name in message.keys() - {"role", "content"}:
+            message[name] = _all_marked(message[name], marks)
     return messages
+
+
+def _all_marked(value: Any, marks: Marks, *, keys: bool = True) -> Any:
+    """A JSON value in which every text is marked, names of fields included unless `keys` is false."""
+    if isinstance(value, str):
+        return marks.text(value)
+    if isinstance(value, list):
+        return [_all_marked(item, marks) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, dict):
+        items: list[tuple[str, Any]] = list(value.items())  # pyright: ignore[reportUnknownArgumentType]
+        return {(marks.text(name) if keys else name): _all_marked(item, marks) for name, item in items}
+    return value
 
 
 def reply(pipe_out: BinaryIO, kind: str, text: str) -> None:

@@ -27,10 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
+from mm.config import REDUCERS_FOLDER
 from mm.errors import BadWeights
-
-FOLDER = "reducers"
-"""Of a model's folder: it holds one folder per learned reducer."""
 
 CARD, TENSORS, DECODER = "config.json", "model.safetensors", "decoder.safetensors"
 FINGERPRINT_DIGITS = 16
@@ -203,7 +201,7 @@ def forget() -> None:
 
 def names_beside(model: Path) -> list[str]:
     """The learned reducers whose weights lie in a model's folder."""
-    folder = model / FOLDER
+    folder = model / REDUCERS_FOLDER
     return sorted(path.parent.name for path in folder.glob(f"*/{CARD}")) if folder.is_dir() else []
 
 
@@ -214,7 +212,7 @@ def is_beside_model(text: str) -> bool:
 
 def _find_folder(reducer: str, name: str, model: Path) -> Path:
     if is_beside_model(name):
-        folder = model / FOLDER / name
+        folder = model / REDUCERS_FOLDER / name
         if (folder / CARD).is_file():
             return folder
         known = ", ".join(names_beside(model)) or "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from mm.data.outputs import Delta, Event, Summary
 from mm.data.request import Request
 from mm.encode.clip_stream import ClipProgress, OnProgress
-from mm.errors import CapacityError, DeadlineExceeded
+from mm.errors import CapacityError, DeadlineExceeded, InvalidRequest
 from serve.api.body import BodyReader
 from serve.api.errors import ErrorResponse, error_response
 from serve.api.formats import CHAT, Form
@@ -88,7 +88,11 @@ class Chat:
     async def _admit(self, form: Form, http: HttpRequest, content: Any, slot: contextlib.AsyncExitStack) -> Response:
         arrived, request_id = time.perf_counter(), http.state.request_id
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
-        call = parse_chat(form.to_chat(content), request_id, self._config, http.state.tenant)
+        parse = partial(parse_chat, request_id=request_id, config=self._config, tenant=http.state.tenant)
+        calls = form.calls(content, parse)
+        call = calls[0]
+        if len(calls) > (most := self._config.model.max_num_seqs):
+            raise InvalidRequest(f"there are {len(calls)} prompts; the limit of this server is {most}", "prompt")
         meta = ResponseMeta(request_id=request_id, model=call.model, created=int(time.time()))
         headers = {"x-mm-ignored-fields": ", ".join(call.ignored)} if call.ignored else {}
         if call.stream:
@@ -96,8 +100,8 @@ class Chat:
             slot.push_async_callback(rest.aclose)
             chunks = self._body(form.writer(meta, call, content), first, rest, request_id)
             return Stream(chunks, slot.pop_all(), headers=headers, send_timeout=self._config.send_timeout_s)
-        events = await unless_gone(http, self._complete(call, arrived, deadline))
-        body = form.whole(meta, call, content, events)
+        answers = await unless_gone(http, self._complete_all(calls, arrived, deadline))
+        body = form.whole(meta, call, content, answers)
         return Response(to_json(body), media_type="application/json", headers=headers)
 
     @contextlib.asynccontextmanager
@@ -138,6 +142,15 @@ class Chat:
         media = await self._runtime.encode(request, on_progress)
         self._metrics.encoded(media)
         return media
+
+    async def _complete_all(self, calls: Sequence[ChatCall], arrived: float, deadline: float) -> list[list[Event]]:
+        """The events of each call. All are under way together; if one fails, the others end."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._complete(call, arrived, deadline)) for call in calls]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def _complete(self, call: ChatCall, arrived: float, deadline: float) -> list[Event]:
         async with until(deadline):

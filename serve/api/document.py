@@ -1,4 +1,4 @@
-"""The bodies of the API as its OpenAPI document shows them.
+"""The API as its OpenAPI document shows it: bodies, statuses, content types and the security scheme.
 
 Messages are read by `mm.data.messages`, which Python callers and jobs use too. Their form is written down once more
 here, for people and for tools that read the document; a test compares the two.
@@ -6,12 +6,14 @@ here, for people and for tools that read the document; a test compares the two.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from serve.api.embeddings import EmbeddingBody
-from serve.api.schema import ChatBody
+from serve.api.guard import OPEN_PATHS
+from serve.api.render import JsonObject
+from serve.api.schema import IGNORED, NEUTRAL, ChatBody, StreamOptions, sampling_fields
 
 REFERENCES = "#/components/schemas/{model}"
 
@@ -62,11 +64,23 @@ class InputMessage(_Message):
     content: Contents
 
 
+class CalledFunction(_Message):
+    name: str
+    arguments: str = Field(description="A JSON object as text.")
+
+
+class ToolCall(_Message):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(_Message):
     """An earlier answer."""
 
     role: Literal["assistant"]
     content: Contents | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 Messages = Annotated[list[Annotated[InputMessage | AssistantMessage, Field(discriminator="role")]], Field(min_length=1)]
@@ -78,10 +92,32 @@ class ChatRequest(ChatBody):
     messages: Messages  # type: ignore[assignment]
 
 
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Completion(BaseModel):
+    """What comes first in a completion."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    prompt: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
 class EmbeddingRequest(EmbeddingBody):
     """The body of `POST /v1/embeddings`."""
 
     messages: Messages  # type: ignore[assignment]
+
+
+class CompletionRequest(create_model("SampledText", __base__=_Completion, **sampling_fields())):
+    """The body of `POST /v1/completions`."""
+
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # type: ignore[assignment]
 
 
 class LoadRequest(BaseModel):
@@ -90,16 +126,101 @@ class LoadRequest(BaseModel):
     model: str
 
 
-def body_of(model: type[BaseModel]) -> dict[str, Any]:
+class ErrorFields(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorObject(BaseModel):
+    """Every error, in OpenAI's form."""
+
+    error: ErrorFields
+
+
+def body_of(model: type[BaseModel]) -> JsonObject:
     """The `requestBody` of a route."""
     schema = model.model_json_schema(ref_template=REFERENCES)
     schema.pop("$defs", None)
+    if issubclass(model, ChatBody | _Completion):
+        close(schema)
     return {"content": {"application/json": {"schema": schema}}, "required": True}
 
 
-def definitions() -> dict[str, Any]:
+def close(schema: JsonObject) -> None:
+    """Name the fields that are accepted beside those that are carried out, and say that there are no others."""
+    ignored = {name: {"description": "Accepted, without an effect."} for name in sorted(IGNORED)}
+    neutral = {name: {"enum": [*values, None]} for name, values in sorted(NEUTRAL.items())}
+    schema["properties"] = {**ignored, **neutral, **schema["properties"]}
+    schema["additionalProperties"] = False
+
+
+def definitions() -> JsonObject:
     """The parts that the bodies refer to."""
-    found: dict[str, Any] = {}
-    for model in (ChatRequest, EmbeddingRequest):
+    found: JsonObject = {}
+    for model in (ChatRequest, EmbeddingRequest, CompletionRequest):
         found |= model.model_json_schema(ref_template=REFERENCES).get("$defs", {})
-    return found
+    error = ErrorObject.model_json_schema(ref_template=REFERENCES)
+    return found | error.pop("$defs") | {"ErrorObject": error}
+
+
+ERRORS = {
+    400: "The request cannot be carried out as it is.",
+    401: "The API key is missing or wrong.",
+    403: "The host or the web page may not use this server.",
+    404: "There is no such model or path.",
+    405: "The path does not take this method.",
+    408: "The body arrived too slowly.",
+    413: "The body is too large.",
+    429: "There is no room now; see Retry-After.",
+    500: "A fault of the server.",
+    503: "A part of the server is not running; see Retry-After.",
+    504: "The request took longer than it may.",
+}
+ALWAYS = (403, 500)
+"""Every route may answer with these."""
+WITH_BODY = (400, 404, 408, 413, 429, 503, 504)
+"""Routes that read a body may also answer with these."""
+STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
+
+def complete_document(document: JsonObject, names: tuple[str, ...], *, has_keys: bool) -> None:
+    """Add what FastAPI does not know: statuses, content types, the security scheme and the names of the model."""
+    components = document.setdefault("components", {})
+    components.setdefault("schemas", {}).update(definitions())
+    if has_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            _complete_operation(operation, path, method, has_keys=has_keys)
+            schema = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            model = schema.get("properties", {}).get("model")
+            if model is not None and path != "/load_model":
+                model["enum"] = [*names, None] if "anyOf" in model else list(names)
+
+
+def _complete_operation(operation: JsonObject, path: str, method: str, *, has_keys: bool) -> None:
+    is_open = path in OPEN_PATHS
+    statuses = [*ALWAYS, *(WITH_BODY if method == "post" else ()), *([401] if has_keys and not is_open else [])]
+    if "{" in path:
+        statuses += [404]
+    responses = operation["responses"]
+    responses.pop("422", None)
+    content = {"application/json": {"schema": {"$ref": REFERENCES.format(model="ErrorObject")}}}
+    responses.update({str(status): {"description": ERRORS[status], "content": content} for status in sorted(statuses)})
+    responses["200"] = {"description": "Successful Response", "content": _content(path)}
+    if path == "/health":
+        responses["503"] = {"description": ERRORS[503], "content": {"application/json": {}}}
+    if is_open:
+        operation["security"] = []
+
+
+def _content(path: str) -> JsonObject:
+    if path == "/metrics":
+        return {"text/plain": {"schema": {"type": "string"}}}
+    if path == "/load_model":
+        return {"text/event-stream": {"schema": {"type": "string"}}}
+    plain: JsonObject = {"application/json": {"schema": {"type": "object"}}}
+    return plain | ({"text/event-stream": {"schema": {"type": "string"}}} if path in STREAMED else {})

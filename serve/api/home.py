@@ -35,7 +35,7 @@ PAGE = """<!doctype html>
 <tr><td><a href="/health">/health</a></td><td>whether requests are answered</td></tr>
 <tr><td><a href="/metrics">/metrics</a></td><td>figures for Prometheus</td></tr>
 </table>
-<p>The demo page compares full and reduced answers: <code>mm demo --url {url}</code></p>
+<p>The demo page compares full and reduced answers: {demo}</p>
 """
 
 
@@ -63,4 +63,5 @@ def render_home(config: ServeConfig, url: str) -> str:
         ' "messages": [{"role": "user", "content": "What can you do?"}]}\''
     )
     advice = f"{escape(limits)} For those serve a general model: <code>mm serve {REAL_MODEL}</code>" if limits else ""
-    return PAGE.format(name=escape(name), url=escape(url), curl=escape(curl), limits=advice)
+    demo = '<a href="/ui">/ui</a>' if config.ui else f"<code>mm demo --url {escape(url)}</code>"
+    return PAGE.format(name=escape(name), url=escape(url), curl=escape(curl), limits=advice, demo=demo)

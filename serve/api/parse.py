@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ValidationError
@@ -12,13 +13,18 @@ from pydantic import BaseModel, ValidationError
 from mm.config import MediaLimits
 from mm.data.media import FrameSampling, MediaSource
 from mm.data.messages import parse_messages
-from mm.data.request import Request, SpeculationOptions, VisionOptions
+from mm.data.request import Message, Request, SpeculationOptions, VisionOptions
 from mm.data.sampling_params import SamplingParams
 from mm.errors import InvalidRequest, UnknownModel, nearest, shown
 from mm.media.hashing import framed_hash
 from serve.api.fields import options_of
-from serve.api.schema import IGNORED, NEUTRAL, ChatBody, Speculation, StreamOptions, Vision
+from serve.api.other_names import template_options, translated
+from serve.api.render import JsonObject
+from serve.api.schema import HINTS, IGNORED, NEUTRAL, ChatBody, Speculation, StreamOptions, Vision
+from serve.api.tools import Tools, parse_tools
 from serve.config import ServeConfig
+
+B = TypeVar("B", bound=BaseModel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,7 @@ class ChatCall:
         request: For the engine; its media are sources that have not been fetched.
         model: The served name in the request, which the response repeats.
         ignored: Fields that were sent and have no effect here.
+        tools: What the answer may call; None where it may call nothing.
     """
 
     request: Request
@@ -39,6 +46,7 @@ class ChatCall:
     return_timings: bool = False
     return_accepted: bool = False
     ignored: tuple[str, ...] = ()
+    tools: Tools | None = None
 
     @property
     def sources(self) -> tuple[MediaSource, ...]:
@@ -59,12 +67,14 @@ def parse_chat(body: Any, request_id: str, config: ServeConfig, tenant: str = ""
         raise InvalidRequest("the body has to be a JSON object", None, "invalid_json")
     fields = {name: value for name, value in body.items() if value is not None}
     ignored = _check_names(fields)
-    chat = _validated({name: value for name, value in fields.items() if name in ChatBody.model_fields})
+    chat = _validated(translated({name: value for name, value in fields.items() if name in ChatBody.model_fields}))
     if chat.model not in config.names:
         raise UnknownModel(chat.model, config.names)
     _check_messages(chat.messages)
     messages, media = parse_messages(chat.messages)
-    sampling = _sampling(chat)
+    tools, declared = parse_tools(chat.tools, chat.tool_choice)
+    messages = _with_context(messages, declared, template_options(chat.chat_template_kwargs))
+    sampling = _sampling(chat, tools)
     if sampling.n > config.max_choices:
         raise InvalidRequest(f"n was {sampling.n}; the limit of this server is {config.max_choices}", "n")
     options = chat.stream_options or StreamOptions()
@@ -87,6 +97,7 @@ def parse_chat(body: Any, request_id: str, config: ServeConfig, tenant: str = ""
         return_timings=request.vision.return_timings,
         return_accepted=bool(chat.speculation and chat.speculation.return_accepted),
         ignored=ignored,
+        tools=tools,
     )
 
 
@@ -107,10 +118,13 @@ def _check_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
             if not any(_same(value, neutral) for neutral in NEUTRAL[name]):
                 allowed = " or ".join(pydantic_core.to_json(neutral).decode() for neutral in NEUTRAL[name])
                 raise InvalidRequest(
-                    f"{name} is not supported by this server; leave it out or send {allowed}",
+                    f"{name} is not supported by this server; {_hint(name)}leave it out or send {allowed}",
                     name,
                     "unsupported_parameter",
                 )
+        elif name in HINTS:
+            what = f"{name} is not supported by this server; {_hint(name)}leave it out"
+            raise InvalidRequest(what, name, "unsupported_parameter")
         else:
             known = [*ChatBody.model_fields, *NEUTRAL, *IGNORED]
             raise InvalidRequest(
@@ -119,25 +133,51 @@ def _check_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(ignored))
 
 
+def _hint(name: str) -> str:
+    return f"{HINTS[name]}, or " if name in HINTS else ""
+
+
+def _with_context(
+    messages: tuple[Message, ...], tools: Sequence[JsonObject], options: JsonObject
+) -> tuple[Message, ...]:
+    """The messages, the first of them with what the chat template gets beside them."""
+    context = ({"tools": list(tools)} if tools else {}) | ({"options": options} if options else {})
+    if not context:
+        return messages
+    return replace(messages[0], context=json.dumps(context, ensure_ascii=False)), *messages[1:]
+
+
 def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def _validated(fields: dict[str, Any]) -> ChatBody:
+def read_body(model: type[B], body: object) -> B:
+    """A body that has a model of its own.
+
+    Raises:
+        InvalidRequest: Names the field, what was given and what is allowed.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body has to be a JSON object", None, "invalid_json")
     try:
-        return ChatBody.model_validate(fields)
+        return model.model_validate(body)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise _invalid(error, model) from None
 
 
-def _invalid(error: ValidationError) -> InvalidRequest:
+def _validated(fields: dict[str, Any]) -> ChatBody:
+    return read_body(ChatBody, fields)
+
+
+def _invalid(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     """The first error, in one sentence that names the field."""
     first = error.errors(include_url=False, include_context=False)[0]
     param = _path(first["loc"], first["type"] == "extra_forbidden")
     if first["type"] == "missing":
         return InvalidRequest(f"{param} is missing", param, "missing_parameter")
     if first["type"] == "extra_forbidden":
-        fields = list((Speculation if first["loc"][0] == "speculation" else Vision).model_fields)
+        inner = Speculation if first["loc"][0] == "speculation" else Vision
+        fields = list((model if len(first["loc"]) == 1 else inner).model_fields)
         hint, allowed = nearest(str(first["loc"][-1]), fields), ", ".join(fields)
         return InvalidRequest(f"{param} is unknown{hint} (allowed: {allowed})", param, "unknown_parameter")
     message = first["msg"].removeprefix("Input ").replace("should", "has to", 1)
@@ -156,7 +196,7 @@ def _check_messages(messages: list[Any]) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise InvalidRequest("a message has to be an object with role and content", f"messages[{i}]")
-        for name in ("tool_calls", "function_call", "audio"):
+        for name in ("function_call", "audio"):
             if message.get(name):
                 param = f"messages[{i}].{name}"
                 raise InvalidRequest(f"{name} is not supported by this server", param, "unsupported_parameter")
@@ -168,9 +208,13 @@ def _given(body: BaseModel, options: type) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(body, name)) is not None}
 
 
-def _sampling(chat: ChatBody) -> SamplingParams:
-    max_new_tokens = chat.max_completion_tokens or chat.max_tokens
-    return SamplingParams(max_new_tokens=max_new_tokens, **_given(chat, SamplingParams))
+def _sampling(chat: ChatBody, tools: Tools | None) -> SamplingParams:
+    options = _given(chat, SamplingParams)
+    if tools is not None and (form := tools.response_format) is not None:
+        if (options.get("response_format") or {}).get("type", "text") != "text":
+            raise InvalidRequest("a call that is required cannot have a response_format too", "response_format")
+        options["response_format"] = form
+    return SamplingParams(max_new_tokens=chat.max_completion_tokens or chat.max_tokens, **options)
 
 
 def _vision(vision: BaseModel, limits: MediaLimits) -> VisionOptions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -124,8 +124,16 @@ def completion(
     return_map: bool,
     return_timings: bool,
     return_accepted: bool = False,
+    message: Callable[[str, str | None], tuple[JsonObject, str | None]] = lambda text, reason: (
+        {"role": "assistant", "content": text, "refusal": None},
+        reason,
+    ),
 ) -> JsonObject:
-    """The `chat.completion` object, for a request that does not stream."""
+    """The `chat.completion` object, for a request that does not stream.
+
+    Args:
+        message: The message of a choice and why it ended, given its text and the engine's reason.
+    """
     texts: dict[int, list[str]] = {}
     reasons: dict[int, str | None] = {}
     logprobs: dict[int, list[TokenLogprob]] = {}
@@ -136,13 +144,14 @@ def completion(
                 logprobs.setdefault(event.choice, []).extend(event.logprobs)
             reasons[event.choice] = event.finish_reason or reasons.get(event.choice)
     summary = summary_of(events)
+    shown = {choice: message("".join(texts[choice]), reasons[choice]) for choice in sorted(texts)}
     body = meta.fields("chat.completion") | {
         "choices": [
             {
                 "index": choice,
-                "message": {"role": "assistant", "content": "".join(texts[choice]), "refusal": None},
+                "message": shown[choice][0],
                 "logprobs": logprobs_fields(logprobs[choice]) if choice in logprobs else None,
-                "finish_reason": reasons[choice],
+                "finish_reason": shown[choice][1],
             }
             for choice in sorted(texts)
         ],

@@ -23,10 +23,17 @@ from mm.models.shipped import limits_of
 from serve.api.body import BodyReader
 from serve.api.chat import Chat, http_response
 from serve.api.counting import Counting, add_counting
-from serve.api.document import ChatRequest, EmbeddingRequest, LoadRequest, body_of, definitions
+from serve.api.document import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    LoadRequest,
+    body_of,
+    complete_document,
+)
 from serve.api.embeddings import Embeddings, add_embeddings
 from serve.api.errors import error_response
-from serve.api.formats import RESPONSES
+from serve.api.formats import COMPLETIONS, RESPONSES
 from serve.api.guard import Guard
 from serve.api.home import add_home
 from serve.api.hosts import HostPolicy
@@ -35,6 +42,7 @@ from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.render import JsonObject, to_json
 from serve.api.responses_body import responses_body
 from serve.api.stream import frame
+from serve.api.tokenizing import DetokenizeBody, TokenizeBody, Tokenizing, add_tokenizing
 from serve.config import ServeConfig
 from serve.runtime import Runtime
 
@@ -57,7 +65,11 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     app.add_middleware(Guard, hosts=hosts, api_keys=config.api_keys, echo_request_id=echo_request_id)
     if config.allowed_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=[origin.rstrip("/") for origin in config.allowed_origins],
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Mm-Ignored-Fields", "X-Request-Id"],
         )
     app.add_middleware(DropLeftovers)
     app.add_exception_handler(HTTPException, _on_error)
@@ -67,8 +79,10 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     app.state.metrics = metrics
     bodies = BodyReader(config)
     chat = Chat(runtime, config, metrics, bodies)
-    _add_chat(app, chat)
+    _add_chat(app, chat, config)
     add_counting(app, Counting(chat, runtime, config), body_of(ChatRequest))
+    tokens = (body_of(TokenizeBody), body_of(DetokenizeBody))
+    add_tokenizing(app, Tokenizing(chat, runtime, config), tokens)
     add_embeddings(app, Embeddings(chat, runtime, config), body_of(EmbeddingRequest))
     _add_models(app, runtime, config, bodies)
     _add_operations(app, runtime, metrics)
@@ -84,7 +98,7 @@ async def _on_invalid(http: HttpRequest, error: Exception) -> Response:
     return http_response(error_response(InvalidRequest("the request's address or parameters are malformed")))
 
 
-def _add_chat(app: FastAPI, chat: Chat) -> None:
+def _add_chat(app: FastAPI, chat: Chat, config: ServeConfig) -> None:
     @app.post("/v1/chat/completions", openapi_extra={"requestBody": body_of(ChatRequest)}, response_class=Response)
     async def chat_completions(http: HttpRequest) -> Response:
         return await chat.answer(http)
@@ -93,10 +107,14 @@ def _add_chat(app: FastAPI, chat: Chat) -> None:
     async def responses(http: HttpRequest) -> Response:
         return await chat.answer(http, RESPONSES)
 
+    @app.post("/v1/completions", openapi_extra={"requestBody": body_of(CompletionRequest)}, response_class=Response)
+    async def completions(http: HttpRequest) -> Response:
+        return await chat.answer(http, COMPLETIONS)
+
     def openapi() -> JsonObject:
         if app.openapi_schema is None:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            app.openapi_schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions())
+            complete_document(app.openapi_schema, config.names, has_keys=bool(config.api_keys))
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -28,11 +28,14 @@ MAX_SALT_CHARACTERS = 256
 IGNORED = frozenset(
     {
         "generation_config",
+        "guided_decoding_backend",
+        "include_reasoning",
         "metadata",
         "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_retention",
+        "reasoning_effort",
         "request_id",
         "safety_identifier",
         "service_tier",
@@ -53,11 +56,32 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "modalities": (["text"],),
     "skip_special_tokens": (True,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
+    "bad_words": ([],),
+    "documents": ([],),
+    "guided_choice": ([],),
+    "return_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
+    "verbosity": ("medium",),
 }
 """Fields that are not implemented, with the values at which that makes no difference."""
+
+HINTS: Mapping[str, str] = {
+    "audio": "audio is not generated here",
+    "chat_template": "the operator chooses it, with --chat-template FILE",
+    "function_call": "send tools and tool_choice",
+    "functions": "send tools",
+    "guided_choice": 'send a response_format of the type json_schema with {"enum": [...]}',
+    "guided_grammar": "send a response_format",
+    "guided_regex": 'send a response_format of the type json_schema with {"type": "string", "pattern": ...}',
+    "length_penalty": "it belongs to beam search, which is not done here",
+    "logit_processors": "send logit_bias",
+    "prompt": "send messages, or the prompt to /v1/completions",
+    "input": "send messages, or the input to /v1/responses or /v1/embeddings",
+    "use_beam_search": "send n, or a low temperature",
+    "web_search_options": "nothing is fetched from the web",
+}
+"""What to do in place of a field that is refused."""
 
 
 Stop = Annotated[
@@ -94,6 +118,39 @@ Form = Annotated[
 """Its content is checked by `SamplingParams`, for Python callers too."""
 
 
+NAME = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
+FUNCTION = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": NAME, "description": {"type": "string"}, "parameters": {"type": "object"}},
+}
+TOOLS = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["type", "function"],
+        "properties": {"type": {"const": "function"}, "function": FUNCTION},
+    },
+}
+TOOL_CHOICE = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"]},
+        {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {"type": "object", "required": ["name"], "properties": {"name": NAME}},
+            },
+        },
+    ]
+}
+STRUCTURED = {
+    "type": "object",
+    "properties": {"json": {"type": "object"}, "json_object": {"type": "boolean"}},
+    "additionalProperties": False,
+}
+
 WIRE_TYPES = {
     "logit_bias": Bias,
     "response_format": Form,
@@ -105,7 +162,8 @@ WIRE_TYPES = {
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
-def _sampling_fields() -> dict[str, Any]:
+def sampling_fields() -> dict[str, Any]:
+    """A field for each sampling option, but for the longest answer, which has several names in HTTP."""
     fields = json_fields(SamplingParams, WIRE_TYPES)
     del fields["max_new_tokens"]
     return fields
@@ -145,7 +203,7 @@ class _Addressed(BaseModel):
     )
 
 
-class ChatBody(create_model("Sampled", __base__=_Addressed, **_sampling_fields())):
+class ChatBody(create_model("Sampled", __base__=_Addressed, **sampling_fields())):
     """The body of `POST /v1/chat/completions`, as far as it is carried out."""
 
     stream: bool | None = None
@@ -158,3 +216,21 @@ class ChatBody(create_model("Sampled", __base__=_Addressed, **_sampling_fields()
     )
     vision: Vision | None = None
     speculation: Speculation | None = None
+    tools: Annotated[list[Any], WithJsonSchema(TOOLS)] | None = Field(
+        default=None, description="Functions that the model may call."
+    )
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE)] | None = Field(
+        default=None, description="none, auto (the default), required, or one function by name."
+    )
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = Field(
+        default=None, description="Variables for the checkpoint's chat template, such as enable_thinking."
+    )
+    mm_processor_kwargs: dict[str, Any] | None = Field(
+        default=None, description="As in vLLM. Only num_frames and fps are known; they mean what they do in vision."
+    )
+    guided_json: Annotated[Any, WithJsonSchema({"type": "object"})] | None = Field(
+        default=None, description="As in older vLLM: the JSON schema of a response_format."
+    )
+    structured_outputs: Annotated[dict[str, Any], WithJsonSchema(STRUCTURED)] | None = Field(
+        default=None, description="As in vLLM: json, a JSON schema, or json_object, true."
+    )

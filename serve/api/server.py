@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable
 
 import uvicorn
+from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from serve.api.connection import allow_many_connections, connection_class
 from serve.api.routes import create_app
 from serve.config import ServeConfig
+from serve.runtime import Runtime
 from serve.stages import build_local_runtime
 
 MAX_HEADER_BYTES = 16 * 1024
@@ -36,6 +38,16 @@ class _Server(uvicorn.Server):
             self._on_ready()
 
 
+def build_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool = True) -> FastAPI:
+    """The application over a runtime, with the demo page where the configuration wants it."""
+    app = create_app(runtime, config, echo_request_id=echo_request_id)
+    if not config.ui:
+        return app
+    from serve.page.launch import mount_page
+
+    return mount_page(app, config)
+
+
 def run_in_process(
     config: ServeConfig,
     on_ready: Callable[[], None] | None = None,
@@ -54,7 +66,7 @@ def run_in_process(
     # On a stop, streams finish by themselves within the drain timeout instead of being cut at once.
     AppStatus.disable_automatic_graceful_drain()
     settings = uvicorn.Config(
-        create_app(runtime, config),
+        build_app(runtime, config),
         host=config.host,
         port=config.port,
         log_config=None,

@@ -24,6 +24,7 @@ from serve.api.render import (
     usage_fields,
     vision_fields,
 )
+from serve.api.tools import CallReader, Tools, call_fields, finish_reason
 
 DONE = b"data: [DONE]\n\n"
 
@@ -44,6 +45,7 @@ class ChunkWriter:
     num_prompt_tokens: int | None = None
     num_completion_tokens: int = 0
     finished: set[int] = field(default_factory=set[int], init=False)
+    readers: dict[int, CallReader] = field(default_factory=dict[int, CallReader], init=False)
 
     def start(self) -> Iterator[bytes]:
         """The first frame of each choice, which has its role."""
@@ -70,6 +72,9 @@ class ChunkWriter:
         self.num_completion_tokens += len(delta.token_ids)
         if delta.num_prompt_tokens is not None:
             self.num_prompt_tokens = delta.num_prompt_tokens
+        if self.call.tools is not None:
+            yield from self._with_calls(delta, self.call.tools)
+            return
         # A token whose text is held back still has a log-probability, and may have been drafted.
         if delta.text or delta.logprobs or (self.call.return_accepted and delta.token_ids):
             fields = chunk(self.meta, delta.choice, {"content": delta.text}, None, delta.logprobs)
@@ -79,6 +84,23 @@ class ChunkWriter:
         if delta.finish_reason is not None:
             self.finished.add(delta.choice)
             yield self._frame(chunk(self.meta, delta.choice, {}, delta.finish_reason))
+
+    def _with_calls(self, delta: Delta, tools: Tools) -> Iterator[bytes]:
+        """The chunks of a choice whose text may hold calls."""
+        reader = self.readers.setdefault(delta.choice, CallReader(tools=tools))
+        pieces = reader.feed(delta.text)
+        if delta.finish_reason is not None:
+            pieces += reader.finish()
+        shown: list[JsonObject] = [{"content": piece.text} for piece in pieces if piece.call is None]
+        shown += [{"tool_calls": [entry]} for entry in call_fields(pieces)]
+        logprobs = delta.logprobs
+        for fields in shown or ([{"content": ""}] if logprobs else []):
+            yield self._frame(chunk(self.meta, delta.choice, fields, None, logprobs))
+            logprobs = ()
+        if delta.finish_reason is not None:
+            self.finished.add(delta.choice)
+            reason = finish_reason(delta.finish_reason, tools, reader.num_calls)
+            yield self._frame(chunk(self.meta, delta.choice, {}, reason))
 
     def _frame(self, fields: JsonObject) -> bytes:
         """A chunk, with the counts so far where the request asks for them."""

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mm.config import ModelConfig
-from serve.cli.checks import need, warn_of_limits
+from serve.cli.checks import check_early, need, warn_of_limits
 from serve.cli.options import build_config, setting_options
 
 FOR_SERVERS = ("cache_bytes", "max_waiting", "allow_drafter", "allow_reducer", "min_keep_ratio", "allow_media_domain")
@@ -43,6 +43,7 @@ def caption(
     """
     need("transformers", "batch")
     model = build_config(ModelConfig, settings, allow_paths=True)
+    check_early(model)
     if not options["quiet"]:
         warn_of_limits(model.model)
     from serve.jobs.caption import run_caption

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mm.config import ModelConfig
-from serve.cli.checks import need
+from serve.cli.checks import check_early, need
 from serve.cli.options import build_config, setting_options
 
 DEFAULT_REDUCERS = ("divprune:keep_ratio=0.25",)
@@ -31,6 +31,7 @@ def compare(file: Path, reducer: tuple[str, ...], settings: dict[str, Any], **op
     """
     need("transformers", "batch")
     model = build_config(ModelConfig, settings, cache_bytes=0, prefix_caching=False, allow_paths=True)
+    check_early(model)
     from serve.compare.command import run_compare
     from serve.compare.run import Comparison
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mm.config import ModelConfig
-from serve.cli.checks import need
+from serve.cli.checks import check_device_name, need
 from serve.cli.options import build_config, setting_options
 
 SETTINGS = ("model", "device", "dtype", "reducer", "keep_ratio", "frames", "fps", "threads")
@@ -33,6 +33,7 @@ def embed(inputs: tuple[str, ...], settings: dict[str, Any], **options: Any) -> 
     """
     need("transformers", "models")
     model = build_config(ModelConfig, settings, cache_bytes=0, allow_paths=True)
+    check_device_name(model.device)
     from serve.jobs.embed import EmbedJob, run_embed
 
     sys.exit(run_embed(EmbedJob(inputs=inputs, model=model, **options)))

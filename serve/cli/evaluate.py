@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mm.config import ModelConfig
-from serve.cli.checks import need
+from serve.cli.checks import check_early, need
 from serve.cli.options import build_config, read_reducer, setting_options
 
 
@@ -55,6 +55,8 @@ def evaluate(
     for package in ("pyarrow", "rich", "transformers"):
         need(package, "batch")
     config = build_config(ModelConfig, settings, model=model or "tiny", frames=frames)
+    if options["url"] is None and answers is None:
+        check_early(config)
     from serve.evaluation.command import Evaluation, run_evaluation
 
     job = Evaluation(

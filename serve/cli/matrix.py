@@ -12,7 +12,7 @@ from typing import Any
 
 from mm.data.media import Kind
 from mm.errors import IncompatiblePlugin, PluginError
-from mm.models.checkpoint import SHIPPED
+from mm.models.shipped import SHIPPED
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.encoder import Encoder
 from mm.plugins.registry import get, names, reason_of

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,8 @@ from typing import Any
 import click
 
 from serve.cli.checks import (
+    check_early,
+    check_gpus,
     check_model,
     check_no_process_settings,
     check_no_ray_settings,
@@ -45,8 +51,14 @@ def serve(settings: dict[str, Any], in_process: bool, print_config: bool) -> Non
     else:
         check_no_process_settings(settings)
         need("ray", "serve")
+        check_gpus(config)
     need("fastapi", "server")
-    check_port(config.host, config.port)
+    if config.ui:
+        need("gradio", "demo")
+    config = replace(config, port=check_port(config.host, config.port))
+    check_early(config.model)
+    where = "in one process" if in_process else "on Ray Serve"
+    click.echo(f"mm: {config.model.model} on {config.model.device}, {where}; importing torch", err=True)
     check_model(config.model)
     if config.host not in LOCAL_HOSTS and not config.api_keys:
         click.echo(f"mm: listening on {config.host} without an API key: everyone who can reach it may use it", err=True)
@@ -54,7 +66,13 @@ def serve(settings: dict[str, Any], in_process: bool, print_config: bool) -> Non
 
 
 def _run(config: ServeConfig, in_process: bool) -> None:
-    ready = partial(_print_ready, config)
+    waiting = Waiting()
+    ready = partial(_print_ready, config, waiting)
+    with waiting:
+        _start(config, in_process, ready)
+
+
+def _start(config: ServeConfig, in_process: bool, ready: Callable[[], None]) -> None:
     if in_process:
         click.echo(f"mm: loading {config.model.model} into this process", err=True)
         from serve.api.server import run_in_process
@@ -73,8 +91,29 @@ def _print_bounds(config: ServeConfig, kv_bytes: int) -> None:
     click.echo(f"mm: {bounds_text(config, kv_bytes)}", err=True)
 
 
-def _print_ready(config: ServeConfig) -> None:
+class Waiting:
+    """Says every ten seconds that the server is still starting, until it is ready or the context ends."""
+
+    def __init__(self, interval_s: float = 10.0) -> None:
+        self._interval_s, self._start, self._is_over = interval_s, time.monotonic(), threading.Event()
+
+    def __enter__(self) -> None:
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        self._is_over.set()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(self._interval_s):
+            click.echo(f"mm: still loading, {time.monotonic() - self._start:.0f} s so far", err=True)
+
+
+def _print_ready(config: ServeConfig, waiting: Waiting) -> None:
     """Print that requests are answered, what a shipped model cannot do, and a command that sends the first one."""
+    waiting.end()
     host = f"[{config.host}]" if ":" in config.host else config.host
     url, name = f"http://{host}:{config.port}", config.names[0]
     content = f'{{"type": "text", "text": "{QUESTION}"}}'
@@ -83,6 +122,8 @@ def _print_ready(config: ServeConfig) -> None:
         content += f', {{"type": "image_url", "image_url": {{"url": "{image}"}}}}'
     key = '-H "Authorization: Bearer $MM_API_KEY" ' if config.api_keys else ""
     warn_of_limits(config.model.model)
+    if config.ui:
+        click.echo(f"mm: the demo page is at {url}/ui", err=True)
     click.echo(
         f"mm: ready at {url}, serving {name}. Try:\n\n"
         f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' {key}-d @- <<EOF\n"

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mm.config import ModelConfig
-from serve.cli.checks import need
+from serve.cli.checks import check_early, need
 from serve.cli.options import build_config, setting_options
 
 
@@ -62,6 +62,7 @@ def tune(model: str, settings: dict[str, Any], search: str, task: tuple[str, ...
     if search == "sigmoid":
         need("sklearn", "tune")
     config = build_config(ModelConfig, settings, model=model, frames=frames)
+    check_early(config)
     from serve.tuning.command import Tuning, run_tuning
 
     run_tuning(Tuning(search=search, tasks=task, model=config, num_frames=frames, **options))

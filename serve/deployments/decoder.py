@@ -59,3 +59,9 @@ class Decoder:
 
     async def check_length(self, request: Request) -> None:
         await self._loop.check_length(request)
+
+    async def token_ids(self, request: Request) -> list[int]:
+        return await self._loop.token_ids(request)
+
+    async def text_of(self, token_ids: list[int]) -> str:
+        return await self._loop.text_of(token_ids)

@@ -7,7 +7,7 @@ from typing import Any, cast
 from fastapi import FastAPI
 from ray import serve as ray_serve
 
-from serve.api.routes import create_app
+from serve.api.server import build_app as application_of
 from serve.config import ServeConfig
 from serve.deployments.loopback import keep_replica_local
 from serve.deployments.ray_runtime import RayRuntime
@@ -25,7 +25,7 @@ def build_ingress(config: ServeConfig) -> ray_serve.Deployment:
         decoder = ray_serve.get_deployment_handle("Decoder", app_name=APPLICATION)
         runtime = RayRuntime(encoder, decoder, default_reducer(config))
         # Serve's proxy puts x-request-id on the answer itself.
-        return create_app(runtime, config, echo_request_id=False)
+        return application_of(runtime, config, echo_request_id=False)
 
     deployment: ray_serve.Deployment = cast(Any, ray_serve.deployment)(ray_serve.ingress(build_app)(), name="Ingress")
     return deployment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -127,6 +127,13 @@ class RayRuntime:
             items = await _retried(attempt)
         length = await self._ask_decoder(self._decoder.prompt_length, _without_media(request), items)
         return PromptCount(num_tokens=length, items=items)
+
+    async def token_ids(self, request: Request) -> list[int]:
+        await self.admit(request)
+        return await self._ask_decoder(self._decoder.token_ids, request)
+
+    async def text_of(self, token_ids: Sequence[int]) -> str:
+        return await self._ask_decoder(self._decoder.text_of, list(token_ids))
 
     async def _encode(self, request: Request, *, is_new: bool) -> TransferredMedia:
         async def attempt(loss: Unavailable | None) -> TransferredMedia:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mm.config import MiB, ModelConfig
 from mm.errors import InvalidOption, MmError
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 30.0
+UI_PATH = "/ui"
+"""Where `mm serve --ui` has the page."""
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -134,20 +136,49 @@ def _in_loop(build: Callable[[], FastAPI]) -> FastAPI:
 
 def mounted(page: gr.Blocks, config: DemoConfig) -> FastAPI:
     """The page at `/` of an application of ours, so that nothing of Gradio's launcher runs."""
-    import gradio as gr
     from fastapi import FastAPI
 
     from serve.api.hosts import HostPolicy, KnownHosts
-    from serve.page.theme import CSS, theme
 
     app = FastAPI(openapi_url=None)
     app.add_middleware(_Headers)
     app.add_middleware(KnownHosts, policy=HostPolicy(config.host, config.allowed_hosts, config.allowed_origins))
+    return _mount(app, page, config, "/")
+
+
+def mount_page(app: FastAPI, config: ServeConfig) -> FastAPI:
+    """The application with the page at `/ui`, which asks this very server."""
+    from starlette.responses import RedirectResponse
+
+    from serve.page.client import Client
+    from serve.page.page import build_page
+
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    page_config = DemoConfig(url=f"http://{host}:{config.port}", host=config.host)
+
+    def build() -> FastAPI:
+        page = build_page(Client(str(page_config.url)), samples=load_samples(page_config.samples))
+        return _mount(app, page, page_config, UI_PATH)
+
+    whole = _in_loop(build)
+    whole.add_route(UI_PATH, lambda _: RedirectResponse(f"{UI_PATH}/"), include_in_schema=False)
+    for route in whole.routes:
+        if getattr(route, "path", None) == UI_PATH:
+            cast(Any, route).app = _Headers(cast(Any, route).app)
+    return whole
+
+
+def _mount(app: FastAPI, page: gr.Blocks, config: DemoConfig, path: str) -> FastAPI:
+    import gradio as gr
+
+    from serve.page.theme import CSS, theme
+
     samples = [str(sample.path) for sample in load_samples(config.samples)]
     return gr.mount_gradio_app(
         app,
         page,
-        path="/",
+        path=path,
         footer_links=[],
         run_history=False,
         allowed_paths=samples,

@@ -67,6 +67,15 @@ def test_plugins_lists_all_that_is_registered(monkeypatch, capsys):
         (["serve", "--allow-host", "http://x"], "without scheme and port"),
         (["demo", "--allow-origin", "example.org"], "https://example.org"),
         (["serve", "--port", "99999"], "0 to 65535"),
+        (["serve", "--device", "cuda:7"], "device"),
+        (["serve", "./absent"], "'./absent' does not exist"),
+        (["serve", "--chat-template", "absent.jinja"], "cannot be read"),
+        (["serve", "--kv-cache-gb", "100000"], "GiB are free"),
+        (["serve", "--ray-cpus", "0.5"], "the replicas reserve"),
+        (["serve", "--decoder-gpus", "64"], "GPUs"),
+        (["serve", "--drafter", "coppy"], "did you mean 'copy'"),
+        (["serve", "--ui", "--api-key", "x"], "cannot go with API keys"),
+        (["serve", "--ui", "--ingresses", "2"], "single HTTP replica"),
         (["caption", "absent-folder", "--out", "out"], "absent-folder"),
         (["demo", "--url", "localhost"], "http://"),
     ],
@@ -77,6 +86,32 @@ def test_mistakes_are_reported_in_one_line(arguments, message, tmp_path, monkeyp
     reported = capsys.readouterr().err.splitlines()
     assert message in "\n".join(reported)
     assert not any("Traceback" in line for line in reported)
+
+
+EARLY = """
+import sys
+from serve.cli.app import main
+sys.argv = ["mm", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print("HEAVY", sorted({"torch", "ray", "numpy", "transformers"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("wrong", [["./absent"], ["--device", "cuda:7"], ["--reducer", "nope"], ["no_template"]])
+def test_what_is_wrong_is_said_before_torch_is_imported(wrong, tmp_path):
+    folder = tmp_path / "no_template"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
+        (folder / name).symlink_to(SHIPPED / "tiny" / name)
+    arguments = [str(folder) if word == "no_template" else word for word in wrong]
+    run = subprocess.run(
+        [sys.executable, "-c", EARLY, "serve", "--port", "0", *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert "HEAVY []" in run.stderr
+    assert run.stderr.startswith("mm: ")
+    assert ("--chat-template FILE" in run.stderr) == (wrong == ["no_template"])
 
 
 def run_here(monkeypatch, *arguments: str) -> int:
