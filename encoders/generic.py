@@ -127,6 +127,9 @@ class TransformersEncoder:
         inputs = {name: self._placed(value) for name, value in item.inputs.items()}
         output: Any = method(**accepted(method, inputs), return_dict=True)
         embeddings, shape = _rows(output.pooler_output)
+        named: Tensor | None = getattr(output, "visual_indicator_features", None)
+        if named is not None:
+            embeddings, shape = self._among_named(embeddings, named, item.text), ()
         planes: Any = getattr(output, "deepstack_features", None)
         tokens = VisualTokens.full(embeddings, _grid(len(embeddings), shape, item), item.kind)
         return replace(
@@ -135,6 +138,18 @@ class TransformersEncoder:
             text=item.text,
             layout=item.layout,
         )
+
+    def _among_named(self, rows: Tensor, named: Tensor, text: str) -> Tensor:
+        """The rows of an item with those of control tokens around and between them, in the order of the item's text.
+
+        Args:
+            named: (n, D), the rows of `config.visual_indicator_token_ids`.
+        """
+        of_id = dict(zip(self.config.visual_indicator_token_ids, named, strict=True))
+        ids: list[int] = self.processor.tokenizer.encode(text, add_special_tokens=False)  # pyright: ignore[reportUnknownMemberType]
+        left = iter(rows)
+        own = [i for i in ids if i in of_id or i == self.config.image_token_id]
+        return torch.stack([of_id[i] if i in of_id else next(left) for i in own])
 
     def _placed(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -107,6 +107,7 @@ def _decoder(whole: WholeModel) -> Answer:
         "layers": f"{text.num_hidden_layers} x {type(whole.decoder.layers[0]).__name__}",  # pyright: ignore[reportIndexIssue, reportUnknownArgumentType]
         "positions": facts.max_positions,
         "windows": facts.shortest_window or "none",
+        "layers_with_a_state": facts.keeps_state.count(True),
         "deepstack_planes": whole.num_planes,
         "position_axes": 3 if whole.rope_index is not None else 1,
         "tokens_attend_to_later_ones": whole.masks is not None,
@@ -118,7 +119,8 @@ def _memory(whole: WholeModel, dtype: torch.dtype) -> Answer:
     encoder, decoder = whole.num_bytes(dtype)
     text: Any = whole.config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * dtype.itemsize
+    num_layers = Arithmetic.of(whole.folder, text, frozenset()).keeps_state.count(False)
+    token = 2 * num_layers * text.num_key_value_heads * head_dim * dtype.itemsize
     return {"encoder_bytes": encoder, "decoder_bytes": decoder, "kv_bytes_per_token": token}
 
 
@@ -138,8 +140,11 @@ def _works(reducer: Reducer, host: Any, encoder: str, whole: WholeModel | str) -
     acts_inside = any(stage in INSIDE_DECODER for stage in capabilities_of(reducer).stages)
     if not acts_inside or isinstance(whole, str):
         return "yes"
+    text: Any = whole.config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
+    facts = Arithmetic.of(whole.folder, text, frozenset())
+    if facts.is_recurrent:
+        return "no: layers keep a state that every token changes, so none can be dropped inside the decoder"
     if whole.masks is not None:
         return "no: tokens of a prompt attend to later ones, so none can be dropped inside the decoder"
-    text: Any = whole.config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
-    window = Arithmetic.of(whole.folder, text, frozenset()).shortest_window
+    window = facts.shortest_window
     return "yes" if window is None else f"for prompts of at most {window} tokens, the window of a layer"

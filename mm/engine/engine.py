@@ -38,6 +38,9 @@ from mm.plugins.reducer import Reducer
 
 log = logging.getLogger(__name__)
 
+SNAPSHOT_SHARE = 4
+"""The part of the KV cache's memory that snapshots of states may take, in models with recurrent layers: 1 of 4."""
+
 
 class LLMEngine:
     """One model's decoder with its KV cache.
@@ -67,9 +70,11 @@ class LLMEngine:
     ) -> None:
         self.engine_id, self.calls = uuid.uuid4().hex, PluginCalls(plugins)
         self.family, self.config = family, config
-        cuda_graphs = cuda_graphs and family.language.device.type == "cuda"
-        self.cache = build_cache(family.language.kv_cache_spec, kv_bytes, config.max_num_seqs + cuda_graphs)
-        self.prefix_cache = PrefixCache(self.cache, enabled=prefix_caching)
+        spec = family.language.kv_cache_spec
+        cuda_graphs = cuda_graphs and family.language.device.type == "cuda" and not spec.has_states
+        snapshot_bytes = kv_bytes // SNAPSHOT_SHARE if spec.has_states and prefix_caching else 0
+        self.cache = build_cache(spec, kv_bytes - snapshot_bytes, config.max_num_seqs + cuda_graphs)
+        self.prefix_cache = PrefixCache(self.cache, enabled=prefix_caching, snapshot_bytes=snapshot_bytes)
         self._build_parts(speculation or SpeculationLimits(), prefix_caching, cuda_graphs, on_error)
         self._lock, self._arrival_lock, self.wake = threading.Lock(), threading.Lock(), threading.Event()
 
@@ -88,7 +93,12 @@ class LLMEngine:
         runner = ModelRunner(family.language, attention, graphs, self.calls)
         self._decoders = AdaptedDecoders(family.language, runner, attention, self.calls)
         self.spec_decoder = SpecDecoder(
-            target_of(family), cache.shape.block_size, speculation, calls=self.calls, has_prefix_cache=prefix_caching
+            target_of(family),
+            cache.shape.block_size,
+            speculation,
+            calls=self.calls,
+            has_prefix_cache=prefix_caching,
+            only_chains=cache.shape.has_states,
         )
         self.spec_decoder.calibrate(runner, config.max_num_batched_tokens)
         self._lifecycle = RequestLifecycle(self._scheduler, self.spec_decoder, on_error=on_error)

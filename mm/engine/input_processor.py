@@ -23,7 +23,9 @@ from mm.engine.sequence_output import SequenceOutput
 from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.token_pruning import TokenPruning
 from mm.errors import ContextTooLong, InvalidRequest, MmError, ReducerFault
+from mm.models.arithmetic import Arithmetic
 from mm.models.family import CheckpointFamily
+from mm.models.kv_cache_spec import KVCacheSpec
 from mm.plugins.calls import BUILT, PluginCalls
 from mm.plugins.capabilities import capabilities_of, decoder_weights, in_decode, in_prefill, names_of, per_token
 from mm.plugins.reducer import Reducer
@@ -80,7 +82,7 @@ class InputProcessor:
         if prompt.is_visual.any() and (weights := decoder_weights(reducer)) is not None:
             request.decoder = self._decoders.add(weights)
         add_reducers(request, reducer, self._family.language.num_layers, self._calls, on_error=self._on_error)
-        check_dropping(request, self._family.language.arithmetic.shortest_window)
+        check_dropping(request, self._family.language.arithmetic)
         seqs = [
             EngineSequence(
                 request=request,
@@ -92,8 +94,9 @@ class InputProcessor:
         ]
         seqs[0].siblings = seqs[1:]
         hashes = request.block_hashes(self._cache.shape.block_size)
+        borders = snapshot_borders(prompt, len(hashes), self._cache.shape)
         for seq in seqs:
-            seq.block_hashes = list(hashes)
+            seq.block_hashes, seq.snapshot_borders = list(hashes), borders
         return seqs
 
     def check_length(self, params: Request) -> None:
@@ -286,18 +289,35 @@ def add_reducers(
             request.pruning_layers[layer] = stage
 
 
-def check_dropping(request: EngineRequest, window: int | None) -> None:
+def snapshot_borders(prompt: Prompt, num_blocks: int, shape: KVCacheSpec) -> tuple[int, ...]:
+    """Numbers of first tokens behind which other requests may go on: those up to the media, and all that are shared.
+
+    Args:
+        num_blocks: Blocks of the prompt that other requests may share.
+    """
+    if not shape.has_states:
+        return ()
+    visual = prompt.is_visual.nonzero()
+    ends = [num_blocks, (int(visual[-1]) + 1) // shape.block_size if len(visual) else 0]
+    return tuple(shape.block_size * end for end in sorted({*ends}) if 0 < end <= num_blocks)
+
+
+def check_dropping(request: EngineRequest, arithmetic: Arithmetic) -> None:
     """Refuse to drop tokens inside a decoder for which it is not defined what the others then see.
 
     Args:
-        window: The shortest sliding window of the model's layers, if there is one.
+        arithmetic: Of the model's layers.
 
     Raises:
-        InvalidRequest: The prompt is longer than the window, or tokens of it attend to later ones.
+        InvalidRequest: A layer keeps a state, the prompt is longer than a layer's window, or tokens of it attend to
+            later ones.
     """
     if not request.pruning_layers and not request.cache_pruners and request.token_pruning is None:
         return
-    if request.prompt.mask is not None:
+    window = arithmetic.shortest_window
+    if arithmetic.is_recurrent:
+        why = "this model has layers with a state that every token changes"
+    elif request.prompt.mask is not None:
         why = "in this model, tokens of a prompt attend to later ones"
     elif window is not None and request.prompt.length > window:
         why = f"this model has layers that see {window} tokens, and the prompt has {request.prompt.length}"

@@ -103,6 +103,8 @@ class ModelRunner:
         for item, ids in zip(scheduled, chunk_ids, strict=True):
             stop = start + len(ids)
             chunk = make_chunk(item.seq, item.num_tokens, embeddings[start:stop] if ids else None)
+            if item.seq.draft.num_tokens:
+                self.cache.states.keep_for_rewind(chunk.seq_index)
             chunk.capture = item.seq.states_to_capture
             chunks.append(chunk)
             start = stop

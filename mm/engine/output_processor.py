@@ -102,6 +102,10 @@ class OutputProcessor:
         if seq.spec is not None and chunk.kept is not None and not seq.output.token_ids:
             seq.spec.keep_prompt(seq.num_computed_tokens, chunk.kept, chunk.states)
         seq.num_computed_tokens += item.num_tokens
+        if seq.num_computed_tokens in seq.snapshot_borders:
+            assert seq.seq_index is not None
+            last = seq.num_computed_tokens // self._cache.shape.block_size - 1
+            self._prefix_cache.keep_states(seq.seq_index, seq.block_hashes[last])
         if chunk.candidates is not None:
             self._forget(seq, chunk.candidates, range(item.num_tokens))
         fault = None if chunk.prune_state is None else chunk.prune_state.error

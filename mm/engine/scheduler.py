@@ -184,8 +184,13 @@ class Scheduler:
         return scheduled, num_blocks
 
     def _next_chunk(self, seq: Sequence, budget: int) -> ScheduledChunk:
+        """As many tokens as there is room for, but none behind a border at which states are to be kept."""
         longest = seq.max_chunk_tokens
-        return ScheduledChunk(seq, longest if seq.must_prefill_in_one_chunk else min(longest, budget))
+        if seq.must_prefill_in_one_chunk:
+            return ScheduledChunk(seq, longest)
+        borders = seq.snapshot_borders if self._prefix_cache.enabled else ()
+        ahead = [border - seq.num_computed_tokens for border in borders if border > seq.num_computed_tokens]
+        return ScheduledChunk(seq, min(longest, budget, *ahead))
 
     def _num_blocks(self, item: ScheduledChunk) -> int:
         assert item.seq.seq_index is not None
@@ -197,6 +202,7 @@ class Scheduler:
         # Tokens that reducers may remove from the cache have to be in blocks of its own: then nothing has to be copied.
         cached = self._prefix_cache.match([] if seq.request.cache_pruners else seq.block_hashes)
         self._cache.share(seq_index, cached)
+        self._prefix_cache.begin(seq_index, seq.block_hashes[: cached.shape[1]])
         num_cached_tokens = cached.shape[1] * self._cache.shape.block_size
         # One block per layer stays free for every running sequence. Otherwise they would soon preempt this one.
         growth = (len(self.running) + 1) * self._cache.shape.num_layers if self.running else 0

@@ -39,20 +39,43 @@ LARGEST = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 
 TESTED: frozenset[tuple[str, str]] = frozenset(
     {
+        ("aria", "aria_text"),
         ("aya_vision", "cohere"),
         ("cohere2_vision", "cohere2"),
+        ("deepseek_ocr2", "deepseek_ocr2_text"),
+        ("deepseek_vl", "llama"),
+        ("deepseek_vl_hybrid", "llama"),
+        ("exaone4_5", "exaone4"),
         ("gemma3", "gemma3_text"),
+        ("glm46v", "glm4v_text"),
         ("glm4v", "glm4v_text"),
+        ("glm4v_moe", "glm4v_moe_text"),
+        ("glm_ocr", "glm_ocr_text"),
+        ("got_ocr2", "qwen2"),
+        ("hyperclovax_vision_v2", "hyperclovax"),
         ("internvl", "qwen3"),
+        ("janus", "llama"),
+        ("lfm2_vl", "lfm2"),
+        ("lighton_ocr", "qwen3"),
         ("llava", "mistral"),
         ("llava_next", "granite"),
         ("llava_next", "mistral"),
+        ("llava_next_video", "llama"),
         ("llava_onevision", "qwen2"),
+        ("minicpmv4_6", "qwen3_5_text"),
         ("mistral3", "mistral"),
+        ("ovis2", "qwen2"),
+        ("paddleocr_vl", "paddleocr_vl_text"),
         ("paligemma", "gemma"),
         ("perception_lm", "llama"),
+        ("qianfan_ocr", "qwen3"),
+        ("qwen3_5", "qwen3_5_text"),
+        ("qwen3_5_moe", "qwen3_5_moe_text"),
         ("qwen3_vl", "qwen3_vl_text"),
         ("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        ("video_llama_3", "qwen2"),
+        ("video_llava", "llama"),
+        ("vipllava", "llama"),
     }
 )
 """Pairs of model_type and the text model's model_type that tests compare with `generate`."""
@@ -162,7 +185,7 @@ def _run(
     inputs |= {name: types.unsqueeze(0).to(device) for name, types in family.type_ids(ints(prompt.token_ids)).items()}
     for tokens in visual:
         inputs |= {name: value.to(device) for name, value in tokens.layout.items()}
-    output = _with_features(whole.model, accepted(whole.model.forward, inputs), visual, device)
+    output = _with_features(whole, accepted(whole.model.forward, inputs), visual, prompt)
     logits, tokens = [output.logits[0, -1:]], list[int]()
     for _ in range(NUM_STEPS):
         tokens.append(int(logits[-1].argmax()))
@@ -172,20 +195,26 @@ def _run(
     return torch.cat(logits), tokens
 
 
-def _with_features(
-    model: nn.Module, options: dict[str, Any], visual: Sequence[VisualTokens], device: torch.device
-) -> Any:
+def _with_features(whole: WholeModel, options: dict[str, Any], visual: Sequence[VisualTokens], prompt: Prompt) -> Any:
     """The model's pass with visual tokens in place of pixels, in whichever of two forms it takes them."""
+    model, device = cast(Any, whole.model), prompt.token_ids.device
     if not visual:
         return model(**options)
     (tokens,) = visual
     rows, planes = tokens.embeddings.to(device), tokens.layer_planes
+    named: Sequence[int] = getattr(whole.config, "visual_indicator_token_ids", ())
+    ids, of_named = prompt.token_ids[prompt.is_visual], torch.zeros(len(named), rows.shape[1]).to(rows)
+    for i, one in enumerate(named):
+        if len(found := rows[ids == one]):
+            of_named[i] = found[0]
+    rows = rows[~torch.isin(ids, torch.tensor(named, dtype=torch.int64, device=device))]
     deepstack = [] if planes is None else [(plane.to(device),) for plane in planes]
     forms: list[Any] = [[rows], rows.unsqueeze(0)]
     errors: list[Exception] = []
     for form in forms:
         features = BaseModelOutputWithPooling(pooler_output=form)
         features.deepstack_features = deepstack  # pyright: ignore[reportAttributeAccessIssue]
+        features.visual_indicator_features = of_named  # pyright: ignore[reportAttributeAccessIssue]
         try:
             return model(**options, mm_encoder_outputs={"image": features})
         except (TypeError, AttributeError, RuntimeError) as error:

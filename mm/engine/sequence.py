@@ -167,6 +167,7 @@ class Sequence:
         num_computed_tokens: Tokens of prompt and output whose keys and values are in the cache.
         siblings: Further choices, which start from the same prompt once that is computed.
         block_hashes: Hashes of the blocks that other sequences may share.
+        snapshot_borders: Numbers of first tokens behind which the states of recurrent layers are kept for others.
         kept_tokens: For each generated token that was computed, whether later ones may attend to it. Only where a
             reducer decides about it. It stays the same through preemption.
         last_token_time: When the newest token came, on the clock of `time.perf_counter`.
@@ -182,6 +183,7 @@ class Sequence:
     num_computed_tokens: int = 0
     siblings: list[Sequence] = field(default_factory=list["Sequence"])
     block_hashes: list[BlockHash] = field(default_factory=list[BlockHash])
+    snapshot_borders: tuple[int, ...] = ()
     kept_tokens: list[bool] = field(default_factory=list[bool])
     last_token_time: float | None = None
     spec: SpecState | None = None

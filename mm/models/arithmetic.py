@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from mm.models.folder import BadCheckpoint
+from mm.models.recurrent import keeps_state
 
 KINDS = frozenset({"full_attention", "sliding_attention"})
-"""Kinds of layers that the engine has a cache for."""
+"""Kinds of attention layers that the engine has a cache for, beside those that keep a state."""
 
 SOFTCAP = "final_logit_softcapping"
 
@@ -32,6 +33,7 @@ class Arithmetic:
 
     Attributes:
         windows: Per layer, the tokens that one sees, itself included; None where it sees all earlier ones.
+        keeps_state: Per layer, whether it keeps a state of each sequence, and no keys and values.
         rotary_kinds: Per layer, the name of its rotary embedding, where a model has several; else None.
         input_scale: Factor of the first layer's input.
         logit_scale: Factor of the logits.
@@ -40,6 +42,7 @@ class Arithmetic:
     """
 
     windows: tuple[int | None, ...]
+    keeps_state: tuple[bool, ...]
     rotary_kinds: tuple[str | None, ...]
     input_scale: float
     logit_scale: float
@@ -60,7 +63,7 @@ class Arithmetic:
         config: Any = text
         num_layers: int = config.num_hidden_layers
         kinds = list(getattr(config, "layer_types", None) or [])
-        if unknown := sorted({*kinds} - KINDS):
+        if unknown := sorted(kind for kind in {*kinds} - KINDS if not keeps_state(kind)):
             raise BadCheckpoint(
                 str(folder), f"has decoder layers with {', '.join(unknown)}, for which this engine has no cache"
             )
@@ -73,12 +76,23 @@ class Arithmetic:
         softcap: float | None = getattr(config, "final_logit_softcapping", None) if SOFTCAP in used else None
         return cls(
             windows=tuple(window if has_window[i] else None for i in range(num_layers)),
+            keeps_state=tuple(keeps_state(kinds[i]) if kinds else False for i in range(num_layers)),
             rotary_kinds=_rotary_kinds(config, kinds, num_layers),
             input_scale=float(getattr(config, "embedding_multiplier", None) or 1.0),
             logit_scale=_logit_scale(config, used),
             logit_softcap=float(softcap) if softcap else None,
             max_positions=_max_positions(config),
         )
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether any layer keeps a state."""
+        return any(self.keeps_state)
+
+    @property
+    def cache_indices(self) -> tuple[int, ...]:
+        """Per layer, its place among those that have keys and values in the cache."""
+        return tuple(sum(not state for state in self.keeps_state[:i]) for i in range(len(self.keeps_state)))
 
     @property
     def shortest_window(self) -> int | None:
@@ -98,13 +112,13 @@ def _logit_scale(config: Any, used: Set[str]) -> float:
     factor, divisor = (
         float(getattr(config, name, None) or 1.0) if name in used else 1.0 for name in ("logit_scale", "logits_scaling")
     )
-    return factor / divisor
+    return factor * divisor if "* logits_scaling" in used else factor / divisor
 
 
 def _rotary_kinds(config: Any, kinds: list[str], num_layers: int) -> tuple[str | None, ...]:
     """Where rotary parameters are given per kind of layer, the kind of each layer."""
     parameters: Mapping[str, object] = getattr(config, "rope_parameters", None) or {}
-    if not kinds or not {*kinds} <= parameters.keys():
+    if not kinds or not {kind for kind in kinds if not keeps_state(kind)} <= parameters.keys():
         return (None,) * num_layers
     return tuple(kinds[:num_layers])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -172,6 +172,7 @@ def attend_in_layer(
     *,
     mm_attention: Attention,
     mm_metadata: AttentionMetadata,
+    mm_layer: int,
     mm_window: int | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -180,6 +181,7 @@ def attend_in_layer(
     """Attention for transformers' own layers: queries, keys and values are (1, heads, T, d) and rotated already.
 
     Args:
+        mm_layer: The layer's place in the cache.
         mm_window: The layer's sliding window.
 
     Raises:
@@ -191,9 +193,8 @@ def attend_in_layer(
     if unknown:
         raise UnknownAttention(unknown)
     qkv = torch.cat([query, key, value], dim=1).squeeze(0).transpose(0, 1).contiguous()
-    layer = cast(int, module.layer_idx)
     variant = AttentionVariant(scale=scaling, window=mm_window, softcap=softcap)
-    return mm_attention.attend(layer, qkv, mm_metadata, None, variant).unsqueeze(0), None
+    return mm_attention.attend(mm_layer, qkv, mm_metadata, None, variant).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, attend_in_layer)  # pyright: ignore[reportUnknownMemberType]

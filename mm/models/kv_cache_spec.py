@@ -12,9 +12,11 @@ class KVCacheSpec:
     """What one token of a model takes in the KV cache.
 
     Attributes:
+        num_layers: Layers that have keys and values.
         num_heads: Key/value heads.
         head_dim: Width of one head.
         block_size: Tokens of a block.
+        has_states: Whether other layers keep a state of each sequence.
     """
 
     num_layers: int
@@ -23,6 +25,7 @@ class KVCacheSpec:
     dtype: torch.dtype
     device: torch.device
     block_size: int = 16
+    has_states: bool = False
 
     @property
     def token_bytes(self) -> int:

@@ -24,7 +24,8 @@ from mm.models.kv_cache_spec import KVCacheSpec
 from mm.models.layers import FusedLayer, Layer, build_layer
 from mm.models.linear import PackedLinear
 from mm.models.pretrained import build_module
-from mm.models.probe import names_in_pass
+from mm.models.probe import final_norm, names_in_pass
+from mm.models.recurrent import RecurrentLayer
 from mm.models.row_ops import RowOp, build_norm, has_kernels
 from mm.plugins.weights import ReducerWeights
 
@@ -52,7 +53,6 @@ class _Decoder(Protocol):
     """The parts of a transformers text model that we call."""
 
     layers: nn.ModuleList
-    norm: nn.Module
     rotary_emb: nn.Module
 
     def get_input_embeddings(self) -> nn.Embedding: ...
@@ -108,12 +108,17 @@ class LanguageModel:
         self._folder, self._prepared = folder, ""
 
     def _built(self, layers: nn.ModuleList) -> list[Layer]:
-        windows = self.arithmetic.windows
-        return [build_layer(layer, i, self.head_dim, windows[i]) for i, layer in enumerate(layers)]
+        facts = self.arithmetic
+        at = zip(facts.cache_indices, facts.windows, strict=True)
+        return [
+            RecurrentLayer(layer, i) if facts.keeps_state[i] else build_layer(layer, index, self.head_dim, window)
+            for i, (layer, (index, window)) in enumerate(zip(layers, at, strict=True))
+        ]
 
     def _final_norm(self) -> RowOp:
         """Decoders whose layers are all fused end with the norm that is in these layers."""
-        norm = self.model.norm
+        norm = final_norm(cast(nn.Module, self.model))
+        assert norm is not None
         if not all(isinstance(layer, FusedLayer) for layer in self.layers):
             return norm
         weight, epsilon = cast(Tensor, norm.weight).detach(), cast(float, norm.variance_epsilon)
@@ -164,7 +169,8 @@ class LanguageModel:
     def kv_cache_spec(self) -> KVCacheSpec:
         """What a token of this model takes in the KV cache."""
         return KVCacheSpec(
-            num_layers=self.num_layers,
+            num_layers=self.arithmetic.keeps_state.count(False),
+            has_states=self.arithmetic.is_recurrent,
             num_heads=self.config.num_key_value_heads,
             head_dim=self.head_dim,
             dtype=self.dtype,

@@ -98,18 +98,19 @@ def build_layer(module: nn.Module, index: int, head_dim: int, window: int | None
     """The fused form where the module is known to have one.
 
     Args:
+        index: The layer's place in the cache.
         window: Tokens that a token sees in this layer, itself included. None is all earlier ones.
     """
     if type(module).__name__ in FUSED:
         return FusedLayer(module, index, head_dim, window)
-    return ModuleLayer(module, window)
+    return ModuleLayer(module, index, window)
 
 
 class ModuleLayer:
     """transformers' layer, called as it is. Our attention function does the rest."""
 
-    def __init__(self, module: nn.Module, window: int | None) -> None:
-        self._module, self._window = module, window
+    def __init__(self, module: nn.Module, index: int, window: int | None) -> None:
+        self._module, self._index, self._window = module, index, window
 
     def __call__(self, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
         cos_sin = tuple(part.to(hidden.dtype).unsqueeze(0) for part in rotary)
@@ -119,6 +120,7 @@ class ModuleLayer:
             position_embeddings=cos_sin,
             mm_metadata=metadata,
             mm_attention=attention,
+            mm_layer=self._index,
             mm_window=self._window,
         )
         return (outputs[0] if isinstance(outputs, tuple) else outputs).squeeze(0)

@@ -84,6 +84,8 @@ class MediaProcessor:
         self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
         self.template: str | None = getattr(found, "chat_template", None)
         self.refused: dict[Kind, str] = {}
+        self._marks: dict[Kind, str] = {}
+        self._by_prompt = True
 
     @functools.cached_property
     def samples(self) -> dict[Kind, ProcessedItem]:
@@ -94,36 +96,64 @@ class MediaProcessor:
         items: list[Image | Video] = [image, clip]
         for item in items:
             try:
-                self._check_template(item.kind)
-                found[item.kind] = self.process(item)
+                self._marks[item.kind] = self._mark(item.kind)
+                found[item.kind] = self._sampled(item)
             except Exception as error:
+                self._marks.pop(item.kind, None)
                 self.refused[item.kind] = reason_of(error)
         return found
 
-    def _check_template(self, kind: Kind) -> None:
-        mark: str | None = getattr(self._processor, f"{kind}_token", None)
-        if mark is None:
+    def _sampled(self, item: Image | Video) -> ProcessedItem:
+        """The item, with pictures given prompt by prompt, or else in one list for all prompts."""
+        try:
+            return self.process(item)
+        except ValueError:
+            if item.kind != "image":
+                raise
+            self._by_prompt = False
+            return self.process(item)
+
+    def _mark(self, kind: Kind) -> str:
+        """What the chat template writes for an item: the processor's token, or another one that it has for the kind."""
+        token: str | None = getattr(self._processor, f"{kind}_token", None)
+        if token is None:
             raise ValueError(f"its processor has no {kind}_token")
+        named = cast("dict[str, object]", vars(self._processor))
+        others = [value for name, value in named.items() if kind in name and name.endswith("_token")]
+        rendered = self._rendered(kind, [token, *(other for other in others if isinstance(other, str))])
+        if token in rendered:
+            return token
+        for other in others:
+            if isinstance(other, str) and other in rendered and self._replaces(kind, other):
+                return other
+        raise ValueError(f"its chat template does not write {token!r} for a {kind}")
+
+    def _replaces(self, kind: Kind, mark: str) -> bool:
+        """Whether the processor puts the text of an item in place of a mark."""
+        texts: dict[Kind, list[str]] = {"image": [], "video": [], kind: ["?"]}
+        expanded, _ = self._processor.get_text_with_replacements([mark], texts["image"], texts["video"])
+        return expanded == ["?"]
+
+    def _rendered(self, kind: Kind, marks: Sequence[str]) -> str:
+        """What the chat template makes of a question with an item."""
         content = [{"type": kind}, {"type": "text", "text": "?"}]
         source = self.tokenizer.get_chat_template(self.template)  # pyright: ignore[reportUnknownMemberType]
         special: dict[str, Any] = self.tokenizer.special_tokens_map
-        rendered = RENDERER.render(
+        return RENDERER.render(
             source,
             [{"role": "user", "content": content}],
             {"tools": None, "documents": None, "add_generation_prompt": True, **special},
-            alphabet=closed_under_case(set(mark)),
-            taken=high_characters([source, mark]),
+            alphabet=closed_under_case(set("".join(marks))),
+            taken=high_characters([source, *marks]),
             max_chars=PIECE_CHARS,
         )
-        if mark not in rendered:
-            raise ValueError(f"its chat template does not write {mark!r} for a {kind}")
 
     @property
     def marks(self) -> Mapping[str, Kind]:
-        """What a rendered template holds for an item, by kind."""
+        """What a rendered template holds for an item, by kind. Kinds that are not taken have marks too."""
         kinds: tuple[Kind, ...] = ("image", "video")
         found: dict[Kind, str | None] = {kind: getattr(self._processor, f"{kind}_token", None) for kind in kinds}
-        return {mark: kind for kind, mark in found.items() if mark}
+        return {mark: kind for kind, mark in (found | self._marks).items() if mark}
 
     def process(self, item: Image | Video, *, in_company: bool = False) -> ProcessedItem:
         """The item as the tower takes it. A clip's frames are taken as they are.
@@ -131,14 +161,14 @@ class MediaProcessor:
         Args:
             in_company: Whether the prompt has other pictures; see `reads_company`.
         """
-        mark = getattr(self._processor, f"{item.kind}_token")
+        mark = self._marks[item.kind]
         if isinstance(item, Video):
             options: dict[str, Any] = {"videos": [item.frames], "do_sample_frames": False}
             return self._processed(item.kind, mark, video_metadata=[_metadata(item)], **options)
         picture = PIL.Image.fromarray(item.pixels)
         if not (in_company and self.reads_company):
-            return self._processed("image", mark, images=[[picture]])
-        pair = self._processed("image", 2 * mark, images=[[picture, picture]])
+            return self._processed("image", mark, images=self._listed([picture]))
+        pair = self._processed("image", 2 * mark, images=self._listed([picture, picture]))
         firsts = {
             name: value[:1] if isinstance(value, Tensor) and len(value) == 2 else value
             for name, value in pair.inputs.items()
@@ -149,18 +179,47 @@ class MediaProcessor:
     def reads_company(self) -> bool:
         """Whether the processor cuts a picture in another way when the prompt has more than one."""
         sample = self.samples.get("image")
-        mark = getattr(self._processor, "image_token", None)
+        mark = self._marks.get("image")
         if sample is None or mark is None:
             return False
         picture = PIL.Image.fromarray(SAMPLE[0])
-        return self._processed("image", 2 * mark, images=[[picture, picture]]).text != sample.text
+        pair = self._processed("image", 2 * mark, images=self._listed([picture, picture]))
+        return pair.text != sample.text
+
+    def _listed(self, pictures: list[PIL.Image.Image]) -> list[Any]:
+        """The pictures of one prompt, as this processor wants them."""
+        return [pictures] if self._by_prompt else pictures
+
+    @functools.cached_property
+    def _numbered(self) -> Mapping[Kind, str]:
+        """What stands before the number of an item, for kinds whose items are numbered from 0 in their texts."""
+        picture = PIL.Image.fromarray(SAMPLE[0])
+        clip = Video(frames=SAMPLE, timestamps_s=(0.0, 0.5), duration_s=1.0, content_hash="")
+        options: dict[Kind, dict[str, Any]] = {
+            "image": {"images": self._listed([picture, picture])},
+            "video": {"videos": [SAMPLE, SAMPLE], "do_sample_frames": False, "video_metadata": [_metadata(clip)] * 2},
+        }
+        found: dict[Kind, str] = {}
+        for kind, sample in self.samples.items():
+            _, (first, second) = self._replaced(2 * self._marks[kind], **options[kind])
+            at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
+            if first == sample.text and first[at : at + 1] == "0" and second == f"{first[:at]}1{first[at + 1 :]}":
+                found[kind] = first[:at]
+        return found
+
+    def _replaced(self, marks: str, **options: Any) -> tuple[dict[str, Any], list[str]]:
+        """What the processor makes of the items of one prompt, and what it puts in place of their marks."""
+        found = self._processor(text=[marks], return_tensors="pt", return_text_replacement_offsets=True, **options)
+        if "text_replacement_offsets" not in found:
+            raise ValueError(f"{type(self._processor).__name__} does not say what text stands for an item")
+        (offsets,) = found["text_replacement_offsets"]
+        inputs = {name: value for name, value in found.items() if name not in NOT_OF_ITEMS}
+        return inputs, [one["replacement"] for one in offsets]
 
     def _processed(self, kind: Kind, marks: str, **options: Any) -> ProcessedItem:
         """What the processor makes of the items of one prompt, with the text of the first one."""
-        found = self._processor(text=[marks], return_tensors="pt", return_text_replacement_offsets=True, **options)
-        (offsets,) = found["text_replacement_offsets"]
-        inputs = {name: value for name, value in found.items() if name not in NOT_OF_ITEMS}
-        return ProcessedItem(kind=kind, inputs=inputs, text=offsets[0]["replacement"])
+        inputs, texts = self._replaced(marks, **options)
+        return ProcessedItem(kind=kind, inputs=inputs, text=texts[0])
 
     def expand(self, rendered: str, texts: Iterable[tuple[Kind, str]]) -> tuple[str, list[Kind]]:
         """A rendered template with the items' texts in place of its marks, and the kinds that it had marks for.
@@ -170,6 +229,9 @@ class MediaProcessor:
         """
         by_kind: dict[Kind, list[str]] = {"image": [], "video": []}
         for kind, text in texts:
+            before = self._numbered.get(kind)
+            if before is not None and text.startswith(f"{before}0"):
+                text = f"{before}{len(by_kind[kind])}{text[len(before) + 1 :]}"
             by_kind[kind].append(text)
         marks = self.marks
         counts = {kind: rendered.count(mark) for mark, kind in marks.items()}
@@ -177,8 +239,9 @@ class MediaProcessor:
             kinds = [kind for kind, count in counts.items() for _ in range(count)]
             return rendered, cast("list[Kind]", kinds)
         if by_kind["image"] and _changes_layout(self._processor):
-            pictures = [[PIL.Image.fromarray(SAMPLE[0])] * len(by_kind["image"])]
-            rendered = self._processor.prepare_inputs_layout(images=pictures, text=[rendered])[1][0]
+            pictures = self._listed([PIL.Image.fromarray(SAMPLE[0])] * len(by_kind["image"]))
+            options = self._processor._merge_kwargs(tokenizer_init_kwargs={})
+            rendered = self._processor.prepare_inputs_layout(images=pictures, text=[rendered], **options)[1][0]
         expanded, offsets = self._processor.get_text_with_replacements([rendered], by_kind["image"], by_kind["video"])
         placed: list[dict[str, Any]] = offsets[0] if offsets else []
         return expanded[0], [one["type"] for one in placed]

@@ -7,8 +7,10 @@ without weights. An encoder process loads what lies outside the decoder, a decod
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +27,8 @@ from mm.models.checkpoint import check_tensors, few, without_weights
 from mm.models.converted import ConvertedTensors
 from mm.models.folder import BadCheckpoint, read_json, reading
 
-PARTS = ("layers", "norm", "rotary_emb", "get_input_embeddings")
-"""What a decoder has to have so that its layers can be driven one by one."""
+PARTS = ("layers", "rotary_emb", "get_input_embeddings")
+"""What a decoder has to have so that its layers can be driven one by one, beside a final norm."""
 
 
 class WholeModel:
@@ -129,7 +131,9 @@ class WholeModel:
         """The method that makes visual tokens of a processor's outputs; None where there is none."""
         for name in ("get_image_features", "get_video_features"):
             method: Any = getattr(self.base, name, None)
-            if method is not None and next(iter(inspect.signature(method).parameters)) in inputs:
+            names = [] if method is None else list(inspect.signature(method).parameters)
+            pixels = [name for i, name in enumerate(names) if i == 0 or name.startswith("pixel_values")]
+            if any(name in inputs for name in pixels):
                 return cast("Callable[..., object]", method)
         method = getattr(self.base, "get_image_features", None)
         if "pixel_values_videos" in inputs and method is not None:  # clips that are encoded as so many pictures
@@ -177,12 +181,18 @@ def is_known(config: PretrainedConfig) -> bool:
 
 
 def names_in_pass(config: PretrainedConfig) -> frozenset[str]:
-    """The names that the pass of transformers' whole model uses, of itself and of its configuration."""
+    """The names that the pass of transformers' whole model uses, of itself and of its configuration.
+
+    Names of what something is multiplied by are there a second time, behind "* ".
+    """
     if not is_known(config):
         return frozenset()
     classes: Any = AutoModelForImageTextToText._model_mapping  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
     forward: Any = inspect.unwrap(classes[type(config)].forward)
-    return frozenset(forward.__code__.co_names) | {one for one in forward.__code__.co_consts if isinstance(one, str)}
+    found = list(dis.get_instructions(forward))
+    factors = {f"* {one.argval}" for one, after in itertools.pairwise(found) if after.argrepr == "*"}
+    names = {one for one in forward.__code__.co_consts if isinstance(one, str)}
+    return frozenset(forward.__code__.co_names) | names | factors
 
 
 def is_converted(config: PretrainedConfig) -> bool:
@@ -232,6 +242,8 @@ def _build(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
 def _decoder(folder: Path, model: PreTrainedModel) -> nn.Module:
     decoder = cast(Any, model).get_decoder()
     missing = [name for name in PARTS if not hasattr(decoder, name)]
+    if final_norm(decoder) is None:
+        missing.append("norm")
     if missing:
         raise BadCheckpoint(
             str(folder),
@@ -243,6 +255,13 @@ def _decoder(folder: Path, model: PreTrainedModel) -> nn.Module:
             str(folder), f"is of model_type {model.config.model_type!r}, which has no get_image_features"
         )
     return decoder
+
+
+def final_norm(decoder: nn.Module) -> nn.Module | None:
+    """The norm behind a decoder's last layer: the one norm beside the layers, if there is one."""
+    norms = [part for part in decoder.children() if "Norm" in type(part).__name__]
+    named = getattr(decoder, "norm", None)
+    return named if isinstance(named, nn.Module) else norms[0] if len(norms) == 1 else None
 
 
 def _head_name(folder: Path, model: PreTrainedModel) -> str:

@@ -102,6 +102,19 @@ class Draft:
             source=self.source,
         )
 
+    def first_path(self) -> Draft:
+        """The chain from the root along the children that are tried first."""
+        if self.is_chain:
+            return self
+        nodes = list[int]()
+        while children := self.children[nodes[-1] if nodes else 0]:
+            nodes.append(children[0])
+        return Draft.chain(
+            [self.token_ids[node - 1] for node in nodes],
+            path_scores=None if self.path_scores is None else tuple(self.path_scores[node - 1] for node in nodes),
+            source=self.source,
+        )
+
     def check(self, vocab: int, budget: DraftBudget) -> None:
         """Check that the draft is a tree within its budget and the vocabulary.
 

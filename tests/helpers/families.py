@@ -6,100 +6,16 @@ else is shared: the model class is the one that transformers has for the configu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers as hf
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from tests.helpers.checkpoints import _byte_level, qwen_tokenizer
+from tests.helpers.checkpoints import qwen_tokenizer
 from tests.helpers.decoders import randomize
-
-CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 28,
-    "patch_size": 14,
-}
-SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one architecture is made small.
-
-    Attributes:
-        config: Tokenizer to configuration of the whole model.
-        processor: Tokenizer and chat template to processor.
-        image, video: What the chat template writes for a picture and for a clip. Without the latter it takes no clips.
-        tokens: Control tokens beside the usual ones.
-        words: Makes the tokenizer, where it is another one.
-        named: Attributes of the tokenizer that name control tokens.
-        without: Cases of the tests that transformers itself cannot compute.
-    """
-
-    config: Callable[[PreTrainedTokenizerFast], Any]
-    processor: Callable[[PreTrainedTokenizerFast, str], Any]
-    image: str = "<image>"
-    video: str = ""
-    tokens: tuple[str, ...] = ()
-    words: Callable[[], PreTrainedTokenizerFast] | None = None
-    named: tuple[tuple[str, str], ...] = ()
-    without: tuple[str, ...] = ()
-
-
-def text_config(words: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
-    """A decoder of three narrow layers."""
-    return {
-        "model_type": "llama",
-        "hidden_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 96,
-        "head_dim": 12,
-        "vocab_size": len(words),
-        "max_position_embeddings": 4096,
-        "bos_token_id": words.bos_token_id,
-        "eos_token_id": words.eos_token_id,
-        "pad_token_id": words.pad_token_id,
-        **more,
-    }
-
-
-def template(image: str, video: str) -> str:
-    """A chat template that writes `image` and `video` where media are."""
-    return (
-        "{{ bos_token }}{% for message in messages %}{{ message['role'] | upper }}: "
-        "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-        "{% elif part['type'] == 'image' %}" + image + "\n{% else %}" + video + "\n{% endif %}{% endfor %}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
-    )
-
-
-def tokenizer(family: Family) -> PreTrainedTokenizerFast:
-    if family.words is not None:
-        return family.words()
-    special = ["<pad>", "<s>", "</s>", "<image>", "<video>", *family.tokens]
-    named = {"image_token": "<image>", "video_token": "<video>", **dict(family.named)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level(special, vocab_size=320 + len(special)),
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens=named,
-        additional_special_tokens=list(family.tokens),
-    )
-
-
-def ids(words: PreTrainedTokenizerFast, **tokens: str) -> dict[str, int]:
-    return {name: words.convert_tokens_to_ids(token) for name, token in tokens.items()}
+from tests.helpers.family import CLIP, SIGLIP, Family, ids, template, text_config, tokenizer
+from tests.helpers.more_families import MORE
 
 
 def llava_next(words: PreTrainedTokenizerFast) -> Any:
@@ -508,6 +424,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next (mistral window)": Family(windowed_llava_next, llava_next_processor),
     "qwen3_vl": Family(qwen3_vl, qwen3_vl_processor, **QWEN),
     "qwen3_vl_moe": Family(qwen3_vl_moe, qwen3_vl_processor, **QWEN),
+    **MORE,
 }
 """Architecture, with its tower or decoder where that matters, to how it is made."""
 

@@ -32,6 +32,9 @@ from mm.models.folder import BadCheckpoint
 from tests.helpers.families import FAMILIES, write
 from tests.helpers.passes import Alone
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
+"""NumPy says it of a processor of transformers."""
+
 NEW_TOKENS = 10
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 BEGIN, END = "<!-- table: made by tests/parity/test_families.py -->", "<!-- end of the table -->"
@@ -48,6 +51,12 @@ TURNS: dict[str, list[tuple[str, list[str | int]]]] = {
     "picture and clip": [("user", [0, "and", "clip", "What happens?"])],
 }
 """Role and parts of each message: text, or the number of a picture, or "clip"."""
+OTHERS: dict[str, list[tuple[str, list[str | int]]]] = {
+    "pictures": [("user", [0, 1, "What is it?"])],
+    "same pictures": [("user", [0, 1, "Which colours are there?"])],
+    "repeats": [("user", [0, "red blue red blue red blue red blue red blue red"])],
+}
+"""For tests that need them."""
 
 
 @dataclass
@@ -72,7 +81,7 @@ class Both:
 
     def inputs(self, case: str) -> Any:
         messages, pictures, clips = [], [], []
-        for role, parts in TURNS[case]:
+        for role, parts in (TURNS | OTHERS)[case]:
             content: list[dict[str, str]] = []
             for part in parts:
                 if isinstance(part, int):
@@ -85,7 +94,8 @@ class Both:
                     content.append({"type": "text", "text": part})
             messages.append({"role": role, "content": content})
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        options: dict[str, Any] = {"images": [pictures]} if pictures else {}
+        one_list = FAMILIES[self.name].in_one_list
+        options: dict[str, Any] = {"images": pictures if one_list else [pictures]} if pictures else {}
         if clips:
             metadata = VideoMetadata(total_num_frames=50, fps=20.0, frames_indices=[0, 10, 20, 30, 40])
             options |= {"videos": clips, "video_metadata": [metadata], "do_sample_frames": False}
@@ -95,7 +105,7 @@ class Both:
 def request(case: str, **options: Any) -> Request:
     """The same conversation for us."""
     messages, media = [], list[Image | Video]()
-    for role, parts in TURNS[case]:
+    for role, parts in (TURNS | OTHERS)[case]:
         ours: list[Any] = []
         for part in parts:
             if isinstance(part, str) and part != "clip":
@@ -104,7 +114,7 @@ def request(case: str, **options: Any) -> Request:
             media.append(CLIP if part == "clip" else Image(pixels=PICTURES[part], content_hash=f"picture {part}"))
             ours.append(MediaPart(index=len(media) - 1, kind=media[-1].kind))
         messages.append(Message(role=role, parts=tuple(ours)))
-    base = mm.api.build_request("?", temperature=0, **{"max_new_tokens": NEW_TOKENS, **options})
+    base = mm.api.build_request("?", **{"temperature": 0, "max_new_tokens": NEW_TOKENS, **options})
     return replace(base, messages=tuple(messages), media=tuple(media))
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mm.data.arrays import BoolArray, IntArray, to_tensor
+from mm.engine.kv_cache.states import SequenceStates
 from mm.errors import EngineError
 from mm.models.kv_cache_spec import KVCacheSpec
 
@@ -41,6 +42,7 @@ class KVCache:
         keys, values: (num_blocks, block_size, num_heads, head_dim).
         block_tables: (num_layers, max_num_seqs, W) int32 block ids. Only the first ceil(length / block_size) are valid.
         lengths: (num_layers, max_num_seqs) int64, tokens held.
+        states: Of the layers that have no keys and values.
     """
 
     def __init__(self, shape: KVCacheSpec, *, num_blocks: int, max_num_seqs: int) -> None:
@@ -56,6 +58,7 @@ class KVCache:
         self._num_free = num_blocks
         self._free_seqs = list(range(max_num_seqs - 1, -1, -1))
         self._layers = np.arange(shape.num_layers)
+        self.states = SequenceStates(max_num_seqs)
 
     # ── sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -84,6 +87,7 @@ class KVCache:
         for layer in range(self.shape.num_layers):
             self.drop_reference(self.blocks(layer, seq_index))
         self.lengths[:, seq_index] = 0
+        self.states.clear(seq_index)
         self._free_seqs.append(seq_index)
 
     def blocks(self, layer: int, seq_index: int) -> IntArray:
@@ -200,6 +204,7 @@ class KVCache:
         """
         layers = self._layers[start:stop]
         base = self.lengths[layers, seq_index] - count
+        self.states.rewind(seq_index, None if len(path) == count else len(path))
         if path and path[-1] != len(path) - 1:
             source, target = (
                 to_tensor(self._slot_mapping_from(seq_index, layers, base, offsets), self.keys.device)
@@ -238,6 +243,7 @@ class KVCache:
         self.lengths[:, copy] = self.lengths[:, seq_index]
         for layer in range(self.shape.num_layers):
             self.add_reference(self.blocks(layer, copy))
+        self.states.restore(copy, self.states.snapshot(seq_index))
         return copy
 
     def share(self, seq_index: int, ids: IntArray) -> None:

@@ -2,8 +2,9 @@
 
 A block hash covers everything that the block's keys and values depend on: the hash of the block before it, token ids,
 positions, and for visual tokens the content of their item after encoder and reducer. Only full blocks are shared. An
-entry references one block per layer. Entries take only memory that nothing else needs: the scheduler evicts unused
-entries, least recently used first, when blocks run short.
+entry references one block per layer. Layers that keep a state have no blocks: there a prompt can begin only with blocks
+behind which a snapshot of the states was kept. Entries take only memory that nothing else needs: the scheduler evicts
+unused entries, least recently used first, when blocks run short.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from mm.data.arrays import IntArray
 from mm.engine.kv_cache.blocks import KVCache
+from mm.engine.kv_cache.states import Snapshots
 
 BlockHash = bytes
 """16 bytes that stand for a full block and every block before it."""
@@ -64,14 +66,16 @@ class PrefixCache:
 
     Args:
         enabled: False finds and stores nothing.
+        snapshot_bytes: Memory of the snapshots of states.
 
     Attributes:
         enabled: Whether anything is found or stored.
         num_queries, num_hits: Prompt tokens that were looked up, and those of them that were found.
     """
 
-    def __init__(self, cache: KVCache, *, enabled: bool = True) -> None:
+    def __init__(self, cache: KVCache, *, enabled: bool = True, snapshot_bytes: int = 1 << 28) -> None:
         self._cache, self.enabled = cache, enabled
+        self._snapshots = Snapshots(snapshot_bytes) if cache.shape.has_states else None
         self._entries: OrderedDict[BlockHash, IntArray] = OrderedDict()
         self._is_held = np.zeros(cache.num_blocks, dtype=bool)
         self.num_queries = 0
@@ -105,10 +109,22 @@ class PrefixCache:
             if block_hash not in self._entries:
                 break
             found.append(self._entries[block_hash])
+        while self._snapshots is not None and found and hashes[len(found) - 1] not in self._snapshots:
+            found.pop()
         # From the end, so that a block is never older than those that are found through it.
         for block_hash in reversed(hashes[: len(found)]):
             self._entries.move_to_end(block_hash)
         return np.stack(found, axis=1) if found else np.zeros((self._cache.shape.num_layers, 0), dtype=np.int32)
+
+    def begin(self, seq_index: int, hashes: Sequence[BlockHash]) -> None:
+        """Give a sequence, whose first blocks were found by these hashes, the states behind them."""
+        if self._snapshots is not None and hashes:
+            self._cache.states.restore(seq_index, self._snapshots.get(hashes[-1]))
+
+    def keep_states(self, seq_index: int, block_hash: BlockHash) -> None:
+        """Keep a sequence's states as those behind a block."""
+        if self._snapshots is not None and self.enabled:
+            self._snapshots.put(block_hash, self._cache.states.snapshot(seq_index))
 
     def count(self, num_tokens: int, num_found: int) -> None:
         """Count a prompt's tokens and those of them that were found."""
@@ -142,6 +158,8 @@ class PrefixCache:
             if (self._cache.num_references(ids) == 1).all():
                 self._release(ids)
                 del self._entries[block_hash]
+                if self._snapshots is not None:
+                    self._snapshots.drop(block_hash)
                 if self._cache.num_free_blocks >= num_blocks:
                     return True
         return False
@@ -151,6 +169,8 @@ class PrefixCache:
         for ids in self._entries.values():
             self._release(ids)
         self._entries.clear()
+        if self._snapshots is not None:
+            self._snapshots.clear()
 
     def _release(self, ids: IntArray) -> None:
         self._is_held[ids] = False

@@ -63,7 +63,9 @@ class TransformersFamily(CheckpointFamily):
                 found[token] = kind
         if "image" in kinds and "image" not in found.values():
             raise BadCheckpoint(str(self.folder), "config.json names no image_token_id")
-        if not found:
+        if found:  # control tokens that get vectors from the encoder
+            found |= dict.fromkeys(getattr(self.config, "visual_indicator_token_ids", ()), kinds[0])
+        else:
             reasons = "; ".join(f"{kind}: {why}" for kind, why in self.processor.refused.items())
             raise BadCheckpoint(str(self.folder), f"has a processor that takes no media ({reasons})")
         return found
@@ -224,11 +226,14 @@ class TransformersFamily(CheckpointFamily):
         if item is None:
             return super().trial()
         ids = self.item_ids(item.text)
-        count = sum(token in self._placeholders for token in ids)
+        own = torch.tensor([token for token in ids if token in self._placeholders])
+        count = len(own)
         width = self.language.head_weight.shape[1]
         generator = torch.Generator().manual_seed(0)
         scale = float(self.language.embed(torch.arange(min(64, self.language.vocab_size))).float().std())
         rows = torch.randn(count, width, generator=generator) * scale
+        for token in getattr(self.config, "visual_indicator_token_ids", ()):  # one vector wherever it stands
+            rows[own == token] = rows[own == token][:1]
         tokens = VisualTokens.full(rows.to(self.language.dtype), (1, 1, count), "image")
         planes = torch.randn(self.whole.num_planes, count, width, generator=generator) * scale
         tokens = replace(
