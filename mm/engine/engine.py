@@ -21,8 +21,7 @@ from mm.engine.attention.base import build_attention
 from mm.engine.attention.cuda_graphs import build_graphs
 from mm.engine.engine_stats import collect_stats
 from mm.engine.input_processor import InputProcessor
-from mm.engine.kv_cache.build import build_cache
-from mm.engine.kv_cache.prefix_cache import PrefixCache
+from mm.engine.kv_cache.build import build_caches
 from mm.engine.lifecycle import RequestLifecycle
 from mm.engine.model_runner import ModelRunner
 from mm.engine.output_processor import OutputProcessor
@@ -37,9 +36,6 @@ from mm.plugins.calls import PluginCalls
 from mm.plugins.reducer import Reducer
 
 log = logging.getLogger(__name__)
-
-SNAPSHOT_SHARE = 4
-"""The part of the KV cache's memory that snapshots of states may take, in models with recurrent layers: 1 of 4."""
 
 
 class LLMEngine:
@@ -72,9 +68,8 @@ class LLMEngine:
         self.family, self.config = family, config
         spec = family.language.kv_cache_spec
         cuda_graphs = cuda_graphs and family.language.device.type == "cuda" and not spec.has_states
-        snapshot_bytes = kv_bytes // SNAPSHOT_SHARE if spec.has_states and prefix_caching else 0
-        self.cache = build_cache(spec, kv_bytes - snapshot_bytes, config.max_num_seqs + cuda_graphs)
-        self.prefix_cache = PrefixCache(self.cache, enabled=prefix_caching, snapshot_bytes=snapshot_bytes)
+        max_num_seqs = config.max_num_seqs + cuda_graphs
+        self.cache, self.prefix_cache = build_caches(spec, kv_bytes, max_num_seqs, prefix_caching=prefix_caching)
         self._build_parts(speculation or SpeculationLimits(), prefix_caching, cuda_graphs, on_error)
         self._lock, self._arrival_lock, self.wake = threading.Lock(), threading.Lock(), threading.Event()
 
@@ -93,12 +88,7 @@ class LLMEngine:
         runner = ModelRunner(family.language, attention, graphs, self.calls)
         self._decoders = AdaptedDecoders(family.language, runner, attention, self.calls)
         self.spec_decoder = SpecDecoder(
-            target_of(family),
-            cache.shape.block_size,
-            speculation,
-            calls=self.calls,
-            has_prefix_cache=prefix_caching,
-            only_chains=cache.shape.has_states,
+            target_of(family), cache.shape.block_size, speculation, calls=self.calls, has_prefix_cache=prefix_caching
         )
         self.spec_decoder.calibrate(runner, config.max_num_batched_tokens)
         self._lifecycle = RequestLifecycle(self._scheduler, self.spec_decoder, on_error=on_error)

@@ -205,6 +205,7 @@ class DraftTarget:
         embed: (n,) token ids to (n, D), the target's embedding table.
         head_weight: (vocab, D). The logits are its product with the state "last_hidden".
         placeholder_ids: Tokens that stand for media in a prompt. A drafter must not propose them.
+        only_chains: Whether drafts are cut to their first path, because layers keep a state that cannot branch.
     """
 
     name: str
@@ -216,6 +217,7 @@ class DraftTarget:
     embed: Callable[[Tensor], Tensor]
     head_weight: Tensor
     placeholder_ids: frozenset[int] = frozenset()
+    only_chains: bool = False
 
 
 class LoadedDrafter(Protocol[SessionT]):

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from mm.engine.kv_cache.blocks import KVCache
+from mm.engine.kv_cache.prefix_cache import PrefixCache
 from mm.errors import EngineError
 from mm.models.kv_cache_spec import KVCacheSpec
 
+SNAPSHOT_SHARE = 4
+"""The part of the memory that snapshots of states may take, in models with recurrent layers: 1 of 4."""
 
-def build_cache(spec: KVCacheSpec, num_bytes: int, max_num_seqs: int) -> KVCache:
-    """A cache of at most `num_bytes`.
+
+def build_caches(
+    spec: KVCacheSpec, num_bytes: int, max_num_seqs: int, *, prefix_caching: bool
+) -> tuple[KVCache, PrefixCache]:
+    """A cache, and what finds prefixes in it, of at most `num_bytes` together.
 
     Raises:
         EngineError: It would not hold one block per layer.
     """
-    num_blocks = num_bytes // spec.block_bytes
+    snapshot_bytes = num_bytes // SNAPSHOT_SHARE if spec.has_states and prefix_caching else 0
+    num_blocks = (num_bytes - snapshot_bytes) // spec.block_bytes
     if num_blocks < spec.num_layers:
         least = spec.num_layers * spec.block_bytes
         raise EngineError(f"a KV cache of {num_bytes} bytes is too small; {least} hold {spec.block_size} tokens")
-    return KVCache(spec, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
+    cache = KVCache(spec, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
+    return cache, PrefixCache(cache, enabled=prefix_caching, snapshot_bytes=snapshot_bytes)

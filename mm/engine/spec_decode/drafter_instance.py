@@ -97,4 +97,5 @@ def target_of(family: CheckpointFamily) -> DraftTarget:
         embed=language.embed,
         head_weight=language.head_weight,
         placeholder_ids=family.placeholder_ids,
+        only_chains=language.kv_cache_spec.has_states,
     )

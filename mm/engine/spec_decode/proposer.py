@@ -50,7 +50,6 @@ class SpecDecoder:
             thread time on a CPU.
         calls: Calls the drafters.
         has_prefix_cache: Whether prompts may be found in a cache. Their hidden states are then kept too.
-        only_chains: Whether drafts are cut to their first path: recurrent layers have no state for two branches.
     """
 
     def __init__(
@@ -62,9 +61,7 @@ class SpecDecoder:
         *,
         calls: PluginCalls | None = None,
         has_prefix_cache: bool = True,
-        only_chains: bool = False,
     ) -> None:
-        self._only_chains = only_chains
         self.limits, self._calls = limits, calls or PluginCalls()
         self.clock = clock or (time.perf_counter if target.device.type == "cuda" else self._thread_time)
         self.costs = CostModel()
@@ -176,7 +173,7 @@ class SpecDecoder:
         )
         for draft, budget in zip(drafts, budgets, strict=True):
             draft.check(self._target.vocab_size, budget)
-        return [draft.first_path() for draft in drafts] if self._only_chains else drafts
+        return [draft.first_path() for draft in drafts] if self._target.only_chains else drafts
 
     def start_sequences(self, seqs: Iterable[Sequence]) -> None:
         """Decide for newly scheduled sequences whether they get drafts. Their first step may have to capture states."""
