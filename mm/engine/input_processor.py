@@ -14,6 +14,7 @@ from mm.data.request import Request
 from mm.data.tokens import AskedPositions, EncodedMedia, ItemCount, Positions, Prompt
 from mm.engine.adapted_decoders import AdaptedDecoders
 from mm.engine.kv_cache.blocks import KVCache
+from mm.engine.kv_cache.states import snapshot_borders
 from mm.engine.prefill_pruning import layers_of
 from mm.engine.sampling.sampler_factory import SamplerFactory
 from mm.engine.sampling.vocabulary import Vocabulary
@@ -25,7 +26,6 @@ from mm.engine.token_pruning import TokenPruning
 from mm.errors import ContextTooLong, InvalidRequest, MmError, ReducerFault
 from mm.models.arithmetic import Arithmetic
 from mm.models.family import CheckpointFamily
-from mm.models.kv_cache_spec import KVCacheSpec
 from mm.plugins.calls import BUILT, PluginCalls
 from mm.plugins.capabilities import capabilities_of, decoder_weights, in_decode, in_prefill, names_of, per_token
 from mm.plugins.reducer import Reducer
@@ -287,19 +287,6 @@ def add_reducers(
                     "vision.reducer",
                 )
             request.pruning_layers[layer] = stage
-
-
-def snapshot_borders(prompt: Prompt, num_blocks: int, shape: KVCacheSpec) -> tuple[int, ...]:
-    """Numbers of first tokens behind which other requests may go on: those up to the media, and all that are shared.
-
-    Args:
-        num_blocks: Blocks of the prompt that other requests may share.
-    """
-    if not shape.has_states:
-        return ()
-    visual = prompt.is_visual.nonzero()
-    ends = [num_blocks, (int(visual[-1]) + 1) // shape.block_size if len(visual) else 0]
-    return tuple(shape.block_size * end for end in sorted({*ends}) if 0 < end <= num_blocks)
 
 
 def check_dropping(request: EngineRequest, arithmetic: Arithmetic) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
+from mm.data.tokens import Prompt
+from mm.models.kv_cache_spec import KVCacheSpec
 from mm.models.recurrent import LayerState
 
 Snapshot = dict[int, LayerState]
@@ -103,3 +105,16 @@ class Snapshots:
 
 def _num_bytes(snapshot: Snapshot) -> int:
     return sum(state.num_bytes for state in snapshot.values())
+
+
+def snapshot_borders(prompt: Prompt, num_blocks: int, shape: KVCacheSpec) -> tuple[int, ...]:
+    """Numbers of first tokens behind which other requests may go on: those up to the media, and all that are shared.
+
+    Args:
+        num_blocks: Blocks of the prompt that other requests may share.
+    """
+    if not shape.has_states:
+        return ()
+    visual = prompt.is_visual.nonzero()
+    ends = [num_blocks, (int(visual[-1]) + 1) // shape.block_size if len(visual) else 0]
+    return tuple(shape.block_size * end for end in sorted({*ends}) if 0 < end <= num_blocks)
