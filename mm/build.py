@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 
 from mm.config import ModelConfig
 from mm.data.media import FrameSampling
-from mm.device import check_device, has_bfloat16, kv_cache_bytes
+from mm.device import check_device, has_bfloat16, kv_cache_bytes, resolved
 from mm.encode.feature_cache import FeatureCache
 from mm.encode.named import build_encoder
 from mm.encode.parts import EncodeParts
@@ -84,7 +85,7 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
     Raises:
         MmError: The model cannot be found or used, or the default reducer cannot work with it.
     """
-    _use_threads(config)
+    config = _on_this_process(config)
     model = find(config.model) if encoder_text is None else None
     if encoder_text is None:
         encoder, host = _plugin_for("encoder", config), config.model
@@ -111,7 +112,7 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
 
 def build_engine(config: ModelConfig) -> LLMEngine:
     """The decoder's half of a model: only the language weights are read."""
-    _use_threads(config)
+    config = _on_this_process(config)
     template = read_template(config.chat_template)
     options = {} if template is None else {"chat_template": template}
     family: CheckpointFamily = _plugin_for("family", config, **options)
@@ -125,7 +126,7 @@ def build_engine(config: ModelConfig) -> LLMEngine:
         max_waiting=config.max_waiting,
     )
     most = config.max_num_seqs * family.max_context_tokens
-    kv_bytes = kv_cache_bytes(family.language.kv_cache_spec, most, config.kv_cache_gb)
+    kv_bytes = kv_cache_bytes(family.language.kv_cache_spec, most, config.kv_cache_gb, config.gpu_share)
     if config.compile:
         family.language.compile()
     else:
@@ -142,6 +143,8 @@ def build_engine(config: ModelConfig) -> LLMEngine:
     )
 
 
-def _use_threads(config: ModelConfig) -> None:
+def _on_this_process(config: ModelConfig) -> ModelConfig:
+    """The configuration with its device found. Also sets torch's threads."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    return replace(config, device=resolved(config.device))

@@ -184,7 +184,8 @@ class ModelConfig:
     """
 
     model: str = setting("tiny", help='"tiny" (the shipped model), a folder, or a hub name.')
-    device: str = setting("cpu", help="Torch device: cpu, cuda, cuda:1.")
+    device: str = setting("cpu", help="Torch device: cpu, cuda, cuda:1, or auto: cuda where there is one, else cpu.")
+    gpu_share: float = setting(1.0, above=0, max=1, hidden=True, help="Share of the GPU that this process may use.")
     dtype: str = setting(
         "auto", choices=DTYPES, help="auto (bfloat16 where the device computes in it, else float32), or a torch dtype."
     )

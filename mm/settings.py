@@ -7,8 +7,11 @@ configuration file and the keyword argument in Python. This module does not know
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
+import os
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +21,8 @@ from mm.errors import InvalidOption, nearest
 
 T = TypeVar("T")
 KEY = "setting"
+VARIABLE = "MM_"
+"""What the environment variable of a setting begins with."""
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -146,6 +151,22 @@ class Setting:
             return f"was {value}; it has to be {self.bounds.allowed}"
         return None
 
+    def from_text(self, text: str) -> Any:
+        """The value that a text stands for: of an environment variable, or of an argument written as name=value.
+
+        A list is JSON, or words with spaces between them. "null" leaves an optional setting out.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if self.is_list:
+            return [str(item) for item in json.loads(text)] if text.lstrip().startswith("[") else text.split()
+        if self.is_optional and text == "null":
+            return None
+        if self.kind is bool or self.bounds.flag is not None:
+            return {"true": True, "false": False}[text.lower()]
+        return self.kind(text)
+
     def value_in(self, config: object) -> Any:
         """The setting's value in an instance of the outer dataclass."""
         return functools.reduce(getattr, self.path, config)
@@ -230,6 +251,45 @@ def build(cls: type[T], values: Mapping[str, Any], owner: str) -> T:
     if unknown := next((name for name in values if name not in paths), None):
         raise InvalidOption(owner, unknown, f"is unknown{nearest(unknown, sorted(paths))}")
     return _built(cls, {paths[name]: value for name, value in values.items()}, None)
+
+
+def plain_settings(cls: type, values: object, owner: str, *, has_texts: bool = False) -> dict[str, Any]:
+    """Settings from plain data, such as a file holds, by public name. Keys may be field names too, with - or _.
+
+    Args:
+        owner: Named first in errors.
+        has_texts: Whether texts may stand for values of any type, as in arguments written as name=value.
+
+    Raises:
+        InvalidOption: It is no mapping, a key is unknown or there twice, or a value cannot be used.
+    """
+    if not isinstance(values, Mapping):
+        raise InvalidOption(owner, "config", "is no file of settings; it has to hold one name and value per line")
+    known = settings_of(cls)
+    by_key = {one.field_name: one for one in known} | {one.name: one for one in known}
+    found: dict[str, Any] = {}
+    for key, value in cast("Mapping[object, Any]", values).items():
+        name = str(key).replace("-", "_")
+        if name not in by_key:
+            raise InvalidOption(owner, str(key), f"is unknown{nearest(name, sorted(by_key))}")
+        one = by_key[name]
+        if has_texts and isinstance(value, str):
+            with contextlib.suppress(KeyError, ValueError):  # `problem` says what it has to be
+                value = one.from_text(value)
+        if one.bounds.flag is not None and isinstance(value, bool):
+            value = one.bounds.flag if value else one.default
+        if problem := one.problem(value):
+            raise InvalidOption(owner, str(key), problem)
+        if one.name in found:
+            raise InvalidOption(owner, str(key), "is given twice")
+        found[one.name] = value
+    return found
+
+
+def environment_settings(cls: type) -> dict[str, str]:
+    """Settings of `cls` that environment variables give, as texts by public name."""
+    named = {one.name: VARIABLE + one.name.upper() for one in settings_of(cls)}
+    return {name: os.environ[variable] for name, variable in named.items() if variable in os.environ}
 
 
 @functools.cache

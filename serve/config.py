@@ -15,6 +15,11 @@ from mm.errors import InvalidOption
 from mm.settings import check_settings, setting
 
 HOST_NAME = re.compile(r"\*|(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*)")
+ADDRESS = re.compile(r"auto|(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
+NAME = re.compile(r"[A-Za-z0-9._-]+")
+PREFIX = re.compile(r"[A-Za-z0-9._-]*")
+ROUTE = re.compile(r"/|(/[A-Za-z0-9._~-]+)+")
+LABEL = re.compile(r"[^=\s]+=\S+")
 ORIGIN = re.compile(r"\*|https?://[^/@\s]+/?")
 
 
@@ -44,6 +49,10 @@ class ServeConfig:
             down to `num_decoders`; None keeps that number.
         ingress_cpus, encoder_cpus, decoder_cpus: For placement only. How many threads torch uses is
             `model.num_threads`.
+        encoder_gpus, decoder_gpus: None asks for a share where `model.device` is, or becomes, a GPU. A decoder's KV
+            cache takes no more than its share.
+        address: None starts a Ray on this machine, which ends with the server.
+        app_name, route_prefix, deployment_prefix: With names of its own, an application runs beside others.
         max_queued_requests: Beyond those that the decoders may hold.
         api_keys: Empty lets every client in.
         ray_cpus: None takes what the machine has, or what the replicas need.
@@ -73,8 +82,38 @@ class ServeConfig:
     ingress_cpus: float = setting(0.1, min=0, ray_only=True, help="CPUs that one HTTP replica reserves (Ray).")
     encoder_cpus: float = setting(0.5, min=0, ray_only=True, help="CPUs that one encoder reserves (Ray).")
     decoder_cpus: float = setting(0.5, min=0, ray_only=True, help="CPUs that one decoder reserves (Ray).")
-    encoder_gpus: float = setting(0.0, min=0, ray_only=True, help="GPUs, or a fraction of one, per encoder (Ray).")
-    decoder_gpus: float = setting(0.0, min=0, ray_only=True, help="GPUs, or a fraction of one, per decoder (Ray).")
+    encoder_gpus: float | None = setting(
+        None, min=0, ray_only=True, help="GPUs, or a fraction of one, per encoder; 0.25 on a GPU when not given (Ray)."
+    )
+    decoder_gpus: float | None = setting(
+        None, min=0, ray_only=True, help="GPUs, or a fraction of one, per decoder; 0.75 on a GPU when not given (Ray)."
+    )
+    encoder_accelerator_type: str | None = setting(
+        None, ray_only=True, help="Kind of GPU that encoders run on, as Ray names it, such as T4 or H100 (Ray)."
+    )
+    decoder_accelerator_type: str | None = setting(
+        None, ray_only=True, help="Kind of GPU that decoders run on, as Ray names it, such as T4 or H100 (Ray)."
+    )
+    encoder_labels: tuple[str, ...] = setting(
+        (), cli="encoder_label", ray_only=True, help="Label KEY=VALUE of the nodes that encoders run on; repeat (Ray)."
+    )
+    decoder_labels: tuple[str, ...] = setting(
+        (), cli="decoder_label", ray_only=True, help="Label KEY=VALUE of the nodes that decoders run on; repeat (Ray)."
+    )
+    max_encoders_per_node: int | None = setting(
+        None, min=1, max=100, ray_only=True, help="Encoders that one node holds at most (Ray)."
+    )
+    max_decoders_per_node: int | None = setting(
+        None, min=1, max=100, ray_only=True, help="Decoders that one node holds at most (Ray)."
+    )
+    address: str | None = setting(
+        None, ray_only=True, help="Deploy to a Ray cluster that runs: auto, or HOST:PORT. Else Ray is started here."
+    )
+    app_name: str = setting("mm", ray_only=True, help="Name of the application on the cluster (Ray).")
+    route_prefix: str = setting("/", ray_only=True, help="Path below which the API is served, such as /tiny (Ray).")
+    deployment_prefix: str = setting(
+        "", ray_only=True, help="Put before the names of the deployments Encoder, Decoder and Ingress (Ray)."
+    )
     ray_cpus: float | None = setting(None, min=0, ray_only=True, help="CPUs that the Ray started here may use.")
     object_store_bytes: int = setting(
         256 * MiB, min=0, ray_only=True, help="Shared memory for encoded media between replicas, in bytes (Ray)."
@@ -110,6 +149,32 @@ class ServeConfig:
             raise InvalidOption("serve", "ui", what)
         if self.ui and self.num_ingress > 1:
             raise InvalidOption("serve", "ui", "needs a single HTTP replica, which holds the visitors of the page")
+        self._check_cluster()
+
+    def _check_cluster(self) -> None:
+        """Refuse names, labels and shares that Ray would refuse later, in a replica's log.
+
+        Raises:
+            InvalidOption: Names the setting.
+        """
+        for name, pattern, allowed in (
+            ("address", ADDRESS, "auto, or HOST:PORT of the cluster's GCS such as 10.0.0.4:6379"),
+            ("app_name", NAME, "letters, digits, ., _ and -"),
+            ("deployment_prefix", PREFIX, "letters, digits, ., _ and -"),
+            ("route_prefix", ROUTE, "a path such as /tiny that begins with / and does not end with it"),
+        ):
+            given = getattr(self, name)
+            if given is not None and not pattern.fullmatch(given):
+                raise InvalidOption("serve", name, f"was {given!r}; it has to be {allowed}")
+        for name in ("encoder_labels", "decoder_labels"):
+            if wrong := next((label for label in getattr(self, name) if not LABEL.fullmatch(label)), None):
+                raise InvalidOption("serve", name, f"holds {wrong!r}; write it as KEY=VALUE")
+        for name in ("encoder_gpus", "decoder_gpus"):
+            share = getattr(self, name)
+            if share is not None and share > 1 and share != int(share):
+                raise InvalidOption("serve", name, f"was {share}; above 1 it has to be a whole number")
+        if self.address is not None and self.ray_cpus is not None:
+            raise InvalidOption("serve", "ray_cpus", "belongs to a Ray that is started here; leave it or address out")
 
     @property
     def names(self) -> tuple[str, ...]:

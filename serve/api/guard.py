@@ -68,7 +68,8 @@ class Guard:
 
         try:
             self._hosts.check(headers)
-            if self._tenants and scope["path"] not in OPEN_PATHS:
+            path = scope["path"].removeprefix(scope.get("root_path", ""))  # behind a route prefix it has both
+            if self._tenants and path not in OPEN_PATHS:
                 state["tenant"] = self._tenant_of(headers)
             await self._app(scope, receive, send_with_id)
         except Exception as error:

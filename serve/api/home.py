@@ -30,10 +30,10 @@ PAGE = """<!doctype html>
 <pre>{curl}</pre>
 <table>
 <tr><td>/v1/chat/completions, /v1/responses, /v1/embeddings</td><td>what OpenAI clients use</td></tr>
-<tr><td><a href="/v1/models">/v1/models</a></td><td>what is served</td></tr>
-<tr><td><a href="/openapi.json">/openapi.json</a></td><td>every route and field</td></tr>
-<tr><td><a href="/health">/health</a></td><td>whether requests are answered</td></tr>
-<tr><td><a href="/metrics">/metrics</a></td><td>figures for Prometheus</td></tr>
+<tr><td><a href="{prefix}/v1/models">/v1/models</a></td><td>what is served</td></tr>
+<tr><td><a href="{prefix}/openapi.json">/openapi.json</a></td><td>every route and field</td></tr>
+<tr><td><a href="{prefix}/health">/health</a></td><td>whether requests are answered</td></tr>
+<tr><td><a href="{prefix}/metrics">/metrics</a></td><td>figures for Prometheus</td></tr>
 </table>
 <p>The demo page compares full and reduced answers: {demo}</p>
 """
@@ -45,14 +45,17 @@ def add_home(app: FastAPI, config: ServeConfig) -> None:
     @app.get("/", include_in_schema=False)
     async def home(http: HttpRequest) -> HTMLResponse:
         url = str(http.base_url).rstrip("/")
-        return HTMLResponse(render_home(config, url), headers={"content-security-policy": POLICY})
+        return HTMLResponse(
+            render_home(config, url, http.scope.get("root_path", "")), headers={"content-security-policy": POLICY}
+        )
 
 
-def render_home(config: ServeConfig, url: str) -> str:
+def render_home(config: ServeConfig, url: str, prefix: str = "") -> str:
     """The page's HTML.
 
     Args:
         url: The address that the browser used, without a slash at its end.
+        prefix: The path below which the application is served.
     """
     name = config.names[0]
     limits = limits_of(config.model.model)
@@ -63,5 +66,6 @@ def render_home(config: ServeConfig, url: str) -> str:
         ' "messages": [{"role": "user", "content": "What can you do?"}]}\''
     )
     advice = f"{escape(limits)} For those serve a general model: <code>mm serve {REAL_MODEL}</code>" if limits else ""
-    demo = '<a href="/ui">/ui</a>' if config.ui else f"<code>mm demo --url {escape(url)}</code>"
-    return PAGE.format(name=escape(name), url=escape(url), curl=escape(curl), limits=advice, demo=demo)
+    demo = f'<a href="{escape(prefix)}/ui">/ui</a>' if config.ui else f"<code>mm demo --url {escape(url)}</code>"
+    shown = {"name": escape(name), "url": escape(url), "curl": escape(curl), "prefix": escape(prefix)}
+    return PAGE.format(limits=advice, demo=demo, **shown)

@@ -1,7 +1,7 @@
 """Options that are made from settings, and where their values come from.
 
 A value on the command line counts before an environment variable (`MM_<NAME>`), that before the file of `--config`, and
-that before the default. Environment variables are read here and nowhere else.
+that before the default.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from mm.errors import InvalidOption, nearest
-from mm.settings import Setting, build, settings_of
+from mm.errors import InvalidOption
+from mm.settings import VARIABLE, Setting, build, plain_settings, settings_of
 
 T = TypeVar("T")
 Command = Callable[..., Any]
 
-ENVIRONMENT = "MM_"
 EPILOG = (
     "Every setting can also be given as the environment variable MM_<NAME>, or in the file of --config with its name "
     "as key. The command line counts first, then the environment, then the file."
@@ -92,12 +91,12 @@ def _plain(one: Setting, value: Any) -> Any:
 
 
 def _argument(one: Setting) -> Callable[[Command], Command]:
-    return click.argument(one.name, required=False, envvar=ENVIRONMENT + one.name.upper())
+    return click.argument(one.name, required=False, envvar=VARIABLE + one.name.upper())
 
 
 def _option(one: Setting) -> Callable[[Command], Command]:
     option = f"--{one.name.replace('_', '-')}"
-    common: dict[str, Any] = {"help": _help(one), "envvar": ENVIRONMENT + one.name.upper(), "default": None}
+    common: dict[str, Any] = {"help": _help(one), "envvar": VARIABLE + one.name.upper(), "default": None}
     if one.kind is bool or one.bounds.flag is not None:
         return click.option(f"{option}/--no-{option.removeprefix('--')}", one.name, **common)
     if one.is_list:
@@ -116,11 +115,10 @@ def _help(one: Setting) -> str:
 
 def config_option(cls: type) -> Callable[[Command], Command]:
     """Give a command `--config`: a file with settings of `cls`, used where neither options nor environment say more."""
-    known = {one.name: one for one in settings_of(cls)}
 
     def read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
         if path is not None:
-            context.default_map = read_settings(path, known)
+            context.default_map = read_settings(path, cls)
 
     return click.option(
         "--config",
@@ -132,30 +130,15 @@ def config_option(cls: type) -> Callable[[Command], Command]:
     )
 
 
-def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
-    """The settings in a YAML or JSON file, by public name; keys may be field names too, with - or _.
+def read_settings(path: Path, cls: type) -> dict[str, Any]:
+    """The settings of `cls` in a YAML or JSON file, by public name; keys may be field names too, with - or _.
 
     Raises:
         InvalidOption: The file cannot be read, a key is unknown, or a value cannot be used.
     """
-    owner = str(path)
-    by_key = {one.field_name: one for one in known.values()} | dict(known)
-    content = _content(path)
-    if not isinstance(content, dict):
-        raise InvalidOption(owner, "config", "is no file of settings; it has to hold one name and value per line")
-    settings: dict[str, Any] = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in by_key:
-            raise InvalidOption(owner, str(key), f"is unknown{nearest(name, sorted(by_key))}")
-        one = by_key[name]
-        value = _plain(one, value) if isinstance(value, bool) else value
-        if problem := one.problem(value):
-            raise InvalidOption(owner, str(key), problem)
-        if one.name in settings:
-            raise InvalidOption(owner, str(key), "is given twice")
-        settings[one.name] = value if one.bounds.flag is None else value == one.bounds.flag
-    return settings
+    settings = plain_settings(cls, _content(path), str(path))
+    flags = {one.name: one.bounds.flag for one in settings_of(cls) if one.bounds.flag is not None}
+    return {name: value == flags[name] if name in flags else value for name, value in settings.items()}
 
 
 def _content(path: Path) -> Any:

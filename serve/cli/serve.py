@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,15 +50,18 @@ def serve(settings: dict[str, Any], in_process: bool, print_config: bool) -> Non
     else:
         check_no_process_settings(settings)
         need("ray", "serve")
-        check_gpus(config)
+        if config.address is None:
+            check_gpus(config)
     need("fastapi", "server")
     if config.ui:
         need("gradio", "demo")
-    config = replace(config, port=check_port(config.host, config.port))
+    if config.address is None:
+        config = replace(config, port=check_port(config.host, config.port))
     check_early(config.model)
     where = "in one process" if in_process else "on Ray Serve"
     click.echo(f"mm: {config.model.model} on {config.model.device}, {where}; importing torch", err=True)
-    check_model(config.model)
+    # On a cluster, replicas compute on other nodes than this one.
+    check_model(config.model if config.address is None else replace(config.model, device="cpu"))
     if config.host not in LOCAL_HOSTS and not config.api_keys:
         click.echo(f"mm: listening on {config.host} without an API key: everyone who can reach it may use it", err=True)
     _run(config, in_process)
@@ -67,22 +69,22 @@ def serve(settings: dict[str, Any], in_process: bool, print_config: bool) -> Non
 
 def _run(config: ServeConfig, in_process: bool) -> None:
     waiting = Waiting()
-    ready = partial(_print_ready, config, waiting)
     with waiting:
-        _start(config, in_process, ready)
+        _start(config, in_process, waiting)
 
 
-def _start(config: ServeConfig, in_process: bool, ready: Callable[[], None]) -> None:
+def _start(config: ServeConfig, in_process: bool, waiting: Waiting) -> None:
     if in_process:
         click.echo(f"mm: loading {config.model.model} into this process", err=True)
         from serve.api.server import run_in_process
 
-        run_in_process(config, ready, partial(_print_bounds, config))
+        run_in_process(config, partial(_print_ready, waiting, config), partial(_print_bounds, config))
     else:
-        from serve.deployments.application import run_on_ray
+        from serve.deployments.launch import run_on_ray
 
-        click.echo(f"mm: starting Ray and loading {config.model.model}; this takes up to a minute", err=True)
-        run_on_ray(config, ready)
+        where = "starting Ray" if config.address is None else f"connecting to the Ray cluster at {config.address}"
+        click.echo(f"mm: {where} and loading {config.model.model}; this takes up to a minute", err=True)
+        run_on_ray(config, partial(_print_ready, waiting))
 
 
 def _print_bounds(config: ServeConfig, kv_bytes: int) -> None:
@@ -111,11 +113,11 @@ class Waiting:
             click.echo(f"mm: still loading, {time.monotonic() - self._start:.0f} s so far", err=True)
 
 
-def _print_ready(config: ServeConfig, waiting: Waiting) -> None:
+def _print_ready(waiting: Waiting, config: ServeConfig) -> None:
     """Print that requests are answered, what a shipped model cannot do, and a command that sends the first one."""
     waiting.end()
     host = f"[{config.host}]" if ":" in config.host else config.host
-    url, name = f"http://{host}:{config.port}", config.names[0]
+    url, name = f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}", config.names[0]
     content = f'{{"type": "text", "text": "{QUESTION}"}}'
     if SAMPLE.is_file():
         image = f"data:image/png;base64,$(base64 < '{SAMPLE}' | tr -d '\\n')"

@@ -1,34 +1,24 @@
-"""The application on Ray: three deployments, each with its own replicas and resources, and the process around them."""
+"""The application on Ray: three deployments, each with its own replicas and resources, from settings."""
 
 from __future__ import annotations
 
-import _thread
-import contextlib
-import logging
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ray
-from ray import _raylet
 from ray import serve as ray_serve
-from ray._private import ray_constants
-from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
+from mm.errors import InvalidOption
+from mm.settings import build as build_settings
+from mm.settings import environment_settings, plain_settings
 from serve.config import ServeConfig
-from serve.deployments import node
+from serve.deployments import cluster
 from serve.deployments.decoder import Decoder
 from serve.deployments.encoder import Encoder
-from serve.deployments.environment import UnsafeRay, prepare_environment
-from serve.deployments.ingress import APPLICATION, build_ingress
-from serve.deployments.loopback import open_ports
+from serve.deployments.environment import REPLICA_SETTINGS
+from serve.deployments.ingress import build_ingress
+from serve.deployments.placement import Demand, Node, NotEnoughResources, demands, problem
 from serve.deployments.router import STATS_PERIOD_S, LeastLoadedRouter
-
-log = logging.getLogger(__name__)
 
 NO_LIMIT = 1_000_000
 """The ingress admits requests itself, so that a refusal is an answer in OpenAI's form."""
@@ -37,35 +27,104 @@ HEALTH_CHECK_PERIOD_S = 1.0
 HEALTH_CHECK_TIMEOUT_S = 10.0
 """A replica that does not answer for this long, three times in a row, is replaced too."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-DRAIN_MARGIN_S = 5.0
-"""What Serve itself takes to delete an application, beyond the drain timeout."""
+RAYS_OWN = {
+    "address": "leave it out",
+    "host": "http_options.host of the file",
+    "port": "http_options.port of the file",
+    "app_name": "the option --name, or the application's name in the file",
+    "route_prefix": "the option --route-prefix, or the application's route_prefix in the file",
+    "ray_cpus": "leave it out",
+    "object_store_bytes": "ray start --object-store-memory",
+    "header_timeout_s": "the proxy reads headers",
+    "drain_timeout_s": "replicas get request_timeout_s to finish",
+}
+"""Settings that the application's arguments cannot decide, and what does."""
 
 
-def build_application(config: ServeConfig) -> ray_serve.Application:
-    """The Serve application of `config`, to be given to `ray.serve.run`."""
-    config = config.with_threads()
+def build_application(
+    config: ServeConfig, nodes: Sequence[Node] = (), variables: Mapping[str, str] | None = None
+) -> ray_serve.Application:
+    """The Serve application of `config`, to be given to `ray.serve.run`.
+
+    Args:
+        nodes: Of the cluster on which it will run; they decide what the device "auto" is.
+        variables: Of the replicas' environment, beside what their node has.
+    """
+    decoders, encoders, ingresses = demands(config, nodes)
+    prefix = config.deployment_prefix
     encoder = Encoder.options(
+        name=f"{prefix}Encoder",
         num_replicas=config.num_encoders,
         max_ongoing_requests=config.max_ongoing_requests,
-        request_router_config=_router("Encoder"),
-        ray_actor_options={"num_cpus": config.encoder_cpus, "num_gpus": config.encoder_gpus},
+        request_router_config=_router(f"{prefix}Encoder"),
+        **_placed(encoders, variables),
         **_lifetime(config),
     )
     decoder = Decoder.options(
+        name=f"{prefix}Decoder",
         max_ongoing_requests=config.max_ongoing_requests,
-        request_router_config=_router("Decoder"),
-        ray_actor_options={"num_cpus": config.decoder_cpus, "num_gpus": config.decoder_gpus},
+        request_router_config=_router(f"{prefix}Decoder"),
+        **_placed(decoders, variables),
         **_replicas(config),
         **_lifetime(config),
     )
     ingress = build_ingress(config).options(
         num_replicas=config.num_ingress,
         max_ongoing_requests=NO_LIMIT,
-        ray_actor_options={"num_cpus": config.ingress_cpus},
+        **_placed(ingresses, variables),
         **_lifetime(config),
     )
     return ingress.bind(encoder.bind(config), decoder.bind(config))
+
+
+def build(args: dict[str, Any]) -> ray_serve.Application:
+    """The application from plain data: `serve run serve.deployments.application:build model=tiny num_encoders=2`, or
+    the `args` of a file for `serve deploy`.
+
+    Args:
+        args: Settings of `mm serve` by name. Texts may stand for numbers.
+
+    Raises:
+        InvalidOption: A name is unknown, a value cannot be used, or Ray's own file has to say it.
+        NotEnoughResources: The cluster could not hold the replicas.
+    """
+    config = application_config(args)
+    nodes = cluster.nodes()
+    if nodes and not cluster.may_grow():
+        empty = cluster.emptied(nodes)
+        if reason := problem(demands(config, empty), empty):
+            raise NotEnoughResources(reason)
+    return build_application(config, nodes, REPLICA_SETTINGS)
+
+
+def application_config(args: Mapping[str, Any]) -> ServeConfig:
+    """The settings that an application's arguments describe.
+
+    Raises:
+        InvalidOption: As in `build`.
+    """
+    settings = plain_settings(ServeConfig, args, "args", has_texts=True)
+    if name := next((name for name in settings if name in RAYS_OWN), None):
+        raise InvalidOption("args", name, f"is not the application's to say: {RAYS_OWN[name]}")
+    return build_settings(ServeConfig, settings, "args")
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, for `serve build serve.deployments.application:app`: its settings are the `MM_...` variables."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return build(environment_settings(ServeConfig))
+
+
+def _placed(demand: Demand, variables: Mapping[str, str] | None) -> dict[str, Any]:
+    """Where Ray may put the replicas of a deployment, and what their environment has."""
+    options = dict(demand.options)
+    if variables:
+        options["runtime_env"] = {"env_vars": dict(variables)}
+    placed: dict[str, Any] = {"ray_actor_options": options}
+    if demand.max_per_node is not None:
+        placed["max_replicas_per_node"] = demand.max_per_node
+    return placed
 
 
 def _router(deployment: str) -> RequestRouterConfig:
@@ -100,121 +159,3 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
         target_ongoing_requests=config.model.max_num_seqs,
     )
     return {"autoscaling_config": bounds}
-
-
-@contextlib.contextmanager
-def serving(config: ServeConfig, on_end: Callable[[], None] | None = None) -> Iterator[node.Node]:
-    """A Ray of our own with the application running on it; taken down on leaving, whatever happened.
-
-    Args:
-        on_end: Called from a thread if Ray ends by itself. None interrupts the main thread.
-
-    Raises:
-        RayDidNotStart: The machine is too busy, Ray cannot run on it, or a replica cannot start.
-        UnsafeRay: Ray would be open to other machines.
-    """
-    prepare_environment(config.host)
-    # Ray read this when it was imported; see `RAY_SETTINGS`.
-    ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] != "0"
-    _raylet.Config.initialize("")  # pyright: ignore[reportAttributeAccessIssue]
-    options = {
-        "num_cpus": int(config.ray_cpus or max(os.cpu_count() or 1, config.total_cpus + 1)),
-        "object_store_memory": config.object_store_bytes,
-        "include_dashboard": False,
-        "configure_logging": False,
-        "log_to_driver": False,
-    }
-    ray_node = node.start(options, on_end or _thread.interrupt_main, partial(_start_serve, config))
-    try:
-        _run_application(config)
-        if ports := open_ports(ray_node.mark, but=config.port):
-            raise UnsafeRay(f"Ray listens where other machines may reach it: {', '.join(ports)}")
-        yield ray_node
-    except KeyboardInterrupt:
-        if ray_node.failure is None:
-            raise
-        raise node.RayEnded(f"Ray ended while the server ran: {ray_node.failure}") from None
-    finally:
-        _take_down(config, ray_node)
-
-
-def _start_serve(config: ServeConfig, ray_node: node.Node) -> None:
-    """Connect to the node and start Serve's controller and proxy there."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        ray.init(address=ray_node.address, configure_logging=False, log_to_driver=False)
-        _restore(before)  # Ray's own handler for SIGTERM aborts the process
-        ray_serve.start(http_options=HTTPOptions(host=config.host, port=config.port), proxy_location="HeadOnly")  # type: ignore[arg-type]
-    except BaseException:
-        ray.shutdown()
-        raise
-
-
-def _run_application(config: ServeConfig) -> None:
-    try:
-        # Where the number of decoders is fixed, an operator may change it through Ray's controller.
-        ray_serve.run(
-            build_application(config),
-            name=APPLICATION,
-            route_prefix="/",
-            external_scaler_enabled=config.max_decoders is None,
-        )
-    except RuntimeError as error:
-        raise node.RayDidNotStart(
-            f"the model could not be served on Ray: {node.one_line(error)}. Ray's logs have the reason "
-            "(/tmp/ray/session_latest/logs/serve), and so has mm serve --in-process"
-        ) from error
-
-
-def _take_down(config: ServeConfig, ray_node: node.Node) -> None:
-    """Let the replicas finish what they have begun, within the drain timeout, and end all processes."""
-    if ray_node.failure is None and ray.is_initialized():
-        with contextlib.suppress(Exception):
-            ray_serve.delete(APPLICATION, _blocking=False)
-            deadline = time.monotonic() + config.drain_timeout_s + DRAIN_MARGIN_S
-            while APPLICATION in ray_serve.status().applications and time.monotonic() < deadline:
-                time.sleep(0.1)
-        ray.shutdown()
-    ray_node.close()
-
-
-def run_on_ray(config: ServeConfig, on_ready: Callable[[], None] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM, then shut everything down.
-
-    Args:
-        on_ready: Called once the first request can be answered.
-
-    Raises:
-        RayDidNotStart: The machine is too busy, Ray cannot run on it, or a replica cannot start.
-        RayEnded: Ray's processes ended while the server ran.
-        UnsafeRay: Ray would be open to other machines.
-    """
-    stop = threading.Event()
-    before = _on_signal(_interrupt)
-    try:
-        with serving(config, stop.set) as ray_node:
-            _on_signal(lambda *_: stop.set())
-            if on_ready is not None:
-                on_ready()
-            stop.wait()
-            if ray_node.failure is not None:
-                raise node.RayEnded(f"Ray ended while the server ran: {ray_node.failure}")
-    except KeyboardInterrupt:
-        log.info("stopped before the server was ready")
-    finally:
-        _restore(before)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _on_signal(handler: Callable[..., None]) -> dict[signal.Signals, Any]:
-    """Set the handler of SIGINT and SIGTERM; the handlers that were there before."""
-    return {number: signal.signal(number, handler) for number in SIGNALS}
-
-
-def _restore(handlers: dict[signal.Signals, Any]) -> None:
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -12,6 +12,7 @@ from mm.data.request import Request, TextLimits
 from mm.data.tokens import ItemCount
 from mm.plugins.calls import StageStatus
 from serve.config import ServeConfig
+from serve.deployments.accelerator import on_this_replica
 from serve.deployments.loopback import keep_replica_local
 from serve.deployments.messages import TransferredMedia
 from serve.deployments.router import routing_stats
@@ -24,7 +25,7 @@ from serve.stages import build_decoder_loop
 class Decoder:
     def __init__(self, config: ServeConfig) -> None:
         keep_replica_local()
-        self._loop, self._limits = build_decoder_loop(config)
+        self._loop, self._limits = build_decoder_loop(on_this_replica(config))
 
     async def stream(self, request: Request, media: TransferredMedia) -> AsyncIterator[list[Event]]:
         async for batch in self._loop.stream(request, await receive(media)):

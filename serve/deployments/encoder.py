@@ -11,6 +11,7 @@ from mm.data.request import Request
 from mm.data.tokens import ItemCount
 from mm.plugins.calls import StageStatus
 from serve.config import ServeConfig
+from serve.deployments.accelerator import on_this_replica
 from serve.deployments.loopback import keep_replica_local
 from serve.deployments.messages import INLINE_BYTES, TransferredMedia
 from serve.deployments.transport import num_bytes, pack
@@ -21,7 +22,7 @@ from serve.stages import build_encoder_stage
 class Encoder:
     def __init__(self, config: ServeConfig) -> None:
         keep_replica_local()
-        self._stage = build_encoder_stage(config)
+        self._stage = build_encoder_stage(on_this_replica(config))
 
     async def encode(self, request: Request) -> TransferredMedia:
         media = await self.encode_inline(request)

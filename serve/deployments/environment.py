@@ -41,6 +41,14 @@ RAY_SETTINGS = {
 }
 """Variables of a Ray that is started here, where the operator has not set them otherwise."""
 
+OF_CONTROLLER = ("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS")
+CONTROLLER_SETTINGS = {name: RAY_SETTINGS[name] for name in OF_CONTROLLER}
+"""Those of Serve's controller, where it is started on a cluster that runs already."""
+REPLICA_SETTINGS = {
+    name: value for name, value in RAY_SETTINGS.items() if name.startswith("RAY_SERVE_") and name not in OF_CONTROLLER
+}
+"""Those that replicas bring along to a cluster that was started without them."""
+
 
 class UnsafeRay(MmError):
     """Ray would let others run code."""

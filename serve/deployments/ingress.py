@@ -13,19 +13,22 @@ from serve.deployments.loopback import keep_replica_local
 from serve.deployments.ray_runtime import RayRuntime
 from serve.runtime import default_reducer
 
-APPLICATION = "mm"
-
 
 def build_ingress(config: ServeConfig) -> ray_serve.Deployment:
-    """The ingress deployment, still to be bound to an encoder and a decoder."""
+    """The ingress deployment, still to be bound to an encoder and a decoder.
+
+    It looks for them in its own application, whose name `serve run` and `serve deploy` may have chosen.
+    """
 
     def build_app() -> FastAPI:
         keep_replica_local()
-        encoder = ray_serve.get_deployment_handle("Encoder", app_name=APPLICATION)
-        decoder = ray_serve.get_deployment_handle("Decoder", app_name=APPLICATION)
+        encoder = ray_serve.get_deployment_handle(f"{config.deployment_prefix}Encoder")
+        decoder = ray_serve.get_deployment_handle(f"{config.deployment_prefix}Decoder")
         runtime = RayRuntime(encoder, decoder, default_reducer(config))
         # Serve's proxy puts x-request-id on the answer itself.
         return application_of(runtime, config, echo_request_id=False)
 
-    deployment: ray_serve.Deployment = cast(Any, ray_serve.deployment)(ray_serve.ingress(build_app)(), name="Ingress")
+    deployment: ray_serve.Deployment = cast(Any, ray_serve.deployment)(
+        ray_serve.ingress(build_app)(), name=f"{config.deployment_prefix}Ingress"
+    )
     return deployment

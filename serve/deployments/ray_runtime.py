@@ -75,7 +75,7 @@ class RayRuntime:
 
     def __init__(self, encoder: DeploymentHandle, decoder: DeploymentHandle, default_reducer: str) -> None:
         self._encoder_stage, self._decoder_stage = Stage("encoder"), Stage("decoder")
-        STAGES.update({"Encoder": self._encoder_stage, "Decoder": self._decoder_stage})
+        STAGES.update({encoder.deployment_name: self._encoder_stage, decoder.deployment_name: self._decoder_stage})
         # Object references are only counted, and so kept alive, on calls that go through Ray itself.
         self._encode_by_reference = encoder.options(_by_reference=True).encode
         self._item_bytes: dict[str, int] = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import mm
 from mm.config import ModelConfig
+from mm.device import resolved
 from mm.errors import RequestError
 from serve.evaluation.client import EvalRequest, Reply
 from serve.evaluation.items import EvaluationError
@@ -31,7 +32,7 @@ class LocalBackend:
         return {
             "model": self._config.model,
             "through": "this process",
-            "device": self._config.device,
+            "device": resolved(self._config.device),
             "dtype": self._config.dtype,
             "num_frames": self._num_frames,
             "max_tokens": self._max_tokens,

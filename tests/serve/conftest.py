@@ -24,7 +24,7 @@ def config() -> ServeConfig:
 @pytest.fixture(scope="session")
 def on_ray(config: ServeConfig) -> Iterator[str]:
     """The address of the application on Ray."""
-    from serve.deployments.application import serving
+    from serve.deployments.launch import serving
 
     with serving(config):
         yield f"http://{config.host}:{config.port}"

@@ -62,7 +62,7 @@ class Method:
 
 
 def deployment(**methods: Method) -> Any:
-    handle = SimpleNamespace(**methods)
+    handle = SimpleNamespace(deployment_name="a stage", **methods)
     handle.options = lambda **_: handle
     return handle
 

@@ -74,6 +74,10 @@ def test_every_setting_can_be_given_in_every_way(tmp_path: Path) -> None:
 def other_than_default(one: Any) -> Any:
     if one.name == "allow_host":
         return ["mm.example.org", "b"]
+    if one.name in ("encoder_label", "decoder_label"):
+        return ["zone=b", "kind=in(T4,L4)"]
+    if one.name in ("address", "route_prefix", "chat_template"):
+        return {"address": "10.0.0.4:6379", "route_prefix": "/tiny", "chat_template": "/other.jinja"}[one.name]
     if one.name == "allow_origin":
         return ["https://app.example.org", "http://b"]
     if one.is_list:
@@ -114,14 +118,14 @@ def test_a_file_that_cannot_be_used_is_refused_by_its_name(text: str, message: s
     path = tmp_path / "mm.yaml"
     path.write_text(text)
     with pytest.raises(InvalidOption) as refused:
-        read_settings(path, KNOWN)
+        read_settings(path, ServeConfig)
     assert str(path) in str(refused.value)
     assert message in str(refused.value)
 
 
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidOption, match=r"absent\.yaml.*cannot be read"):
-        read_settings(tmp_path / "absent.yaml", KNOWN)
+        read_settings(tmp_path / "absent.yaml", ServeConfig)
 
 
 def test_the_settings_are_printed_with_their_origin(tmp_path: Path) -> None:
