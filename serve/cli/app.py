@@ -19,10 +19,11 @@ from serve.cli.demo import demo
 from serve.cli.embed import embed
 from serve.cli.evaluate import evaluate
 from serve.cli.plugins import plugins
+from serve.cli.run_batch import run_batch
 from serve.cli.serve import serve
 from serve.cli.tune import tune
 
-COMMANDS = (plugins, check, serve, caption, compare, embed, evaluate, tune, demo)
+COMMANDS = (plugins, check, serve, caption, run_batch, compare, embed, evaluate, tune, demo)
 
 
 class _InOrder(click.Group):

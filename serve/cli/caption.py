@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mm.config import ModelConfig
 from serve.cli.checks import check_early, need, warn_of_limits
 from serve.cli.options import build_config, setting_options
+from serve.cli.run_batch import ROW_NAMES, is_rows, row_options, start
 
-FOR_SERVERS = ("cache_bytes", "max_waiting", "allow_drafter", "allow_reducer", "min_keep_ratio", "allow_media_domain")
+FOR_SERVERS = ("cache_bytes", "max_waiting", "allow_drafter", "allow_reducer", "min_keep_ratio")
 """Settings of a model that say what many clients may do; a job asks for itself."""
 
 
@@ -29,6 +31,7 @@ FOR_SERVERS = ("cache_bytes", "max_waiting", "allow_drafter", "allow_reducer", "
 @click.option("--restart", is_flag=True, help="Discard the folder's earlier results.")
 @click.option("--quiet", is_flag=True, help="Show no progress, only errors and failed items.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line with the counts.")
+@row_options
 @setting_options(ModelConfig, leave_out=FOR_SERVERS)
 def caption(
     inputs: tuple[str, ...],
@@ -38,9 +41,15 @@ def caption(
 ) -> None:
     """Caption images and clips into JSON lines; run again to resume.
 
-    INPUTS are files, folders and glob patterns of images and clips. The exit code is 0, 3 (some items failed) or 1
-    (none could be done).
+    INPUTS are files, folders and glob patterns of images and clips, which give captions.jsonl. Tables, archives and
+    datasets, and --to FORM, give shards of records instead, as `mm run-batch` does. The exit code is 0, 3 (some items
+    failed) or 1 (none could be done).
     """
+    context = click.get_current_context()
+    given = {name for name in ROW_NAMES if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if given - {"api_key"} or any(is_rows(text) for text in inputs):
+        sys.exit(start(settings, {"inputs": inputs, "patterns": pattern, **options}, "caption"))
+    options = {name: value for name, value in options.items() if name not in ROW_NAMES}
     need("transformers", "batch")
     model = build_config(ModelConfig, settings, allow_paths=True)
     check_early(model)

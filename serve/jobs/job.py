@@ -10,8 +10,6 @@ from typing import Any
 from mm.config import ModelConfig
 from mm.data.media import Kind
 from mm.errors import MmError
-from mm.models.checkpoint import find
-from mm.plugins.spec import bind, configured_reducer
 
 DEFAULT_PROMPTS: Mapping[Kind, str] = {"image": "Describe the image.", "video": "Describe the video."}
 
@@ -80,6 +78,9 @@ def settings_of(job: CaptionJob) -> dict[str, Any]:
     Raises:
         PluginError: The reducer does not exist or has bad options.
     """
+    from mm.models.locate import find
+    from mm.plugins.spec import bind, configured_reducer
+
     model = job.model
     return {
         "model": str(Path(model.model).resolve()) if Path(model.model).is_dir() else model.model,

@@ -18,7 +18,7 @@ from serve.cli.checks import warn_of_limits
 from serve.config import ServeConfig
 from tests.serve.conftest import free_port
 
-COMMANDS = ["", "serve", "caption", "compare", "embed", "eval", "tune", "demo", "plugins"]
+COMMANDS = ["", "serve", "caption", "run-batch", "compare", "embed", "eval", "tune", "demo", "plugins"]
 
 HELP = """
 import sys, time

@@ -1,0 +1,376 @@
+"""Runs a job over rows: reads, asks, and keeps each answer as it comes; run it again to go on.
+
+Exit codes: 0 when every row has its answer; 3 when the job is finished but rows failed; 1 when it cannot go on; 130
+after Ctrl-C and 143 after SIGTERM, once what was begun is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from mm.errors import MmError
+from mm.media.hashing import framed_hash
+from serve.jobs.batch.asking import Asker, AskError, Gate, local_client, remote_client
+from serve.jobs.batch.job import BatchJob
+from serve.jobs.batch.progress import Counts, Progress
+from serve.jobs.batch.rows import BadRow, Row
+from serve.jobs.batch.sinks import MEDIA, SINKS, Record, Sidecars
+from serve.jobs.batch.sources import Source
+from serve.jobs.batch.store import FAILURES, MANIFEST, PENDING, Store
+from serve.jobs.flow import Stop, stopping
+from serve.jobs.job import JobError
+from serve.jobs.results import locked
+
+MAX_FAULTS_IN_A_ROW = 8
+"""The job ends after this many failures in a row that are not due to the rows: further ones would fail as well."""
+WORK_FOLDER = ".mm"
+"""Where the records of a job with files beside the media are."""
+
+
+def run_batch(job: BatchJob) -> int:
+    """Run a job to its end, or on from where an earlier run stopped. Returns the exit code; errors are reported."""
+    try:
+        with stopping() as stop:
+            return asyncio.run(_run(job, stop))
+    except MmError as error:
+        _say(job, str(error))
+        return 1
+    except OSError as error:
+        _say(job, f"cannot go on: {error.filename or job.out}: {error.strerror or error}")
+        return 1
+    except KeyboardInterrupt:
+        _say(job, "stopped at once; run the same command again to go on")
+        return 128 + signal.SIGINT
+
+
+def _say(job: BatchJob, text: str) -> None:
+    sys.stderr.write(f"mm {job.name}: {text}\n")
+
+
+async def _run(job: BatchJob, stop: Stop) -> int:
+    source = Source(inputs=job.inputs, columns=job.columns, patterns=job.patterns, exclude=str(job.out))
+    total = source.count()
+    counts = Counts(total=total if total is None or job.limit is None else min(total, job.limit))
+    beside = job.form in ("txt", "json")
+    folder = job.out / WORK_FOLDER if beside else job.out
+    start = time.monotonic()
+    with locked(folder):
+        if job.restart:
+            _discard(folder)
+        store = Store(folder=folder, sink=SINKS[job.form](), settings=job.settings(), shard_rows=job.shard_rows)
+        run = _Run(
+            job=job, store=store, counts=counts, stop=stop, sidecars=Sidecars(job.out, job.form) if beside else None
+        )
+        for record in store.open():
+            run.remember(record)
+        try:
+            await run.work(source)
+        finally:
+            store.close()
+    run.progress.end()
+    return _report(run, time.monotonic() - start)
+
+
+def _discard(folder: Any) -> None:
+    """Delete the results in a locked folder that has a manifest."""
+    if not (folder / MANIFEST).exists():
+        return
+    for path in folder.iterdir():
+        if path.name.startswith(("part-", ".part-")) or path.name in (MANIFEST, FAILURES, PENDING):
+            path.unlink()
+
+
+def _report(run: _Run, elapsed_s: float) -> int:
+    counts, job = run.counts, run.job
+    failed = len(run.store.failed)
+    code = 3 if failed else 0
+    if run.ended_by_faults:
+        _say(job, f"stopped: {MAX_FAULTS_IN_A_ROW} rows in a row failed, and not because of the rows: {run.last_fault}")
+        code = 1
+    elif run.stop.signal is not None:
+        _say(job, "stopped; run the same command again to go on")
+        code = 128 + run.stop.signal
+    if failed and not job.quiet:
+        first = next(iter(run.store.failed.values()))
+        _say(
+            job,
+            f"{failed} rows failed, such as {first['id']!r}: {first['message']} [{first['code']}]; "
+            f"see {run.store.folder / FAILURES}, and add --retry-failed to try them again",
+        )
+    if job.as_json:
+        summary = asdict(counts) | {"elapsed_s": round(elapsed_s, 3), "failures": failed, "exit_code": code}
+        sys.stdout.write(json.dumps(summary | {"out": str(job.out)}) + "\n")
+    elif not job.quiet:
+        _say(
+            job,
+            f"{counts.done + counts.shared} answered ({counts.shared} as equal rows), {counts.done_before} before, "
+            f"{failed} failed, in {elapsed_s:.1f} s; results in {job.out}",
+        )
+    return code
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """The work of one run."""
+
+    job: BatchJob
+    store: Store
+    counts: Counts
+    stop: Stop
+    sidecars: Sidecars | None
+    answers: dict[str, asyncio.Future[Record]] = field(default_factory=dict[str, "asyncio.Future[Record]"])
+    seen: set[str] = field(default_factory=set[str])
+    earlier_failures: dict[str, Record] = field(default_factory=dict[str, Record])
+    num_faults_in_a_row: int = 0
+    last_fault: str = ""
+    is_id_text: bool | None = None
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        job = self.job
+        self.progress = Progress(self.counts, quiet=job.quiet, as_json=job.progress_json)
+
+    @property
+    def ended_by_faults(self) -> bool:
+        return self.num_faults_in_a_row >= MAX_FAULTS_IN_A_ROW
+
+    def remember(self, record: Record) -> None:
+        """A record of an earlier run: its answer serves equal rows."""
+        if self.job.form != "openai":
+            self.is_id_text = isinstance(record["id"], str)
+            if self.job.dedup and record.get("content_hash") and not record.get("same_as"):
+                future = asyncio.get_running_loop().create_future()
+                future.set_result(record)
+                self.answers.setdefault(record["content_hash"], future)
+
+    async def work(self, source: Source) -> None:
+        if self.job.retry_failed:
+            self.earlier_failures = self.store.forget_failures()
+        rows = self._pending(source.rows())
+        first = await asyncio.to_thread(next, rows, None)
+        if first is None:
+            return
+        async with self._asker() as asker:
+            self.progress.begin()
+            lock = asyncio.Lock()
+            waiting: list[Row] = [first]
+
+            async def worker() -> None:
+                while not self.stop and not self.ended_by_faults:
+                    async with lock:
+                        row = waiting.pop() if waiting else await asyncio.to_thread(next, rows, None)
+                    if row is None:
+                        return
+                    await self._do(row, asker)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(self.job.concurrency):
+                        group.create_task(worker())
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+
+    @contextlib.asynccontextmanager
+    async def _asker(self) -> AsyncIterator[Asker]:
+        """The server that answers: elsewhere, or in this process."""
+        job = self.job
+        if job.url is not None:
+            async with remote_client(job.url, job.api_key, job.timeout_s, job.concurrency) as client:
+                self.model = job.served_model or await _first_model(client, job.url)
+                yield Asker(client, Gate(most=job.concurrency))
+            return
+        from serve.api.routes import create_app
+        from serve.config import ServeConfig
+        from serve.stages import build_local_runtime
+
+        whole = 1 << 31
+        config = ServeConfig(
+            model=replace(job.model, cache_bytes=0),
+            max_body_bytes=whole,
+            max_arriving_bytes=whole,
+            request_timeout_s=max(3600.0, job.timeout_s),
+        )
+        runtime = await asyncio.to_thread(build_local_runtime, config)
+        self.model = config.names[0]
+        try:
+            async with local_client(create_app(runtime, config)) as client:
+                yield Asker(client, Gate(most=job.concurrency, limit=job.concurrency))
+        finally:
+            runtime.close()
+
+    def _pending(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows that have no record; their ids are checked."""
+        for number, row in enumerate(rows):
+            if self.job.limit is not None and number >= self.job.limit:
+                return
+            if row.key in self.seen:
+                row = Row(
+                    id=f"{row.source}#{number}",
+                    source=row.source,
+                    problem=f"its id {row.key} is that of an earlier row",
+                )
+            self.seen.add(row.key)
+            if row.key in self.store.done:
+                self.counts.done_before += 1
+            elif row.key in self.store.failed:
+                self.counts.failed_before += 1
+            elif self._has_file(row):
+                self.counts.skipped += 1
+            else:
+                yield row
+
+    def _has_file(self, row: Row) -> bool:
+        return self.job.skip_existing and self.sidecars is not None and self.sidecars.path_of(row.id).exists()
+
+    async def _do(self, row: Row, asker: Asker) -> None:
+        """Answer one row and keep what came of it."""
+        try:
+            if row.problem:
+                raise BadRow(row.problem)
+            if (row.body is not None) != (self.job.form == "openai"):
+                what = "is a request of a batch" if row.body is not None else "is no request of a batch"
+                raise BadRow(f"it {what}, which does not go with the form {self.job.form}; see --to")
+            if row.body is not None:
+                self._keep(await self._batch_record(row, asker), {})
+                return
+            self._check_id(row)
+            media = tuple([await asyncio.to_thread(medium.loaded) for medium in row.media])
+            await self._answer(replace(row, media=media), asker)
+        except BadRow as error:
+            self._fail(row, "load", error.code, str(error), 1, is_fault=False)
+        except AskError as error:
+            self._fail(row, error.stage, error.code, error.message, error.attempts, is_fault=error.is_fault)
+
+    def _check_id(self, row: Row) -> None:
+        """Parquet has columns of one type."""
+        is_text = isinstance(row.id, str)
+        if self.is_id_text is None:
+            self.is_id_text = is_text
+        if self.job.form == "parquet" and is_text != self.is_id_text:
+            raise BadRow(f"its id {row.key} is a {'text' if is_text else 'number'}, and those before it are not")
+
+    async def _answer(self, row: Row, asker: Asker) -> None:
+        name = await asyncio.to_thread(self._content_hash, row)
+        known = self.answers.get(name) if self.job.dedup else None
+        if known is not None:
+            with contextlib.suppress(AskError, BadRow):  # where the equal row failed, this one is asked for itself
+                equal = await asyncio.shield(known)
+                texts = {prompt.name: equal[prompt.name] for prompt in self.job.prompts}
+                same = {**equal, "id": row.id, "source": row.source, "same_as": equal["id"]}
+                self._keep(self._with_media(same, row), texts, is_shared=True)
+                return
+        future: asyncio.Future[Record] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # read, so that nothing is logged
+        self.answers[name] = future
+        try:
+            record = await self._asked(row, name, asker)
+        except BaseException as error:
+            self.answers.pop(name, None)
+            future.set_exception(error if isinstance(error, AskError) else BadRow("the equal row was not answered"))
+            raise
+        future.set_result(record)
+        texts = {prompt.name: record[prompt.name] for prompt in self.job.prompts}
+        self._keep(self._with_media(record, row), texts)
+
+    def _content_hash(self, row: Row) -> str:
+        """Names all that the answers depend on beside the job's settings."""
+        vision = json.dumps(dict(row.vision), sort_keys=True)
+        return framed_hash("row", row.prompt or "", vision, *(medium.fingerprint for medium in row.media))
+
+    async def _asked(self, row: Row, name: str, asker: Asker) -> Record:
+        """The record of a row: each prompt is one request."""
+        record: Record = {"id": row.id, "source": row.source}
+        reasons: dict[str, str] = {}
+        sums = dict.fromkeys(("visual_tokens_in", "visual_tokens_kept", "prompt_tokens", "completion_tokens"), 0)
+        reducer = ""
+        for prompt in self.job.prompts:
+            body = await asyncio.to_thread(self.job.body, row, prompt, self.model)
+            answer = await asker.ask("/v1/chat/completions", body)
+            try:
+                choice, usage, vision = answer["choices"][0], answer["usage"], answer.get("vision") or {}
+                record[prompt.name] = str(choice["message"]["content"] or "")
+                reasons[prompt.name] = str(choice["finish_reason"])
+                for name_, value in {**usage, **vision}.items():
+                    if name_ in sums and isinstance(value, int):
+                        sums[name_] += value
+                reducer = str(vision.get("reducer") or reducer)
+            except (LookupError, TypeError, AttributeError) as error:
+                what = "the server's answer does not have the promised form"
+                raise AskError("answer", "bad_answer", what, is_fault=True, attempts=1) from error
+        shown = next(iter(reasons.values())) if len(reasons) == 1 else json.dumps(reasons)
+        record |= {"finish_reason": shown, **{f"num_{key}": value for key, value in sums.items()}}
+        return record | {"reducer": reducer, "model": self.model, "content_hash": name, "same_as": None}
+
+    async def _batch_record(self, row: Row, asker: Asker) -> Record:
+        """The line of OpenAI's batch output."""
+        body = dict(row.body or {})
+        if self.job.url is None:
+            body["model"] = self.model
+        answer = await asker.ask(row.url, body | {"stream": False})
+        response = {"status_code": 200, "request_id": str(answer.get("id", "")), "body": answer}
+        name = framed_hash("batch", row.key)[:24]
+        return {"id": f"batch_req_{name}", "custom_id": row.id, "response": response, "error": None}
+
+    def _with_media(self, record: Record, row: Row) -> Record:
+        if not self.store.sink.needs_media:
+            return record
+        endings = [os.path.splitext(medium.path or "")[1].lstrip(".") for medium in row.media]
+        named = [
+            ending or ("jpg" if medium.kind == "image" else "mp4")
+            for ending, medium in zip(endings, row.media, strict=True)
+        ]
+        data = [(ending, medium.data or b"") for ending, medium in zip(named, row.media, strict=True)]
+        return {**record, MEDIA: data}
+
+    def _keep(self, record: Record, texts: dict[str, str], *, is_shared: bool = False) -> None:
+        if self.sidecars is not None:
+            self.sidecars.write(record, texts)
+        self.store.add(record)
+        self.num_faults_in_a_row = 0
+        if is_shared:
+            self.counts.shared += 1
+        else:
+            self.counts.done += 1
+            self.counts.num_visual_tokens_in += record.get("num_visual_tokens_in") or 0
+            self.counts.num_visual_tokens_kept += record.get("num_visual_tokens_kept") or 0
+        self.progress.advance()
+
+    def _fail(self, row: Row, stage: str, code: str, message: str, attempts: int, *, is_fault: bool) -> None:
+        self.last_fault = message if is_fault else self.last_fault
+        self.num_faults_in_a_row = self.num_faults_in_a_row + 1 if is_fault else 0
+        if self.ended_by_faults or (is_fault and self.stop):
+            return
+        before = self.earlier_failures.get(row.key, {}).get("attempts", 0)
+        facts = {"stage": stage, "code": code, "message": message, "attempts": before + attempts}
+        self.store.fail({"id": row.id, "source": row.source, **facts})
+        self.counts.failed += 1
+        self.progress.advance()
+
+
+async def _first_model(client: Any, url: str) -> str:
+    """The first model that a server has.
+
+    Raises:
+        JobError: It cannot be reached, or serves none.
+    """
+    import httpx
+
+    try:
+        response = await client.get("/v1/models")
+        return str(response.json()["data"][0]["id"])
+    except httpx.HTTPError as error:
+        raise JobError(f"{url} cannot be reached: {type(error).__name__}") from None
+    except (ValueError, LookupError, TypeError):
+        raise JobError(f"{url}/v1/models names no model; give one with --served-model") from None
+
+
+__all__ = ["BatchJob", "run_batch"]
