@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import httpx
+    from fastapi import FastAPI
 
 MAX_TRIES = 8
 PASSING = frozenset({408, 429, 502, 503, 504})
@@ -148,7 +149,7 @@ def remote_client(url: str, api_key: str | None, timeout_s: float, most: int) ->
     return httpx.AsyncClient(base_url=base, headers=headers, limits=limits, timeout=timeout, trust_env=False)
 
 
-def local_client(app: Any) -> httpx.AsyncClient:
+def local_client(app: FastAPI) -> httpx.AsyncClient:
     """A client of an application in this process, without a socket."""
     import httpx
 

@@ -13,13 +13,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mm.errors import MmError
 from mm.media.hashing import framed_hash
-from serve.jobs.batch.asking import Asker, AskError, Gate, local_client, remote_client
+from serve.jobs.batch.answering import Answerer, answerer
+from serve.jobs.batch.asking import AskError
 from serve.jobs.batch.job import BatchJob
 from serve.jobs.batch.progress import Counts, Progress
 from serve.jobs.batch.rows import BadRow, Row
@@ -27,7 +28,6 @@ from serve.jobs.batch.sinks import MEDIA, SINKS, Record, Sidecars
 from serve.jobs.batch.sources import Source
 from serve.jobs.batch.store import FAILURES, MANIFEST, PENDING, Store
 from serve.jobs.flow import Stop, stopping
-from serve.jobs.job import JobError
 from serve.jobs.results import locked
 
 MAX_FAULTS_IN_A_ROW = 8
@@ -133,7 +133,6 @@ class _Run:
     num_faults_in_a_row: int = 0
     last_fault: str = ""
     is_id_text: bool | None = None
-    model: str = ""
 
     def __post_init__(self) -> None:
         job = self.job
@@ -159,7 +158,7 @@ class _Run:
         first = await asyncio.to_thread(next, rows, None)
         if first is None:
             return
-        async with self._asker() as asker:
+        async with answerer(self.job) as asker:
             self.progress.begin()
             lock = asyncio.Lock()
             waiting: list[Row] = [first]
@@ -178,34 +177,6 @@ class _Run:
                         group.create_task(worker())
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
-
-    @contextlib.asynccontextmanager
-    async def _asker(self) -> AsyncIterator[Asker]:
-        """The server that answers: elsewhere, or in this process."""
-        job = self.job
-        if job.url is not None:
-            async with remote_client(job.url, job.api_key, job.timeout_s, job.concurrency) as client:
-                self.model = job.served_model or await _first_model(client, job.url)
-                yield Asker(client, Gate(most=job.concurrency))
-            return
-        from serve.api.routes import create_app
-        from serve.config import ServeConfig
-        from serve.stages import build_local_runtime
-
-        whole = 1 << 31
-        config = ServeConfig(
-            model=replace(job.model, cache_bytes=0),
-            max_body_bytes=whole,
-            max_arriving_bytes=whole,
-            request_timeout_s=max(3600.0, job.timeout_s),
-        )
-        runtime = await asyncio.to_thread(build_local_runtime, config)
-        self.model = config.names[0]
-        try:
-            async with local_client(create_app(runtime, config)) as client:
-                yield Asker(client, Gate(most=job.concurrency, limit=job.concurrency))
-        finally:
-            runtime.close()
 
     def _pending(self, rows: Iterator[Row]) -> Iterator[Row]:
         """The rows that have no record; their ids are checked."""
@@ -231,7 +202,7 @@ class _Run:
     def _has_file(self, row: Row) -> bool:
         return self.job.skip_existing and self.sidecars is not None and self.sidecars.path_of(row.id).exists()
 
-    async def _do(self, row: Row, asker: Asker) -> None:
+    async def _do(self, row: Row, asker: Answerer) -> None:
         """Answer one row and keep what came of it."""
         try:
             if row.problem:
@@ -240,7 +211,7 @@ class _Run:
                 what = "is a request of a batch" if row.body is not None else "is no request of a batch"
                 raise BadRow(f"it {what}, which does not go with the form {self.job.form}; see --to")
             if row.body is not None:
-                self._keep(await self._batch_record(row, asker), {})
+                self._keep(await asker.batch_record(row), {})
                 return
             self._check_id(row)
             media = tuple([await asyncio.to_thread(medium.loaded) for medium in row.media])
@@ -258,7 +229,7 @@ class _Run:
         if self.job.form == "parquet" and is_text != self.is_id_text:
             raise BadRow(f"its id {row.key} is a {'text' if is_text else 'number'}, and those before it are not")
 
-    async def _answer(self, row: Row, asker: Asker) -> None:
+    async def _answer(self, row: Row, asker: Answerer) -> None:
         name = await asyncio.to_thread(self._content_hash, row)
         known = self.answers.get(name) if self.job.dedup else None
         if known is not None:
@@ -272,7 +243,7 @@ class _Run:
         future.add_done_callback(lambda done: done.cancelled() or done.exception())  # read, so that nothing is logged
         self.answers[name] = future
         try:
-            record = await self._asked(row, name, asker)
+            record = await asker.record(row, name)
         except BaseException as error:
             self.answers.pop(name, None)
             future.set_exception(error if isinstance(error, AskError) else BadRow("the equal row was not answered"))
@@ -285,40 +256,6 @@ class _Run:
         """Names all that the answers depend on beside the job's settings."""
         vision = json.dumps(dict(row.vision), sort_keys=True)
         return framed_hash("row", row.prompt or "", vision, *(medium.fingerprint for medium in row.media))
-
-    async def _asked(self, row: Row, name: str, asker: Asker) -> Record:
-        """The record of a row: each prompt is one request."""
-        record: Record = {"id": row.id, "source": row.source}
-        reasons: dict[str, str] = {}
-        sums = dict.fromkeys(("visual_tokens_in", "visual_tokens_kept", "prompt_tokens", "completion_tokens"), 0)
-        reducer = ""
-        for prompt in self.job.prompts:
-            body = await asyncio.to_thread(self.job.body, row, prompt, self.model)
-            answer = await asker.ask("/v1/chat/completions", body)
-            try:
-                choice, usage, vision = answer["choices"][0], answer["usage"], answer.get("vision") or {}
-                record[prompt.name] = str(choice["message"]["content"] or "")
-                reasons[prompt.name] = str(choice["finish_reason"])
-                for name_, value in {**usage, **vision}.items():
-                    if name_ in sums and isinstance(value, int):
-                        sums[name_] += value
-                reducer = str(vision.get("reducer") or reducer)
-            except (LookupError, TypeError, AttributeError) as error:
-                what = "the server's answer does not have the promised form"
-                raise AskError("answer", "bad_answer", what, is_fault=True, attempts=1) from error
-        shown = next(iter(reasons.values())) if len(reasons) == 1 else json.dumps(reasons)
-        record |= {"finish_reason": shown, **{f"num_{key}": value for key, value in sums.items()}}
-        return record | {"reducer": reducer, "model": self.model, "content_hash": name, "same_as": None}
-
-    async def _batch_record(self, row: Row, asker: Asker) -> Record:
-        """The line of OpenAI's batch output."""
-        body = dict(row.body or {})
-        if self.job.url is None:
-            body["model"] = self.model
-        answer = await asker.ask(row.url, body | {"stream": False})
-        response = {"status_code": 200, "request_id": str(answer.get("id", "")), "body": answer}
-        name = framed_hash("batch", row.key)[:24]
-        return {"id": f"batch_req_{name}", "custom_id": row.id, "response": response, "error": None}
 
     def _with_media(self, record: Record, row: Row) -> Record:
         if not self.store.sink.needs_media:
@@ -354,23 +291,6 @@ class _Run:
         self.store.fail({"id": row.id, "source": row.source, **facts})
         self.counts.failed += 1
         self.progress.advance()
-
-
-async def _first_model(client: Any, url: str) -> str:
-    """The first model that a server has.
-
-    Raises:
-        JobError: It cannot be reached, or serves none.
-    """
-    import httpx
-
-    try:
-        response = await client.get("/v1/models")
-        return str(response.json()["data"][0]["id"])
-    except httpx.HTTPError as error:
-        raise JobError(f"{url} cannot be reached: {type(error).__name__}") from None
-    except (ValueError, LookupError, TypeError):
-        raise JobError(f"{url}/v1/models names no model; give one with --served-model") from None
 
 
 __all__ = ["BatchJob", "run_batch"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mm
+from serve.jobs.batch.rows import Id
 from serve.jobs.batch.sinks import MEDIA, Record, Sink, write_atomically
 from serve.jobs.job import JobError, check_same
 
@@ -193,7 +194,7 @@ class Store:
             self._fd = -1
 
 
-def record_id(record: Mapping[str, Any]) -> Any:
+def record_id(record: Mapping[str, Any]) -> Id:
     """The id of a record: in OpenAI's form `custom_id`."""
     return record["custom_id"] if "custom_id" in record else record["id"]
 
