@@ -5,6 +5,7 @@ Each question is answered on its own, so that one that cannot be answered does n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,8 @@ def _memory(whole: WholeModel, dtype: torch.dtype) -> Answer:
     """Bytes of the weights of each half, and of a token in the KV cache."""
     encoder, decoder = whole.num_bytes(dtype)
     text: Any = whole.config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    num_layers = Arithmetic.of(whole.folder, text, frozenset()).keeps_state.count(False)
-    token = 2 * num_layers * text.num_key_value_heads * head_dim * dtype.itemsize
+    facts = Arithmetic.of(whole.folder, text, frozenset())
+    token = 2 * facts.num_cached_layers * math.prod(facts.kv_shape) * dtype.itemsize
     return {"encoder_bytes": encoder, "decoder_bytes": decoder, "kv_bytes_per_token": token}
 
 
@@ -144,6 +144,8 @@ def _works(reducer: Reducer, host: Any, encoder: str, whole: WholeModel | str) -
     facts = Arithmetic.of(whole.folder, text, frozenset())
     if facts.is_recurrent:
         return "no: layers keep a state that every token changes, so none can be dropped inside the decoder"
+    if facts.shares_keys:
+        return "no: layers attend to keys and values of others, so none can be dropped inside the decoder"
     if whole.masks is not None:
         return "no: tokens of a prompt attend to later ones, so none can be dropped inside the decoder"
     window = facts.shortest_window

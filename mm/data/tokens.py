@@ -260,6 +260,7 @@ class Prompt:
             without DeepStack.
         mask: (L, L) bool, which tokens each one attends to, where some attend to later ones: those of the same picture,
             or the whole prompt. None where every token attends to the earlier ones.
+        mask_in_windows: Whether only layers with a window attend by the mask.
     """
 
     token_ids: Tensor
@@ -269,6 +270,7 @@ class Prompt:
     is_visual: Tensor
     layer_planes: Tensor | None = None
     mask: Tensor | None = None
+    mask_in_windows: bool = False
 
     @property
     def length(self) -> int:

@@ -67,7 +67,7 @@ class LLMEngine:
         self.engine_id, self.calls = uuid.uuid4().hex, PluginCalls(plugins)
         self.family, self.config = family, config
         spec = family.language.kv_cache_spec
-        cuda_graphs = cuda_graphs and family.language.device.type == "cuda" and not spec.has_states
+        cuda_graphs = cuda_graphs and family.language.can_be_recorded
         max_num_seqs = config.max_num_seqs + cuda_graphs
         self.cache, self.prefix_cache = build_caches(spec, kv_bytes, max_num_seqs, prefix_caching=prefix_caching)
         self._build_parts(speculation or SpeculationLimits(), prefix_caching, cuda_graphs, on_error)

@@ -304,6 +304,8 @@ def check_dropping(request: EngineRequest, arithmetic: Arithmetic) -> None:
     window = arithmetic.shortest_window
     if arithmetic.is_recurrent:
         why = "this model has layers with a state that every token changes"
+    elif arithmetic.shares_keys:
+        why = "this model has layers that attend to keys and values of other layers"
     elif request.prompt.mask is not None:
         why = "in this model, tokens of a prompt attend to later ones"
     elif window is not None and request.prompt.length > window:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mm.data.arrays import to_tensor
-from mm.data.tokens import Encoded, Prompt
-from mm.engine.prefill_pruning import PruneState
+from mm.data.tokens import Prompt
+from mm.engine.prefill_pruning import PruneState, visual_planes
 from mm.engine.sequence import EngineRequest, Sequence
 from mm.engine.spec_decode.drafter_instance import LAST_HIDDEN
 from mm.engine.token_pruning import Candidates, decide
@@ -28,6 +28,8 @@ class Chunk:
         embeddings: (n, D).
         positions: (P, n).
         num_logits: The last so many tokens whose logits are wanted.
+        token_ids: (n,) int64, for models whose layers read them.
+        mask_in_windows: Whether only layers with a window attend by the mask.
         mask: (n, n) bool for draft trees, and for prompts in which tokens attend to later ones; None means causal.
         layer_planes: (K, v, D), what is added to its visual tokens after each of the first K layers. None for models
             without DeepStack.
@@ -44,7 +46,9 @@ class Chunk:
     embeddings: Tensor
     positions: Tensor
     num_logits: int = 1
+    token_ids: Tensor | None = None
     mask: Tensor | None = None
+    mask_in_windows: bool = False
     layer_planes: Tensor | None = None
     visual: Tensor | None = None
     prune_state: PruneState | None = None
@@ -66,6 +70,7 @@ class DecodeBatch:
         seq_indices: (B,) int64.
         embeddings: (B, D).
         positions: (1, B).
+        token_ids: (B,) int64.
         candidates: Per sequence its token, where a reducer decides about it.
         capture: Names of the hidden states to hand out, as for a chunk.
         states: After the step: name to (B, D).
@@ -74,6 +79,7 @@ class DecodeBatch:
     seq_indices: np.ndarray
     embeddings: Tensor
     positions: Tensor
+    token_ids: Tensor
     candidates: dict[int, Candidates] = field(default_factory=dict[int, Candidates])
     capture: frozenset[str] = frozenset()
     states: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False)
@@ -118,10 +124,23 @@ class PackedTokens:
         decode = self._decode.seq_indices if self._decode else np.zeros(0, dtype=np.int64)
         seq_indices = np.concatenate([decode, np.array([chunk.seq_index for chunk in self.chunks], dtype=np.int64)])
         counts = np.concatenate([np.ones(len(decode), dtype=np.int64), np.array(self.counts, dtype=np.int64)])
-        masks = {len(decode) + i: c.mask for i, c in enumerate(self.chunks) if c.mask is not None}
+        masks = {len(decode) + i: c for i, c in enumerate(self.chunks) if c.mask is not None}
         return AttentionMetadata(
-            seq_indices=seq_indices, query_starts=np.cumsum(counts) - counts, query_lens=counts, masks=masks
+            seq_indices=seq_indices,
+            query_starts=np.cumsum(counts) - counts,
+            query_lens=counts,
+            masks={i: c.mask for i, c in masks.items() if c.mask is not None and not c.mask_in_windows},
+            windowed_masks={i: c.mask for i, c in masks.items() if c.mask is not None and c.mask_in_windows},
         )
+
+    @property
+    def token_ids(self) -> Tensor:
+        """(T,) int64, for models whose layers read them."""
+        parts = [self._decode.token_ids] if self._decode else []
+        for chunk in self.chunks:
+            assert chunk.token_ids is not None, "layers of this model read the ids of their tokens"
+            parts.append(chunk.token_ids)
+        return _cat([part.to(self.embeddings.device) for part in parts], 0)
 
     def decide_tokens(self, layer: int, hidden: Tensor) -> bool:
         """Let reducers decide about generated tokens. Returns whether the metadata are others from this layer on."""
@@ -236,11 +255,14 @@ def make_chunk(seq: Sequence, count: int, token_embeddings: Tensor | None) -> Ch
         positions.append(after.expand(prompt.positions.shape[0] if positions else 1, -1))
     generated = range(max(start - prompt.length, 0), stop - prompt.length)
     visual, planes = _planes(prompt, start, stop)
+    ids = torch.tensor(input_token_ids(seq, count), dtype=torch.int64, device=prompt.token_ids.device)
     return Chunk(
         seq_index=seq.seq_index,
         embeddings=_cat(parts, 0),
         positions=_cat(positions, 1),
         num_logits=int(stop == seq.num_tokens),
+        token_ids=torch.cat([prompt.token_ids[start : min(stop, prompt.length)], ids]),
+        mask_in_windows=prompt.mask_in_windows,
         mask=None if prompt.mask is None or start >= prompt.length else prompt.mask[start:stop, start:stop],
         layer_planes=planes,
         visual=visual,
@@ -267,6 +289,7 @@ def _make_verification_chunk(seq: Sequence, seq_index: int, token_embeddings: Te
         embeddings=token_embeddings,
         positions=(seq.position + depths).unsqueeze(0),
         num_logits=token_embeddings.shape[0],
+        token_ids=torch.tensor([seq.output.token_ids[-1], *draft.token_ids]),
         mask=None if draft.is_chain else draft.mask().to(token_embeddings.device),
         candidates=_candidates(seq, [len(seq.output.token_ids) - 1 + depth for depth in draft.depths]),
     )
@@ -289,7 +312,13 @@ def make_decode_batch(seqs: abc.Sequence[Sequence], embeddings: Tensor) -> Decod
     positions = torch.tensor([[seq.position for seq in seqs]], device=embeddings.device)
     indices = np.array([seq.seq_index for seq in seqs])
     candidates = {i: one for i, seq in enumerate(seqs) if (one := _candidates(seq, [len(seq.output.token_ids) - 1]))}
-    return DecodeBatch(seq_indices=indices, embeddings=embeddings, positions=positions, candidates=candidates)
+    return DecodeBatch(
+        seq_indices=indices,
+        embeddings=embeddings,
+        positions=positions,
+        token_ids=torch.tensor([seq.output.token_ids[-1] for seq in seqs]),
+        candidates=candidates,
+    )
 
 
 def _start_pruning(request: EngineRequest, start: int) -> PruneState:
@@ -309,17 +338,6 @@ def _start_pruning(request: EngineRequest, start: int) -> PruneState:
     )
     request.prune_state = state
     return state
-
-
-def visual_planes(media: abc.Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of all visual tokens of a prompt: the media item of each (int64), and whether it is protected (bool)."""
-    sizes = torch.tensor([item.tokens.num_tokens for item in media])
-    protected = [item.tokens.protected for item in media]
-    flags = [
-        torch.zeros(int(size), dtype=torch.bool) if plane is None else plane.cpu()
-        for size, plane in zip(sizes, protected, strict=True)
-    ]
-    return torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(device), torch.cat(flags).to(device)
 
 
 def _cat(parts: list[Tensor], dim: int) -> Tensor:

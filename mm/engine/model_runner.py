@@ -130,6 +130,8 @@ class ModelRunner:
         for chunk in packed.chunks:
             self.cache.append_slots(chunk.seq_index, chunk.num_tokens)
         hidden, metadata = packed.embeddings, packed.metadata()
+        if self._model.reads_ids:
+            metadata.layer_inputs = self._model.layer_inputs(packed.token_ids, hidden)
         rotary, token_layers = self._model.rotary(packed.positions), packed.token_layers
         for index in range(self._model.num_layers):
             if index in token_layers and packed.decide_tokens(index, hidden):

@@ -6,6 +6,7 @@ layer and in all layers above it. Text tokens always stay.
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mm.data.arrays import ints, to_tensor
 from mm.data.media import Kind
+from mm.data.tokens import Encoded
 from mm.engine.kv_cache.blocks import KVCache
 from mm.errors import MmError, ReducerFault
 from mm.models.attention import Rotary
@@ -203,3 +205,14 @@ def _check_keep(keep: object, num_visual: int, name: str) -> None:
     is_inside = bool((keep[0] >= 0) & (keep[-1] < num_visual))
     if not is_inside or not bool((keep[1:] > keep[:-1]).all()):
         raise ReducerFault(name, f"kept rows are not strictly ascending within 0..{num_visual - 1}")
+
+
+def visual_planes(media: abc.Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of all visual tokens of a prompt: the media item of each (int64), and whether it is protected (bool)."""
+    sizes = torch.tensor([item.tokens.num_tokens for item in media])
+    protected = [item.tokens.protected for item in media]
+    flags = [
+        torch.zeros(int(size), dtype=torch.bool) if plane is None else plane.cpu()
+        for size, plane in zip(sizes, protected, strict=True)
+    ]
+    return torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(device), torch.cat(flags).to(device)

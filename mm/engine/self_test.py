@@ -47,6 +47,7 @@ TESTED: frozenset[tuple[str, str]] = frozenset(
         ("deepseek_vl_hybrid", "llama"),
         ("exaone4_5", "exaone4"),
         ("gemma3", "gemma3_text"),
+        ("gemma4", "gemma4_text"),
         ("glm46v", "glm4v_text"),
         ("glm4v", "glm4v_text"),
         ("glm4v_moe", "glm4v_moe_text"),
@@ -144,7 +145,9 @@ def _our_logits(language: LanguageModel, prompt: Prompt, tokens: Sequence[int]) 
         seq_index=seq_index,
         embeddings=prompt.embeddings,
         positions=prompt.positions,
+        token_ids=prompt.token_ids,
         mask=prompt.mask,
+        mask_in_windows=prompt.mask_in_windows,
         layer_planes=prompt.layer_planes,
         visual=visual,
     )
@@ -152,7 +155,9 @@ def _our_logits(language: LanguageModel, prompt: Prompt, tokens: Sequence[int]) 
     for i, token in enumerate(tokens):
         embeddings = language.embed(torch.tensor([token]))
         position = torch.tensor([[prompt.next_position + i]], device=embeddings.device)
-        logits.append(runner.forward([Chunk(seq_index=seq_index, embeddings=embeddings, positions=position)]))
+        ids = torch.tensor([token])
+        step = Chunk(seq_index=seq_index, embeddings=embeddings, positions=position, token_ids=ids)
+        logits.append(runner.forward([step]))
     return torch.cat(logits)
 
 

@@ -34,6 +34,8 @@ class Arithmetic:
     Attributes:
         windows: Per layer, the tokens that one sees, itself included; None where it sees all earlier ones.
         keeps_state: Per layer, whether it keeps a state of each sequence, and no keys and values.
+        cache_indices: Per layer, the place of its keys and values in the cache. Several layers may share one.
+        kv_shapes: Per layer, its key and value heads and their width.
         rotary_kinds: Per layer, the name of its rotary embedding, where a model has several; else None.
         input_scale: Factor of the first layer's input.
         logit_scale: Factor of the logits.
@@ -43,6 +45,8 @@ class Arithmetic:
 
     windows: tuple[int | None, ...]
     keeps_state: tuple[bool, ...]
+    cache_indices: tuple[int, ...]
+    kv_shapes: tuple[tuple[int, int], ...]
     rotary_kinds: tuple[str | None, ...]
     input_scale: float
     logit_scale: float
@@ -73,10 +77,13 @@ class Arithmetic:
         if kinds and len(kinds) < num_layers:
             raise BadCheckpoint(str(folder), f"names the kinds of {len(kinds)} layers, but has {num_layers}")
         has_window = [kind == "sliding_attention" for kind in kinds] if kinds else [True] * num_layers
+        keeps = tuple(keeps_state(kinds[i]) if kinds else False for i in range(num_layers))
         softcap: float | None = getattr(config, "final_logit_softcapping", None) if SOFTCAP in used else None
         return cls(
             windows=tuple(window if has_window[i] else None for i in range(num_layers)),
-            keeps_state=tuple(keeps_state(kinds[i]) if kinds else False for i in range(num_layers)),
+            keeps_state=keeps,
+            cache_indices=_cache_indices(folder, config, kinds, keeps),
+            kv_shapes=_kv_shapes(config, num_layers),
             rotary_kinds=_rotary_kinds(config, kinds, num_layers),
             input_scale=float(getattr(config, "embedding_multiplier", None) or 1.0),
             logit_scale=_logit_scale(config, used),
@@ -90,9 +97,19 @@ class Arithmetic:
         return any(self.keeps_state)
 
     @property
-    def cache_indices(self) -> tuple[int, ...]:
-        """Per layer, its place among those that have keys and values in the cache."""
-        return tuple(sum(not state for state in self.keeps_state[:i]) for i in range(len(self.keeps_state)))
+    def num_cached_layers(self) -> int:
+        """Layers that have keys and values of their own."""
+        return len({at for at, keeps in zip(self.cache_indices, self.keeps_state, strict=True) if not keeps})
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether a layer attends to keys and values of another one."""
+        return self.num_cached_layers < self.keeps_state.count(False)
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Heads and width that hold those of every layer."""
+        return max(heads for heads, _ in self.kv_shapes), max(width for _, width in self.kv_shapes)
 
     @property
     def shortest_window(self) -> int | None:
@@ -106,6 +123,28 @@ class Arithmetic:
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits
+
+
+def _cache_indices(folder: Path, config: Any, kinds: list[str], keeps: tuple[bool, ...]) -> tuple[int, ...]:
+    """Layers that share keys and values have the place of the last layer of their kind that stores its own."""
+    modes: list[str | None] = list(getattr(config, "kv_sharing_modes", None) or len(keeps) * (None,))
+    if unknown := sorted({str(mode) for mode in modes} - {"None", "store", "reuse"}):
+        raise BadCheckpoint(str(folder), f"shares keys and values in a way that is not known: {', '.join(unknown)}")
+    found: list[int] = []
+    stored: dict[str, int] = {}
+    count = 0
+    for i, keeps_own_state in enumerate(keeps):
+        found.append(stored[kinds[i]] if modes[i] == "reuse" else count)
+        if modes[i] == "store":
+            stored[kinds[i]] = count
+        count += not keeps_own_state and modes[i] != "reuse"
+    return tuple(found)
+
+
+def _kv_shapes(config: Any, num_layers: int) -> tuple[tuple[int, int], ...]:
+    layers = [config.per_layer_config[i] for i in range(num_layers)]
+    widths = [getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads for one in layers]
+    return tuple((one.num_key_value_heads, width) for one, width in zip(layers, widths, strict=True))
 
 
 def _logit_scale(config: Any, used: Set[str]) -> float:

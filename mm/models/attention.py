@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -54,6 +55,9 @@ class AttentionMetadata:
         query_starts, query_lens: (C,) int64, the first token and the number of tokens of each chunk.
         masks: Chunk to (count, count) bool: which of the chunk's tokens each one attends to, itself included. A chunk
             without a mask is causal. Every token attends to all earlier tokens of its sequence in the cache.
+        windowed_masks: The same, for layers with a window only.
+        layer_inputs: (T, layers, d), what each layer gets beside hidden states; None in most models.
+        shared: Keys and values that layers leave for later ones, as transformers names them.
         backend_state: What a backend derived from these fields, once for all layers.
     """
 
@@ -61,7 +65,17 @@ class AttentionMetadata:
     query_starts: IntArray
     query_lens: IntArray
     masks: dict[int, Tensor] = field(default_factory=_no_masks)
+    windowed_masks: dict[int, Tensor] = field(default_factory=_no_masks)
+    layer_inputs: Tensor | None = None
+    shared: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
     backend_state: object = None
+
+    @functools.cached_property
+    def in_windows(self) -> AttentionMetadata:
+        """What layers with a window attend by."""
+        if not self.windowed_masks:
+            return self
+        return replace(self, masks=self.masks | self.windowed_masks, windowed_masks={}, backend_state=None)
 
     @classmethod
     def of(
@@ -174,6 +188,7 @@ def attend_in_layer(
     mm_metadata: AttentionMetadata,
     mm_layer: int,
     mm_window: int | None = None,
+    mm_shape: tuple[int, int] | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: object,
@@ -183,6 +198,7 @@ def attend_in_layer(
     Args:
         mm_layer: The layer's place in the cache.
         mm_window: The layer's sliding window.
+        mm_shape: Heads and width that the cache has for keys and values, where the layer has fewer.
 
     Raises:
         UnknownAttention: The layer asks for arithmetic that no backend of ours has.
@@ -192,9 +208,20 @@ def attend_in_layer(
     unknown = sorted(name for name, value in kwargs.items() if name not in HARMLESS and value is not None)
     if unknown:
         raise UnknownAttention(unknown)
+    width = query.shape[-1]
+    if mm_shape is not None:
+        query, key, value = _fitted(query, key, value, mm_shape)
     qkv = torch.cat([query, key, value], dim=1).squeeze(0).transpose(0, 1).contiguous()
     variant = AttentionVariant(scale=scaling, window=mm_window, softcap=softcap)
-    return mm_attention.attend(mm_layer, qkv, mm_metadata, None, variant).unsqueeze(0), None
+    return mm_attention.attend(mm_layer, qkv, mm_metadata, None, variant)[..., :width].unsqueeze(0), None
+
+
+def _fitted(query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a layer with fewer or narrower heads than the cache, which give the same sums."""
+    heads, width = shape
+    wider = (0, width - query.shape[-1])
+    key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
+    return nn.functional.pad(query, wider), nn.functional.pad(key, wider), nn.functional.pad(value, wider)
 
 
 AttentionInterface.register(ATTENTION, attend_in_layer)  # pyright: ignore[reportUnknownMemberType]

@@ -21,6 +21,7 @@ from mm.models.attention import ATTENTION, Attention, AttentionMetadata, Rotary
 from mm.models.checkpoint import BadCheckpoint, check_tensors, load_module, read_tensors, without_weights
 from mm.models.folder import reading
 from mm.models.kv_cache_spec import KVCacheSpec
+from mm.models.layer_inputs import LayerInputs
 from mm.models.layers import FusedLayer, Layer, build_layer
 from mm.models.linear import PackedLinear
 from mm.models.pretrained import build_module
@@ -96,9 +97,8 @@ class LanguageModel:
         self.config = cast(TextConfig, text)
         self.device, self.dtype = torch.device(device), dtype
         self.head_weight = self._head(head, config, folder)
-        self.head_dim: int = (
-            getattr(text, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        )
+        self.head_dim = self.arithmetic.kv_shape[1]
+        self._layer_inputs = LayerInputs.of(module, config)
         self.layers = self._built(self.model.layers)
         self._logits, self._norm = PackedLinear(self.head_weight), self._final_norm()
         self.num_layer_weights = sum(p.numel() for p in self.model.layers.parameters())
@@ -109,10 +109,9 @@ class LanguageModel:
 
     def _built(self, layers: nn.ModuleList) -> list[Layer]:
         facts = self.arithmetic
-        at = zip(facts.cache_indices, facts.windows, strict=True)
         return [
-            RecurrentLayer(layer, i) if facts.keeps_state[i] else build_layer(layer, index, self.head_dim, window)
-            for i, (layer, (index, window)) in enumerate(zip(layers, at, strict=True))
+            RecurrentLayer(layer, i) if facts.keeps_state[i] else build_layer(layer, i, facts)
+            for i, layer in enumerate(layers)
         ]
 
     def _final_norm(self) -> RowOp:
@@ -169,9 +168,9 @@ class LanguageModel:
     def kv_cache_spec(self) -> KVCacheSpec:
         """What a token of this model takes in the KV cache."""
         return KVCacheSpec(
-            num_layers=self.arithmetic.keeps_state.count(False),
+            num_layers=self.arithmetic.num_cached_layers,
             has_states=self.arithmetic.is_recurrent,
-            num_heads=self.config.num_key_value_heads,
+            num_heads=self.arithmetic.kv_shape[0],
             head_dim=self.head_dim,
             dtype=self.dtype,
             device=self.device,
@@ -186,6 +185,25 @@ class LanguageModel:
         """The first layer's input of embeddings (T, D), also of visual tokens."""
         scale = self.arithmetic.input_scale
         return embeddings if scale == 1.0 else embeddings * scale
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether layers need to know the ids of their tokens."""
+        return self._layer_inputs is not None
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a decoding step can be recorded on a GPU and replayed."""
+        return self.device.type == "cuda" and not self.arithmetic.is_recurrent and not self.reads_ids
+
+    def layer_inputs(self, token_ids: Tensor, embeddings: Tensor) -> Tensor | None:
+        """(T, layers, d): what each layer gets beside hidden states. None where layers do not read ids.
+
+        Args:
+            token_ids: (T,) Visual tokens have the id of their placeholder.
+            embeddings: (T, D), the first layer's input.
+        """
+        return None if self._layer_inputs is None else self._layer_inputs(token_ids.to(self.device), embeddings)
 
     def rotary(self, positions: Tensor) -> Rotary:
         """cos and sin (T, w) float32 of positions (P, T), which may have gaps. P = 1, or 3 for M-RoPE."""
@@ -212,6 +230,7 @@ class LanguageModel:
             options = {} if kind is None else {"layer_type": kind}
             cos, sin = cast(Rotary, self.model.rotary_emb(like, position_ids=ids, **options))
             found.append((cos[0].contiguous(), sin[0].contiguous()))
+        self._rotary_widths = [cos.shape[-1] for cos, _ in found]
         if len(found) == 1:
             return found[0]
         return torch.cat([cos for cos, _ in found], dim=-1), torch.cat([sin for _, sin in found], dim=-1)
@@ -226,8 +245,8 @@ class LanguageModel:
         kinds = self._rotary_kinds
         if len(kinds) == 1:
             return rotary
-        width = rotary[0].shape[-1] // len(kinds)
-        at = kinds.index(self.arithmetic.rotary_kinds[index]) * width
+        which = kinds.index(self.arithmetic.rotary_kinds[index])
+        at, width = sum(self._rotary_widths[:which]), self._rotary_widths[which]
         return rotary[0][:, at : at + width].contiguous(), rotary[1][:, at : at + width].contiguous()
 
     def layer(

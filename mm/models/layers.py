@@ -7,12 +7,14 @@ one kernel for rotation, cache write and attention. Any other layer runs as tran
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from mm.models.arithmetic import Arithmetic
 from mm.models.attention import (
     PLAIN,
     RECORDER,
@@ -41,6 +43,13 @@ class DecoderLayers(Protocol):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(T,) ids to (T, D) embeddings."""
+        ...
+
+    @property
+    def reads_ids(self) -> bool: ...
+
+    def layer_inputs(self, token_ids: Tensor, embeddings: Tensor) -> Tensor | None:
+        """(T, layers, d) for (T,) ids and (T, D) embeddings, where layers read ids."""
         ...
 
     def rotary(self, positions: Tensor) -> Rotary:
@@ -94,25 +103,41 @@ class Layer(Protocol):
         ...
 
 
-def build_layer(module: nn.Module, index: int, head_dim: int, window: int | None = None) -> Layer:
+def build_layer(module: nn.Module, number: int, facts: Arithmetic) -> Layer:
     """The fused form where the module is known to have one.
 
     Args:
-        index: The layer's place in the cache.
-        window: Tokens that a token sees in this layer, itself included. None is all earlier ones.
+        number: The layer's place in the decoder.
     """
+    index, window = facts.cache_indices[number], facts.windows[number]
     if type(module).__name__ in FUSED:
-        return FusedLayer(module, index, head_dim, window)
-    return ModuleLayer(module, index, window)
+        return FusedLayer(module, index, facts.kv_shapes[number][1], window)
+    shape = None if facts.kv_shapes[number] == facts.kv_shape else facts.kv_shape
+    return ModuleLayer(module, number, index, window, shape)
 
 
 class ModuleLayer:
     """transformers' layer, called as it is. Our attention function does the rest."""
 
-    def __init__(self, module: nn.Module, index: int, window: int | None) -> None:
-        self._module, self._index, self._window = module, index, window
+    def __init__(
+        self,
+        module: nn.Module,
+        number: int,
+        index: int,
+        window: int | None = None,
+        shape: tuple[int, int] | None = None,
+    ) -> None:
+        self._module, self._number, self._index, self._window = module, number, index, window
+        self._shape = shape
+        names = inspect.signature(module.forward).parameters
+        self._shares, self._has_input = "shared_kv_states" in names, "per_layer_input" in names
 
     def __call__(self, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention) -> Tensor:
+        if self._window is not None:
+            metadata = metadata.in_windows
+        options: dict[str, object] = {"shared_kv_states": metadata.shared} if self._shares else {}
+        if self._has_input and metadata.layer_inputs is not None:
+            options["per_layer_input"] = metadata.layer_inputs[:, self._number].unsqueeze(0)
         cos_sin = tuple(part.to(hidden.dtype).unsqueeze(0) for part in rotary)
         outputs: Tensor | tuple[Tensor, ...] = self._module(
             hidden.unsqueeze(0),
@@ -122,6 +147,8 @@ class ModuleLayer:
             mm_attention=attention,
             mm_layer=self._index,
             mm_window=self._window,
+            mm_shape=self._shape,
+            **options,
         )
         return (outputs[0] if isinstance(outputs, tuple) else outputs).squeeze(0)
 

@@ -429,13 +429,16 @@ FAMILIES: dict[str, Family] = {
 """Architecture, with its tower or decoder where that matters, to how it is made."""
 
 
-def write(name: str, folder: Path, seed: int = 0) -> Path:
+def write(name: str, folder: Path, seed: int | None = None) -> Path:
     """Write a small checkpoint with random weights and random biases, and its processor."""
     family = FAMILIES[name]
     words = tokenizer(family)
     config = family.config(words)
     model = AutoModelForImageTextToText.from_config(config)
-    randomize(model, seed)
+    randomize(model, family.seed if seed is None else seed)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):  # a weight that no training changes
+            buffer.fill_(0.7)
     model.generation_config.eos_token_id = words.eos_token_id
     model.generation_config.pad_token_id = words.pad_token_id
     model.generation_config.do_sample = False

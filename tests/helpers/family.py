@@ -34,6 +34,7 @@ class Family:
         words: Makes the tokenizer, where it is another one.
         named: Attributes of the tokenizer that name control tokens.
         without: Cases of the tests that transformers itself cannot compute.
+        seed: Of the random weights, where those of 0 let an answer hold a token that stands for media.
         in_one_list: Whether the processor wants pictures in one list, and not prompt by prompt.
     """
 
@@ -46,6 +47,7 @@ class Family:
     named: tuple[tuple[str, str], ...] = ()
     without: tuple[str, ...] = ()
     in_one_list: bool = False
+    seed: int = 0
 
 
 def text_config(words: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:

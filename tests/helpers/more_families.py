@@ -582,6 +582,9 @@ GEMMA4 = {
     "image_token": "<|image|>",
     "boi_token": "<|image>",
     "eoi_token": "<image|>",
+    "audio_token": "<|audio|>",
+    "boa_token": "<|audio>",
+    "eoa_token": "<audio|>",
 }
 
 
@@ -752,5 +755,7 @@ MORE: dict[str, Family] = {
         tokens=tuple(token for token in MINICPM.values() if token not in ("<image>", "<video>")),
         named=tuple(MINICPM.items()),
     ),
+    "gemma4": Family(gemma4, gemma4_processor, **GEMMA4_MEDIA),
+    "gemma4 (experts)": Family(gemma4_moe, gemma4_processor, **GEMMA4_MEDIA, seed=1),
 }
 """Architecture to how it is made."""

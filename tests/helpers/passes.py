@@ -32,7 +32,9 @@ class Alone:
             seq_index=self._seq_index,
             embeddings=prompt.embeddings,
             positions=prompt.positions,
+            token_ids=prompt.token_ids,
             mask=prompt.mask,
+            mask_in_windows=prompt.mask_in_windows,
             layer_planes=prompt.layer_planes,
             visual=prompt.is_visual.nonzero().squeeze(1),
         )

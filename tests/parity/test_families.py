@@ -219,6 +219,9 @@ def row(both: Both) -> str:
         "DeepStack" if family.whole.num_planes else "",
         "positions in 3 axes" if family.num_position_rows > 1 else "",
         "masks both ways" if family.whole.masks is not None else "",
+        "layers with a state" if facts.is_recurrent else "",
+        "shared keys and values" if facts.shares_keys else "",
+        "inputs of each layer" if family.language.reads_ids else "",
         "factors" if (facts.input_scale, facts.logit_scale) != (1.0, 1.0) else "",
     ]
     what = ", ".join(one for one in special if one).replace(f" of {facts.shortest_window} tokens", "")

@@ -40,6 +40,7 @@ def calibrate(
             embeddings=target.embed(torch.zeros(num_tokens, dtype=torch.int64)),
             positions=torch.arange(num_tokens, device=target.device).unsqueeze(0),
             num_logits=num_tokens,
+            token_ids=torch.zeros(num_tokens, dtype=torch.int64),
         )
         start = clock()
         int(runner.forward([chunk]).argmax())

@@ -51,6 +51,8 @@ class TransformersFamily(CheckpointFamily):
         self._mask_config = copy.deepcopy(self.config)
         text: Any = self._mask_config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
         text._attn_implementation = "eager"  # the one for which masks are always written out
+        if getattr(text, "sliding_window", None):
+            text.sliding_window = text.max_position_embeddings + 1  # windows are the engine's
         return language
 
     def placeholders(self) -> Mapping[int, Kind]:
@@ -99,8 +101,9 @@ class TransformersFamily(CheckpointFamily):
         for tokens, where in zip(visual, at, strict=True):
             keep[where[tokens.indices.cpu()]] = True
         positions, next_position = self._placed(positions, next_position, visual, at)
-        mask = self._mask(ids)
-        return self._prompt(ids[keep], positions[:, keep], next_position, visual, mask, keep)
+        mask, in_windows = self._mask(ids)
+        prompt = self._prompt(ids[keep], positions[:, keep], next_position, visual, mask, keep)
+        return replace(prompt, mask_in_windows=in_windows)
 
     def _prompt(
         self,
@@ -189,11 +192,14 @@ class TransformersFamily(CheckpointFamily):
             next_position += shift
         return positions, next_position
 
-    def _mask(self, ids: Tensor) -> Tensor | None:
-        """(L, L) bool of the unreduced prompt, where some tokens attend to later ones; else None."""
+    def _mask(self, ids: Tensor) -> tuple[Tensor | None, bool]:
+        """(L, L) bool of the unreduced prompt, where some tokens attend to later ones, else None.
+
+        And whether that is so in layers with a window only.
+        """
         masks = self.whole.masks
         if masks is None:
-            return None
+            return None, False
         length = len(ids)
         types = self.processor.prefix_types(ints(ids)).unsqueeze(0)
         arguments = {
@@ -207,11 +213,15 @@ class TransformersFamily(CheckpointFamily):
             "is_first_iteration": True,
         }
         found: Any = masks(**accepted(masks, arguments))
-        if isinstance(found, dict):
-            by_kind = cast("dict[str, Tensor]", found)
-            found = by_kind.get("full_attention", next(iter(by_kind.values())))
-        allowed: Tensor = found[0, 0] if found.dtype == torch.bool else found[0, 0] == 0
-        return None if torch.equal(allowed, torch.ones_like(allowed).tril()) else allowed
+        by_kind = cast("dict[str, Tensor]", found if isinstance(found, dict) else {"full_attention": found})
+        allowed = {kind: mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0 for kind, mask in by_kind.items()}
+        windowed = allowed.pop("sliding_attention", None)
+        full = next(iter(allowed.values())) if allowed else windowed
+        assert full is not None
+        causal = torch.ones_like(full).tril()
+        if not torch.equal(full, causal):
+            return full, False
+        return (None, False) if windowed is None or torch.equal(windowed, causal) else (windowed, True)
 
     def type_ids(self, ids: Sequence[int]) -> dict[str, Tensor]:
         return {
