@@ -169,6 +169,19 @@ class SpeculationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Emitted:
+    """What one choice of a request gave before its decoder was lost.
+
+    Attributes:
+        token_ids: Its tokens so far.
+        is_finished: Whether it needs no more of them.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    is_finished: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One question about some media. `messages` refer to `media` by index, each item exactly once and in order.
 
@@ -176,6 +189,8 @@ class Request:
         priority: Lower is served first; requests of one priority in order of arrival.
         timeout_s: Longest time until the last token; None leaves it to the server.
         cache_salt: Requests with different salts share no cached features and no cached prefix.
+        emitted: One for each choice of a request that goes on at another decoder, which gives only what follows. A
+            sampled request needs its seed then. Empty for a request that begins.
     """
 
     request_id: str
@@ -187,3 +202,4 @@ class Request:
     priority: int = 0
     timeout_s: float | None = None
     cache_salt: str = ""
+    emitted: tuple[Emitted, ...] = ()

@@ -16,6 +16,7 @@ from mm.engine.adapted_decoders import AdaptedDecoders
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.states import snapshot_borders
 from mm.engine.prefill_pruning import layers_of
+from mm.engine.resumption import resume
 from mm.engine.sampling.sampler_factory import SamplerFactory
 from mm.engine.sampling.vocabulary import Vocabulary
 from mm.engine.sequence import EngineRequest, OutputSink, PrefillOnly
@@ -88,11 +89,12 @@ class InputProcessor:
                 request=request,
                 sampler=sampler,
                 output=SequenceOutput(self._samplers.vocabulary, sampler, params.sampling, max_new_tokens),
-                spec=self._spec_decoder.new_state(params),
+                spec=None if params.emitted else self._spec_decoder.new_state(params),
             )
             for sampler in samplers
         ]
         seqs[0].siblings = seqs[1:]
+        seqs = resume(seqs, params.emitted) if params.emitted else seqs
         hashes = request.block_hashes(self._cache.shape.block_size)
         borders = snapshot_borders(prompt, len(hashes), self._cache.shape)
         for seq in seqs:

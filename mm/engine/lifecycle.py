@@ -79,7 +79,10 @@ class RequestLifecycle:
             self._live[request] = set(seqs)
             self._num_live += len(seqs)
             self._first_deadline = min(self._first_deadline, _deadline(request))
-            self._scheduler.add(seqs[0])
+            later = set(seqs[0].siblings)
+            for seq in seqs:
+                if seq not in later:
+                    self._scheduler.add(seq)
         for request in aborted:
             if request in self._live:
                 self._release(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from mm.errors import CapacityError
 from mm.plugins.calls import StageStatus
 from serve.deployments.availability import NEW_WAIT_S, SILENT_S, STAGES, Pulse, Stage
 from serve.deployments.messages import INLINE_BYTES, TransferredMedia
+from serve.deployments.resumption import Progress, reproducible
 from serve.deployments.transport import receive
 from serve.runtime import (
     DecoderLoad,
@@ -61,13 +63,17 @@ MAX_TRIES = 5
 """Replicas that one request may lose. A request that ends each of them has to end too."""
 PAUSE_S = 0.1
 """Before a lost call is made again, times the calls so far: the loss has to reach the router."""
+MAX_STREAM_LOSSES = 20
+"""Decoders that one stream may lose, though each gave some of it."""
+RESUME_S = 0.1
+"""Before a stream that lost its decoder, or was refused by a full one, asks again for its rest."""
 
 
 class RayRuntime:
     """Both halves in Ray Serve replicas, reached through handles.
 
     The caller keeps the request with its media, so a lost replica costs one more encoding or decoding and not the
-    request. Only a stream that has begun ends with its decoder.
+    request. A stream that has begun goes on at another decoder; see `serve.deployments.resumption`.
 
     Args:
         encoder, decoder: Handles of the `Encoder` and `Decoder` deployments.
@@ -161,17 +167,42 @@ class RayRuntime:
         return self._encoder.encode_inline if max(media, files) < INLINE_BYTES else self._encode_by_reference
 
     async def stream(self, request: Request, media: MediaHandle) -> AsyncGenerator[list[Event]]:
+        """Events as they come. A stream whose decoder is lost goes on at another one, behind what it has given."""
+        progress = Progress(reproducible(request))
+        num_losses, loss = 0, None
+        while True:
+            num_before = progress.num_tokens
+            try:
+                async with contextlib.aclosing(self._stream_rest(request, progress, media, loss)) as batches:
+                    async for batch in batches:
+                        yield batch
+                return
+            except CapacityError as error:
+                if not progress.num_tokens:
+                    raise  # nothing has been sent, so the refusal is an answer
+                is_lost = isinstance(error, Unavailable)
+                if is_lost and (progress.num_tokens == num_before or num_losses == MAX_STREAM_LOSSES):
+                    raise
+                num_losses += is_lost
+                loss = error if is_lost else Unavailable("the decoder was full")
+            await asyncio.sleep(RESUME_S)
+
+    async def _stream_rest(
+        self, request: Request, progress: Progress, media: MediaHandle, loss: Unavailable | None
+    ) -> AsyncGenerator[list[Event]]:
+        """What is missing of a stream, from one decoder."""
+
         async def attempt(loss: Unavailable | None) -> tuple[list[Event], AsyncGenerator[list[Event]]]:
             current = await self._media(request, media, loss)
             method = self._decoder_for(current).stream.options(stream=True)
-            events = _items(method, _without_media(request), current)
+            events = _items(method, _without_media(progress.rest()), current)
             return await self._decode(_first(events), current, loss), events
 
-        first, rest = await _retried(attempt)
+        first, rest = await _retried(attempt, loss)
         try:
-            yield first
+            yield progress.take(first)
             async for batch in rest:
-                yield batch
+                yield progress.take(batch)
         finally:
             await rest.aclose()
 
@@ -236,9 +267,12 @@ class RayRuntime:
         """Does nothing: Ray stops routing to a replica before it ends it, and waits for the replica's requests."""
 
 
-async def _retried(attempt: Callable[[Unavailable | None], Awaitable[T]]) -> T:
-    """The result of `attempt`, which is made again after it lost its replica. It gets the loss of the last attempt."""
-    loss: Unavailable | None = None
+async def _retried(attempt: Callable[[Unavailable | None], Awaitable[T]], loss: Unavailable | None = None) -> T:
+    """The result of `attempt`, which is made again after it lost its replica. It gets the loss of the last attempt.
+
+    Args:
+        loss: Of an attempt that was made before.
+    """
     for tries in range(1, MAX_TRIES + 1):
         try:
             return await attempt(loss)

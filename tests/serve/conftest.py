@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from mm.config import ModelConfig
 from serve.config import ServeConfig
 
 
@@ -18,7 +19,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def config() -> ServeConfig:
-    return ServeConfig(port=free_port(), ray_cpus=4, object_store_bytes=200 << 20, max_choices=4)
+    """In float32, in which the tokens of a request do not depend on what else is computed."""
+    return ServeConfig(
+        model=ModelConfig(dtype="float32"), port=free_port(), ray_cpus=4, object_store_bytes=200 << 20, max_choices=4
+    )
 
 
 @pytest.fixture(scope="session")

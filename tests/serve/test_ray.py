@@ -330,17 +330,51 @@ def test_whole_requests_that_were_begun_outlive_their_decoder(ray_client) -> Non
     assert [reply.json()["usage"]["completion_tokens"] for reply in replies] == [400, 400]
 
 
-def test_decoder_lost_in_mid_stream_ends_the_stream_with_an_error(ray_client) -> None:
-    long = body("Hello", {"stream": True, "max_tokens": 3000, "ignore_eos": True, "n": 2})
+def test_streams_go_on_with_the_same_bytes_when_their_decoder_is_lost(ray_client) -> None:
+    """Two sampled choices, a picture with a schema, and one with penalties."""
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    long = {"stream": True, "max_tokens": 300, "temperature": 1.0, "seed": 4}
+    asked = [
+        body("Hello", long | {"ignore_eos": True, "n": 2}),
+        body([IMAGE, TEXT], long | PRUNED | {"response_format": form}),
+        body([OTHER, TEXT], long | {"ignore_eos": True, "repetition_penalty": 1.2}),
+    ]
     await_health(ray_client)
-    with ray_client.stream("POST", PATH, json=long) as response:
-        lines = response.iter_lines()
-        next(lines)
-        threading.Thread(target=kill, args=("Decoder",)).start()
-        rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]"
-    assert '"code":"unavailable"' in rest[-2]
-    ends = [json.loads(line[6:])["choices"][0] for line in rest[-4:-2]]
-    assert [(end["index"], end["finish_reason"]) for end in ends] == [(0, "error"), (1, "error")]
+    undisturbed = [by_choice(ray_client.post(PATH, json=one).text) for one in asked]
+    begun = threading.Barrier(len(asked) + 1)
+
+    def streamed(request: dict[str, Any]) -> dict[int, list[Any]]:
+        with ray_client.stream("POST", PATH, json=request) as response:
+            lines = response.iter_lines()
+            first = [next(lines) for _ in range(12)]
+            begun.wait(120)
+            return by_choice("\n".join([*first, *lines]))
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        streams = [pool.submit(streamed, one) for one in asked]
+        begun.wait(120)
+        kill("Decoder")
+        assert [stream.result() for stream in streams] == undisturbed
     await_health(ray_client)
-    assert ask_until_answered(ray_client, body("Hello", {}))[-1] == 200
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"words": {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 20}},
+    "required": ["words"],
+    "additionalProperties": False,
+}
+
+
+def by_choice(text: str) -> dict[int, list[Any]]:
+    """What a stream says of each choice, in order; it has to end well."""
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert lines[-1:] == ["[DONE]"], text[-1000:]
+    found: dict[int, list[Any]] = {}
+    for line in lines[:-1]:
+        chunk = json.loads(line)
+        assert "error" not in chunk, chunk
+        for choice in chunk["choices"]:
+            found.setdefault(choice["index"], []).append(choice)
+    assert all(choices[-1]["finish_reason"] in ("stop", "length") for choices in found.values())
+    return found

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mm.data.media import MediaSource
-from mm.data.request import MediaPart, Message, Request, TextLimits, TextPart
-from mm.errors import InvalidRequest
+from mm.data.outputs import Delta, Summary, Timings, Usage
+from mm.data.request import Emitted, MediaPart, Message, Request, TextLimits, TextPart
+from mm.data.sampling_params import SamplingParams
+from mm.errors import CapacityError, EngineError, InvalidRequest
 from serve.runtime import StageMissing, Unavailable
 
 with warnings.catch_warnings():  # Ray's own, while it is imported
@@ -96,26 +99,115 @@ async def streamed(runtime: RayRuntime) -> list[Any]:
     return [batch async for batch in runtime.stream(request(), MEDIA)]
 
 
+def texts(batches: list[list[Delta]]) -> list[str]:
+    return [delta.text for batch in batches for delta in batch]
+
+
 async def test_a_stream_is_started_once(make) -> None:
-    stream = Method(Answer([["a"], ["b"]]))
-    assert await streamed(make(stream=stream)) == [["a"], ["b"]]
+    stream = Method(Answer([deltas(1), deltas(2)]))
+    assert texts(await streamed(make(stream=stream))) == ["1", "2"]
     assert len(stream.calls) == 1
 
 
 async def test_a_stream_whose_decoder_is_lost_before_its_first_token_is_started_again_once(make) -> None:
-    lost, whole = Answer([], ActorDiedError()), Answer([["a"], ["b"]])
+    lost, whole = Answer([], ActorDiedError()), Answer([deltas(1), deltas(2)])
     stream = Method(lost, whole)
-    assert await streamed(make(stream=stream)) == [["a"], ["b"]]
+    assert texts(await streamed(make(stream=stream))) == ["1", "2"]
     assert len(stream.calls) == 2
     assert lost.is_cancelled
 
 
-async def test_a_stream_that_has_begun_is_not_started_again(make) -> None:
-    stream = Method(Answer([["a"]], ActorDiedError()), Answer([["a"], ["b"]]))
+def deltas(*token_ids: int, choice: int = 0, finish_reason: str | None = None) -> list[Delta]:
+    """One for each token; the last one may end its choice."""
+    return [
+        Delta(
+            choice=choice,
+            text=str(token_id),
+            token_ids=(token_id,),
+            finish_reason=finish_reason if i + 1 == len(token_ids) else None,
+            num_prompt_tokens=7 if i == 0 else None,
+        )
+        for i, token_id in enumerate(token_ids)
+    ]
+
+
+SUMMARY = Summary(usage=Usage(num_prompt_tokens=7, num_completion_tokens=3), timings=Timings())
+SAMPLED = SamplingParams(temperature=1.0, max_new_tokens=3)
+
+
+async def test_a_stream_that_has_begun_goes_on_behind_what_it_gave(make) -> None:
+    lost = Answer([deltas(1), deltas(2)], ActorDiedError())
+    whole = Answer([[*deltas(3, finish_reason="length"), SUMMARY]])
+    stream = Method(lost, whole)
+    asked = replace(request(has_picture=True), sampling=SAMPLED, timeout_s=50.0)
+    events = [event async for batch in make(stream=stream).stream(asked, MEDIA) for event in batch]
+    assert [getattr(event, "text", None) for event in events] == ["1", "2", "3", None]
+    assert [event.num_prompt_tokens for event in events[:3]] == [7, None, None]
+    (first, _), (second, _) = stream.calls
+    assert (first.emitted, second.emitted) == ((), (Emitted(token_ids=(1, 2)),))
+    assert first.sampling.seed is not None
+    assert second.sampling == first.sampling
+    assert second.media == ()
+    assert 49 < second.timeout_s <= first.timeout_s <= 50
+    assert lost.is_cancelled
+
+
+async def test_each_choice_goes_on_behind_its_own_and_finished_ones_stay_so(make) -> None:
+    first = [*deltas(1, 2, finish_reason="stop"), *deltas(5, choice=1)]
+    stream = Method(Answer([first], ActorDiedError()), Answer([[*deltas(6, choice=1, finish_reason="stop"), SUMMARY]]))
+    asked = replace(request(), sampling=replace(SAMPLED, n=2))
+    events = [event async for batch in make(stream=stream).stream(asked, MEDIA) for event in batch]
+    assert [event.text for event in events[:-1]] == ["1", "2", "5", "6"]
+    assert stream.calls[1][0].emitted == (Emitted(token_ids=(1, 2), is_finished=True), Emitted(token_ids=(5,)))
+
+
+async def test_a_lost_summary_costs_the_last_token_again_which_nobody_sees_twice(make) -> None:
+    ended = deltas(1, 2, finish_reason="stop")
+    stream = Method(Answer([ended], ActorDiedError()), Answer([[ended[1], SUMMARY]]))
+    events = [event async for batch in make(stream=stream).stream(request(), MEDIA) for event in batch]
+    assert events == [*ended, SUMMARY]
+    assert stream.calls[1][0].emitted == (Emitted(token_ids=(1,)),)
+
+
+async def test_a_stream_whose_other_decoder_is_full_asks_again(make, monkeypatch) -> None:
+    monkeypatch.setattr(ray_runtime, "RESUME_S", 0.0)
+    full = Answer([], CapacityError("busy"))
+    answers = [
+        Answer([deltas(1)], ActorDiedError()),
+        *[full] * 9,
+        Answer([[*deltas(2, finish_reason="stop"), SUMMARY]]),
+    ]
+    stream = Method(*answers)
+    events = [event async for batch in make(stream=stream).stream(request(), MEDIA) for event in batch]
+    assert [event.text for event in events[:-1]] == ["1", "2"]
+    assert len(stream.calls) == 11
+
+
+async def test_a_new_stream_that_a_full_decoder_refuses_is_refused(make) -> None:
+    stream = Method(Answer([], CapacityError("busy")))
+    with pytest.raises(CapacityError, match="busy"):
+        await streamed(make(stream=stream))
+    assert len(stream.calls) == 1
+
+
+async def test_a_stream_that_ends_every_decoder_ends_too(make, monkeypatch) -> None:
+    monkeypatch.setattr(ray_runtime, "RESUME_S", 0.0)
+    stream = Method(Answer([deltas(1)], ActorDiedError()), Answer([], ActorDiedError()))
     events = make(stream=stream).stream(request(), MEDIA)
-    assert await anext(events) == ["a"]
+    assert await anext(events) == deltas(1)
     with pytest.raises(Unavailable):
         await anext(events)
+    assert len(stream.calls) == 1 + ray_runtime.MAX_TRIES
+    slow = Method(Answer([deltas(1)], ActorDiedError()))  # each gives one token before it ends
+    with pytest.raises(Unavailable):
+        await streamed(make(stream=slow))
+    assert len(slow.calls) == 1 + ray_runtime.MAX_STREAM_LOSSES
+
+
+async def test_a_stream_that_fails_by_its_own_fault_is_not_repeated(make) -> None:
+    stream = Method(Answer([deltas(1)], EngineError("the decoder failed")))
+    with pytest.raises(EngineError):
+        await streamed(make(stream=stream))
     assert len(stream.calls) == 1
 
 
@@ -127,9 +219,9 @@ async def test_a_request_that_ends_every_decoder_ends_too(make) -> None:
 
 
 async def test_leaving_a_stream_cancels_its_call(make) -> None:
-    call = Answer([["a"], ["b"], ["c"]])
+    call = Answer([deltas(1), deltas(2), deltas(3)])
     events = make(stream=Method(call)).stream(request(), MEDIA)
-    assert await anext(events) == ["a"]
+    assert texts([await anext(events)]) == ["1"]
     await events.aclose()
     assert call.is_cancelled
 

@@ -30,7 +30,7 @@ def encoders(settings: Settings) -> Iterator[Figure]:
 
 @check("R5")
 def decoders(settings: Settings) -> Iterator[Figure]:
-    """Decoders that are killed while 16 clients ask. Resuming a stream is not promised; its end is."""
+    """Decoders that are killed while 16 clients ask; `streams.py` compares what the streams say."""
     yield from _killed("Decoder", settings)
 
 
