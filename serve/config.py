@@ -131,6 +131,10 @@ class ServeConfig:
     max_arriving_bytes: int = setting(256 * MiB, min=0, help="Memory of all bodies that are arriving, in bytes.")
     header_timeout_s: float = setting(20.0, above=0, help="Seconds that a request's header may take (--in-process).")
     ui: bool = setting(False, help="Serve the demo page at /ui, beside the API.")
+    batch_dir: str | None = setting(
+        None, help="Folder of /v1/files and /v1/batches; without it they are off. Batches go on after a restart."
+    )
+    max_batch_file_bytes: int = setting(512 * MiB, min=0, help="Size of an uploaded file, in bytes.")
     max_choices: int = setting(8, min=1, help="Largest `n` that a request may ask for.")
     request_timeout_s: float = setting(300.0, min=0, help="Seconds from a request's body to its last token.")
     send_timeout_s: float = setting(60.0, min=0, help="Seconds after which a client that reads nothing is cut off.")
@@ -147,6 +151,8 @@ class ServeConfig:
         if self.ui and self.api_keys:
             what = "cannot go with API keys, since whoever opens the page could use the server; run `mm demo --url URL`"
             raise InvalidOption("serve", "ui", what)
+        if self.batch_dir is not None and self.num_ingress > 1:
+            raise InvalidOption("serve", "batch_dir", "needs a single HTTP replica, which works on the batches")
         if self.ui and self.num_ingress > 1:
             raise InvalidOption("serve", "ui", "needs a single HTTP replica, which holds the visitors of the page")
         self._check_cluster()

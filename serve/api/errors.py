@@ -100,6 +100,12 @@ class OriginNotAllowed(RequestError):
         )
 
 
+class NotFound(RequestError):
+    """There is nothing of that name."""
+
+    code = "not_found"
+
+
 class Unauthorized(RequestError):
     """The request has no API key, or a wrong one."""
 
@@ -142,6 +148,7 @@ class ErrorResponse:
 
 STATUS: tuple[tuple[type[MmError], int, str], ...] = (
     (UnknownModel, 404, "NotFoundError"),
+    (NotFound, 404, "NotFoundError"),
     (Unauthorized, 401, "authentication_error"),
     (HostNotAllowed, 403, "permission_error"),
     (OriginNotAllowed, 403, "permission_error"),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from mm.errors import InvalidRequest, MmError, UnknownModel
 from mm.models.shipped import limits_of
+from serve.api.batches.routes import add_batches, batches_of
 from serve.api.body import BodyReader
 from serve.api.chat import Chat, http_response
 from serve.api.counting import Counting, add_counting
@@ -38,6 +39,7 @@ from serve.api.guard import Guard
 from serve.api.home import add_home
 from serve.api.hosts import HostPolicy
 from serve.api.leftovers import DropLeftovers
+from serve.api.limits import add_limits
 from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.render import JsonObject, to_json
 from serve.api.responses_body import responses_body
@@ -60,7 +62,9 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
         echo_request_id: See `Guard`.
     """
     # The interactive pages would load scripts from elsewhere, so only the schema is served.
-    app = FastAPI(title="mm", version=_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    batches = batches_of(config, lambda inner: create_app(runtime, inner))
+    options: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    app = FastAPI(title="mm", version=_version(), lifespan=batches and batches.lifespan, **options)
     hosts = HostPolicy(config.host, config.allowed_hosts, config.allowed_origins)
     app.add_middleware(Guard, hosts=hosts, api_keys=config.api_keys, echo_request_id=echo_request_id)
     if config.allowed_origins:
@@ -86,6 +90,8 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     add_embeddings(app, Embeddings(chat, runtime, config), body_of(EmbeddingRequest))
     _add_models(app, runtime, config, bodies)
     _add_operations(app, runtime, metrics)
+    add_limits(app, runtime, config)
+    add_batches(app, batches, bodies)
     add_home(app, config)
     return app
 

@@ -180,8 +180,9 @@ def build_config(cls: type[T], settings: Mapping[str, Any], **fixed: Any) -> T:
     values = {**settings, **fixed}
     if "reducer" in values:
         values["reducer"] = read_reducer(values["reducer"])
-    if values.get("chat_template"):  # a replica may run in another folder
-        values["chat_template"] = str(Path(values["chat_template"]).expanduser().resolve())
+    for name in ("chat_template", "batch_dir"):  # a replica may run in another folder
+        if values.get(name):
+            values[name] = str(Path(values[name]).expanduser().resolve())
     return build(cls, values, "model")
 
 
