@@ -58,6 +58,8 @@ class Question:
         keep_ratio: Sent only when set; for a specification that holds its own ratios leave it None.
         num_frames: Frames of a clip; not sent for an image.
         drafter: One that the server offers; None leaves the choice to it.
+        salt: Shares nothing that is cached with questions of another salt, so that both sides of a comparison are
+            cold. Empty shares.
     """
 
     text: str
@@ -69,6 +71,7 @@ class Question:
     seed: int = 0
     temperature: float = 0.0
     max_tokens: int = 64
+    salt: str = ""
 
     def body(self, model: str, media_url: str | None = None) -> dict[str, Any]:
         """The request's JSON object. `media_url` stands in for the data URL of the file."""
@@ -84,7 +87,8 @@ class Question:
         if self.upload.kind == "video":
             vision["num_frames"] = self.num_frames
         drafting = {"drafter": self.drafter} if self.drafter is not None else {}
-        return {
+        salted = {"cache_salt": self.salt} if self.salt else {}
+        return salted | {
             "model": model,
             "messages": [{"role": "user", "content": content}],
             "max_tokens": self.max_tokens,

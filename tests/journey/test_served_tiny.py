@@ -188,3 +188,24 @@ def test_with_keys_the_document_has_a_security_scheme():
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert document["paths"]["/health"]["get"]["security"] == []
     assert "401" in document["paths"]["/v1/models"]["get"]["responses"]
+
+
+def test_both_sides_of_the_page_are_cold_however_often_a_question_is_asked(http):
+    pytest.importorskip("gradio")
+    from serve.page.client import Client, Question, Upload
+    from serve.page.handlers import Handlers
+
+    asked = Client("http://127.0.0.1", transport=http._transport)
+    handlers = Handlers(asked, (), ())
+    data = base64.b64decode(picture().partition(",")[2])
+    upload = Upload(name="p.png", mime="image/png", data=data)
+    for reducer in ("none", "fastv", "none", "fastv"):
+        reply = handlers._answer(
+            Question(text="What color is the circle?", upload=upload, reducer=reducer, max_tokens=4)
+        )
+        assert reply.num_cached_tokens == 0
+        assert reply.timings_s["encode"] > 0
+    warm = Question(text="What color is the circle?", upload=upload, max_tokens=4)
+    asked.ask(warm)
+    assert asked.ask(warm).num_cached_tokens > 0, "without the salt the second question is not cold"
+    assert "cache_salt" not in handlers._curl(warm)
