@@ -157,7 +157,7 @@ class Model:
 
     def run_batch(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Event] | MmError]]:
         """The same for requests that were built before; see `mm.batch.generate_batch`."""
-        return generate_batch(requests, self._encode, self.loop, ahead=2 * self.config.max_num_seqs)
+        return generate_batch(requests, self._encode, self.loop, full=self.config.max_num_seqs)
 
     def close(self) -> None:
         """Stop the model's threads. Requests that are under way get no more events."""

@@ -46,7 +46,8 @@ WARMUP_STEPS, DECAY_FROM = 20, 0.4
 SCENES, OTHERS = 4, 3  # rows of a batch
 CLIP_SHARE, OTHER_ROWS = 0.4, 0.25  # of the batches: clips, two drawn and one filmed; rows of other shapes
 CUTS = 4  # of a filmed clip: different frames
-OLD_WEIGHT = 2.0  # of the divergence from what the checkpoint said before
+OLD_WEIGHT = 4.0  # of the divergence from what the checkpoint said before
+LIMIT_WEIGHT = 0.5  # of the refusals: a few missed ones harm less than refusals about drawn pictures
 
 
 def patches(model: LlavaForConditionalGeneration, pixels: np.ndarray) -> Tensor:
@@ -153,7 +154,7 @@ class LimitsTraining(ReducerTraining):
             "limit": mean_where(losses[~drawn], packed.target_weight[~drawn]),
             "moved": mean_where(moved.sum(-1)[drawn], packed.target_weight[drawn]),
         }
-        (parts["answer"] + parts["limit"] + OLD_WEIGHT * parts["moved"]).backward()
+        (parts["answer"] + LIMIT_WEIGHT * parts["limit"] + OLD_WEIGHT * parts["moved"]).backward()
         self.optimisers.step(step)
         return {name: round(loss.item(), 4) for name, loss in parts.items()} | {"clip": batch.clip}
 
