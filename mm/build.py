@@ -25,6 +25,7 @@ from mm.models.family import CheckpointFamily
 from mm.models.folder import reading
 from mm.models.locate import read_template
 from mm.models.probe import transformers_types
+from mm.models.quantized import is_available
 from mm.plugins.calls import PluginCalls
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.registry import create, get, names
@@ -113,6 +114,7 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
 def build_engine(config: ModelConfig) -> LLMEngine:
     """The decoder's half of a model: only the language weights are read."""
     config = _on_this_process(config)
+    _check_quantization(config)
     template = read_template(config.chat_template)
     options = {} if template is None else {"chat_template": template}
     family: CheckpointFamily = _plugin_for("family", config, **options)
@@ -127,7 +129,9 @@ def build_engine(config: ModelConfig) -> LLMEngine:
     )
     most = config.max_num_seqs * family.max_context_tokens
     kv_bytes = kv_cache_bytes(family.language.kv_cache_spec, most, config.kv_cache_gb, config.gpu_share)
-    if config.compile:
+    if config.quantize == "int8":
+        family.language.quantize()
+    elif config.compile:
         family.language.compile()
     else:
         family.language.prepack()
@@ -141,6 +145,19 @@ def build_engine(config: ModelConfig) -> LLMEngine:
         on_error=config.reducers.on_error,
         plugins=config.plugins,
     )
+
+
+def _check_quantization(config: ModelConfig) -> None:
+    if config.quantize == "none":
+        return
+    if not config.device.startswith("cpu"):
+        what = f"was {config.quantize!r}, which works on a CPU only; on {config.device} serve a smaller dtype"
+        raise InvalidOption("model", "quantize", what)
+    if config.compile:
+        raise InvalidOption("model", "compile", "cannot be used with quantize; leave out one of them")
+    if not is_available():
+        what = "was 'int8', for which this build of torch has no products (oneDNN); leave it out"
+        raise InvalidOption("model", "quantize", what)
 
 
 def _on_this_process(config: ModelConfig) -> ModelConfig:

@@ -16,6 +16,7 @@ REDUCERS_FOLDER = "reducers"
 """Of a model's folder: it holds one folder per learned reducer."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,12 @@ class ModelConfig:
     gpu_share: float = setting(1.0, above=0, max=1, hidden=True, help="Share of the GPU that this process may use.")
     dtype: str = setting(
         "auto", choices=DTYPES, help="auto (bfloat16 where the device computes in it, else float32), or a torch dtype."
+    )
+    quantize: str = setting(
+        "none",
+        choices=QUANTIZATIONS,
+        help="Keep the decoder's weights in 8 bits (int8), on a CPU: a quarter of the memory, faster, a little less "
+        "exact.",
     )
     reducer: str = setting("none", help="Default reducer, such as divprune:keep_ratio=0.25, or a file of `mm tune`.")
     keep_ratio: float | None = setting(

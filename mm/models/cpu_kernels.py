@@ -90,5 +90,27 @@ def _gated_silu(gate_up, output):
             output[row, d] = gate * sigmoid * gate_up[row, width + d]
 
 
+def _quantize(rows, bits, levels, values, scales):
+    """Whole numbers from -levels to levels and the scale of each row (T, D). `bits` are the rows' bits as int32.
+
+    The bits of positive numbers are ordered as the numbers are, and infinity and NaN lie above them.
+    """
+    width = rows.shape[1]
+    for row in range(rows.shape[0]):
+        most, largest = np.int32(0), np.float32(0)
+        for d in range(width):
+            most = max(most, bits[row, d] & np.int32(0x7FFFFFFF))
+            largest = max(largest, abs(rows[row, d]))
+        if most >= np.int32(0x7F800000):
+            values[row] = 0
+            scales[row, 0] = np.nan
+            continue
+        factor = np.float32(levels) / largest if most > 0 else np.float32(0)
+        for d in range(width):
+            values[row, d] = np.int8(np.rint(rows[row, d] * factor))
+        scales[row, 0] = largest / np.float32(levels)
+
+
 rms_norm: Kernel = compile_kernel(_rms_norm, "rms_norm")
 gated_silu: Kernel = compile_kernel(_gated_silu, "gated_silu")
+quantize: Kernel = compile_kernel(_quantize, "quantize")

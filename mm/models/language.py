@@ -26,6 +26,7 @@ from mm.models.layers import FusedLayer, Layer, build_layer
 from mm.models.linear import PackedLinear
 from mm.models.pretrained import build_module
 from mm.models.probe import final_norm, names_in_pass
+from mm.models.quantized import Int8Linear, Int8Rows
 from mm.models.recurrent import RecurrentLayer
 from mm.models.row_ops import RowOp, build_norm, has_kernels
 from mm.plugins.weights import ReducerWeights
@@ -96,11 +97,12 @@ class LanguageModel:
         self.model.eval()
         self.config = cast(TextConfig, text)
         self.device, self.dtype = torch.device(device), dtype
-        self.head_weight = self._head(head, config, folder)
+        self._head_weight: Tensor | Int8Rows = self._head(head, config, folder)
         self.head_dim = self.arithmetic.kv_shape[1]
         self._layer_inputs = LayerInputs.of(module, config)
         self.layers = self._built(self.model.layers)
-        self._logits, self._norm = PackedLinear(self.head_weight), self._final_norm()
+        self._logits: PackedLinear | Int8Linear = PackedLinear(self.head_weight)
+        self._norm, self._embedding = self._final_norm(), self.model.get_input_embeddings()
         self.num_layer_weights = sum(p.numel() for p in self.model.layers.parameters())
         self._table: Rotary | None = None
         with reading(folder, "config.json"):  # wrong sections of M-RoPE would only be found by the first request
@@ -145,7 +147,7 @@ class LanguageModel:
         adapted.layers = self._built(layers.eval())
         for layer in adapted.layers:
             if self._prepared:
-                layer.compile() if self._prepared == "compile" else layer.prepack()
+                getattr(layer, self._prepared)()
         return adapted
 
     def _head(self, head: Tensor | None, config: PretrainedConfig, folder: Path) -> Tensor:
@@ -162,7 +164,13 @@ class LanguageModel:
 
     @property
     def vocab_size(self) -> int:
-        return self.head_weight.shape[0]
+        return self._logits.num_outputs
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(vocab, D). Where the weights have 8 bits, it is made of them at each call."""
+        head = self._head_weight
+        return head.dequantized() if isinstance(head, Int8Rows) else head
 
     @property
     def kv_cache_spec(self) -> KVCacheSpec:
@@ -179,7 +187,7 @@ class LanguageModel:
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:
         """(T,) ids to (T, D) embeddings: the first layer's input."""
-        return self.as_input(self.model.get_input_embeddings()(token_ids.to(self.device)))
+        return self.as_input(self._embedding(token_ids.to(self.device)))
 
     def as_input(self, embeddings: Tensor) -> Tensor:
         """The first layer's input of embeddings (T, D), also of visual tokens."""
@@ -269,6 +277,21 @@ class LanguageModel:
         self._logits.prepack()
         if all(isinstance(layer, FusedLayer) for layer in self.layers):
             self.model.layers = nn.ModuleList()  # else every weight would be held twice
+
+    def quantize(self) -> None:
+        """Keep the linear layers, the head and the embedding in 8 bits, and free the originals."""
+        self._prepared = "quantize"
+        for layer in self.layers:
+            layer.quantize()
+        embedding = self.model.get_input_embeddings()
+        head, is_plain = Int8Rows(self.head_weight), type(embedding) is nn.Embedding
+        is_shared = is_plain and embedding.weight is self._head_weight
+        if is_plain:
+            self._embedding = head if is_shared else Int8Rows(embedding.weight)
+            embedding.weight = nn.Parameter(embedding.weight.new_empty((0, head.values.shape[1])), requires_grad=False)
+        self._head_weight, self._logits = head, Int8Linear(head, is_shared=is_shared)
+        if all(isinstance(layer, FusedLayer) for layer in self.layers):
+            self.model.layers = nn.ModuleList()
 
     def queries(self, index: int, hidden: Tensor, rotary: Rotary) -> Tensor:
         """Rotated queries (T, H, d) of a layer's input."""

@@ -27,6 +27,7 @@ from mm.models.attention import (
     rotate,
 )
 from mm.models.linear import PackedLinear, bias_of, prepack_linears
+from mm.models.quantized import Int8Linear, quantize_linears, quantized
 from mm.models.row_ops import build_gated, build_norm, has_kernels
 
 FUSED = frozenset(
@@ -102,6 +103,10 @@ class Layer(Protocol):
         """Repack weights into oneDNN's blocked format and free the originals."""
         ...
 
+    def quantize(self) -> None:
+        """Keep the weights of linear layers in 8 bits and free the originals."""
+        ...
+
 
 def build_layer(module: nn.Module, number: int, facts: Arithmetic) -> Layer:
     """The fused form where the module is known to have one.
@@ -158,6 +163,9 @@ class ModuleLayer:
     def prepack(self) -> None:
         prepack_linears(self._module)
 
+    def quantize(self) -> None:
+        quantize_linears(self._module)
+
     def queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
         return self._recorded(hidden, rotary).queries
 
@@ -210,9 +218,10 @@ class FusedLayer:
         layer = cast(_LlamaLayer, module)
         inner, mlp = layer.self_attn, layer.mlp
         self._num_queries = inner.q_proj.out_features
-        self._qkv = _join(inner.q_proj, inner.k_proj, inner.v_proj)
-        self._gate_up = _join(mlp.gate_proj, mlp.up_proj)
-        self._out, self._down = (PackedLinear(part.weight, bias_of(part)) for part in (inner.o_proj, mlp.down_proj))
+        self._qkv: PackedLinear | Int8Linear = _join(inner.q_proj, inner.k_proj, inner.v_proj)
+        self._gate_up: PackedLinear | Int8Linear = _join(mlp.gate_proj, mlp.up_proj)
+        self._out: PackedLinear | Int8Linear = PackedLinear(inner.o_proj.weight, bias_of(inner.o_proj))
+        self._down: PackedLinear | Int8Linear = PackedLinear(mlp.down_proj.weight, bias_of(mlp.down_proj))
         self._activation = mlp.act_fn
         self._norm_parts = [
             (norm.weight.detach(), norm.variance_epsilon)
@@ -240,6 +249,10 @@ class FusedLayer:
     def prepack(self) -> None:
         for linear in (self._qkv, self._gate_up, self._out, self._down):
             linear.prepack()
+
+    def quantize(self) -> None:
+        self._qkv, self._gate_up = quantized(self._qkv), quantized(self._gate_up)
+        self._out, self._down = quantized(self._out), quantized(self._down)
 
     def compile(self) -> None:
         self._build_row_ops(on_cpu_kernels=False)  # torch.compile cannot look into them

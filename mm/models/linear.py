@@ -38,6 +38,17 @@ class PackedLinear:
         self._is_packed = False
 
     @property
+    def weight(self) -> Tensor:
+        """(out, in). Only before `prepack`."""
+        assert not self._is_packed, "the weight is in oneDNN's format"
+        return self._weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,), or none."""
+        return self._bias
+
+    @property
     def num_outputs(self) -> int:
         return self._weight.shape[0]
 
@@ -56,7 +67,7 @@ class PackedLinear:
             num_rows = inputs.shape[0]
             if num_rows <= EXACT_INPUTS:
                 return self._multiply(inputs, self._weight, self._bias, "none", [], "")
-            return self._multiply(_filled_up(inputs), self._weight, self._bias, "none", [], "")[:num_rows]
+            return self._multiply(filled_up(inputs), self._weight, self._bias, "none", [], "")[:num_rows]
         return nn.functional.linear(inputs, self._weight, self._bias)
 
     def add_to(self, hidden: Tensor, inputs: Tensor) -> Tensor:
@@ -70,7 +81,7 @@ class PackedLinear:
             num_rows = inputs.shape[0]
             if num_rows <= EXACT_INPUTS:
                 return self._multiply_and_add(inputs, hidden, self._weight, self._bias, "add")
-            rows, to = _filled_up(inputs), _filled_up(hidden)
+            rows, to = filled_up(inputs), filled_up(hidden)
             return self._multiply_and_add(rows, to, self._weight, self._bias, "add")[:num_rows]
         total = torch.addmm(hidden, inputs, self._weight.t())
         return total if self._bias is None else total.add_(self._bias)
@@ -82,7 +93,7 @@ class PackedLinear:
         return nn.functional.linear(inputs, self._weight[outputs], None if self._bias is None else self._bias[outputs])
 
 
-def _filled_up(inputs: Tensor) -> Tensor:
+def filled_up(inputs: Tensor) -> Tensor:
     """(T, in) with rows of zeros added up to a multiple of ROUND_TO; see EXACT_INPUTS."""
     missing = -inputs.shape[0] % ROUND_TO
     return nn.functional.pad(inputs, (0, 0, 0, missing)) if missing else inputs

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from mm.models.attention import Attention, AttentionMetadata, Rotary, UnknownAttention
 from mm.models.linear import prepack_linears
+from mm.models.quantized import quantize_linears
 
 
 def keeps_state(kind: str) -> bool:
@@ -141,6 +142,9 @@ class RecurrentLayer:
 
     def prepack(self) -> None:
         prepack_linears(self._module)
+
+    def quantize(self) -> None:
+        quantize_linears(self._module)
 
     def queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
         raise UnknownAttention(["a state in place of queries"])
