@@ -18,7 +18,7 @@ from mm.encode.parts import EncodeParts
 from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
 from mm.engine.self_test import needs_self_test, self_test
-from mm.errors import BrokenPlugin, MmError
+from mm.errors import BrokenPlugin, InvalidOption, MmError
 from mm.media import DecodeMemory
 from mm.models.checkpoint import BadCheckpoint, find, read_config
 from mm.models.family import CheckpointFamily

@@ -83,7 +83,7 @@ class Int8Linear:
         count = inputs.shape[0]
         values, scales = quantize_rows(inputs if count <= EXACT_INPUTS else filled_up(inputs))
         if self._shared is not None:
-            products = torch._int_mm(values, self._shared).float().mul_(self._scales).mul_(scales)
+            products = torch.ops.aten._int_mm.default(values, self._shared).float().mul_(self._scales).mul_(scales)
             return products[:count].to(self._dtype)
         products = self._multiply(
             values, 1.0, 0, self._weight, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
