@@ -169,8 +169,7 @@ class LanguageModel:
     @property
     def head_weight(self) -> Tensor:
         """(vocab, D). Where the weights have 8 bits, it is made of them at each call."""
-        head = self._head_weight
-        return head.dequantized() if isinstance(head, Int8Rows) else head
+        return self._head_weight.dequantized() if isinstance(self._head_weight, Int8Rows) else self._head_weight
 
     @property
     def kv_cache_spec(self) -> KVCacheSpec:
