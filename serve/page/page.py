@@ -14,6 +14,12 @@ from serve.page.components import Inputs, Outputs, make_inputs, make_outputs
 from serve.page.handlers import Handlers
 from serve.page.samples import Sample
 
+SHOW_ANSWERS = """() => {
+  const answers = document.querySelector("#mm-full");
+  if (answers && window.innerWidth <= 700) answers.scrollIntoView({ block: "start" });
+}"""
+"""On a narrow screen the answers are below the form."""
+
 
 def build_page(
     client: Client, *, samples: Sequence[Sample] = (), reducers: Sequence[ReducerChoice] | None = None
@@ -55,4 +61,6 @@ def _wire(page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs,
     )
     if inputs.samples is not None:
         inputs.samples.select(handlers.take_sample, None, [inputs.file, inputs.question], **quiet)
-    gr.on([inputs.button.click, inputs.question.submit], handlers.ask, inputs.form, outputs.all, **quiet)
+    asked = [inputs.button.click, inputs.question.submit]
+    gr.on(asked, handlers.ask, inputs.form, outputs.all, **quiet)
+    gr.on(asked, None, None, None, js=SHOW_ANSWERS, **quiet)

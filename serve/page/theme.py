@@ -43,7 +43,8 @@ def theme() -> Base:
 
 CSS = """
 gradio-app, .gradio-container { min-width: 0 !important; }
-.gradio-container { max-width: 1360px !important; margin: 0 auto; padding: 14px 18px !important; }
+.gradio-container { max-width: 1360px !important; margin: 0 auto; padding: 14px clamp(6px, 1.4vw, 18px) !important; }
+.gradio-container .app { padding: clamp(4px, 2vw, 28px) !important; }
 .mm-bare, .mm-bare .html-container { padding: 0 !important; border: 0 !important; background: none !important; }
 .mm-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; padding: 0 2px; }
 .mm-head h1 { font-size: 20px; font-weight: 700; margin: 0; }
@@ -144,7 +145,6 @@ gradio-app, .gradio-container { min-width: 0 !important; }
 .mm-side .mm-frames figcaption { font-size: 11px; }
 footer { display: none !important; }
 @media (max-width: 700px) {
-  .gradio-container { padding: 10px !important; }
   .mm-answers { flex-direction: column !important; }
   .mm-answers > * { min-width: 0 !important; width: 100%; }
   .mm-card { height: auto; }

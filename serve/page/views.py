@@ -164,6 +164,9 @@ def comparison(full: Reply, reduced: Reply) -> str:
     facts = []
     if full.num_visual_tokens_kept and reduced.num_visual_tokens_kept:
         facts.append(f"Visual tokens <b>{full.num_visual_tokens_kept:,} → {reduced.num_visual_tokens_kept:,}</b>")
+    if full.timings_s and reduced.timings_s:
+        before, after = (milliseconds(sum(seconds for _, seconds in stages_of(one))) for one in (full, reduced))
+        facts.append(f"Total <b>{before} → {after}</b>")
     for stage in ("prefill", "decode"):
         if stage in full.timings_s and stage in reduced.timings_s:
             before, after = milliseconds(full.timings_s[stage]), milliseconds(reduced.timings_s[stage])

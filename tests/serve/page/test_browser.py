@@ -294,3 +294,48 @@ def test_a_narrow_window_needs_no_sideways_scrolling(open_page: Any, fake_url: s
     left = page.locator("#mm-full .mm-card").bounding_box()
     right = page.locator("#mm-reduced .mm-card").bounding_box()
     assert left["y"] + left["height"] <= right["y"]
+
+
+LOWEST_CONTRAST = """() => {
+  const part = v => (v /= 255) <= 0.03928 ? v / 12.92 : Math.pow((v + 0.055) / 1.055, 2.4);
+  const light = c => 0.2126 * part(c[0]) + 0.7152 * part(c[1]) + 0.0722 * part(c[2]);
+  const parse = s => { const m = s.match(/[\\d.]+/g).map(Number); return m.length < 4 ? [...m, 1] : m; };
+  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3]));
+  const behind = element => {
+    const stack = [];
+    for (let e = element; e; e = e.parentElement) stack.push(parse(getComputedStyle(e).backgroundColor));
+    return stack.reverse().reduce((base, c) => over(c, base), [255, 255, 255]);
+  };
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const e = walker.currentNode.parentElement, box = e.getBoundingClientRect();
+    if (!walker.currentNode.textContent.trim() || !box.width || !box.height) continue;
+    if (["STYLE", "SCRIPT", "NOSCRIPT"].includes(e.tagName)) continue;
+    const back = behind(e), [a, b] = [light(over(parse(getComputedStyle(e).color), back)), light(back)];
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), walker.currentNode.textContent.trim().slice(0, 40)]);
+  }
+  return found.sort((a, b) => a[0] - b[0])[0];
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_text_has_a_contrast_of_at_least_four_and_a_half(open_page, fake_url, picture, theme):
+    page = open_page(f"{fake_url}?__theme={theme}")
+    upload(page, picture)
+    ask(page, "What is it?")
+    ratio, text = page.evaluate(LOWEST_CONTRAST)
+    assert ratio >= 4.5, text
+
+
+def test_a_narrow_screen_shows_the_answers_and_has_small_margins(browser, fake_url, picture):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(fake_url)
+    page.wait_for_selector(".mm-server")
+    upload(page, picture)
+    ask(page, "What is it?")
+    box = page.locator("#mm-full").bounding_box()
+    assert 0 <= box["y"] < 300
+    assert box["x"] <= 16
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.close()
