@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help install serve demo test check format bench reliability clean
+.PHONY: help install serve demo test check format bench reliability docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -45,6 +45,9 @@ bench: install  ## the benchmarks that run on a laptop
 
 reliability: install  ## what the server promises when something goes wrong (make reliability ARGS=--release takes hours)
 	$(BIN)/python -m demos.bench.reliability $(ARGS)
+
+docs: install  ## the documentation as pages in build/docs, without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:  ## remove the environment and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from serve.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "architecture.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "architecture.md"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -105,3 +108,18 @@ def test_paths_of_the_architecture_exist():
     paths = re.findall(r"`((?:mm|serve|pruning|encoders|tests|demos)/[\w/.]+)`", text)
     assert len(paths) > 10
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_docs_build_without_network(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    run = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    for page in ("index.html", "guide/index.html", "methods/divprune/index.html", "search/search_index.json"):
+        assert (tmp_path / "site" / page).is_file()
+    used = re.findall(
+        r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', (tmp_path / "site" / "index.html").read_text()
+    )
+    assert used == [], "a page loads something from elsewhere"

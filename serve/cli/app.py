@@ -13,9 +13,12 @@ import click
 from mm import __version__
 from mm.errors import MmError
 from serve.cli.caption import caption
+from serve.cli.chat import chat
 from serve.cli.check import check
 from serve.cli.compare import compare
+from serve.cli.completion import completion
 from serve.cli.demo import demo
+from serve.cli.doctor import doctor
 from serve.cli.embed import embed
 from serve.cli.evaluate import evaluate
 from serve.cli.plugins import plugins
@@ -23,7 +26,7 @@ from serve.cli.run_batch import run_batch
 from serve.cli.serve import serve
 from serve.cli.tune import tune
 
-COMMANDS = (plugins, check, serve, caption, run_batch, compare, embed, evaluate, tune, demo)
+COMMANDS = (serve, chat, caption, run_batch, compare, embed, evaluate, tune, demo, plugins, check, doctor, completion)
 
 
 class _InOrder(click.Group):

@@ -18,7 +18,21 @@ from serve.cli.checks import warn_of_limits
 from serve.config import ServeConfig
 from tests.serve.conftest import free_port
 
-COMMANDS = ["", "serve", "caption", "run-batch", "compare", "embed", "eval", "tune", "demo", "plugins"]
+COMMANDS = [
+    "",
+    "serve",
+    "chat",
+    "doctor",
+    "completion",
+    "caption",
+    "run-batch",
+    "compare",
+    "embed",
+    "eval",
+    "tune",
+    "demo",
+    "plugins",
+]
 
 HELP = """
 import sys, time
@@ -239,3 +253,43 @@ def test_a_server_that_does_not_answer_is_named(monkeypatch, capsys):
     port = free_port()
     assert run_here(monkeypatch, "plugins", "--url", f"http://127.0.0.1:{port}") == 1
     assert f"http://127.0.0.1:{port} does not answer" in capsys.readouterr().err
+
+
+def test_doctor_says_what_is_missing(monkeypatch, capsys):
+    assert run_here(monkeypatch, "doctor", "--json") == 0
+    findings = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert findings["packages [models]"]["advice"] == ""
+    assert "tiny" in findings["shipped models"]["value"]
+    monkeypatch.setattr(
+        "serve.cli.doctor.requires", lambda name: ["nowhere>=1; extra == 'x'", 'torch>=99; extra == "models"']
+    )
+    assert run_here(monkeypatch, "doctor") == 1
+    assert "FAIL  packages [models]: torch is" in capsys.readouterr().out
+
+
+def test_chat_sends_the_pictures_whose_paths_stand_in_the_question(tmp_path, monkeypatch, capsys):
+    from serve.cli.chat import content_of, talk
+
+    picture = tmp_path / "a picture.png"
+    picture.write_bytes(b"png")
+    media, text = content_of(f"What is in '{picture}' and in absent.png?")
+    assert media["image_url"]["url"] == "data:image/png;base64,cG5n"
+    assert text["text"] == "What is in and in absent.png?"
+    assert content_of("what's this")[0]["text"] == "what's this"
+    lines = iter(["one", "/clear", "two", "three", "/quit", "four"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    asked = []
+
+    def answer(messages):
+        asked.append(len(messages))
+        yield from ("an ", "answer")
+
+    talk(answer, shows_prompt=False)
+    assert asked == [1, 1, 3]
+    assert capsys.readouterr().out.count("an answer") == 3
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(shell, monkeypatch, capsys):
+    assert run_here(monkeypatch, "completion", shell) == 0
+    assert "_MM_COMPLETE" in capsys.readouterr().out
