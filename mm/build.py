@@ -24,7 +24,7 @@ from mm.models.checkpoint import BadCheckpoint, find, read_config
 from mm.models.family import CheckpointFamily
 from mm.models.folder import reading
 from mm.models.locate import read_template
-from mm.models.probe import transformers_types
+from mm.models.probe import refuse_quantized, transformers_types
 from mm.models.quantized import is_available
 from mm.plugins.calls import PluginCalls
 from mm.plugins.capabilities import check_compatible
@@ -44,6 +44,7 @@ def _plugin_for(kind: Literal["encoder", "family"], config: ModelConfig, **optio
     check_device(config.device)
     folder = find(config.model)
     name = plugin_name(kind, folder)
+    refuse_quantized(folder)  # before anything else is found to be missing
     try:
         with reading(folder, f"config.json, or another file that the {kind} {name!r} reads,"):
             return create(kind, name, folder=folder, device=config.device, dtype=_dtype(config), **options)

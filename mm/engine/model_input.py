@@ -70,7 +70,7 @@ class DecodeBatch:
         seq_indices: (B,) int64.
         embeddings: (B, D).
         positions: (1, B).
-        token_ids: (B,) int64.
+        token_ids: (B,) int64, for models whose layers read them.
         candidates: Per sequence its token, where a reducer decides about it.
         capture: Names of the hidden states to hand out, as for a chunk.
         states: After the step: name to (B, D).
@@ -79,7 +79,7 @@ class DecodeBatch:
     seq_indices: np.ndarray
     embeddings: Tensor
     positions: Tensor
-    token_ids: Tensor
+    token_ids: Tensor | None = None
     candidates: dict[int, Candidates] = field(default_factory=dict[int, Candidates])
     capture: frozenset[str] = frozenset()
     states: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False)
@@ -136,11 +136,10 @@ class PackedTokens:
     @property
     def token_ids(self) -> Tensor:
         """(T,) int64, for models whose layers read them."""
-        parts = [self._decode.token_ids] if self._decode else []
-        for chunk in self.chunks:
-            assert chunk.token_ids is not None, "layers of this model read the ids of their tokens"
-            parts.append(chunk.token_ids)
-        return _cat([part.to(self.embeddings.device) for part in parts], 0)
+        parts = [part.token_ids for part in (*([self._decode] if self._decode else []), *self.chunks)]
+        known = [part.to(self.embeddings.device) for part in parts if part is not None]
+        assert len(known) == len(parts), "layers of this model read the ids of their tokens"
+        return _cat(known, 0)
 
     def decide_tokens(self, layer: int, hidden: Tensor) -> bool:
         """Let reducers decide about generated tokens. Returns whether the metadata are others from this layer on."""
