@@ -6,21 +6,32 @@ drafts that are partly right, and several choices.
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import io
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+import httpx
+import numpy as np
+import PIL.Image
 import pytest
 
 from mm.api import Answer, collect
+from mm.config import model_config
 from mm.data.request import Request, SpeculationOptions
 from mm.encode.pipeline import encode
 from mm.errors import InvalidRequest
+from serve.api.routes import create_app
+from serve.config import ServeConfig
+from serve.stages import build_local_runtime
 from tests.helpers.distributions import registered
 from tests.helpers.drafters import TRUTH
 from tests.helpers.engines import Recorder, assert_idle
 from tests.helpers.families import write
 from tests.helpers.speculating import learn_truths
-from tests.parity.test_families import Both, load, prompt_of, request
+from tests.parity.test_families import NEW_TOKENS, PICTURES, Both, load, prompt_of, request
 
 MECHANISMS = {
     "qwen3_vl": "DeepStack, positions in 3 axes",
@@ -133,3 +144,42 @@ def test_reducers_that_would_take_tokens_from_a_state_are_refused(both):
     for reducer in ("fastv:keep_ratio=0.5", "infinipot:keep_ratio=0.5"):
         with pytest.raises(InvalidRequest, match="a state that every token changes"):
             answers(both, request("one", reducer=reducer))
+
+
+def encoded(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_the_same_over_http(both, expected):
+    """Asked twice, with two choices and with drafts: the texts are those of the tokens of `generate`."""
+    settings = {**OPTIONS, "drafters": ("copy:min_match=1",), "dtype": "float32", "num_threads": 1}
+    config = ServeConfig(model=model_config(model=str(both.folder), **settings))
+    runtime = build_local_runtime(config)
+    text = both.ours.engine.family.text_tokenizer.decode(expected["pictures"], skip_special_tokens=True)
+    urls = ["data:image/png;base64," + base64.b64encode(encoded(PICTURES[i])).decode() for i in (0, 1)]
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    body = {
+        "model": both.folder.name,
+        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}],
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "n": 2,
+    }
+
+    async def ask() -> list[Any]:
+        transport = httpx.ASGITransport(app=create_app(runtime, config))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=100) as client:
+            bodies = [body, body, body | {"speculation": {"drafter": "copy:min_match=1"}}]
+            return [await client.post("/v1/chat/completions", json=one) for one in bodies]
+
+    try:
+        answers = asyncio.run(ask())
+    finally:
+        runtime.close()
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        assert [choice["message"]["content"] for choice in answer.json()["choices"]] == [text] * 2
+    if both.name not in BLOCKS:
+        assert answers[1].json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
