@@ -7,7 +7,7 @@ Ray.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mm.data.media import Kind
@@ -79,17 +79,36 @@ class ModelInfo:
     default_reducer: str
 
 
+@dataclass
+class RoutingStats:
+    """What one ingress decided for one stage.
+
+    Attributes:
+        num_decisions: Requests that were routed by content.
+        num_hits: Those that went to their home encoder, or to a decoder that held some of the prompt.
+        num_spills: Those that an encoder's load kept from their home.
+        num_changed: Those that would have gone elsewhere by load alone.
+    """
+
+    num_decisions: int = 0
+    num_hits: int = 0
+    num_spills: int = 0
+    num_changed: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderLoad:
     """Sequences in the decoders: running, and in waiting queues.
 
     Attributes:
         engines: Every decoder's own figures.
+        routing: What the ingress that asks decided, by stage.
     """
 
     num_running: int
     num_waiting: int
     engines: tuple[EngineStats, ...] = ()
+    routing: Mapping[str, RoutingStats] = field(default_factory=dict[str, RoutingStats])
 
     @classmethod
     def of(cls, stats: EngineStats) -> DecoderLoad:

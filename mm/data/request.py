@@ -191,6 +191,8 @@ class Request:
         cache_salt: Requests with different salts share no cached features and no cached prefix.
         emitted: One for each choice of a request that goes on at another decoder, which gives only what follows. A
             sampled request needs its seed then. Empty for a request that begins.
+        prefix_keys: Names by which the sender wants to hear what a prefix cache holds of the prompt: up to each media
+            item, and of the whole. See `PrefixCache.name`.
     """
 
     request_id: str
@@ -203,3 +205,4 @@ class Request:
     timeout_s: float | None = None
     cache_salt: str = ""
     emitted: tuple[Emitted, ...] = ()
+    prefix_keys: tuple[str, ...] = ()

@@ -118,6 +118,10 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         return self._engine.stats
 
+    @property
+    def held_prefixes(self) -> dict[str, int]:
+        return self._engine.prefix_cache.held_names
+
     def start(self) -> None:
         """Run the engine in a thread of its own until `close`."""
         set_threads = functools.partial(_set_num_threads, self._num_threads)

@@ -140,6 +140,12 @@ class OutputProcessor:
         """Share the prompt's blocks. Returns the sequences that now get their first token."""
         assert seq.seq_index is not None
         self._prefix_cache.put(seq.seq_index, seq.block_hashes)
+        if seq.request.params.prefix_keys:
+            for key, length in seq.request.named_lengths().items():
+                num_blocks = min(length // self._cache.shape.block_size, len(seq.block_hashes))
+                if num_blocks:
+                    count = num_blocks * self._cache.shape.block_size
+                    self._prefix_cache.name(key, seq.block_hashes[num_blocks - 1], count)
         ready = [seq]
         for sibling in seq.siblings:
             if sibling.spec is not None and seq.spec is not None:

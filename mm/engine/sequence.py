@@ -116,6 +116,13 @@ class EngineRequest:
         is_pruned = self.pruning_layers or self.cache_pruners or self.token_pruning is not None
         return not is_pruned and self.prompt.mask is None
 
+    def named_lengths(self) -> dict[str, int]:
+        """Tokens of the prompt up to the end of each media item, and of the whole, by the sender's names for them."""
+        visual = np.flatnonzero(self.prompt.is_visual.cpu().numpy())
+        counts = np.cumsum([item.tokens.num_tokens for item in self.media], dtype=np.int64)
+        ends = [int(visual[count - 1]) + 1 if count else 0 for count in counts]
+        return dict(zip(self.params.prefix_keys, [*ends, self.prompt.length], strict=False))
+
     def block_hashes(self, block_size: int, generated: abc.Sequence[int] = ()) -> list[BlockHash]:
         """Hashes of the full blocks that other requests may share.
 

@@ -7,14 +7,14 @@ new one are added, so that no sum ever falls. What an engine counted after it wa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from mm.engine.stats import EngineStats, Histogram
-from serve.runtime import DecoderLoad
+from serve.runtime import DecoderLoad, RoutingStats
 
 Figure = Callable[[EngineStats], float]
 
@@ -40,6 +40,12 @@ COUNTERS: tuple[tuple[str, str, Figure], ...] = (
     ("mm:spec_decode_draft_seconds", "Seconds in drafters.", lambda s: s.spec_decode.draft_s),
     ("mm:spec_decode_verify_seconds", "Seconds in steps with drafts.", lambda s: s.spec_decode.verify_s),
 )
+ROUTING: tuple[tuple[str, str, Callable[[RoutingStats], float]], ...] = (
+    ("mm:routing_decisions", "Calls of this ingress that were routed by content.", lambda s: s.num_decisions),
+    ("mm:routing_hits", "Those to the home of their media, or to a decoder that held some.", lambda s: s.num_hits),
+    ("mm:routing_spillovers", "Those that a long queue kept from the home of their media.", lambda s: s.num_spills),
+    ("mm:routing_changed", "Those that would have gone elsewhere by load alone.", lambda s: s.num_changed),
+)
 HISTOGRAMS: tuple[tuple[str, str, Callable[[EngineStats], Histogram]], ...] = (
     ("vllm:iteration_tokens_total", "Tokens of a step, those of prompts included.", lambda s: s.step_tokens),
     ("vllm:inter_token_latency_seconds", "Between two tokens of an answer.", lambda s: s.inter_token_s),
@@ -53,9 +59,10 @@ class EngineMetrics(Collector):
         self._labels = [model]
         self._known: dict[str, EngineStats] = {}
         self._present: tuple[EngineStats, ...] = ()
+        self._routing: Mapping[str, RoutingStats] = {}
 
     def update(self, load: DecoderLoad) -> None:
-        self._present = load.engines
+        self._present, self._routing = load.engines, load.routing
         self._known |= {stats.engine_id: stats for stats in load.engines}
 
     def collect(self) -> Iterator[Metric]:
@@ -67,6 +74,7 @@ class EngineMetrics(Collector):
             counter.add_metric(self._labels, sum(map(figure, self._known.values())))
             yield counter
         yield self._accepted()
+        yield from self._routed()
         yield self._gauge(
             "mm:spec_decode_mean_acceptance_length",
             "Tokens per step with a draft, the bonus token included.",
@@ -77,6 +85,13 @@ class EngineMetrics(Collector):
             if self._known:
                 histogram.add_metric(self._labels, *_summed([figure(stats) for stats in self._known.values()]))
             yield histogram
+
+    def _routed(self) -> Iterator[Metric]:
+        for name, text, count in ROUTING:
+            counter = CounterMetricFamily(name, text, labels=["model_name", "stage"])
+            for stage, stats in self._routing.items():
+                counter.add_metric([*self._labels, stage], count(stats))
+            yield counter
 
     def _accepted(self) -> Metric:
         name = "vllm:spec_decode_num_accepted_tokens_per_pos"

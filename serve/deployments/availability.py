@@ -38,9 +38,17 @@ class Call:
 
     Attributes:
         is_accepted: Whether a replica has taken it. If that replica is lost, the call ends with an error.
+        on_routed: Told which one.
     """
 
     is_accepted: bool = False
+    on_routed: Callable[[str], None] | None = None
+
+    def accepted_by(self, replica: str) -> None:
+        """A replica has taken it."""
+        self.is_accepted = True
+        if self.on_routed is not None:
+            self.on_routed(replica)
 
 
 CURRENT_CALL: ContextVar[Call] = ContextVar("CURRENT_CALL")
@@ -105,7 +113,9 @@ class Stage:
         left_s = self._outage_s - (time.monotonic() - self._lost_at)
         return StageMissing(self.name, max(1, math.ceil(left_s)))
 
-    async def through(self, work: Coroutine[Any, Any, T], *, is_new: bool) -> T:
+    async def through(
+        self, work: Coroutine[Any, Any, T], *, is_new: bool, on_routed: Callable[[str], None] | None = None
+    ) -> T:
         """The result of `work`, a call to a replica of this stage.
 
         Ray keeps a call that found no replica until there is one. A request that came when the stage was lost is
@@ -113,12 +123,13 @@ class Stage:
 
         Args:
             is_new: Whether no replica of any stage has worked on the request.
+            on_routed: Told the name of the replica that took the call.
 
         Raises:
             StageMissing: The stage has no replica.
         """
         arrived = time.monotonic()
-        call = Call()
+        call = Call(on_routed=on_routed)
         result = asyncio.ensure_future(_marked(work, call))
         try:
             await _first_of(result, self._gone.wait())

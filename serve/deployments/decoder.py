@@ -47,7 +47,7 @@ class Decoder:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Ray calls this from time to time and hands the result to the routers."""
-        return routing_stats(self._loop.stats)
+        return routing_stats(self._loop.stats, self._loop.held_prefixes)
 
     async def ping(self) -> None:
         """Return: a sign of life of the event loop."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import ray
 from ray import serve as ray_serve
@@ -12,6 +13,7 @@ from mm.data.tokens import ItemCount
 from mm.plugins.calls import StageStatus
 from serve.config import ServeConfig
 from serve.deployments.accelerator import on_this_replica
+from serve.deployments.affinity import media_load
 from serve.deployments.loopback import keep_replica_local
 from serve.deployments.messages import INLINE_BYTES, TransferredMedia
 from serve.deployments.transport import num_bytes, pack
@@ -23,6 +25,7 @@ class Encoder:
     def __init__(self, config: ServeConfig) -> None:
         keep_replica_local()
         self._stage = build_encoder_stage(on_this_replica(config))
+        self._load = 0.0
 
     async def encode(self, request: Request) -> TransferredMedia:
         media = await self.encode_inline(request)
@@ -32,7 +35,12 @@ class Encoder:
 
     async def encode_inline(self, request: Request) -> TransferredMedia:
         """As `encode`, for media that are known to be small: they travel inside the message, which is faster."""
-        media = await self._stage.encode(request)
+        load = media_load(request)
+        self._load += load
+        try:
+            media = await self._stage.encode(request)
+        finally:
+            self._load -= load
         items = pack(media.items)
         return TransferredMedia(
             reducer=media.reducer,
@@ -53,6 +61,10 @@ class Encoder:
         """Ray calls this from time to time, and replaces a replica for which it raises."""
         if problems := self._stage.status().problems:
             raise RuntimeError("; ".join(problems))
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Ray calls this from time to time and hands the result to the routers."""
+        return {"load": self._load}
 
     async def ping(self) -> None:
         """Return: a sign of life of the event loop."""

@@ -22,6 +22,7 @@ class TransferredMedia:
         num_cache_hits: Items that the encoder's cache held.
         media_bytes: Size of the encoded files, by kind.
         num_bytes: Size of all items together.
+        keys: Hash of each item as it was sent; see `serve.deployments.affinity`.
         inline: The packed items, when they travel inside the message; see `serve.deployments.transport`.
         reference: A tuple with the Ray object reference of the packed items otherwise. It is inside a tuple, so that
             Ray passes the reference on and does not resolve it on the way.
@@ -32,5 +33,6 @@ class TransferredMedia:
     num_cache_hits: int = 0
     media_bytes: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
     num_bytes: int = 0
+    keys: tuple[str, ...] = ()
     inline: list[Any] | None = None
     reference: tuple[Any] | None = None

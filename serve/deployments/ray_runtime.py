@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    RayTaskError,
-    TaskCancelledError,
-    WorkerCrashedError,
-)
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from mm.data.outputs import Event
@@ -26,7 +17,18 @@ from mm.data.tokens import EncodedMedia, ItemCount
 from mm.encode.clip_stream import OnProgress
 from mm.errors import CapacityError
 from mm.plugins.calls import StageStatus
+from serve.deployments.affinity import (
+    BALANCERS,
+    Balancer,
+    Beginnings,
+    Ticket,
+    beginnings,
+    media_keys,
+    media_load,
+    named,
+)
 from serve.deployments.availability import NEW_WAIT_S, SILENT_S, STAGES, Pulse, Stage
+from serve.deployments.calls import first, retried, unwrapped
 from serve.deployments.messages import INLINE_BYTES, TransferredMedia
 from serve.deployments.resumption import Progress, reproducible
 from serve.deployments.transport import receive
@@ -37,7 +39,6 @@ from serve.runtime import (
     MediaLost,
     ModelInfo,
     PromptCount,
-    StageMissing,
     Unavailable,
     joined,
     needs_encoder,
@@ -46,23 +47,7 @@ from serve.runtime import (
 
 T = TypeVar("T")
 
-GONE = (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    WorkerCrashedError,
-    TaskCancelledError,
-    DeploymentUnavailableError,
-    ReplicaUnavailableError,
-)
-"""Errors of Ray that mean that a replica is not there."""
-
-
 STATUS_TIMEOUT_S = 0.5
-MAX_TRIES = 5
-"""Replicas that one request may lose. A request that ends each of them has to end too."""
-PAUSE_S = 0.1
-"""Before a lost call is made again, times the calls so far: the loss has to reach the router."""
 MAX_STREAM_LOSSES = 20
 """Decoders that one stream may lose, though each gave some of it."""
 RESUME_S = 0.1
@@ -82,6 +67,8 @@ class RayRuntime:
     def __init__(self, encoder: DeploymentHandle, decoder: DeploymentHandle, default_reducer: str) -> None:
         self._encoder_stage, self._decoder_stage = Stage("encoder"), Stage("decoder")
         STAGES.update({encoder.deployment_name: self._encoder_stage, decoder.deployment_name: self._decoder_stage})
+        self._encoders, self._decoders = Balancer(), Balancer()
+        BALANCERS.update({encoder.deployment_name: self._encoders, decoder.deployment_name: self._decoders})
         # Object references are only counted, and so kept alive, on calls that go through Ray itself.
         self._encode_by_reference = encoder.options(_by_reference=True).encode
         self._item_bytes: dict[str, int] = {}
@@ -89,7 +76,7 @@ class RayRuntime:
         self._encoder, self._decoder = encoder, decoder
         self._default_reducer = default_reducer
         self._pulses = {
-            stage: Pulse(functools.partial(_ping, handle.options(_by_reference=True)))
+            stage: Pulse(partial(_ping, handle.options(_by_reference=True)))
             for stage, handle in ((self._encoder_stage, encoder), (self._decoder_stage, decoder))
         }
         self._info: ModelInfo | None = None
@@ -113,13 +100,15 @@ class RayRuntime:
         async def attempt(loss: Unavailable | None) -> Any:
             return await self._decoder_stage.through(_result(method, *arguments), is_new=loss is None)
 
-        return await _retried(attempt)
+        return await retried(attempt)
 
     async def encode(self, request: Request, on_progress: OnProgress | None = None) -> TransferredMedia:
         if not needs_encoder(request):
             return TransferredMedia(inline=[], reducer=self._default_reducer)
         await self._encoder_stage.wait_until_present(NEW_WAIT_S)
-        return await self._encode(request, is_new=True)
+        size = sum(len(getattr(item, "source", b"")) for item in request.media if hasattr(item, "source"))
+        keys = media_keys(request) if size < INLINE_BYTES else await asyncio.to_thread(media_keys, request)
+        return await self._encode(request, keys, is_new=True)
 
     async def count(self, request: Request) -> PromptCount:
         await self.admit(request)
@@ -130,7 +119,7 @@ class RayRuntime:
             async def attempt(loss: Unavailable | None) -> tuple[ItemCount, ...]:
                 return await self._encoder_stage.through(_result(self._encoder.count, request), is_new=loss is None)
 
-            items = await _retried(attempt)
+            items = await retried(attempt)
         length = await self._ask_decoder(self._decoder.prompt_length, _without_media(request), items)
         return PromptCount(num_tokens=length, items=items)
 
@@ -141,14 +130,23 @@ class RayRuntime:
     async def text_of(self, token_ids: Sequence[int]) -> str:
         return await self._ask_decoder(self._decoder.text_of, list(token_ids))
 
-    async def _encode(self, request: Request, *, is_new: bool) -> TransferredMedia:
-        async def attempt(loss: Unavailable | None) -> TransferredMedia:
-            call = _result(self._encode_for(request), request)
-            return await self._encoder_stage.through(call, is_new=is_new and loss is None)
+    async def _encode(self, request: Request, keys: tuple[str, ...], *, is_new: bool) -> TransferredMedia:
+        load = media_load(request)
 
-        media = await _retried(attempt)
+        async def attempt(loss: Unavailable | None) -> TransferredMedia:
+            order = self._encoders.encoders(keys[0], load) if keys else []
+            here = self._encoders.load_at(order[0], keys[0], load) if order else load
+            call = _result(_to_first(self._encode_for(request), order), request)
+            with self._encoders.given(order, here) as ticket:
+                on_routed = None if ticket is None else partial(self._encoders.move, ticket)
+                media = await self._encoder_stage.through(call, is_new=is_new and loss is None, on_routed=on_routed)
+                if ticket is not None:
+                    self._encoders.learn(ticket.replica, keys[0])
+                return media
+
+        media = await retried(attempt)
         self._learn_size(request, media)
-        return media
+        return replace(media, keys=keys)
 
     def _learn_size(self, request: Request, media: TransferredMedia) -> None:
         if media.num_items:
@@ -192,36 +190,51 @@ class RayRuntime:
     ) -> AsyncGenerator[list[Event]]:
         """What is missing of a stream, from one decoder."""
 
-        async def attempt(loss: Unavailable | None) -> tuple[list[Event], AsyncGenerator[list[Event]]]:
-            current = await self._media(request, media, loss)
-            method = self._decoder_for(current).stream.options(stream=True)
-            events = _items(method, _without_media(progress.rest()), current)
-            return await self._decode(_first(events), current, loss), events
+        async with contextlib.AsyncExitStack() as given:
 
-        first, rest = await _retried(attempt, loss)
-        try:
-            yield progress.take(first)
+            async def attempt(loss: Unavailable | None) -> tuple[list[Event], AsyncGenerator[list[Event]]]:
+                await given.aclose()  # of an attempt before this one
+                current = await self._media(request, media, loss)
+                asked, order = self._routed(progress.rest(), current)
+                ticket = given.enter_context(self._decoders.given(order, 1.0))
+                method = _to_first(self._decoder_for(current).stream.options(stream=True), order)
+                events = _items(method, asked, current)
+                return await self._decode(first(events), current, loss, ticket), events
+
+            begun, rest = await retried(attempt, loss)
+            given.push_async_callback(rest.aclose)
+            yield progress.take(begun)
             async for batch in rest:
                 yield progress.take(batch)
-        finally:
-            await rest.aclose()
 
     async def complete(self, request: Request, media: MediaHandle) -> list[Event]:
         async def attempt(loss: Unavailable | None) -> list[Event]:
             current = await self._media(request, media, loss)
-            call = _result(self._decoder_for(current).complete, _without_media(request), current)
-            return await self._decode(call, current, loss)
+            asked, order = self._routed(request, current)
+            call = _result(_to_first(self._decoder_for(current).complete, order), asked, current)
+            with self._decoders.given(order, 1.0) as ticket:
+                return await self._decode(call, current, loss, ticket)
 
-        return await _retried(attempt)
+        return await retried(attempt)
 
     async def _media(self, request: Request, media: MediaHandle, loss: Unavailable | None) -> TransferredMedia:
         """The request's encoded media; encoded again if they were lost."""
         assert isinstance(media, TransferredMedia), "media of another runtime"
-        return await self._encode(request, is_new=False) if isinstance(loss, MediaLost) else media
+        return await self._encode(request, media.keys, is_new=False) if isinstance(loss, MediaLost) else media
 
-    async def _decode(self, call: Coroutine[Any, Any, T], media: TransferredMedia, loss: Unavailable | None) -> T:
+    def _routed(self, request: Request, media: TransferredMedia) -> tuple[Request, list[str]]:
+        """What a decoder gets of a request, and the decoders in the order in which they should take it."""
+        is_known = len(media.keys) == len(request.media)
+        begins = beginnings(request, media.keys, media.reducer) if is_known else Beginnings()
+        return replace(_without_media(request), prefix_keys=begins.kept), self._decoders.decoders(begins.wanted)
+
+    async def _decode(
+        self, call: Coroutine[Any, Any, T], media: TransferredMedia, loss: Unavailable | None, ticket: Ticket | None
+    ) -> T:
         """The result of a decoder. A request whose media were encoded is not new any more."""
-        return await self._decoder_stage.through(call, is_new=loss is None and not media.num_items)
+        is_new = loss is None and not media.num_items
+        on_routed = None if ticket is None else partial(self._decoders.move, ticket)
+        return await self._decoder_stage.through(call, is_new=is_new, on_routed=on_routed)
 
     def _decoder_for(self, media: TransferredMedia) -> Any:
         return self._by_reference if media.reference is not None else self._decoder
@@ -244,6 +257,7 @@ class RayRuntime:
             num_running=sum(load.num_running for load in loads),
             num_waiting=sum(load.num_waiting for load in loads),
             engines=tuple(stats for load in loads for stats in load.engines),
+            routing={"encoder": self._encoders.stats, "decoder": self._decoders.stats},
         )
 
     async def health(self) -> Health:
@@ -267,24 +281,6 @@ class RayRuntime:
         """Does nothing: Ray stops routing to a replica before it ends it, and waits for the replica's requests."""
 
 
-async def _retried(attempt: Callable[[Unavailable | None], Awaitable[T]], loss: Unavailable | None = None) -> T:
-    """The result of `attempt`, which is made again after it lost its replica. It gets the loss of the last attempt.
-
-    Args:
-        loss: Of an attempt that was made before.
-    """
-    for tries in range(1, MAX_TRIES + 1):
-        try:
-            return await attempt(loss)
-        except StageMissing:
-            raise
-        except Unavailable as error:
-            loss = error
-        await asyncio.sleep(PAUSE_S * tries)
-    assert loss is not None
-    raise loss
-
-
 async def _ping(handle: DeploymentHandle) -> None:
     """Ask every replica for a sign of life. Raises if none gives one; calls to dead ones tell the router."""
     answers = await handle.broadcast("ping").results_async(timeout_s=SILENT_S, return_exceptions=True)
@@ -306,7 +302,7 @@ async def _result(method: Any, *arguments: Any) -> Any:
         response.cancel()
         raise
     except Exception as error:
-        raise _unwrapped(error) from None
+        raise unwrapped(error) from None
 
 
 async def _items(method: Any, *arguments: Any) -> AsyncGenerator[Any]:
@@ -315,22 +311,11 @@ async def _items(method: Any, *arguments: Any) -> AsyncGenerator[Any]:
         async for item in response:
             yield item
     except Exception as error:
-        raise _unwrapped(error) from None
+        raise unwrapped(error) from None
     finally:
         response.cancel()
 
 
-async def _first(events: AsyncGenerator[list[Event]]) -> list[Event]:
-    return await anext(events)
-
-
-def _unwrapped(error: Exception) -> Exception:
-    """The error inside Ray's wrapper. Ray's own failures become our errors."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        error = _unwrapped(cause) if isinstance(cause, Exception) else error
-    if isinstance(error, BackPressureError):
-        return CapacityError("the server is busy; try again shortly")
-    if isinstance(error, GONE):
-        return Unavailable("a part of the server is restarting; try again shortly", 5)
-    return error
+def _to_first(method: Any, order: list[str]) -> Any:
+    """A method of a deployment whose call goes to the first of these replicas that takes it."""
+    return method.options(session_id=named(order)) if order else method

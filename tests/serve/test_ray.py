@@ -192,6 +192,34 @@ def running(client: httpx.Client) -> float:
     return float(found[1])
 
 
+def figure(client: httpx.Client, name: str, labels: str = "") -> float:
+    found = re.search(rf'^{name}{{model_name="tiny"{labels}}} (\S+)$', client.get("/metrics").text, re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def test_repeated_media_go_to_the_encoder_that_has_them(ray_client) -> None:
+    """Two encoders, six pictures asked about three times each. At random a quarter of the repetitions would miss."""
+    scale("Encoder", 2)
+    await_replicas("Encoder", 2)
+    try:
+        queries, hits = "vllm:mm_cache_queries_total", "vllm:mm_cache_hits_total"
+        before = figure(ray_client, queries), figure(ray_client, hits)
+        pictures = [{"type": "image_url", "image_url": {"url": image_url(seed)}} for seed in range(300, 306)]
+        for _ in range(3):
+            for one in pictures:
+                assert ray_client.post(PATH, json=body([one, TEXT], {})).status_code == 200
+        assert figure(ray_client, queries) - before[0] == 18
+        assert figure(ray_client, hits) - before[1] == 12
+        assert figure(ray_client, "mm:routing_decisions_total", ',stage="encoder"') >= 18
+        time.sleep(2.5)  # what decoders hold is published once a second
+        assert ray_client.post(PATH, json=body([pictures[0], TEXT], {})).status_code == 200
+        assert figure(ray_client, "mm:routing_hits_total", ',stage="decoder"') >= 1
+    finally:
+        scale("Encoder", 1)
+        await_replicas("Encoder", 1)
+
+
 def test_leaving_a_stream_frees_the_decoder(ray_client) -> None:
     long = body("Hello", {"stream": True, "max_tokens": 3000, "ignore_eos": True})
     with ray_client.stream("POST", PATH, json=long) as response:

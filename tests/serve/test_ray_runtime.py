@@ -21,7 +21,7 @@ with warnings.catch_warnings():  # Ray's own, while it is imported
     warnings.simplefilter("ignore")
     from ray.exceptions import ActorDiedError
 
-    from serve.deployments import ray_runtime
+    from serve.deployments import calls, ray_runtime
     from serve.deployments.messages import TransferredMedia
     from serve.deployments.ray_runtime import RayRuntime
 
@@ -72,7 +72,7 @@ def deployment(**methods: Method) -> Any:
 
 @pytest.fixture
 async def make(monkeypatch):
-    monkeypatch.setattr(ray_runtime, "PAUSE_S", 0.0)
+    monkeypatch.setattr(calls, "PAUSE_S", 0.0)
 
     def made(**methods: Method) -> RayRuntime:
         media = TransferredMedia(inline=[], reducer="none", num_items=1)
@@ -197,7 +197,7 @@ async def test_a_stream_that_ends_every_decoder_ends_too(make, monkeypatch) -> N
     assert await anext(events) == deltas(1)
     with pytest.raises(Unavailable):
         await anext(events)
-    assert len(stream.calls) == 1 + ray_runtime.MAX_TRIES
+    assert len(stream.calls) == 1 + calls.MAX_TRIES
     slow = Method(Answer([deltas(1)], ActorDiedError()))  # each gives one token before it ends
     with pytest.raises(Unavailable):
         await streamed(make(stream=slow))
@@ -215,7 +215,7 @@ async def test_a_request_that_ends_every_decoder_ends_too(make) -> None:
     complete = Method(Answer([], ActorDiedError()))
     with pytest.raises(Unavailable):
         await make(complete=complete).complete(request(), MEDIA)
-    assert len(complete.calls) == ray_runtime.MAX_TRIES
+    assert len(complete.calls) == calls.MAX_TRIES
 
 
 async def test_leaving_a_stream_cancels_its_call(make) -> None:
@@ -258,5 +258,5 @@ async def test_a_stage_without_replicas_is_not_asked_again(make) -> None:
         raise StageMissing("decoder", 5)
 
     with pytest.raises(StageMissing):
-        await ray_runtime._retried(attempt)
+        await calls.retried(attempt)
     assert tries == [None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,10 @@ class Replica:
     name: str
     routing_stats: dict[str, Any] = field(default_factory=dict, hash=False)
 
+    @property
+    def replica_id(self) -> Any:
+        return SimpleNamespace(unique_id=self.name)
+
 
 FREE = Replica("free", {"kv_usage": 0.2, "num_waiting": 0, "num_waiting_tokens": 0})
 NEW = Replica("new")
@@ -27,10 +32,11 @@ SHORT_LINE = Replica("short line", {"kv_usage": 0.2, "num_waiting": 1, "num_wait
 FULL_CACHE = Replica("full cache", {"kv_usage": 0.96, "num_waiting": 0, "num_waiting_tokens": 0})
 
 
-def ranks(*replicas: Replica) -> list[set[str]]:
+def ranks(*replicas: Replica, session_id: str | None = None) -> list[set[str]]:
     from serve.deployments.router import LeastLoadedRouter
 
-    chosen = asyncio.run(LeastLoadedRouter.choose_replicas(None, list(replicas)))  # type: ignore[arg-type]
+    call: Any = None if session_id is None else SimpleNamespace(metadata=SimpleNamespace(session_id=session_id))
+    chosen = asyncio.run(LeastLoadedRouter.choose_replicas(None, list(replicas), call))  # type: ignore[arg-type]
     return [{replica.name for replica in rank} for rank in chosen]  # type: ignore[attr-defined]
 
 
@@ -50,12 +56,19 @@ def test_of_many_with_room_two_are_offered_and_each_gets_its_turn():
     assert set().union(*seen) == {f"{i}" for i in range(5)}
 
 
+def test_a_call_goes_to_the_replicas_that_it_names_in_their_order():
+    assert ranks(FREE, LINE, NEW, session_id="mm:line,gone,free") == [{"line"}, {"free"}, {"new"}]
+    assert ranks(FREE, LINE, session_id="mm:line,free") == [{"line"}, {"free"}]
+    assert ranks(FREE, LINE, session_id="of a client") == [{"free"}, {"line"}]
+    assert ranks(FREE, LINE, session_id="mm:gone") == [{"free", "line"}]
+
+
 def test_nobody_is_offered_where_nobody_is():
     assert ranks() == []
 
 
 def test_a_full_cache_or_a_line_is_full():
-    from serve.deployments.router import is_full
+    from serve.deployments.affinity import is_full
 
     assert [is_full(replica.routing_stats) for replica in (FREE, NEW, LINE, FULL_CACHE)] == [False, False, True, True]
 

@@ -61,6 +61,10 @@ class BlockHasher:
         return hashes
 
 
+MAX_NAMES = 256
+"""Beginnings of prompts that are told to others at most."""
+
+
 class PrefixCache:
     """Block hashes to blocks of one `KVCache`, least recently used first.
 
@@ -77,6 +81,7 @@ class PrefixCache:
         self._cache, self.enabled = cache, enabled
         self._snapshots = Snapshots(snapshot_bytes) if cache.shape.has_states else None
         self._entries: OrderedDict[BlockHash, IntArray] = OrderedDict()
+        self._names = dict[str, tuple[BlockHash, int]]()
         self._is_held = np.zeros(cache.num_blocks, dtype=bool)
         self.num_queries = 0
         self.num_hits = 0
@@ -143,6 +148,18 @@ class PrefixCache:
             self._cache.add_reference(ids)
             self._entries[hashes[i]] = ids
             self._is_held[ids] = True
+
+    def name(self, key: str, block_hash: BlockHash, num_tokens: int) -> None:
+        """Give the beginning of a prompt that ends with a block a name, for `held_names`. The oldest are forgotten."""
+        self._names.pop(key, None)
+        self._names[key] = block_hash, num_tokens
+        if len(self._names) > MAX_NAMES:
+            self._names.pop(next(iter(self._names)), None)
+
+    @property
+    def held_names(self) -> dict[str, int]:
+        """Named beginnings that are still held, with their numbers of tokens. Any thread may read this."""
+        return {key: count for key, (block_hash, count) in list(self._names.items()) if block_hash in self._entries}
 
     def make_room(self, num_blocks: int) -> bool:
         """Evict entries that no sequence uses until `num_blocks` blocks are free. Whether that succeeded.
