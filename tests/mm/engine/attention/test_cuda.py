@@ -105,7 +105,7 @@ def test_the_trial_agrees_with_itself_and_notices_a_kernel_that_is_off(monkeypat
 class DecoderLayers:
     """Three made-up layers that mix attention into their hidden states."""
 
-    num_layers, vocab_size = 3, 11
+    num_layers, vocab_size, reads_ids = 3, 11, False
 
     def __init__(self) -> None:
         torch.manual_seed(0)
