@@ -15,7 +15,7 @@ from mm.data.outputs import Delta, Event, Summary, TokenLogprob, Usage
 from mm.data.request import Message, TextPart
 from mm.errors import InvalidRequest, shown
 from serve.api.errors import ErrorResponse
-from serve.api.parse import ChatCall
+from serve.api.parse import ChatCall, whole_numbers
 from serve.api.render import LEAST_LOGPROB, JsonObject, ResponseMeta, summary_of, usage_fields
 from serve.api.stream import DONE, frame
 
@@ -36,7 +36,7 @@ def prompts_of(body: Any) -> list[Prompt]:
     Raises:
         InvalidRequest: It is none of these.
     """
-    prompt: object = body.get("prompt") if isinstance(body, dict) else None
+    prompt: object = whole_numbers(body.get("prompt")) if isinstance(body, dict) else None
     if prompt is None:
         raise InvalidRequest("prompt is missing; send a text or a list of token ids", "prompt", "missing_parameter")
     given = cast("list[object]", prompt) if isinstance(prompt, list) else [prompt]
@@ -75,7 +75,7 @@ def chat_body(body: Any) -> JsonObject:
         if fields.pop(name, None):
             raise InvalidRequest(f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
     if "logprobs" in fields:
-        wanted = fields.pop("logprobs")
+        wanted = whole_numbers(fields.pop("logprobs"))
         if not _is_token(wanted) or wanted > MAX_LOGPROBS:
             what = f"logprobs was {shown(wanted)}; it has to be a whole number of 0 to {MAX_LOGPROBS}"
             raise InvalidRequest(what, "logprobs")

@@ -6,14 +6,16 @@ here, for people and for tools that read the document; a test compares the two.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 
+from serve.api.completions import NOT_TAKEN as NOT_IN_COMPLETIONS
 from serve.api.embeddings import EmbeddingBody
 from serve.api.guard import OPEN_PATHS
 from serve.api.render import JsonObject
-from serve.api.schema import IGNORED, NEUTRAL, ChatBody, StreamOptions, sampling_fields
+from serve.api.schema import IGNORED, NEUTRAL, TOOLS, ChatBody, StreamOptions, sampling_fields
+from serve.api.tokenizing import TokenizeBody
 
 REFERENCES = "#/components/schemas/{model}"
 
@@ -29,8 +31,14 @@ class TextContent(_Part):
     text: str
 
 
+ADDRESS = "^(data:|https?://)"
+Address = Annotated[str, Field(min_length=1, json_schema_extra={"pattern": ADDRESS})]
+
+
 class MediaUrl(_Part):
-    url: Annotated[str, Field(min_length=1)] = Field(description="A data: URL, or an address the operator allows.")
+    url: Annotated[str, Field(min_length=1)] = Field(
+        description="A data: URL, or an address the operator allows.", json_schema_extra={"pattern": ADDRESS}
+    )
     detail: Literal["low", "high", "auto"] | None = Field(
         default=None, description="low: at most a quarter of the visual tokens of high, and at most a fixed number."
     )
@@ -41,12 +49,12 @@ class MediaUrl(_Part):
 
 class ImageContent(_Part):
     type: Literal["image_url"]
-    image_url: MediaUrl | Annotated[str, Field(min_length=1)]
+    image_url: MediaUrl | Address
 
 
 class VideoContent(_Part):
     type: Literal["video_url"]
-    video_url: MediaUrl | Annotated[str, Field(min_length=1)]
+    video_url: MediaUrl | Address
 
 
 Content = Annotated[TextContent | ImageContent | VideoContent, Field(discriminator="type")]
@@ -114,10 +122,22 @@ class EmbeddingRequest(EmbeddingBody):
     messages: Messages  # type: ignore[assignment]
 
 
-class CompletionRequest(create_model("SampledText", __base__=_Completion, **sampling_fields())):
+TEXT_FIELDS = {name: value for name, value in sampling_fields().items() if name not in NOT_IN_COMPLETIONS}
+
+
+class CompletionRequest(create_model("SampledText", __base__=_Completion, **TEXT_FIELDS)):
     """The body of `POST /v1/completions`."""
 
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # type: ignore[assignment]
+
+
+class TokenizeRequest(TokenizeBody):
+    """The body of `POST /tokenize`."""
+
+    messages: Messages | None = None  # type: ignore[assignment]
+    tools: Annotated[list[Any], WithJsonSchema(TOOLS)] | None = None
+    add_special_tokens: Literal[True] | None = None  # type: ignore[assignment]
+    add_generation_prompt: Literal[True] | None = None  # type: ignore[assignment]
 
 
 class LoadRequest(BaseModel):
@@ -145,6 +165,13 @@ def body_of(model: type[BaseModel]) -> JsonObject:
     schema.pop("$defs", None)
     if issubclass(model, ChatBody | _Completion):
         close(schema)
+    if "input" in schema["properties"]:
+        schema["properties"]["input"] = {"enum": [None, "", [], [""]]}
+    if model is TokenizeRequest:
+        schema["oneOf"] = [
+            {"required": [given], "properties": {given: {"not": {"type": "null"}}, other: {"type": "null"}}}
+            for given, other in (("prompt", "messages"), ("messages", "prompt"))
+        ]
     return {"content": {"application/json": {"schema": schema}}, "required": True}
 
 
@@ -159,7 +186,7 @@ def close(schema: JsonObject) -> None:
 def definitions() -> JsonObject:
     """The parts that the bodies refer to."""
     found: JsonObject = {}
-    for model in (ChatRequest, EmbeddingRequest, CompletionRequest):
+    for model in (ChatRequest, EmbeddingRequest, CompletionRequest, TokenizeRequest):
         found |= model.model_json_schema(ref_template=REFERENCES).get("$defs", {})
     error = ErrorObject.model_json_schema(ref_template=REFERENCES)
     return found | error.pop("$defs") | {"ErrorObject": error}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pydantic_core
 from pydantic import BaseModel, ValidationError
@@ -25,6 +25,8 @@ from serve.api.tools import Tools, parse_tools
 from serve.config import ServeConfig
 
 B = TypeVar("B", bound=BaseModel)
+MAX_EXACT = 2.0**53
+"""Below it every whole number is a float of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +162,20 @@ def read_body(model: type[B], body: object) -> B:
     if not isinstance(body, dict):
         raise InvalidRequest("the body has to be a JSON object", None, "invalid_json")
     try:
-        return model.model_validate(body)
+        return model.model_validate({name: whole_numbers(value) for name, value in cast(JsonObject, body).items()})
     except ValidationError as error:
         raise _invalid(error, model) from None
+
+
+def whole_numbers(value: Any) -> Any:
+    """A number that is whole as one: JSON has a single kind, and 1.0 is an integer of JSON Schema. So in lists too."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < MAX_EXACT:
+        return int(value)
+    if isinstance(value, list):
+        return [whole_numbers(item) for item in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        return {name: whole_numbers(item) for name, item in cast(JsonObject, value).items()}
+    return value
 
 
 def _validated(fields: dict[str, Any]) -> ChatBody:

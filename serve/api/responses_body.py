@@ -16,7 +16,10 @@ from serve.api.schema import IGNORED, ChatBody
 ROLES = ("user", "assistant", "system", "developer")
 RENAMED = {"max_output_tokens": "max_completion_tokens"}
 NOT_TRANSLATED = frozenset(
-    {"messages", "max_tokens", "max_completion_tokens", "response_format", "stream_options", "n"}
+    {
+        *("messages", "max_tokens", "max_completion_tokens", "response_format", "stream_options", "n", "tools"),
+        *("tool_choice", "guided_json", "structured_outputs"),
+    }
 )
 """Fields of a chat body that have another name or form here, or none."""
 PASSED = (frozenset(ChatBody.model_fields) | IGNORED) - NOT_TRANSLATED
@@ -36,20 +39,33 @@ NEEDS_STORE = frozenset({"previous_response_id", "conversation", "prompt"})
 
 def responses_body() -> JsonObject:
     """The body of the request for the OpenAPI document: names and types of what this file reads."""
-    text, objects = {"type": "string"}, {"type": "array", "items": {"type": "object"}, "minItems": 1}
+    text: JsonObject = {"type": "string"}
+    address = {"type": "string", "pattern": "^(data:|https?://)"}
+    detail = {"enum": ["low", "high", "auto"]}
+    parts = [_object("type", "text", type={"const": kind}, text=text) for kind in ("input_text", "output_text")] + [
+        _object("type", f"{kind}_url", type={"const": f"input_{kind}"}, detail=detail, **{f"{kind}_url": address})
+        for kind in ("image", "video")
+    ]
+    content = {"anyOf": [text, {"type": "array", "items": {"anyOf": parts}, "minItems": 1}]}
+    message = _object("role", "content", type={"const": "message"}, role={"enum": list(ROLES)}, content=content)
+    chat = ChatBody.model_json_schema(ref_template="#/components/schemas/{model}")["properties"]
     properties: JsonObject = {
-        "model": text,
-        "input": {"anyOf": [text, objects]},
-        "instructions": text,
-        "max_output_tokens": {"type": "integer", "minimum": 1},
-        "stream": {"type": "boolean"},
-        "temperature": {"type": "number", "minimum": 0, "maximum": 2},
-        "text": {"type": "object", "properties": {"format": {"type": "object"}}},
-        "top_p": {"type": "number", "minimum": 0, "maximum": 1},
-        "vision": {"$ref": "#/components/schemas/Vision"},
+        **{name: {"description": "Accepted, without an effect."} for name in sorted(IGNORED)},
+        **{name: {"enum": [*values, None]} for name, values in NEUTRAL.items()},
+        **{name: chat[name] for name in sorted(PASSED - IGNORED) if name in chat},
+        "input": {"anyOf": [text, {"type": "array", "items": message, "minItems": 1}]},
+        "instructions": {"type": ["string", "null"]},
+        "max_output_tokens": {"type": ["integer", "null"], "minimum": 1},
+        "metadata": {"type": ["object", "null"]},
+        "text": {"type": ["object", "null"], "properties": {"format": chat["response_format"]}},
     }
-    schema = {"type": "object", "required": ["model", "input"], "properties": properties}
+    required = ["model", "input"]
+    schema = {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
     return {"content": {"application/json": {"schema": schema}}, "required": True}
+
+
+def _object(*required: str, **properties: JsonObject) -> JsonObject:
+    return {"type": "object", "required": list(required), "properties": properties}
 
 
 def to_chat(body: Any) -> JsonObject:

@@ -29,6 +29,7 @@ from serve.api.document import (
     CompletionRequest,
     EmbeddingRequest,
     LoadRequest,
+    TokenizeRequest,
     body_of,
     complete_document,
 )
@@ -44,7 +45,7 @@ from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.render import JsonObject, to_json
 from serve.api.responses_body import responses_body
 from serve.api.stream import frame
-from serve.api.tokenizing import DetokenizeBody, TokenizeBody, Tokenizing, add_tokenizing
+from serve.api.tokenizing import DetokenizeBody, Tokenizing, add_tokenizing
 from serve.config import ServeConfig
 from serve.runtime import Runtime
 
@@ -85,7 +86,7 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     chat = Chat(runtime, config, metrics, bodies)
     _add_chat(app, chat, config)
     add_counting(app, Counting(chat, runtime, config), body_of(ChatRequest))
-    tokens = (body_of(TokenizeBody), body_of(DetokenizeBody))
+    tokens = (body_of(TokenizeRequest), body_of(DetokenizeBody))
     add_tokenizing(app, Tokenizing(chat, runtime, config), tokens)
     add_embeddings(app, Embeddings(chat, runtime, config), body_of(EmbeddingRequest))
     _add_models(app, runtime, config, bodies)
