@@ -8,7 +8,7 @@ SHIPPED = Path(__file__).parent / "weights"
 REAL_MODEL = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
 """A general model, small enough for a CPU, that messages recommend in place of a shipped one."""
 CANNOT_TELL = "I cannot tell: I was made for drawn shapes, short texts and charts."
-"""What `demos.train.train_limits` teaches a model to answer about other pictures; none that ships says it yet."""
+"""What `demos.train.train_limits` teaches a model to answer about other pictures; `tiny` says it."""
 
 
 def shipped_models() -> list[str]:
@@ -26,7 +26,7 @@ def limits_of(model: str) -> str | None:
     name = path.name if path.parent.resolve() == SHIPPED.resolve() else model
     if name not in shipped_models():
         return None
-    return (
-        f"{name} was trained on drawn shapes, short texts, bar charts and short drawn clips. What it says about "
-        "photographs, screenshots and other pictures is made up."
-    )
+    about = "Of most photographs, screenshots and other pictures it says that it cannot tell; all else is made up."
+    if name != "tiny":
+        about = "What it says about photographs, screenshots and other pictures is made up."
+    return f"{name} was trained on drawn shapes, short texts, bar charts and short drawn clips. {about}"

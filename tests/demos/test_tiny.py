@@ -2,18 +2,24 @@
 
 from pathlib import Path
 
+import gradio
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import mm
 from demos.train.data.questions import answer_words
 from demos.train.data.things import CHARACTERS
 from demos.train.evaluate import answer, scene_items
+from mm.models.shipped import CANNOT_TELL
 
 FOLDER = Path(__file__).parents[2] / "mm" / "models" / "weights" / "tiny"
+SAMPLES = Path(__file__).parents[2] / "demos" / "samples"
 EASY = ("color", "shape", "size", "where", "exist")
+PHOTOGRAPHS = ("cheetah1.jpg", "bus.png", "groot.jpeg", "lion.jpg", "tower.jpg")
+"""Of the package gradio; the training saw none of them."""
 NUM_QUESTIONS, MIN_RIGHT, MAX_RIGHT_BLIND = 24, 19, 13
 
 
@@ -72,3 +78,23 @@ def test_model_answers_from_the_picture(processor):
 
     assert num_right(pictures) >= MIN_RIGHT
     assert num_right(pictures[12:] + pictures[:12]) <= MAX_RIGHT_BLIND
+
+
+def test_model_says_that_it_cannot_tell_what_photographs_show():
+    folder = Path(gradio.__file__).parent / "media_assets" / "images"
+    with mm.load("tiny", dtype="float32") as model:
+
+        def refusals(paths: list[Path]) -> int:
+            asked = (
+                "What is this?",
+                "Describe the picture.",
+                "How many people are there?",
+                "What color is the circle?",
+            )
+            questions = [{"prompt": text, "images": [path]} for path in paths for text in asked]
+            answers = model.generate_batch(questions, max_new_tokens=24, temperature=0)
+            return sum(answer.text == CANNOT_TELL for answer in answers)
+
+        foreign = ("What is this?", "Describe the picture.", "How many people are there?", "What color is the circle?")
+        assert refusals([folder / name for name in PHOTOGRAPHS], *foreign) >= 18  # of 20
+        assert refusals(sorted(SAMPLES.glob("*.png")), "Describe the picture.", "What color is the star?") == 0
