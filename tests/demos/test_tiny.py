@@ -84,7 +84,7 @@ def test_model_says_that_it_cannot_tell_what_photographs_show():
     folder = Path(gradio.__file__).parent / "media_assets" / "images"
     with mm.load("tiny", dtype="float32") as model:
 
-        def refusals(paths: list[Path]) -> int:
+        def refusals(paths: list[Path], *asked: str) -> int:
             asked = (
                 "What is this?",
                 "Describe the picture.",
