@@ -85,12 +85,6 @@ def test_model_says_that_it_cannot_tell_what_photographs_show():
     with mm.load("tiny", dtype="float32") as model:
 
         def refusals(paths: list[Path], *asked: str) -> int:
-            asked = (
-                "What is this?",
-                "Describe the picture.",
-                "How many people are there?",
-                "What color is the circle?",
-            )
             questions = [{"prompt": text, "images": [path]} for path in paths for text in asked]
             answers = model.generate_batch(questions, max_new_tokens=24, temperature=0)
             return sum(answer.text == CANNOT_TELL for answer in answers)
