@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mm.batch import Gathering
 from mm.errors import MmError
 from serve.jobs.captioner import (
     Begun,
@@ -148,9 +149,12 @@ class _Run:
     num_faults_in_a_row: int = 0
     begun: deque[Begun] = field(default_factory=deque)
 
+    def __post_init__(self) -> None:
+        self.gathering = Gathering(self.job.num_together)
+
     def work(self, pending: list[Item]) -> None:
         ahead = self.job.num_prefetch
-        loaded = prefetched(pending, self._load, ahead, self.captioner.prepare_thread, self._advance)
+        loaded = prefetched(pending, self._load, ahead, self.captioner.prepare_thread, self._advance, self._patience_s)
         with contextlib.closing(loaded), self.report.progress(len(pending)):
             self._drain(loaded)
         if self._has_failed:
@@ -159,7 +163,12 @@ class _Run:
             self.report.warn(f"stopped with {self.summary.num_remaining} to go; run the same command again to go on")
 
     def _load(self, item: Item) -> Loaded:
-        return load(item, self.job, self.captioner, self.output.captions.hash_to_path.__contains__)
+        known = self.output.captions.hash_to_path.__contains__
+        return self.gathering.timed(lambda: load(item, self.job, self.captioner, known))
+
+    def _patience_s(self) -> float | None:
+        """How long the engine waits for the next item before it steps."""
+        return self.gathering.wait_s(sum(not one.is_done for one in self.begun))
 
     def _drain(self, loaded: Iterator[Loaded]) -> None:
         """Begin items as they are loaded, `num_together` at a time, and write each when it is done, in order."""

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,6 +21,7 @@ def prefetched(
     num_ahead: int,
     prepare_thread: Callable[[], None] | None = None,
     meanwhile: Callable[[], bool] = lambda: False,
+    patience_s: Callable[[], float | None] = lambda: 0.0,
 ) -> Generator[R]:
     """`work(item)` for each item in order, computed in one other thread.
 
@@ -29,11 +30,12 @@ def prefetched(
 
     Args:
         meanwhile: Called repeatedly until the next result is there, or until it returns False.
+        patience_s: How long to wait for the next result before each of these calls; None is as long as it takes.
     """
 
     def taken() -> R:
         first = waiting.popleft()
-        while not first.done() and meanwhile():
+        while not wait([first], patience_s()).done and meanwhile():
             pass
         return first.result()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -28,3 +29,20 @@ def test_a_fault_of_the_work_comes_out_where_its_result_would():
     assert [next(results), next(results)] == [1.0, 0.5]
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+def test_nothing_else_is_done_while_the_next_result_may_still_come():
+    calls = []
+
+    def work(item: int) -> int:
+        time.sleep(0.02)
+        return item
+
+    def meanwhile() -> bool:
+        calls.append(1)
+        return True
+
+    assert list(prefetched(range(3), work, 1, meanwhile=meanwhile, patience_s=lambda: None)) == [0, 1, 2]
+    assert not calls
+    assert list(prefetched(range(3), work, 1, meanwhile=meanwhile)) == [0, 1, 2]
+    assert calls
