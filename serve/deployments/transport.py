@@ -17,7 +17,7 @@ from mm.data.tokens import Encoded, EncodedMedia
 from serve.deployments.messages import TransferredMedia
 from serve.runtime import MediaLost
 
-PLANES = ("embeddings", "positions", "sizes", "protected")
+PLANES = ("embeddings", "positions", "sizes", "protected", "layer_planes")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Packed = tuple[np.ndarray, str]
