@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mm.config import REDUCERS_FOLDER
 from mm.data.media import Kind
 from mm.plugins.registry import get, names, options_of
-from mm.plugins.weights import CARD, FOLDER
+from mm.plugins.weights import CARD
 
 RATIOS = (0.1, 0.25, 0.05, 0.5, 1.0)
 """In the order in which they are run: the most informative first."""
@@ -43,7 +44,7 @@ def methods_for(kind: Kind, folder: Path | None = None) -> list[str]:
 def _has_weights(method: str, kind: Kind, folder: Path | None) -> bool:
     if not getattr(get("reducer", method), "trained", False):
         return True
-    card = None if folder is None else folder / FOLDER / method / CARD
+    card = None if folder is None else folder / REDUCERS_FOLDER / method / CARD
     return card is not None and card.is_file() and kind in json.loads(card.read_text()).get("media", [kind])
 
 

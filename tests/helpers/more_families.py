@@ -420,34 +420,6 @@ def video_llama_3_processor(words: Words, chat: str) -> Any:
     )
 
 
-def idefics2(words: Words) -> Any:
-    return hf.Idefics2Config(
-        vision_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "image_size": 56,
-            "patch_size": 14,
-        },
-        perceiver_config={
-            "hidden_size": 48,
-            "resampler_n_latents": 4,
-            "resampler_depth": 1,
-            "resampler_n_heads": 2,
-            "resampler_head_dim": 8,
-            "num_key_value_heads": 1,
-        },
-        text_config=text_config(words, model_type="mistral", sliding_window=None),
-        **ids(words, image_token_id="<image>"),
-    )
-
-
-def idefics2_processor(words: Words, chat: str) -> Any:
-    images = hf.Idefics2ImageProcessor(size={"shortest_edge": 28, "longest_edge": 56})
-    return hf.Idefics2Processor(images, words, image_seq_len=4, chat_template=chat)
-
-
 def deepseek_ocr2(words: Words) -> Any:
     return hf.DeepseekOcr2Config(
         vision_config={
@@ -729,12 +701,6 @@ MORE: dict[str, Family] = {
     "exaone4_5": Family(exaone4_5, exaone4_5_processor, **QWEN),
     "hyperclovax_vision_v2": Family(hyperclovax, hyperclovax_processor, **QWEN),
     "video_llama_3": Family(video_llama_3, video_llama_3_processor, **QWEN),
-    "idefics2": Family(
-        idefics2,
-        idefics2_processor,
-        tokens=("<fake_token_around_image>", "<end_of_utterance>"),
-        named=(("image_boundary_token", "<fake_token_around_image>"),),
-    ),
     "deepseek_ocr2": Family(deepseek_ocr2, deepseek_ocr2_processor),
     "lfm2_vl": Family(
         lfm2_vl,
