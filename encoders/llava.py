@@ -23,7 +23,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from encoders.checkpoint_encoder import CheckpointEncoder, Rename
 from encoders.helpers.auxiliary_features import cell_means, observed_in_block
 from encoders.helpers.batches import in_batches
-from encoders.helpers.cells import kept_cells, picture_cells, tokens_of_cells, value_ranges
+from encoders.helpers.cells import encode_dropping, picture_cells, tokens_of_cells, value_ranges
 from encoders.helpers.merging import merged_tokens, run_blocks
 from encoders.helpers.pictures import Pictures
 from mm.data.media import Image, Kind, Video
@@ -183,13 +183,13 @@ class LlavaEncoder(CheckpointEncoder):
     def _encode_dropping(
         self, items: Sequence[Pictures], needs: frozenset[str], dropping: BeforeTower
     ) -> list[VisualTokens]:
-        kept = [kept_cells(dropping, self._cells(item)) for item in items]
-        is_whole = [bool(keep.all()) for keep in kept]
-        whole = iter(self.encode([item for item, alone in zip(items, is_whole, strict=True) if alone], needs))
-        return [
-            next(whole) if alone else self._encode_kept(item, keep, needs)
-            for item, keep, alone in zip(items, kept, is_whole, strict=True)
-        ]
+        return encode_dropping(
+            items,
+            dropping,
+            self._cells,
+            lambda whole: self.encode(whole, needs),
+            lambda item, keep: self._encode_kept(item, keep, needs),
+        )
 
     def _cell_side(self, item: Pictures) -> int:
         """Patches along one side of a cell."""

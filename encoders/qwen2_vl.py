@@ -29,7 +29,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from encoders.checkpoint_encoder import CheckpointEncoder
 from encoders.helpers.auxiliary_features import mean_attention
 from encoders.helpers.batches import in_groups
-from encoders.helpers.cells import kept_cells, tokens_of_cells, value_ranges
+from encoders.helpers.cells import encode_dropping, tokens_of_cells, value_ranges
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import MediaError
@@ -136,13 +136,13 @@ class Qwen2VLEncoder(CheckpointEncoder):
     def _encode_dropping(
         self, items: Sequence[Patches], needs: frozenset[str], dropping: BeforeTower
     ) -> list[VisualTokens]:
-        kept = [kept_cells(dropping, self._cells(item)) for item in items]
-        is_whole = [bool(keep.all()) for keep in kept]
-        whole = iter(self.encode([item for item, alone in zip(items, is_whole, strict=True) if alone], needs))
-        return [
-            next(whole) if alone else self._encode_kept(item, keep, needs)
-            for item, keep, alone in zip(items, kept, is_whole, strict=True)
-        ]
+        return encode_dropping(
+            items,
+            dropping,
+            self._cells,
+            lambda whole: self.encode(whole, needs),
+            lambda item, keep: self._encode_kept(item, keep, needs),
+        )
 
     def _cells(self, item: Patches) -> Tensor:
         """(t, h, w, n): the pixels of each token's patches."""

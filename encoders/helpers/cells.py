@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,32 @@ def kept_cells(dropping: BeforeTower, pixels: Tensor) -> Tensor:
         if not bool(keep.any()):
             raise ReducerFault(name, f"kept none of {keep.numel()} cells; at least one has to stay")
     return keep
+
+
+T = TypeVar("T")
+
+
+def encode_dropping(
+    items: Sequence[T],
+    dropping: BeforeTower,
+    cells: Callable[[T], Tensor],
+    encode_whole: Callable[[Sequence[T]], Sequence[VisualTokens]],
+    encode_kept: Callable[[T, Tensor], VisualTokens],
+) -> list[VisualTokens]:
+    """The tokens of items of which a reducer removes cells. Those that keep all their cells go through as one batch.
+
+    Args:
+        cells: The cells (t, h, w, n) of an item.
+        encode_whole: Encodes items as they are.
+        encode_kept: Encodes the cells of an item that (t, h, w) bools keep.
+    """
+    kept = [kept_cells(dropping, cells(item)) for item in items]
+    is_whole = [bool(keep.all()) for keep in kept]
+    whole = iter(encode_whole([item for item, alone in zip(items, is_whole, strict=True) if alone]))
+    return [
+        next(whole) if alone else encode_kept(item, keep)
+        for item, keep, alone in zip(items, kept, is_whole, strict=True)
+    ]
 
 
 class Normalises(Protocol):
