@@ -38,7 +38,8 @@ def test_a_timm_encoder_with_tome(embed, capsys):
         f"mm: {TIMM} has random weights, for tests only; give pretrained=true or checkpoint=FILE"
     ]
     assert "1 of 1 items" in shown.out
-    found = np.load("out.npz")
+    with np.load("out.npz") as file:
+        found = dict(file)
     assert (found["num_tokens_in"].tolist(), found["num_tokens"].tolist()) == ([16], [8])
     assert found["embeddings"].shape == (1, 64)
 
@@ -46,7 +47,8 @@ def test_a_timm_encoder_with_tome(embed, capsys):
 def test_the_shipped_models_own_encoder(embed, capsys):
     assert embed("a.png", "--out", "out.npz", "--threads", "1") == 0
     assert capsys.readouterr().err == ""
-    assert np.load("out.npz")["embeddings"].shape[0] == 1
+    with np.load("out.npz") as found:
+        assert found["embeddings"].shape[0] == 1
 
 
 @pytest.mark.parametrize(

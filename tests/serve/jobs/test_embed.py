@@ -40,7 +40,10 @@ def embed(folder: Path, encoder: str | None = TIMM, **config) -> tuple[int, dict
     out = folder / "out.npz"
     model = ModelConfig(**{"dtype": "float32", "sources": CONFIG.sources, "num_frames": 4} | config)
     code = run_embed(EmbedJob(inputs=(str(folder),), out=out, model=model, encoder=encoder))
-    return code, dict(np.load(out, allow_pickle=False)) if out.exists() else {}
+    if not out.exists():
+        return code, {}
+    with np.load(out, allow_pickle=False) as found:
+        return code, dict(found)
 
 
 def test_pictures_and_clips_by_timm(folder, capsys):
