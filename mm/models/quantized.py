@@ -1,4 +1,4 @@
-"""Weights of 8 bits on a CPU: a quarter of float32's memory, and products of whole numbers.
+"""Weights of 8 bits on a CPU: less memory than float32 needs, and products of whole numbers.
 
 Each output of a linear layer has a scale of its own, and each input row gets one when it is multiplied (dynamic
 quantization per token, as in Yao et al., arXiv:2206.01861, section 3.2). Products and sums are exact integers, so a
