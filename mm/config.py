@@ -193,7 +193,7 @@ class ModelConfig:
     quantize: str = setting(
         "none",
         choices=QUANTIZATIONS,
-        help="Keep the decoder's weights in 8 bits (int8), on a CPU: less memory, faster for models larger than tiny, a "
+        help="Keep the decoder's weights in 8 bits (int8), on a CPU: less memory, faster for all but tiny models, a "
         "little less exact.",
     )
     reducer: str = setting("none", help="Default reducer, such as divprune:keep_ratio=0.25, or a file of `mm tune`.")
