@@ -62,7 +62,7 @@ class BlockHasher:
 
 
 MAX_NAMES = 256
-"""Beginnings of prompts that are told to others at most."""
+"""How many beginnings of prompts are published at most."""
 
 
 class PrefixCache:

@@ -32,7 +32,7 @@ class BadRow(MmError):
 
 @dataclass(frozen=True, kw_only=True)
 class Medium:
-    """A picture or a clip: its bytes, a path, or an address. The kind is told by the bytes where it is None."""
+    """A picture or a clip: its bytes, a path, or an address. Where the kind is None, the bytes decide."""
 
     kind: Kind | None
     data: bytes | None = None
