@@ -4,8 +4,12 @@ First the predictors alone, the decoder frozen; from FREE_FROM on the decoder to
 of tokens to keep falls from START_RATIO to its goal within the first ANNEAL of the steps, so that there is something
 to choose between from the first step on. sparse.py has the method.
 
+With --init the training goes on from a finished reducer: everything is trained from the first step, at the goal. With
+--pictures, rows about pictures that the generator did not draw teach the decoder to keep saying that it cannot tell.
+
     python -m demos.train.frozen --base mm/models/weights/tiny --run RUN
     python -m demos.train.train_dynamic --base mm/models/weights/tiny --run RUN --steps 1600 [--resume] [--device cuda]
+        [--init FOLDER] [--pictures RUN/pictures]
     python -m demos.train.train_dynamic --base mm/models/weights/tiny --run RUN --evaluate --scenes 256
 
 RUN holds the features. RUN/dynamic gets state.pt, training.jsonl, and what ships: model.safetensors (predictors),
@@ -13,48 +17,61 @@ decoder.safetensors (the changed tensors), config.json.
 """
 
 import argparse
-from dataclasses import asdict
+import copy
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from demos.train.compare import summary
 from demos.train.dynamic_eval import HeldOut, ask, report
-from demos.train.frozen import FrozenBatches, save_reducer
+from demos.train.frozen import save_reducer
+from demos.train.limits_data import LimitsBatches, OtherPictures
+from demos.train.limits_eval import held_out_refusals, patches, visual
 from demos.train.lm_data import Batch
 from demos.train.packing import Packed
 from demos.train.reducer_training import ReducerTraining, build_parser, main
 from demos.train.sparse import Decide, by_answer, run_sparse
-from demos.train.train_lm import splice, to_device, visual_tokens
+from demos.train.train_lm import run_decoder, splice, to_device
 from demos.train.training import Optimisers, mean_where, split_matrices
-from mm.plugins.weights import checkpoint_fingerprint
+from mm.plugins.weights import DECODER, TENSORS, checkpoint_fingerprint
 from pruning.learned.predictors import Predictors, PredictorShape
 
-IMAGE_RATIO, TEXT_RATIO = 0.22, 0.3  # of the visual tokens of an image; of generated tokens after the first few
+IMAGE_RATIO, TEXT_RATIO = 0.22, 0.34  # of the visual tokens of an image; of generated tokens after the first few
+KEEP_FIRST = 3  # generated tokens that stay
 RATIO_WEIGHT = 100.0
+MATCH_WEIGHT = 1.0  # of the divergence from what the checkpoint says with all tokens
+LIMIT_WEIGHT = 0.5  # of the refusals about other pictures
 START_RATIO, ANNEAL = 0.9, 0.25
 FREE_FROM = 0.15
 LONG_TOKENS = 20  # answers of so many tokens are held to TEXT_RATIO
-TEMPERATURE = (1.0, 0.1)
+TEMPERATURE, INIT_TEMPERATURE = (1.0, 0.1), 0.3  # from, to; from where a finished reducer goes on
 PREDICTOR_LR, MUON_LR, NORM_SHARE = 2e-3, 7e-4, 0.1
 WARMUP_STEPS, DECAY_FROM = 30, 0.4
 SCENES, CLIPS, CLIP_SHARE = 6, 2, 0.12  # per batch; share of the batches that are clips
+OTHERS, CUTS = 2, 4  # rows about other pictures beside scenes (one beside clips); different frames of a filmed one
 OTHER_ROWS = 0.25  # of the batches: with turns, system messages, questions first; nothing generated is dropped there
 
 
 # ── data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def batch_of(batches: FrozenBatches, step: int) -> tuple[Batch, bool]:
-    """The batch of a step, and whether generated tokens may be dropped in it."""
+def batch_of(batches: LimitsBatches, step: int, others: OtherPictures | None) -> tuple[Batch, bool, list[np.ndarray]]:
+    """The batch of a step, whether generated tokens may be dropped in it, and the pictures of its last rows."""
     rng = np.random.default_rng([21, step])
     clip, plain = rng.random() < CLIP_SHARE, rng.random() > OTHER_ROWS
-    kind, count = ("clips", CLIPS) if clip and batches.info["clips"] else ("scenes", SCENES)
-    return batches.draw(kind, rng.integers(batches.info[kind], size=count).tolist(), rng, plain=plain), plain
+    clip = bool(clip and batches.info["clips"])
+    kind, count, strange = ("clips", CLIPS, 1) if clip else ("scenes", SCENES, OTHERS)
+    strange = strange if others else 0
+    items = rng.integers(batches.info[kind], size=count + strange).tolist()
+    batch = batches.draw_with(kind, items, strange, rng, unseen=False, plain=plain)
+    return batch, plain, [others.draw(rng, CUTS if clip else 1) for _ in range(strange)] if others else []
 
 
 # ── losses ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,11 +88,27 @@ def budget_losses(
     return loss + mean_where((share - goals[1]) ** 2, count >= LONG_TOKENS)
 
 
-def progress(step: int, num_steps: int) -> tuple[tuple[float, float], float]:
-    """(shares to keep of image and text, temperature) at a step."""
+def progress(step: int, num_steps: int, *, warm: bool) -> tuple[tuple[float, float], float]:
+    """(shares to keep of image and text, temperature) at a step; warm: of a finished reducer that goes on."""
+    first, last = (INIT_TEMPERATURE if warm else TEMPERATURE[0]), TEMPERATURE[1]
+    temperature = first * (last / first) ** (step / num_steps)
+    if warm:
+        return (IMAGE_RATIO, TEXT_RATIO), temperature
     done = min(1.0, step / (ANNEAL * num_steps))
     goals = tuple(START_RATIO + done * (goal - START_RATIO) for goal in (IMAGE_RATIO, TEXT_RATIO))
-    return goals, TEMPERATURE[0] * (TEMPERATURE[1] / TEMPERATURE[0]) ** (step / num_steps)
+    return goals, temperature
+
+
+def answer_losses(logits: Tensor, before: Tensor, packed: Packed, num_drawn: int) -> dict[str, Tensor]:
+    """Of the rows about drawn pictures: the true answers, and the divergence from `before`. Of the others: refusals."""
+    losses, drawn = F.cross_entropy(logits, packed.target_token, reduction="none"), packed.target_row < num_drawn
+    moved = F.kl_div(logits.log_softmax(-1), before.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    weight = packed.target_weight
+    return {
+        "answer": mean_where(losses[drawn], weight[drawn]),
+        "match": mean_where(moved[drawn], weight[drawn]),
+        "limit": mean_where(losses[~drawn], weight[~drawn]),
+    }
 
 
 # ── run ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -118,6 +151,16 @@ def kept_at(held_out: dict[str, Any]) -> list[list[float]]:
     return sorted(found)
 
 
+def load_reducer(folder: Path, predictors: Predictors, decoder: nn.Module) -> None:
+    """Take predictors and decoder layers from a folder that an earlier training wrote."""
+    predictors.load_state_dict(load_file(folder / TENSORS))
+    if (folder / DECODER).is_file():
+        changed = {name: tensor.float() for name, tensor in load_file(folder / DECODER).items()}
+        unexpected = decoder.load_state_dict(changed, strict=False).unexpected_keys
+        if unexpected:
+            raise SystemExit(f"{folder / DECODER} has {unexpected[0]}, which the decoder of --base has not")
+
+
 class DynamicTraining(ReducerTraining):
     """Trains the predictors and, from FREE_FROM on, the adapted part of the decoder."""
 
@@ -126,61 +169,76 @@ class DynamicTraining(ReducerTraining):
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         width, decoder = self.model.config.text_config.hidden_size, self.model.model.language_model
-        self.base = {name: t.clone() for name, t in decoder.state_dict().items()}
+        self.base, self.old = {n: t.clone() for n, t in decoder.state_dict().items()}, copy.deepcopy(self.model)
         layers = {"image_layer": args.image_layer, "text_layer": args.text_layer}
-        shape = PredictorShape(width=width, channels=args.channels or width // 8, **layers)
+        shape = PredictorShape(width=width, channels=args.channels or width // 8, keep_first=KEEP_FIRST, **layers)
         self.predictors = Predictors(shape).to(args.device)
         tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
-        self.batches = FrozenBatches(tokenizer, self.features.info)
+        if args.init:
+            load_reducer(args.init, self.predictors, decoder)
+        self.batches = LimitsBatches(tokenizer, self.features.info)
+        self.others = OtherPictures(args.pictures / "trained") if args.pictures else None
         self.trained = [p for _, p in adapted(self.model, args.adapt)]
         self.optimisers = build_optimisers(self.model, self.predictors, self.trained, args.steps)
         self.held_out = HeldOut(tokenizer, self.held_out_features())
         self.parts = {"decoder": decoder, "predictors": self.predictors, "optimisers": self.optimisers}
 
     def learn(self, step: int) -> dict[str, Any]:
-        if step >= FREE_FROM * self.args.steps:
+        if self.args.init or step >= FREE_FROM * self.args.steps:
             for parameter in self.trained:
                 parameter.requires_grad_(True)
-        batch, plain = batch_of(self.batches, step)
-        loss, record = self.loss(batch, plain, step)
+        batch, plain, pixels = batch_of(self.batches, step, self.others)
+        strange = list(patches(self.model, np.concatenate(pixels)).split(len(pixels[0]))) if pixels else []
+        loss, record = self.loss(batch, plain, strange, step)
         if loss.requires_grad:  # not where nothing is decided and the decoder is frozen
             loss.backward()
             self.optimisers.step(step)
         return record
 
-    def loss(self, batch: Batch, plain: bool, step: int) -> tuple[Tensor, dict[str, Any]]:
-        """The loss of one step, with what is to be recorded."""
+    def loss(self, batch: Batch, plain: bool, strange: list[Tensor], step: int) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of one step, with what is to be recorded. strange: patches of the pictures of the last rows."""
         args, keep_first = self.args, self.predictors.shape.keep_first
-        goals, temperature = progress(step, args.steps)
+        goals, temperature = progress(step, args.steps, warm=bool(args.init))
         packed = to_device(batch.packed, args.device)
         decide = Decide(temperature, torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step), text=plain)
-        decide.images = (
-            not batch.clip
-        )  # clips keep their visual tokens; they are in the data so that the decoder does not forget them
+        decide = replace(
+            decide, images=not batch.clip
+        )  # clips are in the data so that the decoder does not forget them
         with torch.autocast(args.device, torch.bfloat16):
-            embeds = splice(self.model, packed, visual_tokens(self.model, self.features, batch, args.device))
+            embeds = splice(self.model, packed, visual(self.model, self.features, batch, strange))
             logits, decisions = run_sparse(self.model, self.predictors, embeds, packed, decide)
-        losses = F.cross_entropy(logits.float(), packed.target_token, reduction="none")
-        answer = mean_where(losses, packed.target_weight)
+            with torch.no_grad():
+                before, *_ = run_decoder(self.old, embeds, packed, batch.clip)
+        parts = answer_losses(logits.float(), before.float(), packed, len(batch.items) - len(strange))
         budget = budget_losses(packed, decisions.image, decisions.output, goals, keep_first)
-        record = {"answer_loss": round(answer.item(), 4), "budget_loss": round(budget.item(), 5), "clip": batch.clip}
+        record = {f"{name}_loss": round(loss.item(), 4) for name, loss in parts.items()}
+        record |= {"budget_loss": round(budget.item(), 5), "clip": batch.clip}
         if decisions.image:
             record["image_kept"] = round(float(torch.stack([k.detach().mean() for k in decisions.image]).mean()), 3)
         if plain:
             count, share = by_answer(packed, decisions.output.detach(), keep_first)
             record["text_kept"] = round(mean_where(share, count >= LONG_TOKENS).item(), 3)
-        return answer + RATIO_WEIGHT * budget, record
+        loss = parts["answer"] + MATCH_WEIGHT * parts["match"] + LIMIT_WEIGHT * parts["limit"]
+        return loss + RATIO_WEIGHT * budget, record
+
+    def refusals(self) -> dict[str, list[float]]:
+        def run(embeds: Tensor, packed: Packed) -> Tensor:
+            return run_sparse(self.model, self.predictors, embeds, packed, Decide(image_ratio=IMAGE_RATIO))[0]
+
+        return held_out_refusals(self.model, self.batches, self.args.pictures, run)
 
     def check(self) -> dict[str, Any]:
         pictures, clips, kept = ask(self.model, self.predictors, self.held_out, Decide(image_ratio=IMAGE_RATIO))
-        return {"pictures": summary(pictures), "clips": summary(clips), "kept": kept}
+        found = {"pictures": summary(pictures), "clips": summary(clips), "kept": kept}
+        return found | ({"others": self.refusals()} if self.args.pictures else {})
 
     def evaluate(self) -> dict[str, Any]:
-        return report(self.model, self.base, self.predictors, self.held_out, IMAGE_RATIO)
+        found = report(self.model, self.base, self.predictors, self.held_out, IMAGE_RATIO)
+        return found | ({"others": self.refusals()} if self.args.pictures else {})
 
     def save(self, step: int, trained: dict[str, Any]) -> None:
         args, info, predictors = self.args, self.features.info, self.predictors
-        changed = dict(adapted(self.model, args.adapt)) if step > FREE_FROM * args.steps else {}
+        changed = dict(adapted(self.model, args.adapt)) if args.init or step > FREE_FROM * args.steps else {}
         sizes = {p: sum(t.numel() for t in getattr(predictors, p).parameters()) for p in ("image", "text")}
         config = {"reducer": "dynamic", "base": checkpoint_fingerprint(args.base), **asdict(predictors.shape)}
         config |= {"image_keep_ratio": IMAGE_RATIO, "text_keep_ratio": TEXT_RATIO, "text_threshold": 0.0}
@@ -196,6 +254,8 @@ class DynamicTraining(ReducerTraining):
 def arguments() -> argparse.ArgumentParser:
     parser = build_parser(__doc__, name="dynamic", steps=1600, scenes=48, clips=8)
     parser.add_argument("--adapt", choices=("all", "attention", "none"), default="all", help="of the decoder's layers")
+    parser.add_argument("--init", type=Path, help="folder of a finished `dynamic` from which to go on")
+    parser.add_argument("--pictures", type=Path, help="folder that demos.train.other_pictures wrote")
     parser.add_argument("--channels", type=int, help="of the predictors; an eighth of the width by default")
     parser.add_argument("--image-layer", type=int, default=0)
     parser.add_argument("--text-layer", type=int, default=1)

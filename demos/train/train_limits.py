@@ -23,22 +23,19 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoTokenizer
 
 from demos.train.compare import Answers, answers_by_row, paired, summary
-from demos.train.data.clip_questions import FRAME_TOKENS
 from demos.train.dynamic_eval import HeldOut
 from demos.train.export import PROCESSOR_FILES
 from demos.train.limits_data import LimitsBatches, OtherPictures
-from demos.train.lm_data import Batch, Features
-from demos.train.model import SIDE_PX, normalise, pool_frames, save_weights
-from demos.train.other_pictures import on_ground
+from demos.train.limits_eval import held_out_refusals, patches, visual
+from demos.train.lm_data import Batch
+from demos.train.model import save_weights
 from demos.train.packing import Packed
 from demos.train.reducer_training import ReducerTraining, build_parser, main
-from demos.train.train_lm import exact, run_decoder, splice, to_device, visual_tokens
-from demos.train.train_vit import run_tower
+from demos.train.train_lm import run_decoder, splice, to_device, visual_tokens
 from demos.train.training import Optimisers, mean_where, split_matrices
 
 MUON_LR, NORM_LR = 2e-3, 2.5e-4
@@ -48,33 +45,6 @@ CLIP_SHARE, OTHER_ROWS = 0.4, 0.25  # of the batches: clips, two drawn and one f
 CUTS = 4  # of a filmed clip: different frames
 OLD_WEIGHT = 4.0  # of the divergence from what the checkpoint said before
 LIMIT_WEIGHT = 0.5  # of the refusals: a few missed ones harm less than refusals about drawn pictures
-
-
-def patches(model: LlavaForConditionalGeneration, pixels: np.ndarray) -> Tensor:
-    """(n, 256, D) of uint8 pictures (n, 224, 224, 3)."""
-    device = model.device
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-        return run_tower(model.model.vision_tower, normalise(pixels).to(device))[:, 1:].to(torch.bfloat16)
-
-
-def frames_of(model: nn.Module, distinct: Tensor, frames: Tensor) -> Tensor:
-    """(T * 64, D) visual tokens of a clip."""
-    pooled = pool_frames(model.model.multi_modal_projector(distinct)).view(len(distinct), FRAME_TOKENS, -1)
-    return pooled[frames].flatten(0, 1)
-
-
-def visual(model: nn.Module, features: Features, batch: Batch, strange: list[Tensor]) -> list[Tensor]:
-    """Visual tokens of each row; those of the last rows come from other pictures, (n, 256, D) each."""
-    own, device = batch.items[: len(batch.items) - len(strange)], model.device
-    if not batch.clip:
-        drawn = [features.scenes[item].to(device) for (item,) in own]
-        return list(model.model.multi_modal_projector(torch.stack([*drawn, *(s[0] for s in strange)])))
-    clips = [features.clip(item) for (item,) in own]
-    rows = [frames_of(model, distinct.to(device), frames.to(device)) for distinct, frames in clips]
-    for kept, distinct in zip(batch.packed.kept[len(own) :], strange, strict=True):
-        count = int((kept >= 0).sum()) // FRAME_TOKENS
-        rows.append(frames_of(model, distinct, torch.arange(count, device=device) * len(distinct) // count))
-    return rows
 
 
 @torch.no_grad()
@@ -159,32 +129,10 @@ class LimitsTraining(ReducerTraining):
         return {name: round(loss.item(), 4) for name, loss in parts.items()} | {"clip": batch.clip}
 
     def refusals(self) -> dict[str, list[float]]:
-        """Of each held-out source: [share of refusals, number of pictures], asked in wordings that no training uses."""
-        found = {}
-        for folder in sorted(self.args.pictures.glob("held_out/*")):
-            pixels = []
-            for path in sorted(folder.glob("*.png")):
-                with Image.open(path) as file:
-                    ground = on_ground(file.convert(file.mode), (255, 255, 255))
-                pixels.append(np.asarray(ground.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)))
-            rights = []
-            for at in range(0, len(pixels), 8):
-                rights += self.ask_others(np.stack(pixels[at : at + 8]))
-            found[folder.name] = [round(float(np.mean(rights)), 4), len(pixels)]
-        return found
+        def run(embeds: Tensor, packed: Packed) -> Tensor:
+            return run_decoder(self.model, embeds, packed, clip=False)[0]
 
-    @torch.no_grad()
-    def ask_others(self, pixels: np.ndarray) -> list[bool]:
-        """Whether each answer about pictures from elsewhere is a refusal."""
-        rng, count = np.random.default_rng(32), len(pixels)
-        items = (np.arange(count) % self.features.info["scenes"]).tolist()
-        batch = self.batches.draw_with("scenes", items, count, rng, unseen=True, plain=True)
-        packed = to_device(batch.packed, self.args.device)
-        with torch.autocast(self.args.device, torch.bfloat16):
-            strange = list(patches(self.model, pixels).split(1))
-            embeds = splice(self.model, packed, visual(self.model, self.features, batch, strange))
-            logits, *_ = run_decoder(self.model, embeds, packed, clip=False)
-        return [right for _, right in exact(logits, batch)]
+        return held_out_refusals(self.model, self.batches, self.args.pictures, run)
 
     def check(self) -> dict[str, Any]:
         pictures, clips, refused = answers(self.model, self.held_out, self.first_token)
