@@ -90,12 +90,12 @@ def target_of(family: CheckpointFamily) -> DraftTarget:
     return DraftTarget(
         name=str(family.folder),
         vocab_size=language.vocab_size,
-        hidden_size=language.head_weight.shape[1],
+        hidden_size=language.config.hidden_size,
         num_layers=language.num_layers,
         device=language.device,
         dtype=language.dtype,
         embed=language.embed,
-        head_weight=language.head_weight,
+        head_weight=lambda: language.head_weight,
         placeholder_ids=family.placeholder_ids,
         only_chains=language.kv_cache_spec.has_states,
     )

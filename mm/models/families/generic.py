@@ -238,7 +238,7 @@ class TransformersFamily(CheckpointFamily):
         ids = self.item_ids(item.text)
         own = torch.tensor([token for token in ids if token in self._placeholders])
         count = len(own)
-        width = self.language.head_weight.shape[1]
+        width = self.language.config.hidden_size
         generator = torch.Generator().manual_seed(0)
         scale = float(self.language.embed(torch.arange(min(64, self.language.vocab_size))).float().std())
         rows = torch.randn(count, width, generator=generator) * scale

@@ -121,7 +121,7 @@ class LoadedEagle:
         self._options, self._target = options, target
         folder = drafter_folder(options.weights, target.name)
         embedding = target.embed(torch.arange(target.vocab_size, device=target.device)).clone()
-        self.network = load_draft_head(folder, embedding, target.head_weight).requires_grad_(False)
+        self.network = load_draft_head(folder, embedding, target.head_weight()).requires_grad_(False)
         prepack_linears(self.network)
         layers = self.network.config.feature_layers
         self.needs = frozenset({"last_hidden", *(f"hidden:{layer}" for layer in layers)})

@@ -59,7 +59,7 @@ def loaded(folder, made, **options):
         device=torch.device("cpu"),
         dtype=torch.float32,
         embed=lambda ids: torch.nn.functional.embedding(ids, EMBEDDING),
-        head_weight=HEAD,
+        head_weight=lambda: HEAD,
         placeholder_ids=frozenset({3}),
     )
     return Eagle(weights=str(folder), **{"stop_below": 0.0, **options}).load(target)
