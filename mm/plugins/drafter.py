@@ -203,8 +203,8 @@ class DraftTarget:
     Attributes:
         name: The checkpoint's folder. Trained drafters are looked up in it.
         embed: (n,) token ids to (n, D), the target's embedding table.
-        head_weight: Gives the head, (vocab, D); the logits are its product with the state "last_hidden". Where the target's
-            weights have 8 bits, each call makes it anew. So only a drafter that needs it should call it, once.
+        head_weight: Gives the head, (vocab, D); the logits are its product with the state "last_hidden". Where the
+            target's weights have 8 bits, each call makes it anew. So only a drafter that needs it should call it, once.
         placeholder_ids: Tokens that stand for media in a prompt. A drafter must not propose them.
         only_chains: Whether drafts are cut to their first path, because layers keep a state that cannot branch.
     """

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mm.config import ModelConfig
+from mm.errors import InvalidOption
 from serve.cli.checks import check_early, need
 from serve.cli.options import build_config, read_reducer, setting_options
 
@@ -41,7 +43,7 @@ from serve.cli.options import build_config, read_reducer, setting_options
     help="Frames sampled from a clip, evenly over its length; the shipped clips have up to 16.",
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), default=192, show_default=True, help="Longest answer.")
-@setting_options(ModelConfig, only=("device", "dtype", "threads"))
+@setting_options(ModelConfig, only=("device", "dtype", "quantize", "threads"))
 def evaluate(
     settings: dict[str, Any],
     model: str | None,
@@ -54,8 +56,9 @@ def evaluate(
     """Ask the held-out set and count the right answers, by task, wording, number of objects and reducer."""
     for package in ("pyarrow", "rich", "transformers"):
         need(package, "batch")
+    _check_place(settings, options["url"])
     config = build_config(ModelConfig, settings, model=model or "tiny", frames=frames)
-    if options["url"] is None and answers is None:
+    if options["url"] is None:
         check_early(config)
     from serve.evaluation.command import Evaluation, run_evaluation
 
@@ -69,3 +72,16 @@ def evaluate(
         **options,
     )
     run_evaluation(job)
+
+
+def _check_place(settings: dict[str, Any], url: str | None) -> None:
+    """Refuse options of the other place: settings of a model that a server has loaded, or how to ask none.
+
+    Raises:
+        InvalidOption: Names the option.
+    """
+    if url is not None:
+        for name in settings:
+            raise InvalidOption("eval", name, "is a setting of the model behind --url; give it to that server")
+    elif click.get_current_context().get_parameter_source("concurrency") is ParameterSource.COMMANDLINE:
+        raise InvalidOption("eval", "concurrency", "needs --url; without it one question is asked at a time")

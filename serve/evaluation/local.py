@@ -34,6 +34,7 @@ class LocalBackend:
             "through": "this process",
             "device": resolved(self._config.device),
             "dtype": self._config.dtype,
+            "quantize": self._config.quantize,
             "num_frames": self._num_frames,
             "max_tokens": self._max_tokens,
             "versions": {name: version(name) for name in ("mm-serving", "torch", "transformers")},

@@ -73,6 +73,8 @@ def test_the_table_is_all_there_is_on_stdout(run, file):
         (["--reducer", "divprune:keep_ratio=2"], "keep_ratio"),
         (["--model", "tinny"], "the model 'tinny' does not exist"),
         (["--url", "http://127.0.0.1:9"], "no server can be reached"),
+        (["--url", "http://127.0.0.1:9", "--quantize", "int8"], "'quantize' is a setting of the model behind --url"),
+        (["--concurrency", "3"], "'concurrency' needs --url"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(run, file, tmp_path, monkeypatch, arguments, message):
