@@ -21,6 +21,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from encoders.checkpoint_encoder import CheckpointEncoder
 from encoders.helpers.auxiliary_features import cell_means, observed_in_block
 from encoders.helpers.batches import in_groups
+from encoders.helpers.hidden_states import wanted_states
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import MediaError
@@ -117,7 +118,7 @@ class Idefics3Encoder(CheckpointEncoder):
     def _forward_observed(self, pictures: Sequence[Crops], taps: frozenset[str]) -> list[dict[str, Tensor]]:
         """The same, and the auxiliary features (crops, ..., n) that `taps` names."""
         pixels, last = self._pixels(pictures), len(self.tower.encoder.layers) - 1
-        output = self.tower(pixels, output_hidden_states=[last])
+        output = self.tower(pixels, output_hidden_states=wanted_states([last]))
         planes = observed_in_block(self.tower.encoder.layers[last], output.hidden_states[last], taps, has_cls=False)
         if TOWER_FEATURES in taps:
             planes[TOWER_FEATURES] = output.last_hidden_state.mT

@@ -24,6 +24,7 @@ from encoders.checkpoint_encoder import CheckpointEncoder, Rename
 from encoders.helpers.auxiliary_features import cell_means, observed_in_block
 from encoders.helpers.batches import in_batches
 from encoders.helpers.cells import encode_dropping, picture_cells, tokens_of_cells, value_ranges
+from encoders.helpers.hidden_states import wanted_states
 from encoders.helpers.merging import merged_tokens, run_blocks
 from encoders.helpers.pictures import Pictures
 from mm.data.media import Image, Kind, Video
@@ -266,7 +267,7 @@ class LlavaEncoder(CheckpointEncoder):
         deepest = max(self._layers)
         taps = needs & self.provides & {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS}
         wanted = [*self._layers, deepest - 1] if taps else self._layers
-        output = self.tower(pixels.to(self.device), output_hidden_states=wanted, return_dict=True)
+        output = self.tower(pixels.to(self.device), output_hidden_states=wanted_states(wanted), return_dict=True)
         first = self._first_token()
         hidden = [output.hidden_states[layer][:, first:] for layer in self._layers]
         features = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1)

@@ -30,6 +30,7 @@ from encoders.checkpoint_encoder import CheckpointEncoder
 from encoders.helpers.auxiliary_features import mean_attention
 from encoders.helpers.batches import in_groups
 from encoders.helpers.cells import encode_dropping, tokens_of_cells, value_ranges
+from encoders.helpers.hidden_states import wanted_states
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import MediaError
@@ -252,7 +253,7 @@ class Qwen2VLEncoder(CheckpointEncoder):
         """The same, and the auxiliary features (N, ...) that `taps` names."""
         pixels, grids = self._packed(items)
         index = getattr(self.tower, "fullatt_block_indexes", None) or [len(self.tower.blocks) - 1]
-        output = self.tower(pixels, grid_thw=grids, output_hidden_states=[max(index)])
+        output = self.tower(pixels, grid_thw=grids, output_hidden_states=wanted_states([max(index)]))
         planes = observed_in_packed_block(self.tower, max(index), output.hidden_states[max(index)], grids, taps)
         if TOWER_FEATURES in taps:
             planes[TOWER_FEATURES] = output.last_hidden_state.float()

@@ -434,3 +434,22 @@ def test_what_merging_needs_is_named(folder, video_folder, tmp_path):
         LlavaEncoder(video_folder).encode([clip(2)], merging=tome)
     with pytest.raises(InvalidOption, match="one reducer before or inside the tower"):
         check_compatible(build_reducer("tome + tome"), LlavaEncoder(folder), "llava")
+
+
+def test_a_transformers_that_names_layers_and_not_states_gives_the_same_tokens(folder, monkeypatch):
+    """Before 5.20 a list of hidden states named layers, so that every state is asked for there."""
+    encoder, items = LlavaEncoder(folder), images(pictures(2))
+    expected = [tokens.embeddings for tokens in encoder.encode(items)]
+    monkeypatch.setattr("encoders.helpers.hidden_states.SELECTS", False)
+    asked: list[object] = []
+    forward = encoder.tower.forward
+    monkeypatch.setattr(
+        encoder.tower,
+        "forward",
+        lambda *args, **kw: (asked.append(kw["output_hidden_states"]), forward(*args, **kw))[1],
+    )
+    found = [tokens.embeddings for tokens in encoder.encode(items)]
+    assert asked
+    assert all(one is True for one in asked)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
