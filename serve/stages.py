@@ -159,7 +159,7 @@ def build_decoder_loop(config: ServeConfig) -> tuple[EngineLoop, TextLimits]:
     engine = build_engine(model)
     loop = EngineLoop(engine, num_threads=model.num_threads)
     loop.start()
-    return loop, engine.family.text_limits
+    return loop, engine.text_limits
 
 
 def build_local_runtime(config: ServeConfig) -> LocalRuntime:

@@ -19,7 +19,7 @@ from mm.engine.adapted_decoders import AdaptedDecoders
 from mm.engine.admission import AdmissionControl
 from mm.engine.attention.base import build_attention
 from mm.engine.attention.cuda_graphs import build_graphs
-from mm.engine.engine_stats import collect_stats
+from mm.engine.engine_view import EngineView
 from mm.engine.input_processor import InputProcessor
 from mm.engine.kv_cache.build import build_caches
 from mm.engine.lifecycle import RequestLifecycle
@@ -29,7 +29,7 @@ from mm.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from mm.engine.sequence import EngineRequest, OutputSink
 from mm.engine.spec_decode.drafter_instance import target_of
 from mm.engine.spec_decode.proposer import SpecDecoder
-from mm.engine.stats import Counters, EngineStats
+from mm.engine.stats import Counters
 from mm.errors import EngineError, MmError
 from mm.models.family import CheckpointFamily
 from mm.plugins.calls import PluginCalls
@@ -38,7 +38,7 @@ from mm.plugins.reducer import Reducer
 log = logging.getLogger(__name__)
 
 
-class LLMEngine:
+class LLMEngine(EngineView):
     """One model's decoder with its KV cache.
 
     Args:
@@ -145,10 +145,6 @@ class LLMEngine:
         with self._lock:
             self._lifecycle.fail_all(error)
 
-    @property
-    def has_work(self) -> bool:
-        return self._lifecycle.has_work
-
     def step(self) -> bool:
         """Compute one step. Returns whether there was anything to do."""
         with self._lock:
@@ -191,9 +187,3 @@ class LLMEngine:
             num_draft_tokens = scheduled.num_scheduled_tokens - num_seqs
             self.spec_decoder.record_step(num_seqs, num_draft_tokens, self.spec_decoder.clock() - began)
         self.spec_decoder.observe(results, output.logits)
-
-    @property
-    def stats(self) -> EngineStats:
-        """What the engine holds now and has done so far. May be read from any thread."""
-        parts = (self._counters, self._scheduler, self.cache, self.prefix_cache, self.spec_decoder.stats)
-        return collect_stats(self.engine_id, *parts, num_arrivals=self._lifecycle.num_arrivals)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import torch
 
 from mm.config import OnError
 from mm.data.request import Request
-from mm.data.tokens import AskedPositions, EncodedMedia, ItemCount, Positions, Prompt
+from mm.data.tokens import AskedPositions, EncodedMedia, Positions, Prompt
 from mm.engine.adapted_decoders import AdaptedDecoders
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.states import snapshot_borders
 from mm.engine.prefill_pruning import layers_of
+from mm.engine.prompt_inputs import PromptInputs
 from mm.engine.resumption import resume
-from mm.engine.sampling.sampler_factory import SamplerFactory
-from mm.engine.sampling.vocabulary import Vocabulary
 from mm.engine.sequence import EngineRequest, OutputSink, PrefillOnly
 from mm.engine.sequence import Sequence as EngineSequence
 from mm.engine.sequence_output import SequenceOutput
@@ -27,17 +21,14 @@ from mm.engine.token_pruning import TokenPruning
 from mm.errors import ContextTooLong, InvalidRequest, MmError, ReducerFault
 from mm.models.arithmetic import Arithmetic
 from mm.models.family import CheckpointFamily
-from mm.plugins.calls import BUILT, PluginCalls
+from mm.plugins.calls import PluginCalls
 from mm.plugins.capabilities import capabilities_of, decoder_weights, in_decode, in_prefill, names_of, per_token
 from mm.plugins.reducer import Reducer
 from mm.plugins.registry import name_of
-from mm.plugins.spec import bind, parse_spec, reducer_spec
 from mm.plugins.threads import plugin_errors
 
-T = TypeVar("T")
 
-
-class InputProcessor:
+class InputProcessor(PromptInputs):
     """Makes sequences of requests. Safe to use from several threads.
 
     Args:
@@ -55,10 +46,9 @@ class InputProcessor:
         *,
         on_error: OnError,
     ) -> None:
-        self._family, self._cache, self._spec_decoder = family, cache, spec_decoder
-        self._decoders, self._calls = decoders, calls
+        super().__init__(family, calls)
+        self._cache, self._spec_decoder, self._decoders = cache, spec_decoder, decoders
         self._on_error: OnError = on_error
-        self._samplers = SamplerFactory(family)
 
     def process(
         self, params: Request, media: EncodedMedia, sink: OutputSink, reducer: Reducer | None = None
@@ -73,8 +63,8 @@ class InputProcessor:
             ContextTooLong, InvalidRequest, MediaError: The request cannot be served as asked.
             BadWeights: The weights of a learned reducer are not the encoder's.
         """
-        reducer = reducer or self._reducer(media)
-        prompt = self._splice(params, media)
+        reducer = reducer or self.reducer_of(media)
+        prompt = self.splice(params, media)
         prompt = with_positions(prompt, asked_positions(params.vision.positions, reducer, prompt))
         prompt = up_to_media(prompt) if isinstance(sink, PrefillOnly) else prompt
         max_new_tokens = output_length(params, prompt, self._family.max_context_tokens, self._cache)
@@ -100,74 +90,6 @@ class InputProcessor:
         for seq in seqs:
             seq.block_hashes, seq.snapshot_borders = list(hashes), borders
         return seqs
-
-    def check_length(self, params: Request) -> None:
-        """Refuse a request whose text alone is too long, before its media are encoded.
-
-        Raises:
-            ContextTooLong, InvalidRequest: As `process`.
-        """
-        limits = self._family.text_limits
-        limits.check(params.messages)
-        if not limits.are_far_from(params.messages):
-            self._call_family(functools.partial(self._family.check_length, params.messages))
-
-    def prompt_length(self, params: Request, items: Sequence[ItemCount]) -> int:
-        """Tokens of the prompt of a request, given how many its items have.
-
-        Raises:
-            ContextTooLong, InvalidRequest: As `process`.
-        """
-        width = self._family.language.embed(torch.zeros(1, dtype=torch.int64)).shape[1]
-        blank = [item.blank(width) for item in items]
-        return self._call_family(functools.partial(self._family.splice, params.messages, blank)).length
-
-    def token_ids(self, params: Request) -> list[int]:
-        """Token ids of a request without media.
-
-        Raises:
-            ContextTooLong, InvalidRequest: As `process`.
-        """
-        return self._call_family(functools.partial(self._family.token_ids, params.messages))
-
-    def text_of(self, token_ids: Sequence[int]) -> str:
-        """The text that tokens stand for, control tokens included.
-
-        Raises:
-            InvalidRequest: There is no such token.
-        """
-        num_ids = len(self._family.tokenizer)
-        if (wrong := max(token_ids, default=0)) >= num_ids:
-            raise InvalidRequest(f"the token {wrong} does not exist; this model has {num_ids}", "tokens")
-        return self._family.text_tokenizer.decode(list(token_ids), skip_special_tokens=False)
-
-    def _reducer(self, media: EncodedMedia) -> Reducer:
-        """The reducer of a request, with its weights where there is anything to reduce."""
-
-        def build() -> Reducer:
-            spec, family = reducer_spec(media.reducer), self._family
-            return bind(spec, family.folder, str(family.language.device)).plugin if media.items else spec.plugin
-
-        names = tuple(part.name for part in parse_spec(media.reducer))
-        limit_s = self._calls.limits.reducer_timeout_s
-        return self._calls.call("reducer", names, BUILT, build, timeout_s=limit_s)
-
-    def _splice(self, params: Request, media: EncodedMedia) -> Prompt:
-        return self._call_family(
-            functools.partial(self._family.splice, params.messages, [item.tokens for item in media.items])
-        )
-
-    def _call_family(self, function: Callable[[], T]) -> T:
-        name, limit_s = name_of(self._family), self._calls.limits.family_timeout_s
-        return self._calls.call("family", (name,), "while it made the prompt", function, timeout_s=limit_s)
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return self._samplers.vocabulary
-
-    def close(self) -> None:
-        """Stop the threads that compile schemas."""
-        self._samplers.close()
 
 
 def new_request(

@@ -1,6 +1,6 @@
 """The one pump of an engine and the one output queue of a request.
 
-Something has to call `LLMEngine.step` again and again. `EngineLoop` does, in one of two ways:
+Something has to call an engine's `step` again and again. `EngineLoop` does, in one of two ways:
 
 - `start` runs the engine in a thread of its own: a server, or a job that encodes while it decodes.
 - Without that thread, whoever reads a request's events synchronously runs the engine while it waits.
@@ -28,7 +28,7 @@ from mm.data.outputs import Event
 from mm.data.request import Request, SpeculationOptions
 from mm.data.sampling_params import SamplingParams
 from mm.data.tokens import EncodedMedia, ItemCount
-from mm.engine.engine import LLMEngine
+from mm.engine.interface import DecoderEngine
 from mm.engine.sequence import EngineRequest, PrefillOnly
 from mm.engine.stats import EngineStats
 from mm.errors import CapacityError, EngineError
@@ -107,7 +107,7 @@ class EngineLoop:
         num_threads: CPU threads of torch in each of the loop's threads; None leaves torch's own choice.
     """
 
-    def __init__(self, engine: LLMEngine, *, num_threads: int | None = None) -> None:
+    def __init__(self, engine: DecoderEngine, *, num_threads: int | None = None) -> None:
         self._engine, self._num_threads = engine, num_threads
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -120,7 +120,7 @@ class EngineLoop:
 
     @property
     def held_prefixes(self) -> dict[str, int]:
-        return self._engine.prefix_cache.held_names
+        return self._engine.held_prefixes
 
     def start(self) -> None:
         """Run the engine in a thread of its own until `close`."""
@@ -147,7 +147,7 @@ class EngineLoop:
     def status(self) -> StageStatus:
         """Whether the engine does its work, and which plugins are switched off. May be called from any thread."""
         status, started = self._engine.calls.status(), self._step_started
-        problems = list(status.problems)
+        problems = [*status.problems, *self._engine.problems]
         age_s = 0.0 if started is None else time.monotonic() - started
         if age_s > self._engine.calls.limits.stall_timeout_s:
             problems.append(f"a step of the decoder has not ended for {age_s:.0f} s")
@@ -183,7 +183,7 @@ class EngineLoop:
             ContextTooLong, InvalidRequest: The request cannot be served as asked.
         """
         stages = {*reducer_spec(media.reducer).capabilities.stages}
-        if self._thread is None or not self._engine.prefix_cache.enabled or stages & IN_DECODER:
+        if self._thread is None or not self._engine.prefills_ahead or stages & IN_DECODER:
             return False
         sampling = SamplingParams(max_new_tokens=1, temperature=0.0)
         asked = replace(params, sampling=sampling, speculation=SpeculationOptions(drafter="none"))

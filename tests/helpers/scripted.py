@@ -12,6 +12,7 @@ from typing import Any
 from mm.data.outputs import Event
 from mm.data.request import Request
 from mm.data.tokens import Encoded, EncodedMedia
+from mm.engine.interface import NATIVE
 from mm.engine.sequence import OutputSink
 from mm.engine.spec_decode.metrics import SpecDecodeStats
 from mm.engine.stats import INTER_TOKEN_S, STEP_TOKENS, EngineStats, Histogram
@@ -42,6 +43,8 @@ class Scene:
 
 class ScriptedEngine:
     """Plays `play(request, encoded, reducer)` for each request, an event per step."""
+
+    capabilities, problems, prefills_ahead = NATIVE, (), False
 
     def __init__(self, play: Play) -> None:
         self._play, self.calls = play, PluginCalls()
