@@ -22,6 +22,7 @@ from mm.engine.attention.cuda_graphs import build_graphs
 from mm.engine.engine_view import EngineView
 from mm.engine.input_processor import InputProcessor
 from mm.engine.kv_cache.build import build_caches
+from mm.engine.kv_transfer.messages import ReceivedKV
 from mm.engine.lifecycle import RequestLifecycle
 from mm.engine.model_runner import ModelRunner
 from mm.engine.output_processor import OutputProcessor
@@ -98,12 +99,12 @@ class LLMEngine(EngineView):
         )
 
     def submit(
-        self, params: Request, media: EncodedMedia, sink: OutputSink, reducer: Reducer | None = None
+        self, params: Request, media: EncodedMedia | ReceivedKV, sink: OutputSink, reducer: Reducer | None = None
     ) -> EngineRequest:
         """Accept a request; its events go to `sink`. May wait for a schema to be compiled: not for the event loop.
 
         Args:
-            media: The encoded media items, and how they are to be reduced inside the decoder.
+            media: The encoded media and how they are to be reduced inside the decoder, or what another engine computed.
             reducer: Used in place of `media.reducer`, for a reducer that has no text form.
 
         Raises:
@@ -159,12 +160,12 @@ class LLMEngine(EngineView):
     def _step(self) -> bool:
         start = time.perf_counter()
         self._lifecycle.update()
+        self._outputs.begin_received()
         if num_seqs := min(self._lifecycle.num_live, self.config.max_num_seqs):
             decoding = [seq for seq in self._scheduler.running if seq.is_decoding]
             self.spec_decoder.propose(decoding, self.config.max_num_batched_tokens, num_seqs)
         scheduled = self._scheduler.schedule()
-        num_tokens = scheduled.num_scheduled_tokens
-        if not num_tokens:
+        if not (num_tokens := scheduled.num_scheduled_tokens):
             return False
         for runner, part in self._decoders.parts(scheduled):
             try:
@@ -181,7 +182,6 @@ class LLMEngine(EngineView):
         began, has_prefill, num_seqs = self.spec_decoder.clock(), scheduled.has_prefill, len(scheduled.seqs)
         self.spec_decoder.start_sequences(scheduled.seqs)
         output = runner.execute(scheduled)
-        self._counters.model_s += output.model_s
         results = self._outputs.process(output)
         if not has_prefill:
             num_draft_tokens = scheduled.num_scheduled_tokens - num_seqs

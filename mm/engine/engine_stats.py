@@ -42,5 +42,11 @@ def collect_stats(
         model_s=counters.model_s,
         step_tokens=counters.step_tokens.copy(),
         inter_token_s=counters.inter_token_s.copy(),
+        num_parked=len(scheduler.parked),
+        num_handed_over=counters.num_handed_over,
+        num_received=counters.num_received,
+        kv_sent_bytes=counters.kv_sent_bytes,
+        kv_received_bytes=counters.kv_received_bytes,
+        kv_saved_bytes=counters.kv_saved_bytes,
         spec_decode=spec_decode.copy(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from mm.config import OnError
 from mm.data.request import Request
@@ -10,9 +11,13 @@ from mm.data.tokens import AskedPositions, EncodedMedia, Positions, Prompt
 from mm.engine.adapted_decoders import AdaptedDecoders
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.states import snapshot_borders
+from mm.engine.kv_transfer.messages import KVSink, ReceivedKV
+from mm.engine.kv_transfer.outgoing import Outgoing
+from mm.engine.kv_transfer.receiving import attach, may_be_drafted
 from mm.engine.prefill_pruning import layers_of
 from mm.engine.prompt_inputs import PromptInputs
 from mm.engine.resumption import resume
+from mm.engine.sampling.sampler import Sampler
 from mm.engine.sequence import EngineRequest, OutputSink, PrefillOnly
 from mm.engine.sequence import Sequence as EngineSequence
 from mm.engine.sequence_output import SequenceOutput
@@ -51,18 +56,21 @@ class InputProcessor(PromptInputs):
         self._on_error: OnError = on_error
 
     def process(
-        self, params: Request, media: EncodedMedia, sink: OutputSink, reducer: Reducer | None = None
+        self, params: Request, media: EncodedMedia | ReceivedKV, sink: OutputSink, reducer: Reducer | None = None
     ) -> list[EngineSequence]:
         """The sequences of a request, one per choice. May wait for a schema to be compiled.
 
         Args:
-            sink: With `PrefillOnly` the prompt ends with its last visual token.
+            sink: With `PrefillOnly` the prompt ends with its last visual token. A `KVSink` takes the request over.
             reducer: Used in place of `media.reducer`.
 
         Raises:
+            EngineError: What was received does not belong to this request or this model.
             ContextTooLong, InvalidRequest, MediaError: The request cannot be served as asked.
             BadWeights: The weights of a learned reducer are not the encoder's.
         """
+        received = media if isinstance(media, ReceivedKV) else None
+        media = media.media if isinstance(media, ReceivedKV) else media
         reducer = reducer or self.reducer_of(media)
         prompt = self.splice(params, media)
         prompt = with_positions(prompt, asked_positions(params.vision.positions, reducer, prompt))
@@ -74,21 +82,34 @@ class InputProcessor(PromptInputs):
             request.decoder = self._decoders.add(weights)
         add_reducers(request, reducer, self._family.language.num_layers, self._calls, on_error=self._on_error)
         check_dropping(request, self._family.language.arithmetic)
-        seqs = [
-            EngineSequence(
-                request=request,
-                sampler=sampler,
-                output=SequenceOutput(self._samplers.vocabulary, sampler, params.sampling, max_new_tokens),
-                spec=None if params.emitted else self._spec_decoder.new_state(params),
-            )
-            for sampler in samplers
-        ]
-        seqs[0].siblings = seqs[1:]
+        seqs = self._sequences(request, samplers, max_new_tokens, is_received=received is not None)
+        if isinstance(sink, KVSink):
+            request.outgoing = Outgoing(sink, params.emitted, [seq.output for seq in seqs])
         seqs = resume(seqs, params.emitted) if params.emitted else seqs
         hashes = request.block_hashes(self._cache.shape.block_size)
         borders = snapshot_borders(prompt, len(hashes), self._cache.shape)
         for seq in seqs:
             seq.block_hashes, seq.snapshot_borders = list(hashes), borders
+        if received is not None:
+            attach(seqs, received, self._cache.shape)
+        return seqs
+
+    def _sequences(
+        self, request: EngineRequest, samplers: Sequence[Sampler], max_new_tokens: int, *, is_received: bool
+    ) -> list[EngineSequence]:
+        """One for each sampler; those after the first start from the first one's prompt."""
+        params = request.params
+        is_drafted = not params.emitted or (is_received and may_be_drafted(params.emitted))
+        seqs = [
+            EngineSequence(
+                request=request,
+                sampler=sampler,
+                output=SequenceOutput(self._samplers.vocabulary, sampler, params.sampling, max_new_tokens),
+                spec=self._spec_decoder.new_state(params) if is_drafted else None,
+            )
+            for sampler in samplers
+        ]
+        seqs[0].siblings = seqs[1:]
         return seqs
 
 

@@ -79,7 +79,7 @@ class RequestLifecycle:
             self._live[request] = set(seqs)
             self._num_live += len(seqs)
             self._first_deadline = min(self._first_deadline, _deadline(request))
-            later = set(seqs[0].siblings)
+            later = {sibling for seq in seqs for sibling in seq.siblings}
             for seq in seqs:
                 if seq not in later:
                     self._scheduler.add(seq)

@@ -16,6 +16,8 @@ from torch import Tensor
 from mm.engine.cache_pruning import prune_cache
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.prefix_cache import PrefixCache
+from mm.engine.kv_transfer.handing_over import HandingOver
+from mm.engine.kv_transfer.receiving import begin_drafting
 from mm.engine.lifecycle import RequestLifecycle
 from mm.engine.model_input import Chunk
 from mm.engine.model_runner import StepOutput
@@ -54,9 +56,11 @@ class OutputProcessor:
         self._cache, self._prefix_cache, self._scheduler = cache, prefix_cache, scheduler
         self._spec_decoder, self._lifecycle, self._counters = spec_decoder, lifecycle, counters
         self._calls = calls
+        self._handing_over = HandingOver(cache, prefix_cache, scheduler, spec_decoder, lifecycle, counters)
 
     def process(self, output: StepOutput) -> list[StepResult]:
         """Give each sequence its tokens: one, and those of its draft that were right."""
+        self._counters.model_s += output.model_s
         results = self._decode_results(output)
         row = len(results)
         for item, chunk in zip(output.scheduled.chunks, output.chunks, strict=True):
@@ -70,6 +74,7 @@ class OutputProcessor:
             self._count(result)
         for result in results:
             self._finish_if_done(result, now)
+        self._handing_over.park(results, output.logits)
         if any(result.verification.draft.num_tokens for result in results):
             self._spec_decoder.stats.verify_s += time.perf_counter() - output.started
         return results
@@ -113,9 +118,29 @@ class OutputProcessor:
             return []
         if request.cache_pruners and seq.num_computed_tokens == request.prompt.length:
             self._prune_cache(seq, chunk)
-        if not chunk.num_logits or not self._lifecycle.is_live(seq):
+        if not self._lifecycle.is_live(seq) or not self._send_rows(seq) or not chunk.num_logits:
             return []
-        return [seq] if seq.output.token_ids else self._finish_prompt(seq)
+        ready = [seq] if seq.output.token_ids else self._finish_prompt(seq)
+        self._handing_over.complete(seq, ready)
+        return ready
+
+    def begin_received(self) -> None:
+        """Go on with sequences whose keys and values another engine computed, as far as there is room for them."""
+        for seq, rows in self._scheduler.admit_received():
+            self._counters.num_received += 1
+            self._counters.kv_received_bytes += rows.num_bytes
+            self._prefix_cache.put_snapshots(rows.state.snapshots)
+            begin_drafting(self._finish_prompt(seq), rows, self._spec_decoder)
+
+    def _send_rows(self, seq: Sequence) -> bool:
+        """Hand over what a chunk added. Returns whether the sequence goes on."""
+        try:
+            self._handing_over.send_rows(seq)
+        except Exception as error:
+            log.exception("keys and values could not be sent: request_id=%s", seq.request.request_id)
+            self._lifecycle.fail(seq.request, EngineError(f"keys and values could not be sent: {type(error).__name__}"))
+            return False
+        return True
 
     def _prune_cache(self, seq: Sequence, chunk: Chunk) -> None:
         """Let reducers remove tokens from the cache. Only blocks that stay as they are may be shared."""
@@ -146,6 +171,9 @@ class OutputProcessor:
                 if num_blocks:
                     count = num_blocks * self._cache.shape.block_size
                     self._prefix_cache.name(key, seq.block_hashes[num_blocks - 1], count)
+        if seq.request.outgoing is not None:  # the other engine forks them
+            ready, seq.siblings = [seq, *seq.siblings], []
+            return ready
         ready = [seq]
         for sibling in seq.siblings:
             if sibling.spec is not None and seq.spec is not None:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import bisect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.prefix_cache import PrefixCache
+from mm.engine.kv_transfer.rows import ReceivedRows
 from mm.engine.sequence import Sequence, SequenceStatus
 from mm.plugins.drafter import NO_DRAFT
 
@@ -92,6 +93,7 @@ class Scheduler:
         self._cache, self._prefix_cache, self._config, self._clock = cache, prefix_cache, config, clock
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
+        self.parked: list[Sequence] = []
         self.num_preemptions = 0
         self._oldest_arrival = math.inf  # nothing that waits, and was not raised, has arrived earlier
 
@@ -105,11 +107,31 @@ class Scheduler:
     def remove(self, seq: Sequence) -> None:
         """Take a sequence out of the queue or out of the running ones, and free its blocks."""
         if seq.seq_index is not None:
-            self.running.remove(seq)
+            (self.parked if seq.status is SequenceStatus.PARKED else self.running).remove(seq)
             self._free(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
+
+    def park(self, seq: Sequence) -> None:
+        """Compute no more of a sequence. Its blocks stay until `remove`; nothing is preempted among parked ones."""
+        seq.status = SequenceStatus.PARKED
+        if seq.seq_index is not None:
+            self.running.remove(seq)
+            self.parked.append(seq)
+
+    def admit_received(self) -> Iterator[tuple[Sequence, ReceivedRows]]:
+        """Give sequences that another engine has computed their entries in the cache, while they are next in line."""
+        while self.waiting and (rows := self.waiting[0].received) is not None and self._cache.num_free_seqs:
+            growth = len(self.running) * self._cache.shape.num_layers
+            if not self._prefix_cache.make_room(growth + rows.num_blocks(self._cache.shape)):
+                return
+            seq = self.waiting.pop(0)
+            seq.seq_index, seq.num_computed_tokens = self._cache.allocate(), rows.state.num_computed_tokens
+            rows.load(self._cache, seq.seq_index)
+            seq.status, seq.received = SequenceStatus.RUNNING, None
+            self.running.append(seq)
+            yield seq, rows
 
     def schedule(self) -> SchedulerOutput:
         """Plan the next step. The cache has room for everything in it."""
@@ -120,6 +142,8 @@ class Scheduler:
         self._raise_overdue()
         while self.waiting and budget > 0 and self._cache.num_free_seqs:
             seq = self.waiting[0]
+            if seq.received is not None:
+                break  # `admit_received` takes it before the next step
             if seq.must_prefill_in_one_chunk and seq.max_chunk_tokens > budget and scheduled:
                 break  # it waits for a step with enough room; a step that it has alone always has
             if not self._admit(seq, num_blocks):

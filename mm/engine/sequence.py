@@ -18,6 +18,8 @@ from mm.data.outputs import Event
 from mm.data.request import Request
 from mm.data.tokens import Encoded, Prompt
 from mm.engine.kv_cache.prefix_cache import BlockHash, BlockHasher
+from mm.engine.kv_transfer.outgoing import Outgoing
+from mm.engine.kv_transfer.rows import ReceivedRows
 from mm.engine.prefill_pruning import PruneState
 from mm.engine.sampling.sampler import Sampler
 from mm.engine.sequence_output import SequenceOutput
@@ -69,6 +71,7 @@ class EngineRequest:
         token_pruning: Decides about generated tokens; None where nothing does.
         decoder: Fingerprint of the weights that the decoder's layers have for this request; empty for the model's own.
         prune_state: Which visual tokens the layers of `pruning_layers` kept; None before prefill and without them.
+        outgoing: Of a request that goes on at another engine once each choice has its next token.
         priority: Lower values are scheduled first.
         deadline: On the clock of `time.perf_counter`; None means no deadline.
         num_unfinished: Sequences that are not finished yet.
@@ -87,6 +90,7 @@ class EngineRequest:
     token_pruning: TokenPruning | None = None
     decoder: str = ""
     prune_state: PruneState | None = None
+    outgoing: Outgoing | None = None
     priority: int = 0
     deadline: float | None = None
     arrival_time: float = field(default_factory=time.perf_counter)
@@ -157,10 +161,14 @@ class EngineRequest:
 
 
 class SequenceStatus(Enum):
-    """Where a sequence is in its life. Preemption takes it from RUNNING back to WAITING."""
+    """Where a sequence is in its life. Preemption takes it from RUNNING back to WAITING.
+
+    A PARKED one is computed as far as this engine computes it; its blocks stay until another engine has it.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
+    PARKED = "parked"
     FINISHED = "finished"
 
 
@@ -179,6 +187,7 @@ class Sequence:
             reducer decides about it. It stays the same through preemption.
         last_token_time: When the newest token came, on the clock of `time.perf_counter`.
         spec: State of speculative decoding; None where nothing is drafted for this sequence.
+        received: What another engine computed of it, until the cache has room for that.
     """
 
     request: EngineRequest
@@ -194,6 +203,7 @@ class Sequence:
     kept_tokens: list[bool] = field(default_factory=list[bool])
     last_token_time: float | None = None
     spec: SpecState | None = None
+    received: ReceivedRows | None = None
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = self.request.prompt.length

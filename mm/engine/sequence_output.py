@@ -26,6 +26,11 @@ class SequenceOutput:
         self.finish_reason: str | None = None
 
     @property
+    def seed(self) -> int:
+        """Of the sampler's noise."""
+        return self._sampler.params.seed
+
+    @property
     def position(self) -> int:
         """Index of the next token in the output; the sampler's noise is keyed by it."""
         return len(self.token_ids)

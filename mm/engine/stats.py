@@ -53,6 +53,10 @@ class EngineStats:
         step_s, model_s: Seconds in steps, and in the model's part of them.
         step_tokens: Histogram of the tokens per step.
         inter_token_s: Histogram of the seconds between two tokens of a sequence. Tokens that come together share them.
+        num_parked: Sequences that another engine takes over and has not confirmed yet. Their blocks count as used.
+        num_handed_over, num_received: Requests that left to another engine, and came from one.
+        kv_sent_bytes, kv_received_bytes: What moved with them: keys, values, states.
+        kv_saved_bytes: What more would have left if reducers had dropped nothing.
         spec_decode: What drafting has done.
     """
 
@@ -73,6 +77,12 @@ class EngineStats:
     model_s: float
     step_tokens: Histogram
     inter_token_s: Histogram
+    num_parked: int = 0
+    num_handed_over: int = 0
+    num_received: int = 0
+    kv_sent_bytes: int = 0
+    kv_received_bytes: int = 0
+    kv_saved_bytes: int = 0
     spec_decode: SpecDecodeStats = field(default_factory=SpecDecodeStats)
 
     @property
@@ -91,6 +101,11 @@ class Counters:
     model_s: float = 0.0
     step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))
     inter_token_s: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_S))
+    num_handed_over: int = 0
+    num_received: int = 0
+    kv_sent_bytes: int = 0
+    kv_received_bytes: int = 0
+    kv_saved_bytes: int = 0
 
     def record_step(self, num_tokens: int, seconds: float) -> None:
         """Count a step that took `seconds`."""

@@ -102,8 +102,8 @@ class KVCache:
         more = int((-(-(lengths + num_tokens) // size)).sum() - (-(-lengths // size)).sum())
         return more + len(self._shared_tails(seq_index, self._layers)) if num_tokens else 0
 
-    def append_slots(self, seq_index: int, num_tokens: int, start: int = 0, stop: int | None = None) -> None:
-        """Allocate slots for `num_tokens` new tokens in layers start..stop, and count them as held.
+    def append_slots(self, seq_index: int, num_tokens: int | IntArray, start: int = 0, stop: int | None = None) -> None:
+        """Allocate slots for `num_tokens` new tokens, or as many for each of layers start..stop; count them as held.
 
         Raises:
             OutOfBlocks: There are too few free blocks. Nothing was changed.

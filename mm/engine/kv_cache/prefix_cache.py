@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mm.data.arrays import IntArray
 from mm.engine.kv_cache.blocks import KVCache
-from mm.engine.kv_cache.states import Snapshots
+from mm.engine.kv_cache.states import Snapshot, Snapshots
+from mm.models.recurrent import LayerState
 
 BlockHash = bytes
 """16 bytes that stand for a full block and every block before it."""
@@ -130,6 +131,18 @@ class PrefixCache:
         """Keep a sequence's states as those behind a block."""
         if self._snapshots is not None and self.enabled:
             self._snapshots.put(block_hash, self._cache.states.snapshot(seq_index))
+
+    def snapshots(self, hashes: Sequence[BlockHash]) -> dict[BlockHash, Snapshot]:
+        """The states that are kept behind some of these blocks."""
+        if self._snapshots is None:
+            return {}
+        return {block_hash: self._snapshots.get(block_hash) for block_hash in hashes if block_hash in self._snapshots}
+
+    def put_snapshots(self, snapshots: Mapping[BlockHash, Mapping[int, LayerState]]) -> None:
+        """Keep states behind blocks as another engine's `snapshots` gave them."""
+        if self._snapshots is not None and self.enabled:
+            for block_hash, snapshot in snapshots.items():
+                self._snapshots.put(block_hash, dict(snapshot))
 
     def count(self, num_tokens: int, num_found: int) -> None:
         """Count a prompt's tokens and those of them that were found."""

@@ -291,10 +291,10 @@ class SpecDecoder:
         sessions = self._drafters.call(drafter, "open", open_each)
         for (seq, spec), session in zip(new, sessions, strict=True):
             spec.session = session
-            self._remember(seq, spec)
+            self.remember(seq, spec)
         return [(seq, spec) for seq, spec in new if len(seq.output.token_ids) > 1]
 
-    def _remember(self, seq: Sequence, spec: SpecState) -> None:
+    def remember(self, seq: Sequence, spec: SpecState) -> None:
         """Keep a prompt's hidden states for requests that find it in the prefix cache, and find those kept before."""
         if not spec.captured or self._states is None:
             return

@@ -1,0 +1,1 @@
+"""Sequences that begin at one engine and go on at another: keys, values and everything else that they need."""
