@@ -60,6 +60,7 @@ class TransformersEncoder:
         settings = json.dumps(self.processor.settings(), sort_keys=True, default=str)
         config = (self.path / "config.json").read_text()
         self.fingerprint = fingerprint(self.config.model_type, config, settings, str(dtype), tensors=weights.items())
+        self._sides: dict[str, int] = {}
         with reading(self.path, "a file of its processors"):
             self.kinds = frozenset(self.processor.samples)
             self._check_samples()
@@ -71,6 +72,12 @@ class TransformersEncoder:
             if self.whole.features(item.inputs) is None:
                 raise BadCheckpoint(str(self.path), f"has no method that makes features of a {kind}")
             (tokens,) = self.encode([item])
+            if math.prod(self.grid_of(item)) != tokens.num_tokens:
+                raise BadCheckpoint(
+                    str(self.path),
+                    f"has a processor that writes {math.prod(self.grid_of(item))} placeholders for a {kind} of "
+                    f"{tokens.num_tokens} visual tokens",
+                )
             if (0 if tokens.layer_planes is None else len(tokens.layer_planes)) != self.whole.num_planes:
                 raise BadCheckpoint(
                     str(self.path), "has an encoder whose planes for decoder layers are of a kind that is not known"
@@ -99,11 +106,30 @@ class TransformersEncoder:
             in_company: Whether the prompt has other pictures.
 
         Raises:
-            MediaError: An item of a kind that it does not take.
+            MediaError: An item of a kind or a shape that it does not take.
         """
         if item.kind not in self.kinds:
             raise MediaError("not_supported", item.kind)
-        return self.processor.process(item, in_company=in_company)
+        try:
+            return self.processor.process(item, in_company=in_company)
+        except ValueError as error:  # such as a clip of fewer frames than become one step
+            frames, (height, width) = (
+                ("", item.pixels.shape[:2])
+                if isinstance(item, Image)
+                else (f"{len(item.frames)} frames of ", item.frames.shape[1:3])
+            )
+            raise MediaError("bad_shape", item.kind, allowed=f"{frames}{width} x {height} pixels") from error
+
+    def grid_of(self, prepared: ProcessedItem) -> Grid:
+        """Cells of an item: those that the processor names, or square pieces as the tower makes them, or one row.
+
+        There are as many as the text that stands for the item has placeholders.
+        """
+        config = self.config
+        names = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        placeholders = {*names, *getattr(config, "visual_indicator_token_ids", ())}
+        ids: list[int] = self.processor.tokenizer.encode(prepared.text, add_special_tokens=False)  # pyright: ignore[reportUnknownMemberType]
+        return _grid(sum(token in placeholders for token in ids), self._sides.get(prepared.kind), prepared)
 
     def encode(
         self, items: Sequence[Image | Video | ProcessedItem], needs: frozenset[str] = frozenset()
@@ -131,7 +157,12 @@ class TransformersEncoder:
         if named is not None:
             embeddings, shape = self._among_named(embeddings, named, item.text), ()
         planes: Any = getattr(output, "deepstack_features", None)
-        tokens = VisualTokens.full(embeddings, _grid(len(embeddings), shape, item), item.kind)
+        if len(shape) == 2 and math.isqrt(shape[1]) ** 2 == shape[1]:
+            self._sides.setdefault(item.kind, math.isqrt(shape[1]))
+        grid = self.grid_of(item)
+        if math.prod(grid) != len(embeddings):  # the family refuses it, by both numbers
+            grid = (1, 1, len(embeddings))
+        tokens = VisualTokens.full(embeddings, grid, item.kind)
         return replace(
             tokens,
             layer_planes=torch.stack([_rows(plane)[0] for plane in planes]) if planes else None,
@@ -164,14 +195,18 @@ def _rows(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]
     return torch.cat([piece.flatten(0, -2) for piece in pieces]), shape
 
 
-def _grid(num_tokens: int, shape: tuple[int, ...], item: ProcessedItem) -> Grid:
-    """Cells of the item: those that the processor names, or square pieces of equal size, or else one row."""
+def _grid(num_tokens: int, side: int | None, item: ProcessedItem) -> Grid:
+    """Cells of an item of so many tokens.
+
+    Args:
+        side: Of the square pieces in which the tower makes tokens of this kind of item; None where it makes others.
+    """
     for name, value in item.layout.items():
         if name.endswith("grid_thw") and len(value) == 1:
-            steps, height, width = (int(side) for side in value[0])
+            steps, height, width = (int(length) for length in value[0])
             merge = math.isqrt(max(steps * height * width // max(num_tokens, 1), 1))
             if steps * (height // merge) * (width // merge) == num_tokens:
                 return steps, height // merge, width // merge
-    if len(shape) == 2 and math.isqrt(shape[1]) ** 2 == shape[1]:
-        return shape[0], math.isqrt(shape[1]), math.isqrt(shape[1])
+    if side is not None and num_tokens % side**2 == 0:
+        return num_tokens // side**2, side, side
     return 1, 1, num_tokens

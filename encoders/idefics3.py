@@ -41,11 +41,11 @@ class Crops:
 
     Attributes:
         pixels: (crops, 3, S, S), row by row. The last one is the whole picture.
-        layout: Numbers of rows and columns of crops. None if the whole picture is the only one.
+        crops: Numbers of rows and columns of crops. None if the whole picture is the only one.
     """
 
     pixels: Tensor
-    layout: tuple[int, int] | None
+    crops: tuple[int, int] | None
 
     @property
     def kind(self) -> Kind:
@@ -101,7 +101,7 @@ class Idefics3Encoder(CheckpointEncoder):
             images=[item.pixels], input_data_format="channels_last", return_row_col_info=True, return_tensors="pt"
         )
         rows, columns = found["rows"][0][0], found["cols"][0][0]
-        return Crops(pixels=found["pixel_values"][0], layout=(rows, columns) if rows else None)
+        return Crops(pixels=found["pixel_values"][0], crops=(rows, columns) if rows else None)
 
     def grid_of(self, prepared: Crops) -> Grid:
         """The grid of the picture's tokens: its crops, and the cells of one."""
@@ -135,7 +135,7 @@ class Idefics3Encoder(CheckpointEncoder):
         aux_features = {
             name: plane.movedim(0, -2).flatten(-2) for name, plane in output.items() if name != "embeddings"
         }
-        return VisualTokens.full(output["embeddings"].flatten(0, 1), grid, "image", aux_features, crops=picture.layout)
+        return VisualTokens.full(output["embeddings"].flatten(0, 1), grid, "image", aux_features, crops=picture.crops)
 
 
 def _per_picture(planes: dict[str, Tensor], pictures: Sequence[Crops]) -> list[dict[str, Tensor]]:

@@ -116,6 +116,7 @@ MEDIA_REASONS: dict[str, str] = {
     "fetch_failed": "the {kind} could not be fetched from its address",
     "file_not_found": "the {kind} file does not exist or cannot be read",
     "not_supported": "this model does not take {kind} input",
+    "bad_shape": "this model's processor takes no {kind} of {allowed}",
 }
 
 
@@ -128,7 +129,8 @@ class MediaError(RequestError):
         reason: A key of `MEDIA_REASONS`.
         kind: "image" or "video".
         limit: The limit that was exceeded, if the reason has one.
-        allowed: What would be accepted, or what is wrong with a `data:` URL, if the reason names it.
+        allowed: What would be accepted, what is wrong with a `data:` URL, or what shape the item has, if the reason
+            names it.
         param: The field's path in the request, once known.
     """
 

@@ -154,7 +154,7 @@ class ItemCount:
     """How many visual tokens a media item has, before they are made.
 
     Attributes:
-        grid, crops: As `VisualTokens` has them.
+        grid, crops, text, layout: As `VisualTokens` has them.
         num_tokens: Those that enter the decoder; the most that may where it is not exact.
         is_exact: False where the reducer's count depends on the picture.
     """
@@ -164,6 +164,8 @@ class ItemCount:
     num_tokens: int
     is_exact: bool
     crops: tuple[int, int] | None = None
+    text: str | None = None
+    layout: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def num_tokens_in(self) -> int:
@@ -171,12 +173,24 @@ class ItemCount:
         t, h, w = self.grid
         return t * h * w
 
-    def blank(self, width: int) -> VisualTokens:
-        """Tokens of that number, without content."""
+    def blank(self, width: int, num_planes: int = 0) -> VisualTokens:
+        """Tokens of that number, without content.
+
+        Args:
+            num_planes: Layers after which the decoder adds further planes to visual tokens.
+        """
         whole = VisualTokens.full(torch.zeros(self.num_tokens_in, 1), self.grid, self.kind, crops=self.crops)
         first = torch.arange(self.num_tokens)
         zeros = torch.zeros(1, width).expand(self.num_tokens, -1)
-        return replace(whole, embeddings=zeros, positions=whole.positions[first], sizes=whole.sizes[first])
+        return replace(
+            whole,
+            embeddings=zeros,
+            positions=whole.positions[first],
+            sizes=whole.sizes[first],
+            layer_planes=zeros.expand(num_planes, -1, -1) if num_planes else None,
+            text=self.text,
+            layout=self.layout,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

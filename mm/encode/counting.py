@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from dataclasses import replace
 
-from mm.data.media import Image, Prepared, Video
+from mm.data.media import Image, Kind, MediaFile, Video
 from mm.data.request import Request
 from mm.data.tokens import Encoded, Grid, ItemCount
-from mm.encode.loaded import LoadedItem
+from mm.encode.loaded import LoadedItem, LoadedMedia
 from mm.encode.parts import EncodeParts
 from mm.encode.pipeline import load
 from mm.encode.token_budget import check_share, planned_tokens
 from mm.errors import InvalidRequest
+from mm.media import decode
 from mm.plugins.encoder import CountsTokens
 
 
@@ -25,28 +26,39 @@ def count_tokens(request: Request, parts: EncodeParts) -> tuple[ItemCount, ...]:
     """
     loaded = load(request, parts)
     try:
-        found = [_grid_of(item, parts) for item in loaded.items]
+        found = [_counted(item, loaded, parts) for item in loaded.items]
     finally:
         loaded.budget.give_back()
     reducer = loaded.reducer.plugin
-    planned = [planned_tokens(reducer, grid, item.kind) for (grid, _), item in zip(found, request.media, strict=True)]
+    planned = [planned_tokens(reducer, one.grid, one.kind) for one in found]
     limits = loaded.tokens.limits(planned, parts.policy)
     is_exact = loaded.reducer.capabilities.count == "fixed"
-    for (grid, _), limit, left in zip(found, limits, planned, strict=True):
+    for one, limit, left in zip(found, limits, planned, strict=True):
         if limit < left:
-            check_share(limit, math.prod(grid), parts.policy)
-    return tuple(
-        ItemCount(kind=item.kind, grid=grid, crops=crops, num_tokens=limit, is_exact=is_exact)
-        for item, (grid, crops), limit in zip(request.media, found, limits, strict=True)
-    )
+            check_share(limit, one.num_tokens_in, parts.policy)
+    return tuple(replace(one, num_tokens=limit, is_exact=is_exact) for one, limit in zip(found, limits, strict=True))
 
 
-def _grid_of(item: LoadedItem, parts: EncodeParts) -> tuple[Grid, tuple[int, int] | None]:
-    """The grid of an item's tokens, and the layout of its crops."""
+def _counted(item: LoadedItem, loaded: LoadedMedia, parts: EncodeParts) -> ItemCount:
+    """What the tower makes of an item."""
     content, encoder = item.content, parts.encoder
     if isinstance(content, Encoded):
-        return content.tokens.grid, content.tokens.crops
+        tokens = content.tokens
+        return _item(tokens.kind, tokens.grid, tokens)
     if not isinstance(encoder, CountsTokens):
         raise InvalidRequest("the encoder of this model cannot tell how many tokens it makes before it made them")
-    prepared = encoder.prepare(content) if isinstance(content, Image | Video) else cast(Prepared, content)
-    return encoder.grid_of(prepared), getattr(prepared, "layout", None)
+    if isinstance(content, MediaFile):  # a clip that the tower would take chunk by chunk
+        content = decode(content, loaded.budget, loaded.frames)
+    kind = content.kind
+    prepared = encoder.prepare(content) if isinstance(content, Image | Video) else content
+    return _item(kind, encoder.grid_of(prepared), prepared)
+
+
+def _item(kind: Kind, grid: Grid, of: object) -> ItemCount:
+    """An item of which nothing is dropped.
+
+    Args:
+        of: Its tokens, or what `prepare` returned: what of its crops, its text and its layout there is.
+    """
+    named = {name: value for name in ("crops", "text", "layout") if (value := getattr(of, name, None)) is not None}
+    return ItemCount(kind=kind, grid=grid, num_tokens=math.prod(grid), is_exact=True, **named)

@@ -1,7 +1,8 @@
 """Budgets in visual tokens: how many of each item may enter the decoder, known before the tower runs.
 
 `max_visual_tokens` and `detail` count what the encoder's half hands over. A reducer comes first. Where it leaves more
-than the budget, the tokens that differ most stay (`RATIO_REDUCER`), exactly as many as may.
+than the budget, the tokens that differ most stay (`RATIO_REDUCER`), exactly as many as may. Those that the reducer
+protects come first.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from mm.config import ReducerPolicy
 from mm.data.media import Kind
 from mm.data.quota import quota
 from mm.data.request import MediaPart, Request
-from mm.data.tokens import Encoded, Grid
+from mm.data.tokens import Encoded, Grid, VisualTokens
 from mm.errors import InvalidRequest, ReducerNotAllowed
-from mm.plugins.apply import reduce_tokens
+from mm.plugins.apply import apply, reduce_tokens
 from mm.plugins.capabilities import plans_tokens
-from mm.plugins.reducer import Reducer
+from mm.plugins.reducer import Reducer, Reduction
 from mm.plugins.spec import RATIO_REDUCER, build_reducer
 
 LOW_SHARE = 4
@@ -106,9 +110,27 @@ def _fitted(item: Encoded, limit: int, policy: ReducerPolicy) -> Encoded:
     if tokens.num_tokens <= limit:
         return item
     check_share(limit, tokens.num_tokens_in, policy)
-    left = reduce_tokens(build_reducer(RATIO_REDUCER, limit / tokens.num_tokens), tokens)
+    left = _cut(tokens, limit)
     key = hashlib.sha256(f"{item.key}\n{RATIO_REDUCER} {limit}".encode()).hexdigest() if item.key else ""
     return replace(item, tokens=left, key=key, num_before_budget=tokens.num_tokens)
+
+
+def _cut(tokens: VisualTokens, limit: int) -> VisualTokens:
+    """The `limit` tokens that differ most: of the protected ones first, of the others what is left of the budget."""
+    if tokens.protected is None or not tokens.protected.any():
+        return _most_different(tokens, limit)
+    first, others = (_only(tokens, flags) for flags in (tokens.protected, ~tokens.protected))
+    share = min(limit, first.num_tokens)
+    parts = [_most_different(first, share)] + ([_most_different(others, limit - share)] if limit > share else [])
+    return _only(tokens, torch.isin(tokens.indices, torch.cat([part.indices for part in parts])))
+
+
+def _most_different(tokens: VisualTokens, limit: int) -> VisualTokens:
+    return reduce_tokens(build_reducer(RATIO_REDUCER, limit / tokens.num_tokens), tokens)
+
+
+def _only(tokens: VisualTokens, flags: Tensor) -> VisualTokens:
+    return apply(Reduction(keep=flags.nonzero().squeeze(1)), tokens, RATIO_REDUCER)
 
 
 def check_share(num_tokens: int, num_tokens_in: int, policy: ReducerPolicy) -> None:

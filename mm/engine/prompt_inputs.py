@@ -51,7 +51,7 @@ class PromptInputs:
             ContextTooLong, InvalidRequest: As `check_length`.
         """
         width = self._family.language.embed(torch.zeros(1, dtype=torch.int64)).shape[1]
-        blank = [item.blank(width) for item in items]
+        blank = [item.blank(width, getattr(self._family, "num_planes", 0)) for item in items]
         return self._call_family(functools.partial(self._family.splice, params.messages, blank)).length
 
     def token_ids(self, params: Request) -> list[int]:

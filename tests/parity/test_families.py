@@ -6,6 +6,7 @@ and all of them as one batch. `docs/families.md` is the table of what is compare
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from mm.api import collect
 from mm.data.media import Image, Video
 from mm.data.request import MediaPart, Message, Request, TextPart
 from mm.data.tokens import Prompt
+from mm.encode.counting import count_tokens
+from mm.encode.feature_cache import FeatureCache
 from mm.encode.pipeline import encode
 from mm.engine.self_test import TESTED, self_test
 from mm.models.families.generic import TransformersFamily
@@ -142,6 +145,22 @@ def test_tokens_are_those_of_generate(both):
         assert answer(both, case) == expected, f"{case}, from what the first answer left in the caches"
     kinds = {"image", "video"} if FAMILIES[both.name].video else {"image"}
     assert both.ours.engine.family.kinds == kinds == set(both.ours.encode_parts.encoder.kinds)
+
+
+def test_what_is_counted_beforehand_is_what_comes(both, monkeypatch):
+    """Of items, whole and reduced, and of the prompt. The tower does not run for it."""
+    parts, inputs = both.ours.encode_parts, both.ours.engine.inputs
+    for case, reducer in itertools.product(both.cases, ("none", "uniform:keep_ratio=0.3", "pool2")):
+        asked = request(case, reducer=reducer, max_visual_tokens=11 if reducer == "pool2" else None)
+        found = encode(asked, parts)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(parts.encoder), "encode", lambda *_, **__: pytest.fail("the tower ran"))
+            told = count_tokens(asked, replace(parts, cache=FeatureCache(0)))
+        assert [one.num_tokens for one in told] == [item.tokens.num_tokens for item in found.items]
+        assert [one.grid for one in told] == [item.tokens.grid for item in found.items]
+        assert all(one.is_exact for one in told)
+        prompt = both.ours.engine.family.splice(asked.messages, [item.tokens for item in found.items])
+        assert inputs.prompt_length(asked, told) == prompt.length
 
 
 def test_an_unequal_batch_gives_the_same(both):

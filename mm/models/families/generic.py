@@ -76,6 +76,11 @@ class TransformersFamily(CheckpointFamily):
     def kinds(self) -> frozenset[Kind]:
         return frozenset(self.processor.samples)
 
+    @property
+    def num_planes(self) -> int:
+        """Layers after which the decoder adds planes to visual tokens."""
+        return self.whole.num_planes
+
     def mark_ids(self) -> Set[int]:
         found: list[Any] = [self.tokenizer.convert_tokens_to_ids(mark) for mark in self.processor.marks]
         return {token for token in found if isinstance(token, int) and token != self.tokenizer.unk_token_id}

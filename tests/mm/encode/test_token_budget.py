@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,35 +16,69 @@ from mm.api import build_request
 from mm.build import build_encode_parts
 from mm.config import MediaLimits, ModelConfig, ReducerPolicy
 from mm.data.messages import parse_messages
-from mm.data.request import MediaPart, Request
+from mm.data.request import MediaPart, Request, VisionOptions
 from mm.encode.counting import count_tokens
+from mm.encode.feature_cache import FeatureCache
 from mm.encode.parts import EncodeParts
 from mm.encode.pipeline import encode
+from mm.encode.policy import resolve_reducer
 from mm.encode.token_budget import TokenBudget
-from mm.errors import InvalidRequest, ReducerNotAllowed
+from mm.errors import IncompatiblePlugin, InvalidOption, InvalidRequest, MediaError, MmError, ReducerNotAllowed
 from mm.media import MediaBudget, image_from_array, video_from_array
+from mm.models.checkpoint import find
+from mm.plugins.registry import get, names, options_of
 from tests.helpers.checkpoints import random_idefics3, random_llava, random_qwen2_5_vl, random_video_llava
+from tests.helpers.families import FAMILIES as GENERIC
+from tests.helpers.families import write
 
-FAMILIES = {
+NUM_REQUESTS = int(os.environ.get("MM_BUDGET_REQUESTS", "105"))
+"""Of all families together. `MM_BUDGET_REQUESTS=1000` draws from every architecture that is served."""
+
+OWN: dict[str, Callable[[Path], Path]] = {
+    "tiny": lambda _: find("tiny"),
     "llava": random_llava,
     "video": random_video_llava,
     "qwen": random_qwen2_5_vl,
     "idefics3": random_idefics3,
 }
-REDUCERS = {
-    "llava": ["divprune", "visionzip:keep_ratio=0.3", "tome", "pixelprune", "mustdrop", "mmtok", "dart:keep_ratio=0.7"],
-    "video": ["holitom", "flashvid:keep_ratio=0.4", "evs + uniform:keep_ratio=0.5", "pixelprune + random", "fastvid"],
-    "qwen": ["divprune:keep_ratio=0.1", "native + divprune", "vidcom2", "pixelprune:tau=0.2", "holov", "fastvid"],
-    "idefics3": ["uniform", "cdpruner", "pool2", "random:keep_ratio=0.9", "holov:keep_ratio=0.5"],
-}
+ALL = {**OWN, **{name: functools.partial(write, name) for name in GENERIC}}
+FEW = ("llava_next", "qwen3_vl")
+FAMILIES = list(ALL) if NUM_REQUESTS >= 1000 else [*OWN, *FEW]
+
+
+def reducers_of(parts: EncodeParts) -> list[str]:
+    """Every registered reducer, and pairs of them, that works with an encoder."""
+    rng, found = random.Random(parts.encoder.fingerprint), list[str]()
+    single = [
+        f"{name}:keep_ratio={ratio}" if "keep_ratio" in options_of(get("reducer", name)) else name
+        for name in names("reducer")
+        if get("reducer", name).__module__.startswith("pruning.")
+        for ratio in (0.1, 0.5, 0.9)
+    ]
+    for text in [*single, "pixelprune:tau=0.2", *(" + ".join(rng.sample(single, 2)) for _ in range(60))]:
+        try:
+            resolve_reducer(VisionOptions(reducer=text), parts)
+        except MmError:
+            continue
+        found.append(text)
+    return found
+
+
+@functools.cache
+def parts_for(family: str, folder: Path) -> EncodeParts:
+    return build_encode_parts(ModelConfig(model=str(ALL[family](folder)), dtype="float32"))
 
 
 @pytest.fixture(scope="module")
-def parts_of(tmp_path_factory) -> dict[str, EncodeParts]:
-    return {
-        name: build_encode_parts(ModelConfig(model=str(make(tmp_path_factory.mktemp(name))), dtype="float32"))
-        for name, make in FAMILIES.items()
-    }
+def parts_of(tmp_path_factory) -> Callable[[str], EncodeParts]:
+    folder = tmp_path_factory.mktemp("families")
+
+    def parts(family: str) -> EncodeParts:
+        (folder / family).mkdir(exist_ok=True)
+        return parts_for(family, folder / family)
+
+    yield parts
+    parts_for.cache_clear()
 
 
 def picture(rng: random.Random, budget: MediaBudget):
@@ -84,12 +122,19 @@ def drawn(rng: random.Random, parts: EncodeParts, reducers: list[str]) -> Reques
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_never_more_than_asked_for_and_as_told_before(parts_of, family):
-    """1,000 requests in all."""
-    rng, parts = random.Random(family), parts_of[family]
-    for _ in range(250):
-        request = drawn(rng, parts, REDUCERS[family])
-        told = count_tokens(request, parts)
-        found = encode(request, parts).items
+    """Any items, any reducer that works there, any budgets."""
+    rng, parts = random.Random(family), parts_of(family)
+    reducers = reducers_of(parts)
+    assert len(reducers) > 8
+    wanted, done = -(-NUM_REQUESTS // len(FAMILIES)), 0
+    while done < wanted:
+        request = drawn(rng, parts, reducers)
+        try:
+            found = encode(request, parts).items
+        except (IncompatiblePlugin, InvalidOption, MediaError):  # such as ToMe for the clips of a LLaVA
+            continue
+        done += 1
+        told = count_tokens(request, replace(parts, cache=FeatureCache(0)))
         for part, count, item in zip(request.messages[0].parts, told, found, strict=False):
             assert item.tokens.num_tokens <= count.num_tokens <= count.num_tokens_in
             assert item.tokens.num_tokens == count.num_tokens or not count.is_exact
@@ -103,6 +148,22 @@ def test_never_more_than_asked_for_and_as_told_before(parts_of, family):
         assert len({item.key for item in found}) == len({(item.key, item.tokens.num_tokens) for item in found})
 
 
+def test_what_a_reducer_protects_is_cut_last(parts_of):
+    """MustDrop's key tokens."""
+    parts = parts_of("llava")
+    request = build_request("?", images=[picture(random.Random(1), MediaBudget(MediaLimits()))])
+    vision = replace(request.vision, reducer="mustdrop:window=1,key_ratio=0.5")
+    (whole,) = encode(replace(request, vision=vision), parts).items
+    keys = set(whole.tokens.indices[whole.tokens.protected].tolist())
+    assert len(keys) == whole.tokens.num_tokens // 2
+    for limit in (len(keys) // 2, len(keys), len(keys) + 3):
+        (left,) = encode(replace(request, vision=replace(vision, max_visual_tokens=limit)), parts).items
+        kept = set(left.tokens.indices.tolist())
+        assert len(kept) == limit
+        assert kept <= keys if limit < len(keys) else kept >= keys
+        assert left.tokens.protected.sum() == min(limit, len(keys))
+
+
 def wishing(parts: EncodeParts, *wishes: dict) -> Request:
     rng, budget = random.Random(1), MediaBudget(MediaLimits())
     images = [picture(rng, budget) for _ in wishes]
@@ -113,7 +174,7 @@ def wishing(parts: EncodeParts, *wishes: dict) -> Request:
 
 
 def test_no_tower_runs_for_a_count(parts_of, monkeypatch):
-    parts = parts_of["qwen"]
+    parts = parts_of("qwen")
     monkeypatch.setattr(type(parts.encoder), "encode", lambda *_, **__: pytest.fail("the tower ran"))
     request = wishing(parts, {"detail": "low"}, {"detail": "high"})
     low, high = count_tokens(request, parts)
@@ -129,7 +190,7 @@ def test_low_is_a_quarter_and_a_fixed_number(high, low):
 
 
 def test_a_budget_below_one_token_per_item_is_refused(parts_of):
-    parts = parts_of["llava"]
+    parts = parts_of("llava")
     request = wishing(parts, {}, {}, {})
     request = replace(request, vision=replace(request.vision, max_visual_tokens=2))
     for run in (count_tokens, encode):
@@ -138,7 +199,7 @@ def test_a_budget_below_one_token_per_item_is_refused(parts_of):
 
 
 def test_the_operators_share_holds_for_budgets_too(parts_of):
-    parts = replace(parts_of["llava"], policy=ReducerPolicy(min_keep_ratio=0.5))
+    parts = replace(parts_of("llava"), policy=ReducerPolicy(min_keep_ratio=0.5))
     for run in (count_tokens, encode):
         with pytest.raises(ReducerNotAllowed, match=r"not go below 0\.5"):
             run(wishing(parts, {"max_visual_tokens": 2}), parts)
