@@ -1,7 +1,8 @@
 """The reduction methods that benchmarks compare, and how each takes its budget of tokens.
 
 `pool2` has only its quarter. FastV acts at layer 1 of the shipped model's 4. Its published layer 2 of 32 would be none
-of them, and the default of 2 keeps all tokens in half of the decoder. MustDrop has thresholds in place of a ratio.
+of them, and the default of 2 keeps all tokens in half of the decoder. MustDrop and PixelPrune have thresholds in place
+of a ratio. `native` needs a checkpoint with a knob of its own, which the shipped models do not have.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from mm.plugins.weights import CARD
 RATIOS = (0.1, 0.25, 0.05, 0.5, 1.0)
 """In the order in which they are run: the most informative first."""
 
-NO_METHOD = frozenset({"native", "none", "pipeline", "pixelprune", "scheduled"})
-"""Made of others, or of a schedule that `mm tune` finds, or without a budget."""
+NO_METHOD = frozenset({"native", "none", "pipeline", "scheduled"})
+"""Made of others, or of a schedule that `mm tune` finds, or not for the models that are shipped."""
+
+THRESHOLDS = {"mustdrop": (1e-5, 0.3), "pixelprune": (1e-3, 0.6)}
+"""Methods with a threshold in place of a ratio, and between which values it is searched."""
 
 BASE = {"fastv": "layer=1"}
 
@@ -31,18 +35,24 @@ CUBE_SHARE = 0.25
 
 
 def methods_for(kind: Kind, folder: Path | None = None) -> list[str]:
-    """Every registered reducer that acts on items of this kind, `none` first.
+    """Every registered reducer that acts on items of this kind: `none` first, those with trained weights last.
 
     Args:
         folder: The model's. Learned reducers are left out that have no weights beside it, or whose weights keep items
             of this kind whole.
     """
     found = [name for name in names("reducer") if name not in NO_METHOD and _has_weights(name, kind, folder)]
-    return ["none", *(name for name in found if kind in getattr(get("reducer", name), "kinds", ("image", "video")))]
+    mine = [name for name in found if kind in getattr(get("reducer", name), "kinds", ("image", "video"))]
+    return ["none", *sorted(mine, key=is_learned)]
+
+
+def is_learned(method: str) -> bool:
+    """Whether a method has trained weights."""
+    return bool(getattr(get("reducer", method), "trained", False))
 
 
 def _has_weights(method: str, kind: Kind, folder: Path | None) -> bool:
-    if not getattr(get("reducer", method), "trained", False):
+    if not is_learned(method):
         return True
     card = None if folder is None else folder / REDUCERS_FOLDER / method / CARD
     return card is not None and card.is_file() and kind in json.loads(card.read_text()).get("media", [kind])
@@ -74,6 +84,8 @@ def spec_of(method: str, keep_ratio: float, threshold: float | None = None) -> s
     if method == "mustdrop":
         keys = min(0.08, keep_ratio / 2)
         return f"mustdrop:key_ratio={keys:g},global_share={threshold:.6g},peak={threshold:.6g}"
+    if method == "pixelprune":
+        return f"pixelprune:tau={0 if threshold is None else threshold:.4g}"
     if method == "cubes":
         return f"cubes:frames_per_cube={round(CUBE_SHARE / keep_ratio)}"
     if "keep_ratio" not in options_of(get("reducer", method)):

@@ -111,8 +111,8 @@ def _same(line: dict[str, Any], full: dict[str, Any]) -> tuple[int, int]:
 
 
 def main_table(results: Results) -> str:
-    header = ["method", "keep", "kept, mean over layers", "right", "95 %", "of full", "select ms", "prefill", "TTFT"]
-    header += ["KV bytes"]
+    header = ["method", "keep", "kept, mean over layers", "right", "95 %", "of full", "encode ms", "select ms"]
+    header += ["prefill ms", "TTFT ms", "TTFT of `none`", "KV bytes"]
     full_scores, full = results.scores(results.full), results.score(results.full)
     lines = []
     for line in sorted(results.lines, key=lambda line: (-line["keep_ratio"], -results.score(line))):
@@ -127,8 +127,10 @@ def main_table(results: Results) -> str:
                 f"{score:.1%}",
                 f"{low:.0%}-{high:.0%}",
                 f"{score / full:.0%} ({share[0]:.0%}-{share[1]:.0%})",
+                f"{1e3 * cost['encode']:.0f}",
                 f"{1e3 * cost['select']:.1f}",
-                f"{cost['prefill_over_none']:.2f}",
+                f"{1e3 * cost['prefill']:.1f}",
+                f"{1e3 * cost['ttft']:.0f}",
                 f"{cost['ttft_over_none']:.2f}",
                 f"{cost['kv_bytes_over_none']:.2f}",
             ]
@@ -284,12 +286,19 @@ def _cheapest(results: Results) -> list[str]:
     return sentences
 
 
+def _learned(results: Results) -> str:
+    named = {line["method"]: line["weights"] for line in results.lines if line.get("weights")}
+    listed = ", ".join(f"`{method}` {weights.partition('@')[2][:8]}" for method, weights in named.items())
+    return f" Weights of learned reducers: {listed}." if listed else ""
+
+
 def report(results: Results) -> str:
     settings, machine = results.settings, results.machine
     head = (
         f"{settings['model']}, {settings['num_items']} questions ({settings['kind']}), the first {settings['limit']} "
-        f"of each task and wording, {len(results.tasks)} tasks. CPU time of one thread, float32, {machine['cpu']}. "
-        "Prefill, TTFT and KV bytes are shares of those of `none` in the same rounds; `select` is in ms per item."
+        f"of each task and wording, {len(results.tasks)} tasks, weights {settings['weights'][:8]}. CPU time of one "
+        f"thread, float32, {machine['cpu']}. `encode` is the tower with what the method needs of it; TTFT is encoding, "
+        "selecting and prefill. The last two columns are shares of `none` in the same rounds." + _learned(results)
     )
     parts = ["\n".join(f"- {sentence}" for sentence in verdicts(results)), head, main_table(results)]
     if results.at(TASKS_AT):

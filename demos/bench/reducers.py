@@ -22,8 +22,10 @@ the first token, and `ttft` the sum of encoding, selecting outside the decoder a
 tokens in the cache at the first token.
 
 A method's ratio is the share of tokens left after the last layer that drops some; `layers_kept` is the mean over
-layers. `budgets.py` gives the form of each method's budget. For MustDrop the thresholds that leave the wanted share of
-a few items' tokens are searched.
+layers. `budgets.py` gives the form of each method's budget. For MustDrop and PixelPrune the thresholds that leave the
+wanted share of a few items' tokens are searched.
+
+Methods with trained weights come last, and their lines name these weights. Lines of other weights are measured again.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from typing import Any
 import torch
 
 import mm
-from demos.bench.budgets import RATIOS, methods_for, ratios_of, spec_of
+from demos.bench.budgets import RATIOS, THRESHOLDS, is_learned, methods_for, ratios_of, spec_of
 from demos.bench.machine import facts
 from mm.api import build_request, collect
 from mm.config import ModelConfig
@@ -55,7 +57,7 @@ from mm.errors import IncompatiblePlugin, InvalidOption
 from mm.media import MediaBudget, decode_image, decode_video
 from mm.models.checkpoint import find, weights_hash
 from mm.plugins.apply import reduce_tokens
-from mm.plugins.capabilities import in_tower
+from mm.plugins.capabilities import before_tower, in_tower
 from mm.plugins.features import BLOCK_KEYS, TEXT_EMBEDDINGS
 from mm.plugins.spec import bind, build_reducer, reducer_spec
 from pruning.base import NoReduction
@@ -126,15 +128,16 @@ class Bench:
         return self._media[item.media_index]
 
     def encode(self, item: Item, reducer: Any, needs: frozenset[str]) -> VisualTokens:
-        """Encode with the tower, in which a reducer of that stage merges."""
-        merging = in_tower(reducer)
+        """Encode with the tower, before or in which a reducer of that stage makes tokens fewer."""
+        merging, dropping = in_tower(reducer), before_tower(reducer)
         hosted: dict[str, Any] = {} if merging is None else {"merging": merging}
+        hosted |= {} if dropping is None else {"dropping": dropping}
         return self.encoder.encode([self.medium(item)], needs, **hosted)[0]
 
     def tokens(self, item: Item, reducer: Any) -> VisualTokens:
         """The item's tokens, with the auxiliary features that the reducer needs; shared unless the tower merges."""
         needs = reducer.needs
-        if in_tower(reducer) is not None:
+        if changes_tower(reducer):
             return self.encode(item, reducer, needs)
         if item.media_index not in self._tokens:
             self._tokens[item.media_index] = self.encode(item, NoReduction(), self._needs)
@@ -149,7 +152,7 @@ class Bench:
     def reduced(self, request: Request, tokens: VisualTokens, reducer: Any) -> Encoded:
         text = self.encoder.embed_text(question(request)) if TEXT_EMBEDDINGS in reducer.needs else None
         # What a tower has merged is reduced already: it left what was planned.
-        return Encoded(tokens=tokens if in_tower(reducer) else reduce_tokens(reducer, tokens, text))
+        return Encoded(tokens=tokens if changes_tower(reducer) else reduce_tokens(reducer, tokens, text))
 
     def answers(self, items: Sequence[Item], spec: str) -> dict[str, tuple[str, int, int]]:
         """The answer to each item, with its visual tokens in and kept; many at a time."""
@@ -174,7 +177,7 @@ class Bench:
 
     def encode_s(self, items: Sequence[Item], reducer: Any, repeats: int) -> float:
         """Median CPU seconds of the tower for one of the items; measured once per set of needed features."""
-        key = reducer.needs, in_tower(reducer)
+        key = reducer.needs, reducer if changes_tower(reducer) else None
         if key not in self._encode_s:
             runs = []
             for turn in range(repeats + 1):
@@ -184,6 +187,14 @@ class Bench:
                     runs += [time.process_time() - start] if turn else []
             self._encode_s[key] = statistics.median(runs)
         return self._encode_s[key]
+
+    def kept(self, item: Item, spec: str) -> float:
+        """The share of an item's tokens that is left after the last layer that drops some."""
+        reducer = self.reducer(spec)
+        if before_tower(reducer) is None:
+            return self.cost(item, spec)["kept"]
+        tokens = self.tokens(item, reducer)
+        return tokens.num_tokens / tokens.num_tokens_in
 
     def cost(self, item: Item, spec: str) -> dict[str, float]:
         """One encoded request alone up to its first token: CPU seconds, and tokens and bytes in the cache."""
@@ -208,6 +219,11 @@ class Bench:
             "kept": (int(rows[-1]) - num_text) / tokens.num_tokens_in,
             "layers_kept": (float(rows.mean()) - num_text) / tokens.num_tokens_in,
         }
+
+
+def changes_tower(reducer: Any) -> bool:
+    """Whether the tower's work depends on the reducer."""
+    return in_tower(reducer) is not None or before_tower(reducer) is not None
 
 
 def _up_to(items: Iterator[Item], count: int) -> Iterable[Item]:
@@ -251,12 +267,12 @@ def costs(bench: Bench, items: Sequence[Item], spec: str, repeats: int) -> dict[
     return {key: round(value, 6) for key, value in mine.items()} | over
 
 
-def threshold_for(bench: Bench, items: Sequence[Item], keep_ratio: float) -> float:
-    """The threshold of MustDrop that leaves `keep_ratio` of the items' tokens, by bisection of its logarithm."""
-    low, high = 1e-5, 0.3
+def threshold_for(bench: Bench, items: Sequence[Item], method: str, keep_ratio: float) -> float:
+    """The threshold of a method that leaves `keep_ratio` of the items' tokens, by bisection of its logarithm."""
+    low, high = THRESHOLDS[method]
     for _ in range(8):
         middle = (low * high) ** 0.5
-        kept = [bench.cost(item, spec_of("mustdrop", keep_ratio, middle))["kept"] for item in items]
+        kept = [bench.kept(item, spec_of(method, keep_ratio, middle)) for item in items]
         low, high = (middle, high) if statistics.mean(kept) > keep_ratio else (low, middle)
     return (low * high) ** 0.5
 
@@ -264,8 +280,9 @@ def threshold_for(bench: Bench, items: Sequence[Item], keep_ratio: float) -> flo
 def measure(bench: Bench, items: Sequence[Item], args: argparse.Namespace, method: str, keep_ratio: float) -> dict:
     """One line of the file."""
     probed = probes(items, args.probes)
-    needs_threshold = method == "mustdrop" and keep_ratio < 1
-    threshold = threshold_for(bench, probed, keep_ratio) if needs_threshold else None
+    needs_threshold = method in THRESHOLDS and keep_ratio < 1
+    many = probes(items, (4 if args.kind == "image" else 1) * args.probes)
+    threshold = threshold_for(bench, many, method, keep_ratio) if needs_threshold else None
     spec = spec_of(method, keep_ratio, threshold)
     asked = list(items) if keep_ratio < 1 or method == "none" else first_of_each(items, NUM_SAME)
     answers = bench.answers(asked, spec)
@@ -279,7 +296,24 @@ def measure(bench: Bench, items: Sequence[Item], args: argparse.Namespace, metho
         "right": [item.id for item in asked if right[item.id]],
         "texts": {item.id: answers[item.id][0] for item in first_of_each(asked, NUM_SAME)},
         "cost": costs(bench, probed, spec, args.repeats),
+        "weights": weights_of(bench, spec),
     }
+
+
+def weights_of(bench: Bench, spec: str) -> str:
+    """Names the weights of a reducer; empty for one without."""
+    loaded = getattr(bench.reducer(spec), "loaded", None)
+    return loaded.pinned if loaded is not None else ""
+
+
+def plan_of(methods: Sequence[str], ratios: Sequence[float]) -> list[tuple[str, float]]:
+    """Method and ratio of each measurement but that of `none`: learned methods last, keep_ratio 1 after the others."""
+    learned = [m for m in methods if is_learned(m)]
+    plan = []
+    for group in ([m for m in methods if m != "none" and m not in learned], learned):
+        plan += [(m, ratio) for ratio in ratios if ratio < 1 for m in group if ratio in ratios_of(m)]
+        plan += [(m, 1.0) for m in group if 1.0 in ratios and 1.0 in ratios_of(m)]
+    return plan
 
 
 def first_of_each(items: Sequence[Item], count: int) -> list[Item]:
@@ -317,8 +351,11 @@ def settings_of(args: argparse.Namespace, items: Sequence[Item], sha256: str) ->
     }
 
 
-def done_before(path: Path, settings: dict[str, Any]) -> set[tuple[str, float]]:
-    """Which (method, keep_ratio) the file has; starts it with the settings where there is none."""
+def done_before(path: Path, settings: dict[str, Any], weights: dict[str, str]) -> set[tuple[str, float]]:
+    """Which (method, keep_ratio) the file has; starts it with the settings where there is none.
+
+    Lines of a method whose weights were others are removed.
+    """
     if not path.exists():
         path.write_text(json.dumps({"settings": settings, "machine": facts()}) + "\n")
         return set()
@@ -329,7 +366,10 @@ def done_before(path: Path, settings: dict[str, Any]) -> set[tuple[str, float]]:
             f"{path} was measured with {key}={head['settings'].get(key)!r}, this run has {settings[key]!r}; "
             "give the same settings or another --out"
         )
-    return {(line["method"], line["keep_ratio"]) for line in lines}
+    kept = [line for line in lines if line.get("weights", "") == weights.get(line["method"], line.get("weights", ""))]
+    if len(kept) < len(lines):
+        path.write_text("".join(json.dumps(line) + "\n" for line in (head, *kept)))
+    return {(line["method"], line["keep_ratio"]) for line in kept}
 
 
 def main() -> None:
@@ -358,12 +398,11 @@ def main() -> None:
     )
     everything = methods_for(args.kind, model.engine.family.folder)
     wanted = everything if args.methods is None else ["none", *(m for m in args.methods if m != "none")]
-    ratios = [ratio for ratio in args.ratios if ratio < 1]
-    plan = [("none", 1.0), *((m, ratio) for ratio in ratios for m in wanted if ratio in ratios_of(m))]
-    plan += [(m, 1.0) for m in wanted if m != "none" and 1.0 in ratios_of(m) and 1.0 in args.ratios]
+    plan = [("none", 1.0), *plan_of(wanted, args.ratios)]
     needs = frozenset().union(*(build_reducer(spec_of(m, 0.25, 0.01)).needs for m in wanted))
     bench = Bench(model, needs - {TEXT_EMBEDDINGS, BLOCK_KEYS})
-    done = done_before(args.out, settings_of(args, items, test_set.sha256))
+    weights = {m: weights_of(bench, spec_of(m, ratios_of(m)[0], 0.01)) for m in wanted}
+    done = done_before(args.out, settings_of(args, items, test_set.sha256), weights)
     for method, keep_ratio in plan:
         if (method, keep_ratio) in done:
             continue

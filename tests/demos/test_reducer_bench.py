@@ -25,7 +25,7 @@ from demos.bench.reducer_figures import (
     task_table,
     verdicts,
 )
-from demos.bench.reducers import Timed, done_before, probes
+from demos.bench.reducers import Timed, done_before, plan_of, probes
 from mm.data.tokens import VisualTokens
 from mm.models.checkpoint import find
 from mm.plugins.capabilities import acts_outside_decoder
@@ -92,7 +92,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     items = [item for item in read_test_set().items if item.task in ("color", "read")]
     asked = [item.id for item in items]
     cost = {
+        "encode": 0.03,
         "select": 0.001,
+        "prefill": 0.02,
+        "ttft": 0.051,
         "prefill_over_none": 0.5,
         "ttft_over_none": 0.7,
         "kv_bytes_over_none": 0.3,
@@ -118,7 +121,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for (method, ratio), good in right.items()
     ]
     lines.append(lines[1] | {"keep_ratio": 1.0, "asked": asked[:1], "texts": {asked[0]: "blue"}})
-    settings = {"model": "tiny", "kind": "image", "limit": 3, "num_items": len(asked)}
+    settings = {"model": "tiny", "kind": "image", "limit": 3, "num_items": len(asked), "weights": "0123456789abcdef"}
     path = tmp_path_factory.mktemp("bench") / "reducers-x.jsonl"
     head = {"settings": settings, "machine": {"cpu": "some"}}
     path.write_text("".join(json.dumps(line) + "\n" for line in [head, *lines]))
@@ -176,13 +179,37 @@ def test_a_plot_and_a_page(file: Path, tmp_path: Path) -> None:
 
 def test_a_file_of_other_settings_is_not_continued(file: Path) -> None:
     settings = {"model": "tiny", "kind": "image", "limit": 3}
-    assert done_before(file, settings) == {
+    assert done_before(file, settings, {}) == {
         *[(method, 0.1) for method in ("good", "divprune", "bad", "uniform")],
         ("none", 1.0),
         ("good", 1.0),
     }
     with pytest.raises(SystemExit, match="limit=3, this run has 4"):
-        done_before(file, settings | {"limit": 4})
+        done_before(file, settings | {"limit": 4}, {})
+
+
+def test_lines_of_other_weights_are_measured_again(file: Path, tmp_path: Path) -> None:
+    other, settings = tmp_path / "x.jsonl", {"model": "tiny"}
+    head, *lines = file.read_text().splitlines()
+    lines = [
+        json.dumps(line | {"weights": "good@1"}) if line["method"] == "good" else json.dumps(line)
+        for line in map(json.loads, lines)
+    ]
+    other.write_text("\n".join([head, *lines, ""]))
+    assert ("good", 0.1) in done_before(other, settings, {"good": "good@1", "none": ""})
+    assert "good@1" in other.read_text()
+    left = done_before(other, settings, {"good": "good@2", "none": ""})
+    assert {method for method, _ in left} == {"none", "divprune", "bad", "uniform"}
+    assert "good@1" not in other.read_text()
+
+
+def test_learned_methods_are_measured_last() -> None:
+    methods = methods_for("image", TINY)
+    plan = plan_of(methods, (0.1, 0.25, 1.0))
+    learned = [method in ("dynamic", "router") for method, _ in plan]
+    assert True in learned
+    assert learned == sorted(learned)
+    assert plan[0][1] == 0.1
 
 
 def test_the_page_has_figures_only_where_a_script_writes_them() -> None:
