@@ -21,8 +21,7 @@
     └── EngineError             ours
         └── SchemaNotFulfilled  the model's answer is not of the form that was asked for
 
-Errors cross process borders, so each keeps its facts as constructor arguments and formats them when read. Only
-`serve.api` knows which status code belongs to which error.
+Errors cross process borders: each keeps its facts as arguments and formats them when read. `serve.api` knows statuses.
 """
 
 from __future__ import annotations
@@ -129,8 +128,7 @@ class MediaError(RequestError):
         reason: A key of `MEDIA_REASONS`.
         kind: "image" or "video".
         limit: The limit that was exceeded, if the reason has one.
-        allowed: What would be accepted, what is wrong with a `data:` URL, or what shape the item has, if the reason
-            names it.
+        allowed: What would be accepted, or what is wrong, if the reason names it.
         param: The field's path in the request, once known.
     """
 
