@@ -21,6 +21,7 @@ from mm.errors import CapacityError
 from mm.plugins.calls import StageStatus
 from mm.plugins.spec import configured_reducer
 from serve.config import ServeConfig
+from serve.routing_stats import RoutingStats
 
 
 class Unavailable(CapacityError):
@@ -77,23 +78,6 @@ class ModelInfo:
     kinds: tuple[str, ...]
     max_context_tokens: int
     default_reducer: str
-
-
-@dataclass
-class RoutingStats:
-    """What one ingress decided for one stage.
-
-    Attributes:
-        num_decisions: Requests that were routed by content.
-        num_hits: Those that went to their home encoder, or to a decoder that held some of the prompt.
-        num_spills: Those that an encoder's load kept from their home.
-        num_changed: Those that would have gone elsewhere by load alone.
-    """
-
-    num_decisions: int = 0
-    num_hits: int = 0
-    num_spills: int = 0
-    num_changed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

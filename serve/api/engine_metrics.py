@@ -14,7 +14,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from mm.engine.stats import EngineStats, Histogram
-from serve.runtime import DecoderLoad, RoutingStats
+from serve.routing_stats import RoutingStats
+from serve.runtime import DecoderLoad
 
 Figure = Callable[[EngineStats], float]
 

@@ -21,12 +21,28 @@ from serve.cli.demo import demo
 from serve.cli.doctor import doctor
 from serve.cli.embed import embed
 from serve.cli.evaluate import evaluate
+from serve.cli.plan import plan
 from serve.cli.plugins import plugins
 from serve.cli.run_batch import run_batch
 from serve.cli.serve import serve
 from serve.cli.tune import tune
 
-COMMANDS = (serve, chat, caption, run_batch, compare, embed, evaluate, tune, demo, plugins, check, doctor, completion)
+COMMANDS = (
+    serve,
+    chat,
+    caption,
+    run_batch,
+    compare,
+    embed,
+    evaluate,
+    tune,
+    plan,
+    demo,
+    plugins,
+    check,
+    doctor,
+    completion,
+)
 
 
 class _InOrder(click.Group):

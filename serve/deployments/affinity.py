@@ -22,12 +22,14 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm.data.media import Kind
-from mm.data.request import MediaPart, Request
 from mm.media.hashing import framed_hash
-from serve.runtime import RoutingStats
+from serve.routing_stats import RoutingStats
+
+if TYPE_CHECKING:  # it imports torch, which `mm plan` does without
+    from mm.data.request import Request
 
 BOUND = 1.5
 """Load of an encoder over the mean load from which on requests spill over."""
@@ -161,9 +163,10 @@ class Balancer:
             for name, said in self._published.items()
         }
         full = {name: is_full(said) for name, said in self._published.items()}
+        ties = {name: _point(f"{keys[:1]}{name}") for name in self._published}
 
         def ranked(value: Callable[[str], float]) -> list[str]:
-            return sorted(held, key=lambda name: (full[name], value(name), _point(f"{keys[:1]}{name}")))
+            return sorted(held, key=lambda name: (full[name], value(name), ties[name]))
 
         order, by_load = ranked(lambda name: wait[name] - held[name]), ranked(lambda name: wait[name])
         self._count(held[order[0]] > 0, False, order[0] != by_load[0])
@@ -171,8 +174,13 @@ class Balancer:
 
     def _around(self, key: str) -> list[str]:
         """The replicas in the order in which they follow a key on the ring."""
-        at = bisect.bisect(self._ring, (_point(key), ""))
-        return list(dict.fromkeys(name for _, name in self._ring[at:] + self._ring[:at]))
+        at, num = bisect.bisect(self._ring, (_point(key), "")), len(self._ring)
+        order: dict[str, None] = {}
+        for i in range(at, at + num):
+            order[self._ring[i % num][1]] = None
+            if len(order) == len(self._published):
+                break
+        return list(order)
 
     def _count(self, is_hit: bool, is_spill: bool, is_changed: bool) -> None:
         self.stats.num_decisions += 1
@@ -234,6 +242,8 @@ def beginnings(request: Request, media: Sequence[str], reducer: str) -> Beginnin
         media: The hash of each media item.
         reducer: Canonical text; what it keeps is part of the prompt.
     """
+    from mm.data.request import MediaPart
+
     digest = hashlib.blake2b(f"{request.cache_salt}|{reducer}|{request.vision}".encode(), digest_size=16)
     wanted, kept = list[str](), list[str]()
     for message in request.messages:
