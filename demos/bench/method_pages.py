@@ -31,9 +31,10 @@ CHANGED = frozenset({"flashvid"})
 
 def sections(module: str) -> dict[str, str]:
     """The parts of a module's docstring by their first word."""
-    lines = module.splitlines()
+    heading = rf"(?<=\S) {{2,}}(?=(?:{'|'.join(HEADINGS)}) )"
+    lines = [part for line in module.splitlines()[1:] for part in re.split(heading, line)]
     found, name = dict[str, str](), ""
-    for line in lines[1:]:
+    for line in lines:
         if match := re.match(rf"({'|'.join(HEADINGS)})\s+(.*)", line):
             name = match[1]
             found[name] = match[2]

@@ -1,48 +1,82 @@
 """Does reduction still raise throughput with many concurrent requests?
 
-Run python -m demos.bench.reducer_load [--model tiny | --shape 256m] [--in-flight 32] [--requests 96] [--out FILE]
+Run python -m demos.bench.reducer_load [--model tiny | --shape 256m] [--kind image | video] [--in-flight 32]
+    [--requests 96] [--out FILE]
 
-Pictures are encoded and reduced first. Then the engine answers `--requests` questions, `--in-flight` of them at a time,
-each for `--new-tokens` greedy tokens. The report gives the decoder's throughput, in generated tokens per second of
-processor time (one thread), prefill included, and the same with encoding and selection counted too. Methods take turns,
-round after round, and the ratio is to `none` of the same round. Every question shows a picture of its own.
+Every registered method that acts on the kind and works with the model takes part, at a quarter of the tokens.
+Pictures, or clips of four frames, are encoded and reduced first. Then the engine answers `--requests` questions,
+`--in-flight` of them at a time, each for `--new-tokens` greedy tokens. The report gives the decoder's throughput, in
+generated tokens per second of processor time (one thread), prefill included, and the same with encoding and selection
+counted too. Methods take turns, round after round, and the ratio is to `none` of the same round. Every question shows a
+picture or clip of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import torch
 
 import mm
+from demos.bench.budgets import methods_for, spec_of
 from demos.bench.machine import facts
 from demos.bench.path import picture
 from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
+from mm.config import MediaLimits
+from mm.data.media import Kind
+from mm.data.request import VisionOptions
 from mm.encode.pipeline import encode
+from mm.encode.policy import resolve_reducer
 from mm.engine.loop import Submitted
+from mm.errors import MmError
+from mm.media import MediaBudget, video_from_array
 from mm.models.checkpoint import find
 from serve.evaluation.report import markdown
 
-METHODS = (
-    "none",
-    "uniform:keep_ratio=0.25",
-    "pool2",
-    "divprune:keep_ratio=0.25",
-    "visionzip:keep_ratio=0.25",
-    "scope:keep_ratio=0.25",
-    "cdpruner:keep_ratio=0.25",
-    "fastv:keep_ratio=0.25,layer=1",
-    "pyramiddrop:keep_ratio=0.25",
-    "mustdrop",
-    "tome:keep_ratio=0.25",
-)
+SPECS = {
+    "pool2": "pool2",
+    "mustdrop": "mustdrop",
+    "pixelprune": "pixelprune:tau=0.02",
+    "fastv": "fastv:layer=1,keep_ratio=0.25",
+}
+"""What is asked of methods without a ratio, and of those with other options."""
+
+NUM_FRAMES = 4
 QUESTION = "What is in the picture, and where is it?"
+
+
+def methods_of(model: mm.Model, kind: Kind) -> list[str]:
+    """`none`, and a quarter of the tokens by every method that works with the model."""
+    found = []
+    for method in methods_for(kind, model.engine.family.folder):
+        spec = SPECS.get(method) or spec_of(method, 0.25)
+        try:
+            resolve_reducer(VisionOptions(reducer=spec), model.encode_parts)
+        except MmError as error:
+            print(f"{method} is left out: {error}")
+            continue
+        found.append(spec)
+    return found
+
+
+def medium(kind: Kind, side_px: int, number: int, round_number: int) -> dict[str, list]:
+    """A picture or clip that no other request has."""
+    if kind == "image":
+        return {"images": [picture(side_px) + number.to_bytes(2, "big") + bytes([round_number])]}
+    still = np.asarray(PIL.Image.open(io.BytesIO(picture(side_px))).convert("RGB"))
+    frames = np.stack([np.roll(still, 9 * t, axis=1) for t in range(NUM_FRAMES)])
+    frames[:, :2, :8] = number, round_number, 0
+    times = [t / 2 for t in range(NUM_FRAMES)]
+    return {"videos": [video_from_array(frames, times, NUM_FRAMES / 2, MediaBudget(MediaLimits()))]}
 
 
 def throughput(model: mm.Model, reducer: str, args: argparse.Namespace, round_number: int) -> dict[str, float]:
@@ -52,10 +86,9 @@ def throughput(model: mm.Model, reducer: str, args: argparse.Namespace, round_nu
     start = time.process_time()
     waiting = []
     for i in range(args.requests):
-        image = picture(side_px) + i.to_bytes(2, "big") + bytes([round_number])  # other bytes: nothing is shared
         request = build_request(
             QUESTION,
-            images=[image],
+            **medium(args.kind, side_px, i, round_number),
             reducer=reducer,
             max_new_tokens=args.new_tokens,
             temperature=0,
@@ -82,7 +115,7 @@ def _has_ended(submitted: Submitted) -> bool:
 
 def bench(path: Path, args: argparse.Namespace) -> list[dict]:
     model = mm.load(path, dtype=args.dtype, max_num_seqs=args.in_flight, max_waiting=4096, num_threads=1, cache_bytes=0)
-    found: dict[str, list[dict[str, float]]] = {method: [] for method in args.reducer or METHODS}
+    found: dict[str, list[dict[str, float]]] = {method: [] for method in args.reducer or methods_of(model, args.kind)}
     for number in range(args.rounds):
         for method in found:
             found[method].append(throughput(model, method, args, number))
@@ -126,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of a real model's shape")
+    parser.add_argument("--kind", choices=("image", "video"), default="image")
     parser.add_argument("--reducer", action="append", help="methods, `none` among them; all when not given")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--in-flight", type=int, default=32)
@@ -139,8 +173,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = write_shape(Path(temporary), args.shape) if args.shape else find(args.model)
         rows = bench(path, args)
-    title = f"{name}: {args.in_flight} concurrent requests, {args.new_tokens} tokens each, {args.dtype}, one thread"
-    report = [title, HEADER, *map(line, rows), "", json.dumps(facts() | {"model": name, "rows": rows}), ""]
+    title = f"{name}, {args.kind}: {args.in_flight} concurrent requests, {args.new_tokens} tokens each, {args.dtype}, "
+    title += "one thread"
+    report = [
+        title,
+        HEADER,
+        *map(line, rows),
+        "",
+        json.dumps(facts() | {"model": name, "kind": args.kind, "rows": rows}),
+        "",
+    ]
     print("\n".join(report))
     if args.out:
         args.out.write_text("\n".join(report))

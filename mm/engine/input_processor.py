@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mm.config import OnError
 from mm.data.request import Request
-from mm.data.tokens import AskedPositions, EncodedMedia, Positions, Prompt
+from mm.data.tokens import AskedPositions, EncodedMedia, Prompt, PublishedPositions
 from mm.engine.adapted_decoders import AdaptedDecoders
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.states import snapshot_borders
@@ -73,11 +73,13 @@ class InputProcessor(PromptInputs):
         media = media.media if isinstance(media, ReceivedKV) else media
         reducer = reducer or self.reducer_of(media)
         prompt = self.splice(params, media)
-        prompt = with_positions(prompt, asked_positions(params.vision.positions, reducer, prompt))
+        positions = asked_positions(params.vision.positions, reducer, prompt)
+        prompt = with_positions(prompt, positions)
         prompt = up_to_media(prompt) if isinstance(sink, PrefillOnly) else prompt
         max_new_tokens = output_length(params, prompt, self._family.max_context_tokens, self._cache)
         samplers = self._samplers.make(params.sampling, prompt)
         request = new_request(params, media, prompt, sink, len(samplers))
+        request.renumbers = positions == "renumbered"
         if prompt.is_visual.any() and (weights := decoder_weights(reducer)) is not None:
             request.decoder = self._decoders.add(weights)
         add_reducers(request, reducer, self._family.language.num_layers, self._calls, on_error=self._on_error)
@@ -152,7 +154,7 @@ def output_length(params: Request, prompt: Prompt, max_context_tokens: int, cach
     return asked or min(room, max_context_tokens - next_position)
 
 
-def asked_positions(asked: AskedPositions | None, reducer: Reducer, prompt: Prompt) -> Positions:
+def asked_positions(asked: AskedPositions | None, reducer: Reducer, prompt: Prompt) -> PublishedPositions:
     """The positions that a request gets.
 
     Raises:
@@ -162,17 +164,20 @@ def asked_positions(asked: AskedPositions | None, reducer: Reducer, prompt: Prom
     if asked != "as_published":
         return asked or capabilities.positions
     published, is_line = capabilities.published_positions, prompt.positions.shape[0] == 1
-    if published == "renumbered":
+    if published != "renumbered":
+        # In models with positions in time, height and width, the authors' code keeps them too.
+        return published if is_line else "kept"
+    if not is_line or per_token(reducer):
+        why = "about which tokens another reducer decides" if is_line else "whose positions are time, height and width"
         raise InvalidRequest(
-            "the authors of this reducer number the tokens anew in each layer in which some are dropped, which this "
-            'server does not do; send vision.positions = "kept"',
+            "the authors of this reducer number the tokens anew in each layer in which some are dropped, which is not "
+            f'possible for prompts {why}; send vision.positions = "kept"',
             "vision.positions",
         )
-    # In models with positions in time, height and width, the authors' code keeps them too.
-    return published if is_line else "kept"
+    return "renumbered"
 
 
-def with_positions(prompt: Prompt, positions: Positions) -> Prompt:
+def with_positions(prompt: Prompt, positions: PublishedPositions) -> Prompt:
     """The prompt with the positions that were asked for.
 
     Raises:

@@ -35,6 +35,7 @@ class Chunk:
             without DeepStack.
         visual: (v,) int64, which of its tokens these are; None without planes.
         prune_state: For a prompt whose reducers act inside the decoder.
+        renumbers: Whether positions begin anew in each layer in which visual tokens left.
         candidates: Its generated tokens, where a reducer decides about them.
         capture: Names of the hidden states to hand out, such as "last_hidden" or "hidden:3".
         states: After the step: name to (k, D).
@@ -52,6 +53,7 @@ class Chunk:
     layer_planes: Tensor | None = None
     visual: Tensor | None = None
     prune_state: PruneState | None = None
+    renumbers: bool = False
     candidates: Candidates | None = None
     capture: frozenset[str] = frozenset()
     states: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False)
@@ -72,6 +74,7 @@ class DecodeBatch:
         positions: (1, B).
         token_ids: (B,) int64, for models whose layers read them.
         candidates: Per sequence its token, where a reducer decides about it.
+        renumbers: Those of the sequences for which it is as for such a chunk.
         capture: Names of the hidden states to hand out, as for a chunk.
         states: After the step: name to (B, D).
     """
@@ -79,6 +82,7 @@ class DecodeBatch:
     seq_indices: np.ndarray
     embeddings: Tensor
     positions: Tensor
+    renumbers: tuple[int, ...] = ()
     token_ids: Tensor | None = None
     candidates: dict[int, Candidates] = field(default_factory=dict[int, Candidates])
     capture: frozenset[str] = frozenset()
@@ -101,7 +105,8 @@ class PackedTokens:
     def __init__(self, chunks: abc.Sequence[Chunk], decode: DecodeBatch | None) -> None:
         self.chunks, self.num_decode_tokens = chunks, decode.num_tokens if decode else 0
         self.counts = [chunk.num_tokens for chunk in chunks]
-        self._decode = decode
+        self.decode = decode
+        self.renumbers = any(chunk.renumbers for chunk in chunks) or (decode is not None and bool(decode.renumbers))
         self._captured_names = frozenset[str]().union(
             decode.capture if decode else (), *(chunk.capture for chunk in chunks)
         )
@@ -121,7 +126,7 @@ class PackedTokens:
 
     def metadata(self) -> AttentionMetadata:
         """What attention has to know of the tokens that are left."""
-        decode = self._decode.seq_indices if self._decode else np.zeros(0, dtype=np.int64)
+        decode = self.decode.seq_indices if self.decode else np.zeros(0, dtype=np.int64)
         seq_indices = np.concatenate([decode, np.array([chunk.seq_index for chunk in self.chunks], dtype=np.int64)])
         counts = np.concatenate([np.ones(len(decode), dtype=np.int64), np.array(self.counts, dtype=np.int64)])
         masks = {len(decode) + i: c for i, c in enumerate(self.chunks) if c.mask is not None}
@@ -136,14 +141,14 @@ class PackedTokens:
     @property
     def token_ids(self) -> Tensor:
         """(T,) int64, for models whose layers read them."""
-        parts = [part.token_ids for part in (*([self._decode] if self._decode else []), *self.chunks)]
+        parts = [part.token_ids for part in (*([self.decode] if self.decode else []), *self.chunks)]
         known = [part.to(self.embeddings.device) for part in parts if part is not None]
         assert len(known) == len(parts), "layers of this model read the ids of their tokens"
         return _cat(known, 0)
 
     def decide_tokens(self, layer: int, hidden: Tensor) -> bool:
         """Let reducers decide about generated tokens. Returns whether the metadata are others from this layer on."""
-        groups = [] if self._decode is None else [(one, row) for row, one in self._decode.candidates.items()]
+        groups = [] if self.decode is None else [(one, row) for row, one in self.decode.candidates.items()]
         groups += [(c.candidates, self.span(i)[0]) for i, c in enumerate(self.chunks) if c.candidates is not None]
         if not decide(layer, hidden, groups):
             return False
@@ -157,7 +162,7 @@ class PackedTokens:
     @property
     def token_layers(self) -> frozenset[int]:
         """The layers at whose input reducers decide about generated tokens of this step."""
-        decode = [] if self._decode is None else list(self._decode.candidates.values())
+        decode = [] if self.decode is None else list(self.decode.candidates.values())
         every = [*decode, *(chunk.candidates for chunk in self.chunks if chunk.candidates is not None)]
         return frozenset(one.pruning.layer for one in every)
 
@@ -199,8 +204,8 @@ class PackedTokens:
             found = {name: self._states[name][tokens] for name in names - {LAST_HIDDEN}}
             return found | ({LAST_HIDDEN: norm(hidden[tokens])} if LAST_HIDDEN in names else {})
 
-        if self._decode is not None:
-            self._decode.states = states(self._decode.capture, slice(self.num_decode_tokens))
+        if self.decode is not None:
+            self.decode.states = states(self.decode.capture, slice(self.num_decode_tokens))
         for i, chunk in enumerate(self.chunks):
             if chunk.capture:
                 first, count = self.span(i)
@@ -315,6 +320,7 @@ def make_decode_batch(seqs: abc.Sequence[Sequence], embeddings: Tensor) -> Decod
         seq_indices=indices,
         embeddings=embeddings,
         positions=positions,
+        renumbers=tuple(i for i, seq in enumerate(seqs) if seq.request.renumbers),
         token_ids=torch.tensor([seq.output.token_ids[-1] for seq in seqs]),
         candidates=candidates,
     )

@@ -27,6 +27,7 @@ from mm.engine.model_input import (
     make_decode_batch,
 )
 from mm.engine.prefill_pruning import PrefillView, select_kept
+from mm.engine.renumbering import renumber
 from mm.engine.scheduler import ScheduledChunk, SchedulerOutput
 from mm.models.attention import Rotary
 from mm.models.layers import DecoderLayers
@@ -106,6 +107,7 @@ class ModelRunner:
             if item.seq.draft.num_tokens:
                 self.cache.states.keep_for_rewind(chunk.seq_index)
             chunk.capture = item.seq.states_to_capture
+            chunk.renumbers = item.seq.request.renumbers
             chunks.append(chunk)
             start = stop
         return chunks
@@ -116,7 +118,8 @@ class ModelRunner:
         packed = PackedTokens(chunks, decode)
         if decode is not None:
             self.cache.append_slot_each(decode.seq_indices)
-            if self._graphs is not None and not chunks and not decode.capture and not decode.candidates:
+            is_plain = not (chunks or decode.capture or decode.candidates or packed.renumbers)
+            if self._graphs is not None and is_plain:
                 logits = self._graphs.run(decode.seq_indices, decode.embeddings, decode.positions)
                 if logits is not None:
                     return logits
@@ -136,6 +139,7 @@ class ModelRunner:
         for index in range(self._model.num_layers):
             if index in token_layers and packed.decide_tokens(index, hidden):
                 metadata = packed.metadata()
+            rotary = renumber(packed, index, self.cache, self._model, rotary)
             packed.capture(f"hidden:{index}", hidden)
             hidden = packed.with_planes(index, self._model.layer(index, hidden, metadata, rotary, self._attention))
         return hidden
@@ -157,6 +161,7 @@ class ModelRunner:
                 metadata = packed.metadata()
             if index in token_layers and packed.decide_tokens(index, hidden):
                 metadata = packed.metadata()
+            rotary = renumber(packed, index, self.cache, model, rotary)
             previous = hidden
             packed.capture(f"hidden:{index}", hidden)
             hidden = packed.with_planes(index, model.layer(index, hidden, metadata, rotary, self._attention))

@@ -66,6 +66,7 @@ class EngineRequest:
         sink: Receives the events.
         reducer: Canonical text of the reducer, for the summary.
         pruning_layers: Layer index to the reducer that is asked at the input of that layer, during prefill.
+        renumbers: Whether positions begin anew in each layer in which visual tokens left.
         cache_pruners: Reducers that remove tokens from the KV cache once the prompt has been computed.
         reducer_faults: What reducers did wrong, when the error policy is to go on.
         token_pruning: Decides about generated tokens; None where nothing does.
@@ -85,6 +86,7 @@ class EngineRequest:
     sink: OutputSink
     reducer: str = "none"
     pruning_layers: dict[int, InPrefill] = field(default_factory=dict[int, InPrefill])
+    renumbers: bool = False
     cache_pruners: tuple[InDecode, ...] = ()
     reducer_faults: list[str] = field(default_factory=list[str])
     token_pruning: TokenPruning | None = None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -197,10 +200,15 @@ def random_qwen2_5_vl(
     num_kv_heads: int = 2,
     tie_word_embeddings: bool = False,
     seed: int = 0,
+    tower: Mapping[str, Any] = MappingProxyType({}),
+    max_tokens: int = 64,
 ) -> Path:
     """Write a Qwen2.5-VL or Qwen2-VL checkpoint with its processors and tokenizer to `folder`.
 
-    Real patch size, merger and windows (of 2 x 2 merged cells), few channels; pictures become 4 to 64 tokens.
+    Real patch size, merger and windows (of 2 x 2 merged cells), few channels; pictures become 4 to `max_tokens` tokens.
+
+    Args:
+        tower: Other sizes of the tower, by the names of its configuration.
     """
     torch.manual_seed(seed)
     words = qwen_tokenizer()
@@ -228,7 +236,7 @@ def random_qwen2_5_vl(
     half = width // num_heads // 2
     ids = {f"{name}_token_id": words.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
     config = config_class(
-        vision_config={"depth": 4, "num_heads": 2, **vision},
+        vision_config={"depth": 4, "num_heads": 2, **vision, **tower},
         text_config={
             "hidden_size": width,
             "num_hidden_layers": num_layers,
@@ -259,7 +267,7 @@ def random_qwen2_5_vl(
     model.generation_config.eos_token_id = [words.eos_token_id, words.pad_token_id]
     model.generation_config.do_sample = False
     model.save_pretrained(folder)
-    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 64 * 28 * 28}
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": max_tokens * 28 * 28}
     processor_class(
         image_processor=Qwen2VLImageProcessor(size=size),
         video_processor=Qwen2VLVideoProcessor(size=size),
