@@ -43,8 +43,14 @@ class MediaLimits:
     max_sampled_frames: int = setting(128, min=0, help="Frames of one clip that the encoder gets.")
     max_decoded_frames: int = setting(9_000, min=0, help="Frames of one clip that the video decoder may produce.")
     max_duration_s: float = setting(3_600.0, min=0, help="Length of one clip, in seconds.")
-    decode_wall_s: float = setting(20.0, min=0, help="Seconds after which the decoding of a clip is stopped.")
-    decode_cpu_s: int = setting(20, min=0, help="CPU seconds after which the decoding of a clip is stopped.")
+    decode_wall_s: float = setting(
+        20.0, min=0, help="Seconds that decoding a clip may take, and as many again for every 128 sampled frames more."
+    )
+    decode_cpu_s: int = setting(
+        20,
+        min=0,
+        help="CPU seconds that decoding a clip may take, and as many again for every 128 sampled frames more.",
+    )
     decode_memory_bytes: int = setting(
         2048 * MiB, min=0, help="Memory that the process which decodes a clip may use, in bytes."
     )

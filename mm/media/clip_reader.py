@@ -23,6 +23,8 @@ ALLOWED_FORMATS = (
     "VP9, AV1, MPEG-1, MPEG-2, MPEG-4, MJPEG, ProRes, FFV1 or another codec of docs/clips.md"
 )
 START_TIMEOUT_S = 60.0
+SPAN_FRAMES = 128
+"""So many sampled frames may take the decoding time of the limits. A clip of an hour has many times as many."""
 CODEC_NAME = re.compile(r"[a-z0-9_]{1,24}")
 
 
@@ -41,7 +43,7 @@ class ClipReader:
 
     def __init__(self, child: Child, data: bytes, sampling: FrameSampling, budget: MediaBudget) -> None:
         self._child, self._data, self._sampling, self._budget = child, data, sampling, budget
-        self._left_s = budget.limits.decode_wall_s
+        self._left_s = budget.limits.decode_wall_s * _num_spans(sampling, budget.limits)
         self.width = self.height = self.num_frames = self.num_damaged = self._num_read = 0
         self.duration_s = 0.0
         self.max_chunk_frames = 1
@@ -174,7 +176,14 @@ def _allowed(header: dict[str, Any]) -> str:
     return f"{ALLOWED_FORMATS} (this clip's codec is {given})" if is_name else ALLOWED_FORMATS
 
 
+def _num_spans(sampling: FrameSampling, limits: MediaLimits) -> int:
+    """How many times a clip may take the time for SPAN_FRAMES. It is known before anything is read from the clip."""
+    most = sampling.num_frames if sampling.fps is None else sampling.max_frames
+    return max(1, -(-min(most, limits.max_sampled_frames) // SPAN_FRAMES))
+
+
 def _request(sampling: FrameSampling, limits: MediaLimits) -> dict[str, Any]:
+    spans = _num_spans(sampling, limits)
     request = {
         "num_frames": sampling.num_frames,
         "fps": sampling.fps,
@@ -184,8 +193,8 @@ def _request(sampling: FrameSampling, limits: MediaLimits) -> dict[str, Any]:
         "max_decoded_frames": limits.max_decoded_frames,
     }
     bounds = {
-        "wall_s": limits.decode_wall_s,
-        "cpu_s": limits.decode_cpu_s,
+        "wall_s": limits.decode_wall_s * spans,
+        "cpu_s": limits.decode_cpu_s * spans,
         "memory_bytes": limits.decode_memory_bytes,
     }
     return {"request": request, "limits": bounds}

@@ -114,7 +114,27 @@ def endless(clip: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
     time.sleep(60)
 
 
-DECODERS.update({act.__name__: act for act in (lying, greedy, large, backwards, endless)})
+def slow(clip: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
+    """Sends 15 frames, with a tenth of a second before each."""
+    yield Plan(16, 16, 15, 15.0)
+    for index in range(15):
+        time.sleep(0.1)
+        yield Frame(float(index), np.zeros((16, 16, 3), np.uint8))
+    yield Done(0)
+
+
+def busy(clip: BinaryIO, request: DecodeRequest) -> Iterator[Message]:
+    """Takes two CPU seconds."""
+    yield Plan(16, 16, 15, 15.0)
+    end = time.process_time() + 2
+    while time.process_time() < end:
+        pass
+    for index in range(15):
+        yield Frame(float(index), np.zeros((16, 16, 3), np.uint8))
+    yield Done(0)
+
+
+DECODERS.update({act.__name__: act for act in (lying, greedy, large, backwards, endless, slow, busy)})
 
 
 def prepare() -> None:

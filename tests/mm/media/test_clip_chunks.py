@@ -82,6 +82,22 @@ def test_a_slow_caller_is_not_timed_out(make_budget):
     assert odd("large", slowly, make_budget(decode_wall_s=2.0)) == list(range(40))  # the caller alone takes 3 s
 
 
+@pytest.mark.parametrize(("decoder", "limits"), [("slow", {"decode_wall_s": 0.8}), ("busy", {"decode_cpu_s": 1})])
+def test_a_clip_of_many_sampled_frames_may_take_longer(make_budget, decoder, limits):
+    def decode(num_frames: int) -> int:
+        pool = ChildPool((sys.executable, ODD_CHILD, decoder))
+        budget, sampling = make_budget(max_sampled_frames=600, **limits), FrameSampling(num_frames=num_frames)
+        try:
+            with open_clip(CLIP, sampling, budget, chunk_frames=16, pool=pool) as clip:
+                return sum(len(chunk.frames) for chunk in clip.chunks(16))
+        finally:
+            pool.close()
+
+    assert decode(600) == 15
+    with pytest.raises(MediaError, match="more time"):
+        decode(128)
+
+
 def test_a_caller_may_stop_at_any_chunk(make_budget):
     def first(clip) -> int:
         return int(next(clip.chunks(2)).frames[1, 0, 0, 0])
