@@ -14,6 +14,7 @@ from mm.plugins.spec import build_reducer
 from serve.evaluation.client import Backend
 from serve.evaluation.items import EvaluationError, choose, read_test_set
 from serve.evaluation.report import progress, tables
+from serve.evaluation.resumable import ResumableBackend
 from serve.evaluation.run import answer_lines, ask_items, num_questions, result_of
 
 
@@ -78,17 +79,24 @@ def build_backend(job: Evaluation) -> Backend:
 
 
 def run_evaluation(job: Evaluation, *, build: Callable[[Evaluation], Backend] = build_backend) -> None:
-    """EvalRequest, count, write and print.
+    """Ask, count, write and print.
+
+    While it runs, the answers are in a file beside the result, and the same command goes on from there.
 
     Raises:
         MmError: Names what was given and what to do. Nothing has been written then.
     """
     test_set = read_test_set(job.data)
     items = choose(test_set, job.tasks, job.wording, job.limit)
-    _check_writable([path for path in (job.json_file, job.answers_file) if path is not None])
+    outputs = [path for path in (job.json_file, job.answers_file) if path is not None]
+    _check_writable(outputs)
     reducers: list[str | None] = [*dict.fromkeys(job.reducers)] or [None if job.url else job.model.reducer]
     by_id = test_set.by_id()
     backend = build(job)
+    if outputs:
+        backend = ResumableBackend(backend, partial_of(outputs[0]))
+        if backend.num_found and not job.quiet:
+            sys.stderr.write(f"mm: {backend.num_found} answers of an earlier run are in {partial_of(outputs[0])}\n")
     with (
         contextlib.closing(backend),
         progress(num_questions(items, reducers, control=job.control), quiet=job.quiet) as advance,
@@ -109,11 +117,25 @@ def run_evaluation(job: Evaluation, *, build: Callable[[Evaluation], Backend] = 
     }
     result = result_of(items, columns, data=data, backend=backend.metadata())
     if job.json_file is not None:
-        job.json_file.write_text(json.dumps(result, indent=1) + "\n")
+        _write(job.json_file, json.dumps(result, indent=1) + "\n")
     if job.answers_file is not None:
         lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in answer_lines(items, columns))
-        job.answers_file.write_text("".join(lines), encoding="utf-8")
+        _write(job.answers_file, "".join(lines))
+    if isinstance(backend, ResumableBackend):
+        backend.forget()
     sys.stdout.write(tables(result) + "\n")
+
+
+def partial_of(output: Path) -> Path:
+    """Where the answers of a run that has not ended yet are."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def _check_writable(paths: Sequence[Path]) -> None:

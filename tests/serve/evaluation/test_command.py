@@ -10,8 +10,10 @@ import pytest
 
 import serve.cli.app as app_module
 import serve.evaluation.command as command
+from serve.evaluation.client import EvalRequest
 from serve.evaluation.items import write_test_set
-from tests.serve.evaluation.conftest import FakeBackend
+from serve.evaluation.resumable import ResumableBackend
+from tests.serve.evaluation.conftest import FakeBackend, picture
 
 
 @pytest.fixture
@@ -103,3 +105,56 @@ def test_a_run_that_stops_leaves_earlier_results_alone(run, file, tmp_path, monk
     assert kept.read_text() == "earlier"
     assert run("--data", file, "--json", tmp_path / "new.json", "--answers", tmp_path / "absent" / "a.jsonl")[0] == 1
     assert not (tmp_path / "new.json").exists()
+
+
+def test_a_run_that_was_ended_goes_on_where_it_stopped(run, file, tmp_path, monkeypatch):
+    class Ending(FakeBackend):
+        """Ends the process at the seventh question, if it is told to."""
+
+        def __init__(self, last: int) -> None:
+            super().__init__()
+            self.last = last
+
+        def answers(self, requests, reducer):
+            for reply in super().answers(requests, reducer):
+                if len(self.asked) == self.last:
+                    raise KeyboardInterrupt
+                yield reply
+
+    def use(last: int) -> Ending:
+        backend = Ending(last)
+        monkeypatch.setitem(command.run_evaluation.__kwdefaults__, "build", lambda job: backend)
+        return backend
+
+    def evaluate(name: str) -> int:
+        files = ("--json", tmp_path / f"{name}.json", "--answers", tmp_path / f"{name}.jsonl")
+        return run("--data", file, *files, "--reducer", "none", "--quiet")[0]
+
+    whole = use(-1)
+    assert evaluate("whole") == 0
+    use(7)
+    assert evaluate("cut") == 1
+    partial = tmp_path / "cut.json.partial"
+    partial.write_bytes(partial.read_bytes()[:-5])  # killed while it wrote the sixth answer
+    rest = use(-1)
+    assert evaluate("cut") == 0
+    assert not list(tmp_path.glob("*.partial"))
+    for kind in ("json", "jsonl"):
+        assert (tmp_path / f"cut.{kind}").read_bytes() == (tmp_path / f"whole.{kind}").read_bytes()
+    assert 0 < len(rest.asked) <= len(whole.asked) - 5  # less where a control asks what was answered already
+
+
+@pytest.mark.usefixtures("fake")
+def test_answers_of_another_model_are_not_taken(run, file, tmp_path, monkeypatch):
+    result = tmp_path / "result.json"
+    assert run("--data", file, "--json", result, "--reducer", "none", "--quiet")[0] == 0
+    expected, backend = result.read_bytes(), FakeBackend()
+    partial, named = command.partial_of(result), FakeBackend()
+    monkeypatch.setattr(named, "metadata", lambda: {"model": "other"})
+    other = ResumableBackend(named, partial)
+    requests = [EvalRequest(item_id="color-0", question="Which color?", media=picture("red"), media_type="image/png")]
+    assert [reply.text for reply in other.answers(requests, "none")] == [" RED."]
+    partial.write_text(partial.read_text().replace(" RED.", "wrong"))
+    monkeypatch.setitem(command.run_evaluation.__kwdefaults__, "build", lambda job: backend)
+    assert run("--data", file, "--json", result, "--reducer", "none", "--quiet")[0] == 0
+    assert result.read_bytes() == expected

@@ -1,0 +1,75 @@
+"""Answers that survive the end of an evaluation: each goes to a file at once, and the next run asks only the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from serve.evaluation.client import Backend, EvalRequest, Reply
+
+
+class ResumableBackend:
+    """A backend whose replies are kept in a file, one JSON line each.
+
+    A reply is found again by the backend's metadata, the reducer, the question and the medium's bytes. Lines of other
+    backends or questions are left alone, and a last line that was cut off is asked again.
+
+    Args:
+        backend: Answers what the file does not hold.
+        path: The file. It is made with the first reply.
+
+    Attributes:
+        num_found: Replies of this backend that the file held.
+    """
+
+    def __init__(self, backend: Backend, path: Path) -> None:
+        self._backend, self._path = backend, path
+        self._name = _digest(json.dumps(backend.metadata(), sort_keys=True).encode())
+        self._found = dict(_stored(path, self._name))
+        self.num_found = len(self._found)
+
+    def metadata(self) -> dict[str, Any]:
+        return self._backend.metadata()
+
+    def answers(self, requests: Iterable[EvalRequest], reducer: str | None) -> Iterator[Reply]:
+        """Replies in the order of the requests; those of the file at once."""
+        keyed = [(_key(request, reducer), request) for request in requests]
+        rest = iter(self._backend.answers([ask for key, ask in keyed if key not in self._found], reducer))
+        for key, _ in keyed:
+            if (stored := self._found.get(key)) is not None:
+                yield stored
+                continue
+            reply = next(rest)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"run": self._name, "key": key, **asdict(reply)}, ensure_ascii=False) + "\n")
+            yield reply
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def forget(self) -> None:
+        """Delete the file: the evaluation is complete."""
+        self._path.unlink(missing_ok=True)
+
+
+def _stored(path: Path, name: str) -> Iterator[tuple[str, Reply]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):  # cut off by a kill; what follows must not be appended to it
+        path.write_text("".join(lines[:-1]), encoding="utf-8")
+        lines.pop()
+    for line in lines:
+        stored = json.loads(line)
+        if stored.pop("run") == name:
+            yield stored.pop("key"), Reply(**stored)
+
+
+def _key(request: EvalRequest, reducer: str | None) -> str:
+    return _digest(f"{reducer}\0{request.question}\0{request.media_type}\0".encode() + request.media)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
