@@ -18,14 +18,17 @@ from mm.encode.parts import EncodeParts
 from mm.engine.engine import LLMEngine
 from mm.engine.scheduler import SchedulerConfig
 from mm.engine.self_test import needs_self_test, self_test
+from mm.engine.tensor_parallel.gang import Gang
 from mm.errors import BrokenPlugin, InvalidOption, MmError
 from mm.media import DecodeMemory
-from mm.models.checkpoint import BadCheckpoint, find, read_config
+from mm.models.checkpoint import BadCheckpoint, check_depths, find, read_config
 from mm.models.family import CheckpointFamily
 from mm.models.folder import reading
 from mm.models.locate import read_template
+from mm.models.pretrained import model_config as read_model_config
 from mm.models.probe import refuse_quantized, transformers_types
 from mm.models.quantized import is_available
+from mm.models.tensor_parallel import split
 from mm.plugins.calls import PluginCalls
 from mm.plugins.capabilities import check_compatible
 from mm.plugins.registry import create, get, names
@@ -116,11 +119,23 @@ def build_engine(config: ModelConfig) -> LLMEngine:
     """The decoder's half of a model: only the language weights are read."""
     config = _on_this_process(config)
     _check_quantization(config)
+    gang = _start_gang(config) if config.tensor_parallel > 1 else None
+    try:
+        return _built_engine(config, gang)
+    except BaseException:
+        if gang is not None:
+            gang.close()
+        raise
+
+
+def _built_engine(config: ModelConfig, gang: Gang | None) -> LLMEngine:
     template = read_template(config.chat_template)
-    options = {} if template is None else {"chat_template": template}
+    options: dict[str, Any] = {} if template is None else {"chat_template": template}
+    if gang is not None:
+        options["load"] = gang.load
     family: CheckpointFamily = _plugin_for("family", config, **options)
     family.text_after_clip = config.text_after_clip
-    if needs_self_test(family) and not config.skip_self_test:
+    if gang is None and needs_self_test(family) and not config.skip_self_test:
         self_test(family)
     on_cpu = not config.device.startswith("cuda")
     scheduler_config = SchedulerConfig(
@@ -145,7 +160,29 @@ def build_engine(config: ModelConfig) -> LLMEngine:
         cuda_graphs=config.cuda_graphs,
         on_error=config.reducers.on_error,
         plugins=config.plugins,
+        gang=gang,
     )
+
+
+def _start_gang(config: ModelConfig) -> Gang:
+    """The members of a tensor-parallel decoder.
+
+    Raises:
+        InvalidOption: The decoder cannot be split, before any process is started.
+    """
+    size, folder = config.tensor_parallel, find(config.model)
+    for option, is_on in (("quantize", config.quantize != "none"), ("compile", config.compile)):
+        if is_on:
+            raise InvalidOption("model", option, "cannot be used with tensor_parallel; leave out one of them")
+    check_device(config.device)
+    refuse_quantized(folder)
+    check_depths(folder)
+    name = plugin_name("family", folder)
+    if getattr(get("family", name), "load_language", None) is not CheckpointFamily.load_language:
+        what = f"was {size}, but the family {name!r} loads its decoder in its own way; leave the option out"
+        raise InvalidOption("model", "tensor_parallel", what)
+    split(folder, read_model_config(folder), 0, size)
+    return Gang(size, config.device, config.num_threads)
 
 
 def _check_quantization(config: ModelConfig) -> None:

@@ -196,6 +196,9 @@ class ModelConfig:
     dtype: str = setting(
         "auto", choices=DTYPES, help="auto (bfloat16 where the device computes in it, else float32), or a torch dtype."
     )
+    tensor_parallel: int = setting(
+        1, min=1, help="Processes, each with its own GPU, that share the decoder's weights and KV cache."
+    )
     quantize: str = setting(
         "none",
         choices=QUANTIZATIONS,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mm.data.arrays import to_tensor
 from mm.data.media import Kind
 from mm.data.tokens import Encoded, Prompt
 from mm.engine.kv_cache.blocks import KVCache
@@ -86,8 +85,7 @@ class _Items:
 
 def _view(cache: KVCache, seq_index: int, planes: Sequence[tuple[Tensor, Tensor]], items: _Items) -> CacheView:
     def read(layer: int) -> tuple[Tensor, Tensor]:
-        slots = to_tensor(cache.slot_mapping(layer, seq_index), cache.keys.device)
-        return cache.keys.flatten(0, 1)[slots], cache.values.flatten(0, 1)[slots]
+        return cache.read(layer, seq_index)
 
     return CacheView(
         lengths=tuple(cache.lengths[:, seq_index].tolist()),

@@ -31,6 +31,7 @@ from mm.engine.sequence import EngineRequest, OutputSink
 from mm.engine.spec_decode.drafter_instance import target_of
 from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.stats import Counters
+from mm.engine.tensor_parallel.gang import Gang, GangError, check_gang
 from mm.errors import EngineError, MmError
 from mm.models.family import CheckpointFamily
 from mm.plugins.calls import PluginCalls
@@ -51,6 +52,7 @@ class LLMEngine(EngineView):
         cuda_graphs: Whether decode steps are recorded where the device can replay them.
         on_error: What a reducer's fault does to its request, see `ReducerPolicy`.
         plugins: How long plugins may take.
+        gang: The members of a tensor-parallel decoder, of which the family's language model is rank 0.
     """
 
     def __init__(
@@ -64,13 +66,15 @@ class LLMEngine(EngineView):
         cuda_graphs: bool = True,
         on_error: OnError = "fail",
         plugins: PluginLimits | None = None,
+        gang: Gang | None = None,
     ) -> None:
         self.engine_id, self.calls = uuid.uuid4().hex, PluginCalls(plugins)
         self.family, self.config = family, config
         spec = family.language.kv_cache_spec
         cuda_graphs = cuda_graphs and family.language.can_be_recorded
         max_num_seqs = config.max_num_seqs + cuda_graphs
-        self.cache, self.prefix_cache = build_caches(spec, kv_bytes, max_num_seqs, prefix_caching=prefix_caching)
+        self._gang, sizes = gang, (spec, kv_bytes, max_num_seqs)
+        self.cache, self.prefix_cache = build_caches(*sizes, prefix_caching=prefix_caching, gang=gang)
         self._build_parts(speculation or SpeculationLimits(), prefix_caching, cuda_graphs, on_error)
         self._lock, self._arrival_lock, self.wake = threading.Lock(), threading.Lock(), threading.Event()
 
@@ -110,7 +114,9 @@ class LLMEngine(EngineView):
         Raises:
             ContextTooLong, InvalidRequest, MediaError: It cannot be served as asked.
             CapacityError: Too many requests wait already, or the engine is draining.
+            GangError: A member of a tensor-parallel decoder has ended.
         """
+        check_gang(self._gang, media, sink)
         self._admission.check(self._lifecycle.num_arrivals)
         seqs = self.inputs.process(params, media, sink, reducer)
         with self._arrival_lock:
@@ -138,8 +144,10 @@ class LLMEngine(EngineView):
         self._admission.is_draining = True
 
     def close(self) -> None:
-        """Stop the threads that compile schemas."""
+        """Stop the threads that compile schemas, and the other members of a tensor-parallel decoder."""
         self.inputs.close()
+        if self._gang is not None:
+            self._gang.close()
 
     def fail_all(self, error: MmError) -> None:
         """End all requests with an error."""
@@ -170,6 +178,8 @@ class LLMEngine(EngineView):
         for runner, part in self._decoders.parts(scheduled):
             try:
                 self._execute(runner, part)
+            except GangError as error:
+                self._lifecycle.fail_all(error)
             except Exception as error:
                 log.exception("a step failed: num_tokens=%d", part.num_scheduled_tokens)
                 failure = EngineError(f"a step of the decoder failed: {type(error).__name__}")

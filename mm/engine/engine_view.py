@@ -11,6 +11,7 @@ from mm.engine.lifecycle import RequestLifecycle
 from mm.engine.scheduler import Scheduler
 from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.stats import Counters, EngineStats
+from mm.engine.tensor_parallel.gang import Gang
 from mm.models.family import CheckpointFamily
 
 
@@ -18,8 +19,6 @@ class EngineView:
     """The part of `LLMEngine` that only reads."""
 
     capabilities = NATIVE
-    problems: tuple[str, ...] = ()
-    """A fault of a step ends its requests, and the engine goes on."""
 
     engine_id: str
     family: CheckpointFamily
@@ -29,6 +28,12 @@ class EngineView:
     _counters: Counters
     _scheduler: Scheduler
     _lifecycle: RequestLifecycle
+    _gang: Gang | None
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A fault of a step ends its requests, and the engine goes on. Without a member of its gang it cannot."""
+        return () if self._gang is None or not self._gang.failure else (self._gang.failure,)
 
     @property
     def text_limits(self) -> TextLimits:

@@ -29,7 +29,7 @@ from mm.engine.model_input import (
 from mm.engine.prefill_pruning import PrefillView, select_kept
 from mm.engine.renumbering import renumber
 from mm.engine.scheduler import ScheduledChunk, SchedulerOutput
-from mm.models.attention import Rotary
+from mm.models.attention import AttentionMetadata, Rotary
 from mm.models.layers import DecoderLayers
 from mm.plugins.calls import PluginCalls
 
@@ -136,13 +136,22 @@ class ModelRunner:
         if self._model.reads_ids:
             metadata.layer_inputs = self._model.layer_inputs(packed.token_ids, hidden)
         rotary, token_layers = self._model.rotary(packed.positions), packed.token_layers
-        for index in range(self._model.num_layers):
-            if index in token_layers and packed.decide_tokens(index, hidden):
+        for start, stop in _segments(packed, self._model.num_layers, token_layers):
+            if start in token_layers and packed.decide_tokens(start, hidden):
                 metadata = packed.metadata()
-            rotary = renumber(packed, index, self.cache, self._model, rotary)
-            packed.capture(f"hidden:{index}", hidden)
-            hidden = packed.with_planes(index, self._model.layer(index, hidden, metadata, rotary, self._attention))
+            rotary = renumber(packed, start, self.cache, self._model, rotary)
+            hidden = self._run_layers(start, stop, packed, hidden, metadata, rotary)
         return hidden
+
+    def _run_layers(
+        self, start: int, stop: int, packed: PackedTokens, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary
+    ) -> Tensor:
+        """The output (T, D) of the layers start..stop, between which nobody is asked anything."""
+        with self._model.running(start, stop, hidden, metadata, rotary):
+            for index in range(start, stop):
+                packed.capture(f"hidden:{index}", hidden)
+                hidden = self._model.layer(index, hidden, metadata, rotary, self._attention)
+        return packed.with_planes(stop - 1, hidden)
 
     def _run_pruning(self, packed: PackedTokens) -> Tensor:
         """The same where reducers are asked at the input of some layers."""
@@ -152,19 +161,19 @@ class ModelRunner:
             self.cache.append_slots(chunk.seq_index, chunk.num_tokens, 0, (*layers, num_layers)[0])
         hidden, metadata = packed.embeddings, packed.metadata()
         rotary, token_layers = model.rotary(packed.positions), packed.token_layers
-        previous = hidden
-        for index in range(num_layers):
-            if any(index in layers for layers in layers_of):
-                kept = self._kept_tokens(packed, index, hidden, previous, rotary, layers_of)
+        previous, asked = hidden, frozenset[int]().union(*layers_of)
+        # Reducers may look at the input of the layer before theirs too.
+        for start, stop in _segments(packed, num_layers, {*asked, *(layer - 1 for layer in asked), *token_layers}):
+            if start in asked:
+                kept = self._kept_tokens(packed, start, hidden, previous, rotary, layers_of)
                 hidden, rotary = hidden[kept], (rotary[0][kept], rotary[1][kept])
                 packed.select(kept)
                 metadata = packed.metadata()
-            if index in token_layers and packed.decide_tokens(index, hidden):
+            if start in token_layers and packed.decide_tokens(start, hidden):
                 metadata = packed.metadata()
-            rotary = renumber(packed, index, self.cache, model, rotary)
+            rotary = renumber(packed, start, self.cache, model, rotary)
             previous = hidden
-            packed.capture(f"hidden:{index}", hidden)
-            hidden = packed.with_planes(index, model.layer(index, hidden, metadata, rotary, self._attention))
+            hidden = self._run_layers(start, stop, packed, hidden, metadata, rotary)
         return hidden
 
     def _kept_tokens(
@@ -206,3 +215,14 @@ class ModelRunner:
             kept.append(stay)
         packed.counts = [part.shape[0] for part in kept[1:]]
         return torch.cat(kept)
+
+
+def _segments(packed: PackedTokens, num_layers: int, borders: abc.Set[int]) -> list[tuple[int, int]]:
+    """First layer and end of each part of a pass: a part begins at a border, and behind a layer with planes.
+
+    Where positions begin anew in each layer, each is a part.
+    """
+    num_planes = max((len(chunk.layer_planes) for chunk in packed.chunks if chunk.layer_planes is not None), default=0)
+    starts = sorted({*borders, *range(num_planes + 1)} & {*range(num_layers)})
+    starts = list(range(num_layers)) if packed.renumbers else starts
+    return list(zip(starts, [*starts[1:], num_layers], strict=True))

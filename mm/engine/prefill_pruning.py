@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mm.data.arrays import ints, to_tensor
+from mm.data.arrays import ints
 from mm.data.media import Kind
 from mm.data.tokens import Encoded
 from mm.engine.kv_cache.blocks import KVCache
@@ -130,12 +130,12 @@ class PrefillView:
     def _keys(self, layer: int, source: Tensor) -> Tensor:
         """All keys that the prompt's tokens see. Those of a cached prefix come first."""
         cache = self._cache
-        num_held = int(cache.lengths[layer, self._seq_index])
-        slots = to_tensor(cache.slot_mapping(layer, self._seq_index), source.device)
-        held = cache.keys.flatten(0, 1)[slots] if num_held else source.new_empty(0, *cache.keys.shape[2:])
         if layer < self.layer:
-            return held
-        return torch.cat([held, self._model.keys(layer, source, self._rotary)])
+            return cache.read(layer, self._seq_index)[0]
+        keys = self._model.keys(layer, source, self._rotary)
+        if not cache.lengths[layer, self._seq_index]:
+            return keys
+        return torch.cat([cache.read(layer, self._seq_index)[0], keys])
 
 
 def layers_of(reducer: InPrefill, num_layers: int, calls: PluginCalls) -> tuple[int, ...]:

@@ -51,6 +51,37 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str,
     return tensors
 
 
+def tensor_shapes(folder: Path, rename: Callable[[str], str | None]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors whose key `rename` maps to a name, by that name. Only headers are read.
+
+    Raises:
+        BadCheckpoint: As `read_tensors`.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file, keys in tensor_files(folder).items():
+        wanted = {key: name for key in keys if (name := rename(key)) is not None}
+        with tensor_reader(folder, file) as reader:
+            shapes.update({name: tuple(reader.get_slice(key).get_shape()) for key, name in wanted.items()})
+    return shapes
+
+
+def read_slices(
+    folder: Path, rename: Callable[[str], str | None], parts: Mapping[str, tuple[slice, ...]]
+) -> dict[str, Tensor]:
+    """As `read_tensors`, but of each tensor only a part. What lies outside of it is not read.
+
+    Args:
+        parts: By name, a slice for each dimension.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file, keys in tensor_files(folder).items():
+        wanted = {key: name for key in keys if (name := rename(key)) is not None}
+        with tensor_reader(folder, file) as reader:
+            # A copy, since a slice may be a view that keeps the whole tensor.
+            tensors.update({name: reader.get_slice(key)[parts[name]].clone() for key, name in wanted.items()})
+    return tensors
+
+
 def read_rows(folder: Path, matches: Callable[[str], bool], rows: Sequence[int]) -> Tensor:
     """(len(rows), D): some rows of the one matrix whose key `matches`. Its other rows are not read.
 
@@ -124,7 +155,7 @@ class _TensorSlice(Protocol):
 
     def get_shape(self) -> list[int]: ...
 
-    def __getitem__(self, index: slice) -> Tensor: ...
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor: ...
 
 
 class TensorFile(Protocol):

@@ -62,14 +62,14 @@ class CheckpointFamily(ABC):
         folder: Checkpoint in Hugging Face format.
         device, dtype: Of the language model.
         chat_template: Jinja source that is used in place of the checkpoint's own.
+        load: Used in place of `load_language`.
     """
 
     num_position_rows: int = 1
     """Rows of a prompt's positions: 1, or 3 for M-RoPE."""
 
     text_after_clip: TextAfterClip = "highest"
-    """Where the text after a clip goes on, in families with positions in time: after the clip's highest position, or
-    after the longer side of its grid."""
+    """Where text goes on after a clip's positions in time: behind the highest, or behind its grid's longer side."""
 
     def __init__(
         self,
@@ -78,13 +78,14 @@ class CheckpointFamily(ABC):
         dtype: torch.dtype = torch.float32,
         *,
         chat_template: str | None = None,
+        load: Callable[[Path, str, torch.dtype], LanguageModel] | None = None,
     ) -> None:
         RENDERER.start()
         self.config = model_config(folder)
         refuse_quantized(folder)
         check_depths(folder)
         self.tokenizer, template = self.load_tokenizer(folder)
-        self.language = self.load_language(folder, device, dtype)
+        self.language = (load or self.load_language)(folder, device, dtype)
         self.folder = folder
         self.max_context_tokens: int = self.language.arithmetic.max_positions
         self._placeholders = dict(self.placeholders())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -17,26 +17,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from mm.models.arithmetic import Arithmetic
-from mm.models.attention import ATTENTION, Attention, AttentionMetadata, Rotary
-from mm.models.checkpoint import BadCheckpoint, check_tensors, load_module, read_tensors, without_weights
+from mm.models.attention import Attention, AttentionMetadata, Rotary
+from mm.models.checkpoint import BadCheckpoint, load_module
+from mm.models.decoder_source import DecoderSource, TextModel
 from mm.models.folder import reading
 from mm.models.kv_cache_spec import KVCacheSpec
 from mm.models.layer_inputs import LayerInputs
 from mm.models.layers import FusedLayer, Layer, build_layer
 from mm.models.linear import PackedLinear
-from mm.models.pretrained import build_module
 from mm.models.probe import final_norm, names_in_pass
 from mm.models.quantized import Int8Linear, Int8Rows
 from mm.models.recurrent import RecurrentLayer
 from mm.models.row_ops import RowOp, build_norm, has_kernels
 from mm.plugins.weights import ReducerWeights
-
-HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight")
-TEXT_KEY = re.compile(
-    r"^(?:language_model\.model\.|model\.language_model\.|language_model\.|model\.text_model\."
-    r"|model\.(?=embed_tokens\.|layers\.|norm\.))(.+)$"
-)
-"""Where checkpoints keep the text model. The last form is Qwen's, whose tower lies beside `model.` and not in it."""
 
 
 class TextConfig(Protocol):
@@ -88,8 +81,8 @@ class LanguageModel:
         source: DecoderSource | None = None,
     ) -> None:
         text = config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
-        self.arithmetic = Arithmetic.of(folder, text, names_in_pass(config))
-        self._source = source or _TextModel(folder, text)
+        self.arithmetic = self._arithmetic(folder, config)
+        self._source = source or TextModel(folder, text)
         tensors, head = self._source.decoder_tensors()
         module = self._source.build_decoder()
         load_module(module, tensors, dtype=dtype, device=device, folder=folder)
@@ -101,13 +94,17 @@ class LanguageModel:
         self.head_dim = self.arithmetic.kv_shape[1]
         self._layer_inputs = LayerInputs.of(module, config)
         self.layers = self._built(self.model.layers)
-        self._logits: PackedLinear | Int8Linear = PackedLinear(self.head_weight)
+        self._logits: PackedLinear | Int8Linear = PackedLinear(self._head_weight)
         self._norm, self._embedding = self._final_norm(), self.model.get_input_embeddings()
         self.num_layer_weights = sum(p.numel() for p in self.model.layers.parameters())
         self._table: Rotary | None = None
         with reading(folder, "config.json"):  # wrong sections of M-RoPE would only be found by the first request
             self._rotary(torch.zeros(3 if self._multi_axis else 1, 1, 1, dtype=torch.int64, device=device))
         self._folder, self._prepared = folder, ""
+
+    def _arithmetic(self, folder: Path, config: PretrainedConfig) -> Arithmetic:
+        text = config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
+        return Arithmetic.of(folder, text, names_in_pass(config))
 
     def _built(self, layers: nn.ModuleList) -> list[Layer]:
         facts = self.arithmetic
@@ -256,6 +253,12 @@ class LanguageModel:
         at, width = sum(self._rotary_widths[:which]), self._rotary_widths[which]
         return rotary[0][:, at : at + width].contiguous(), rotary[1][:, at : at + width].contiguous()
 
+    def running(
+        self, start: int, stop: int, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary
+    ) -> AbstractContextManager[None]:
+        """The context in which the layers start..stop run one after the other; see `mm.models.tensor_parallel`."""
+        return nullcontext()
+
     def layer(
         self, index: int, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary, attention: Attention
     ) -> Tensor:
@@ -310,41 +313,3 @@ class LanguageModel:
 
 
 LAYERS = "layers."
-
-
-class DecoderSource(Protocol):
-    """Where a decoder comes from."""
-
-    def decoder_tensors(self) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The decoder's weights by name, checked against its shapes, and the head's if the checkpoint has it."""
-        ...
-
-    def build_decoder(self) -> nn.Module:
-        """The decoder without weights, attending through `mm.models.attention`."""
-        ...
-
-
-class _TextModel:
-    """The text model that transformers has for a configuration, with tensors under the names of `TEXT_KEY`."""
-
-    def __init__(self, folder: Path, config: PretrainedConfig) -> None:
-        self._folder, self._config = folder, config
-
-    def decoder_tensors(self) -> tuple[dict[str, Tensor], Tensor | None]:
-        tensors = read_tensors(self._folder, _text_key)
-        head = tensors.pop("lm_head.weight", None)
-        with torch.device("meta"):  # so that sizes in config.json are checked before anything gets memory
-            module = build_module(self._folder, self._config, attn_implementation=ATTENTION)
-        check_tensors(module, tensors, self._folder)
-        return tensors, head
-
-    def build_decoder(self) -> nn.Module:
-        with without_weights():
-            return build_module(self._folder, self._config, attn_implementation=ATTENTION)
-
-
-def _text_key(key: str) -> str | None:
-    if key in HEAD_KEYS:
-        return "lm_head.weight"
-    match = TEXT_KEY.match(key)
-    return match[1] if match else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
 import torch
@@ -55,6 +56,12 @@ class DecoderLayers(Protocol):
 
     def rotary(self, positions: Tensor) -> Rotary:
         """cos and sin of positions (P, T)."""
+        ...
+
+    def running(
+        self, start: int, stop: int, hidden: Tensor, metadata: AttentionMetadata, rotary: Rotary
+    ) -> AbstractContextManager[None]:
+        """The context in which the layers start..stop run: nothing else is asked of the model meanwhile."""
         ...
 
     def layer(

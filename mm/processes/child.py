@@ -15,15 +15,20 @@ from typing import BinaryIO, cast
 
 
 class Child:
-    """A running child and its pipes."""
+    """A running child and its pipes.
 
-    def __init__(self, command: Sequence[str]) -> None:
+    Args:
+        keep: Beginnings of the names of further environment variables that the child gets.
+        shows_errors: Its stderr is this process's; else what it writes there is lost.
+    """
+
+    def __init__(self, command: Sequence[str], *, keep: tuple[str, ...] = (), shows_errors: bool = False) -> None:
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=child_environment(),
+            stderr=None if shows_errors else subprocess.DEVNULL,
+            env=child_environment() | {name: value for name, value in os.environ.items() if name.startswith(keep)},
             start_new_session=True,  # a process group of its own, which can be killed as a whole
         )
         self.pipe_in, self.pipe_out = cast(BinaryIO, self.process.stdin), cast(BinaryIO, self.process.stdout)

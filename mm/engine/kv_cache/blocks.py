@@ -234,6 +234,11 @@ class KVCache:
         tokens = np.arange(start, int(self.lengths[layer, seq_index]) if stop is None else stop)
         return self.block_tables[layer, seq_index, tokens // size].astype(np.int64) * size + tokens % size
 
+    def read(self, layer: int, seq_index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (n, num_heads, head_dim) that a layer holds for a sequence."""
+        slots = to_tensor(self.slot_mapping(layer, seq_index), self.keys.device)
+        return self.keys.flatten(0, 1)[slots], self.values.flatten(0, 1)[slots]
+
     # ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def fork(self, seq_index: int) -> int:

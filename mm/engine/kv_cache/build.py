@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.prefix_cache import PrefixCache
+from mm.engine.tensor_parallel.cache import LeadingCache
+from mm.engine.tensor_parallel.gang import Gang
 from mm.errors import EngineError
 from mm.models.kv_cache_spec import KVCacheSpec
 
@@ -12,9 +14,17 @@ SNAPSHOT_SHARE = 4
 
 
 def build_caches(
-    spec: KVCacheSpec, num_bytes: int, max_num_seqs: int, *, prefix_caching: bool
+    spec: KVCacheSpec,
+    num_bytes: int,
+    max_num_seqs: int,
+    *,
+    prefix_caching: bool,
+    gang: Gang | None = None,
 ) -> tuple[KVCache, PrefixCache]:
     """A cache, and what finds prefixes in it, of at most `num_bytes` together.
+
+    Args:
+        gang: The members of a tensor-parallel decoder, each of which gets a cache of its own heads.
 
     Raises:
         EngineError: It would not hold one block per layer.
@@ -24,5 +34,6 @@ def build_caches(
     if num_blocks < spec.num_layers:
         least = spec.num_layers * spec.block_bytes
         raise EngineError(f"a KV cache of {num_bytes} bytes is too small; {least} hold {spec.block_size} tokens")
-    cache = KVCache(spec, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
+    size = {"num_blocks": num_blocks, "max_num_seqs": max_num_seqs}
+    cache = KVCache(spec, **size) if gang is None else LeadingCache(spec, **size, gang=gang)
     return cache, PrefixCache(cache, enabled=prefix_caching, snapshot_bytes=snapshot_bytes)

@@ -1,0 +1,1 @@
+"""Tensor parallel: one engine whose decoder is spread over several processes."""
