@@ -21,7 +21,7 @@ import PIL.Image
 import torch
 
 from mm.batch import generate_batch
-from mm.build import build_encode_parts, build_engine
+from mm.build import build_decoder, build_encode_parts
 from mm.config import ModelConfig, SourcePolicy, model_config
 from mm.data.media import FrameSampling, Image, Kind, Media, MediaSource, Video
 from mm.data.messages import parse_messages
@@ -30,8 +30,9 @@ from mm.data.request import MediaPart, Message, Request, SpeculationOptions, Tex
 from mm.data.sampling_params import SamplingParams
 from mm.data.tokens import EncodedMedia
 from mm.encode.pipeline import encode
+from mm.engine.engine import LLMEngine
 from mm.engine.loop import EngineLoop
-from mm.errors import InvalidRequest, MmError
+from mm.errors import InvalidOption, InvalidRequest, MmError
 
 MediaInput = str | Path | bytes | PIL.Image.Image | np.ndarray | Image | Video
 
@@ -84,7 +85,7 @@ class Model:
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.encode_parts = build_encode_parts(config)
-        self.engine = build_engine(config)
+        self.engine = build_decoder(config)
         self.loop = EngineLoop(self.engine, num_threads=config.num_threads)
 
     def generate(
@@ -158,6 +159,18 @@ class Model:
     def run_batch(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Event] | MmError]]:
         """The same for requests that were built before; see `mm.batch.generate_batch`."""
         return generate_batch(requests, self._encode, self.loop, full=self.config.max_num_seqs)
+
+    @property
+    def native_engine(self) -> LLMEngine:
+        """The decoder's half with its layers and caches, for what only the native engine has.
+
+        Raises:
+            InvalidOption: The model is on another engine.
+        """
+        if not isinstance(self.engine, LLMEngine):
+            what = f"was {self.config.engine!r}, and this needs the layers of the native engine; leave it out"
+            raise InvalidOption("model", "engine", what)
+        return self.engine
 
     def close(self) -> None:
         """Stop the model's threads. Requests that are under way get no more events."""

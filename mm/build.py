@@ -15,8 +15,8 @@ from mm.device import check_device, has_bfloat16, kv_cache_bytes, resolved
 from mm.encode.feature_cache import FeatureCache
 from mm.encode.named import build_encoder
 from mm.encode.parts import EncodeParts
-from mm.encode.token_budget import check_budget_by
 from mm.engine.engine import LLMEngine
+from mm.engine.interface import DecoderEngine
 from mm.engine.scheduler import SchedulerConfig
 from mm.engine.self_test import needs_self_test, self_test
 from mm.engine.tensor_parallel.gang import Gang
@@ -43,15 +43,25 @@ def _dtype(config: ModelConfig) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
-def _plugin_for(kind: Literal["encoder", "family"], config: ModelConfig, **options: Any) -> Any:
-    """The encoder or family that handles the checkpoint's model_type."""
+def _plugin_for(
+    kind: Literal["encoder", "family"],
+    config: ModelConfig,
+    change: Callable[[type[Any]], type[Any]] | None = None,
+    **options: Any,
+) -> Any:
+    """The encoder or family that handles the checkpoint's model_type.
+
+    Args:
+        change: Makes another class of the plugin's.
+    """
     check_device(config.device)
     folder = find(config.model)
     name = plugin_name(kind, folder)
     refuse_quantized(folder)  # before anything else is found to be missing
     try:
         with reading(folder, f"config.json, or another file that the {kind} {name!r} reads,"):
-            return create(kind, name, folder=folder, device=config.device, dtype=_dtype(config), **options)
+            given: dict[str, Any] = {"folder": folder, "device": config.device, "dtype": _dtype(config), **options}
+            return create(kind, name, **given) if change is None else change(get(kind, name))(**given)
     except BaseException as error:
         if isinstance(error, MmError) or is_interrupt(error):
             raise
@@ -100,7 +110,6 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
         encoder, host = build_encoder(encoder_text, config.device, _dtype(config)), encoder_text
     reducer = configured_reducer(config)
     check_compatible(bind(reducer, model, config.device).plugin, encoder, host)
-    check_budget_by(config.reducers, encoder, host)
     return EncodeParts(
         encoder=encoder,
         cache=FeatureCache(config.cache_bytes),
@@ -117,8 +126,38 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
     )
 
 
+def build_decoder(config: ModelConfig) -> DecoderEngine:
+    """The decoder's half of a model, on the engine that the settings name.
+
+    Raises:
+        MmError: The engine is not installed, or cannot do what the settings ask.
+    """
+    if config.engine == "native":
+        return build_engine(config)
+    from mm.vllm.build import build_vllm_engine
+    from mm.vllm.decoder_facts import without_decoder
+
+    config = _on_this_process(config)
+    return build_vllm_engine(config, _family(config, change=without_decoder), _dtype(config))
+
+
+def _family(config: ModelConfig, **options: Any) -> CheckpointFamily:
+    template = read_template(config.chat_template)
+    if template is not None:
+        options["chat_template"] = template
+    family: CheckpointFamily = _plugin_for("family", config, **options)
+    family.text_after_clip = config.text_after_clip
+    return family
+
+
 def build_engine(config: ModelConfig) -> LLMEngine:
-    """The decoder's half of a model: only the language weights are read."""
+    """The decoder's half of a model on the native engine: only the language weights are read.
+
+    Raises:
+        InvalidOption: A setting belongs to another engine.
+    """
+    if config.engine_args is not None:
+        raise InvalidOption("model", "engine_args", "belongs to vLLM; leave it out, or take the engine vllm")
     config = _on_this_process(config)
     _check_quantization(config)
     gang = _start_gang(config) if config.tensor_parallel > 1 else None
@@ -131,12 +170,7 @@ def build_engine(config: ModelConfig) -> LLMEngine:
 
 
 def _built_engine(config: ModelConfig, gang: Gang | None) -> LLMEngine:
-    template = read_template(config.chat_template)
-    options: dict[str, Any] = {} if template is None else {"chat_template": template}
-    if gang is not None:
-        options["load"] = gang.load
-    family: CheckpointFamily = _plugin_for("family", config, **options)
-    family.text_after_clip = config.text_after_clip
+    family = _family(config) if gang is None else _family(config, load=gang.load)
     if gang is None and needs_self_test(family) and not config.skip_self_test:
         self_test(family)
     on_cpu = not config.device.startswith("cuda")

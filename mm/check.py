@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from mm.plugins.capabilities import INSIDE_DECODER, capabilities_of, check_compa
 from mm.plugins.reducer import Reducer
 from mm.plugins.registry import get, names
 from mm.plugins.spec import build_reducer
+from mm.vllm.matrix import ModelFacts, engine_matrix
 
 Answer = dict[str, Any]
 
@@ -42,7 +43,8 @@ def check_model(
 
     Returns:
         By question: `model_type`, `encoder`, `family`, `quantised`, `media`, `decoder`, `memory`, `reducers`,
-        `drafters`. An answer that begins with "no: " says why. `served` is whether all of them went well.
+        `drafters`, `engines` (by row and engine, see `mm.vllm.matrix`).
+        An answer that begins with "no: " says why. `served` is whether all of them went well.
     """
     raw = read_config(folder)
     found: Answer = {"model_type": raw["model_type"]}
@@ -56,6 +58,7 @@ def check_model(
         found["memory"] = _said(lambda: _memory(whole, dtype))
     found["reducers"] = _said(lambda: _reducers(str(found["encoder"]), whole))
     found["drafters"] = [name for name in names("drafter") if name != "none"]
+    found["engines"] = _said(lambda: _engines(found, whole))
     found["served"] = not any(isinstance(answer, str) and answer.startswith("no: ") for answer in found.values())
     return found
 
@@ -122,6 +125,21 @@ def _memory(whole: WholeModel, dtype: torch.dtype) -> Answer:
     facts = Arithmetic.of(whole.folder, text, frozenset())
     token = 2 * facts.num_cached_layers * math.prod(facts.kv_shape) * dtype.itemsize
     return {"encoder_bytes": encoder, "decoder_bytes": decoder, "kv_bytes_per_token": token}
+
+
+def _engines(found: Answer, whole: WholeModel | str) -> Answer:
+    """What each engine can do with the checkpoint."""
+    if isinstance(whole, str):
+        facts = ModelFacts(family=str(found["family"]))
+    else:
+        facts = ModelFacts(
+            family=str(found["family"]),
+            num_position_rows=1 if whole.rope_index is None else 3,
+            has_planes=bool(whole.num_planes),
+            has_masks=whole.masks is not None,
+        )
+    reducers = cast("dict[str, str]", found["reducers"] if isinstance(found["reducers"], dict) else {})
+    return dict(engine_matrix(facts, reducers))
 
 
 def _reducers(encoder: str, whole: WholeModel | str) -> Answer:

@@ -17,6 +17,7 @@ REDUCERS_FOLDER = "reducers"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8")
+ENGINES = ("native", "vllm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,6 @@ class ReducerPolicy:
         weights: Folders and hub names whose weights a request may give to a learned reducer. Those that lie beside the
             model are always allowed.
         detail_low_tokens: Visual tokens that an item with detail "low" has at most; never more than a quarter.
-        budget_by: How a budget in tokens is reached: by the reducer of this name, or "native" for a lower resolution.
         on_error: "fail" ends a request whose reducer raises or returns an invalid decision. "keep_all" keeps the tokens
             that it was to reduce, and reports the fault in the answer and the metrics.
     """
@@ -168,12 +168,6 @@ class ReducerPolicy:
         85,
         min=1,
         help='Visual tokens of an item with "detail": "low" at most; never more than a quarter of its tokens.',
-    )
-    budget_by: str = setting(
-        "divprune",
-        max_chars=100,
-        help="How budgets in tokens are reached: a reducer's name, or native: fewer tokens are made (models that take "
-        "any size).",
     )
     on_error: OnError = setting(
         "fail",
@@ -205,6 +199,16 @@ class ModelConfig:
     )
     tensor_parallel: int = setting(
         1, min=1, help="Processes, each with its own GPU, that share the decoder's weights and KV cache."
+    )
+    engine: str = setting(
+        "native",
+        choices=ENGINES,
+        help="What computes the decoder: native (every reducer and drafter), or vllm, which has to be installed; "
+        "`mm check MODEL` says what each can do.",
+    )
+    engine_args: str | None = setting(
+        None,
+        help='Further arguments of vLLM\'s engine, as JSON: \'{"quantization": "fp8"}\'.',
     )
     quantize: str = setting(
         "none",

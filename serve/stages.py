@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from mm.build import build_encode_parts, build_engine
+from mm.build import build_decoder, build_encode_parts
 from mm.data.request import Request, TextLimits
 from mm.data.tokens import EncodedMedia, ItemCount
 from mm.encode.clip_stream import ClipProgress, OnProgress
@@ -156,7 +156,7 @@ def build_encoder_stage(config: ServeConfig) -> EncoderStage[LoadedMedia]:
 def build_decoder_loop(config: ServeConfig) -> tuple[EngineLoop, TextLimits]:
     """Load the language model and start its engine. Returns the loop, and how long texts may be."""
     model = config.with_threads().model
-    engine = build_engine(model)
+    engine = build_decoder(model)
     loop = EngineLoop(engine, num_threads=model.num_threads)
     loop.start()
     return loop, engine.text_limits

@@ -31,6 +31,7 @@ ROOMS = (
     {"media"},
     {"encode", "models"},
     {"device", "engine"},
+    {"vllm"},
     {"batch", "build"},
     {"api", "check"},
     {"__init__"},

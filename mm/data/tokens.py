@@ -215,8 +215,7 @@ class Encoded:
         fault: The reducer's error, if all tokens were kept because of it. Else empty.
         num_media_bytes: Size of the item's encoded file. 0 for pixels that were in memory.
         cubes: What a reducer made of a clip's frames; empty where it made no cubes.
-        num_before_budget: Tokens before a budget of the request made them fewer; 0 where none did.
-        budget_by: The reducer that did; "native" for a lower resolution.
+        num_before_budget: Tokens before a budget of the request cut them; 0 where none did.
     """
 
     tokens: VisualTokens
@@ -227,7 +226,6 @@ class Encoded:
     num_media_bytes: int = 0
     cubes: tuple[Cube, ...] = ()
     num_before_budget: int = 0
-    budget_by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from mm.engine.sequence import EngineRequest, OutputSink
 from mm.engine.stats import EngineStats
 from mm.errors import MmError
 from mm.plugins.calls import PluginCalls
-from mm.plugins.capabilities import INSIDE_DECODER, capabilities_of, decoder_weights, parts_of
+from mm.plugins.capabilities import INSIDE_DECODER, capabilities_of, decoder_weights, names_of, parts_of
 from mm.plugins.reducer import Reducer, Stage
 from mm.plugins.registry import name_of
 
@@ -57,17 +57,22 @@ class EngineCapabilities:
         Args:
             num_position_rows: Rows of the model's positions: 1, or 3 for M-RoPE.
         """
+        if not (why := self.reason_against(reducer, num_position_rows)):
+            return ""
         who = " + ".join(name_of(part) for part in parts_of(reducer))
+        return f"the engine {self.name} cannot run {who}, which {why}; name another reducer, or {USE_NATIVE}"
+
+    def reason_against(self, reducer: Reducer, num_position_rows: int = 1) -> str:
+        """What of this reducer the engine cannot do; empty where it can do all of it."""
         stages = capabilities_of(reducer).stages
         if inside := [stage.value for stage in stages if stage in INSIDE_DECODER and stage not in self.stages]:
-            why = f"acts inside the decoder ({', '.join(inside)})"
-        elif decoder_weights(reducer) is not None and not self.trains_layers:
-            why = "was trained together with layers of the decoder"
-        elif num_position_rows > 1 and not self.keeps_grid_positions and set(stages) - {Stage.PIXELS}:
-            why = "leaves tokens whose positions in time, height and width are not those of a whole grid"
-        else:
-            return ""
-        return f"the engine {self.name} cannot run {who}, which {why}; name another reducer, or {USE_NATIVE}"
+            return f"acts inside the decoder ({', '.join(inside)})"
+        if decoder_weights(reducer) is not None and not self.trains_layers:
+            return "was trained together with layers of the decoder"
+        reduces = names_of(reducer) != ("none",) and set(stages) != {Stage.PIXELS}
+        if num_position_rows > 1 and not self.keeps_grid_positions and reduces:
+            return "leaves tokens whose positions in time, height and width are not those of a whole grid"
+        return ""
 
     def problem_with_drafter(self, drafter: str) -> str:
         """Why the engine cannot use this drafter, and what to do; empty where it can."""

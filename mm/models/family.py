@@ -65,9 +65,9 @@ class CheckpointFamily(ABC):
         load: Used in place of `load_language`.
     """
 
+    language_class: type[LanguageModel] = LanguageModel  # another one where the engine holds the weights itself
     num_position_rows: int = 1
     """Rows of a prompt's positions: 1, or 3 for M-RoPE."""
-
     text_after_clip: TextAfterClip = "highest"
     """Where text goes on after a clip's positions in time: behind the highest, or behind its grid's longer side."""
 
@@ -110,7 +110,7 @@ class CheckpointFamily(ABC):
     def load_language(self, folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
         """The decoder."""
         source = WholeModel(folder, self.config) if is_converted(self.config) else None
-        return LanguageModel(folder, self.config, device, dtype, source)
+        return self.language_class(folder, self.config, device, dtype, source)
 
     def mark_ids(self) -> Set[int]:
         """Further tokens that only a template may write, whatever the tokenizer says."""

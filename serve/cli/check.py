@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from serve.cli.matrix import aligned
+
 
 @click.command()
 @click.argument("model")
@@ -38,7 +40,11 @@ def check(model: str, size: str, frames: int, dtype: str, as_json: bool) -> None
 def _lines(found: dict[str, Any]) -> str:
     lines: list[str] = []
     for name, answer in found.items():
-        if isinstance(answer, dict):
+        if name == "engines" and isinstance(answer, dict):
+            # Why the native engine cannot run a reducer was said above.
+            rows = [[f"  {row}", cells["native"].partition(":")[0], cells["vllm"]] for row, cells in answer.items()]
+            lines += aligned([["engines:", *next(iter(answer.values()))], *rows])
+        elif isinstance(answer, dict):
             lines += [f"{name}:", *(f"  {key}: {value}" for key, value in answer.items())]
         else:
             lines.append(f"{name}: {', '.join(answer) if isinstance(answer, list) else answer}")

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from mm.api import collect
-from mm.build import build_encode_parts, build_engine
+from mm.build import build_decoder, build_encode_parts
 from mm.config import SourcePolicy
 from mm.data.media import MediaFile, MediaSource
 from mm.data.outputs import Event, Timings
@@ -86,7 +86,7 @@ class LocalCaptioner:
         """
         # No feature cache: every file is seen once, and equal files share a caption already.
         config = replace(job.model, cache_bytes=0)
-        parts, loop = build_encode_parts(config), EngineLoop(build_engine(config), num_threads=config.num_threads)
+        parts, loop = build_encode_parts(config), EngineLoop(build_decoder(config), num_threads=config.num_threads)
         return cls(parts=parts, loop=loop, num_threads=config.num_threads)
 
     def prepare_thread(self) -> None:

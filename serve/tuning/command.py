@@ -83,7 +83,7 @@ def run_tuning(job: Tuning) -> None:
     }
     journal = Journal(job.out.with_suffix(".trials.jsonl"), about)
     model = mm.Model(job.model)
-    num_layers = model.engine.family.language.num_layers
+    num_layers = model.native_engine.family.language.num_layers
     most = job.num_trials if job.search == "sigmoid" else most_trials(num_layers)
     with progress((most + 1) * len(items), quiet=job.quiet) as advance:
         trials = Trials(model, items, journal, num_frames=job.num_frames, max_tokens=job.max_tokens, advance=advance)
@@ -98,7 +98,7 @@ def run_tuning(job: Tuning) -> None:
 
 def _found(job: Tuning, model: mm.Model, trials: Trials, num_items: int) -> dict[str, Any]:
     whole = trials.trial("none")
-    language: Any = model.engine.family.language
+    language: Any = model.native_engine.family.language
     shape = Shape.of(language.config, language.head_dim, whole.num_visual, whole.num_text)
 
     def num_right(schedule: Schedule) -> int:

@@ -38,14 +38,15 @@ class GrammarMatcher:
     Args:
         matcher: The library's matcher. It belongs to this object alone.
         schema_check: What the grammar does not enforce; None where it enforces all.
+        schema: JSON text of what the grammar was made of, its options included, for an engine that compiles it itself.
     """
 
-    def __init__(self, matcher: LLMatcher, schema_check: SchemaCheck | None = None) -> None:
-        self._matcher, self._schema_check = matcher, schema_check
+    def __init__(self, matcher: LLMatcher, schema_check: SchemaCheck | None = None, schema: str = "") -> None:
+        self._matcher, self._schema_check, self.schema = matcher, schema_check, schema
 
     def copy(self) -> GrammarMatcher:
         """A matcher at the same place, for another sequence."""
-        return GrammarMatcher(self._matcher.deep_copy(), self._schema_check)
+        return GrammarMatcher(self._matcher.deep_copy(), self._schema_check, self.schema)
 
     def check(self, text: str) -> None:
         """Check a complete answer against what the grammar does not enforce.
@@ -59,6 +60,11 @@ class GrammarMatcher:
     def consume(self, token_id: int) -> None:
         """Advance by one token. After a token that is not allowed, the next `allowed` raises."""
         self._matcher.consume_token(token_id)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a token was consumed that the grammar does not allow, or it became too complex."""
+        return self._matcher.is_error()
 
     @property
     def is_stopped(self) -> bool:
@@ -159,7 +165,8 @@ def compile_matcher(form: ResponseFormat, vocabulary: Vocabulary) -> GrammarMatc
         begins = False
     if not begins:
         raise InvalidRequest("the schema cannot be used: no answer fulfils it, or it is too complex", PARAM)
-    return GrammarMatcher(matcher, SchemaCheck(schema) if is_checked else None)
+    text = json.dumps({**grammar, "x-guidance": OPTIONS})
+    return GrammarMatcher(matcher, SchemaCheck(schema) if is_checked else None, text)
 
 
 ONE_OF_SIGNS = ("coerce_one_of", "circular references with sibling keys")

@@ -45,7 +45,7 @@ class TransformersFamily(CheckpointFamily):
 
     def load_language(self, folder: Path, device: str, dtype: torch.dtype) -> LanguageModel:
         self.whole = WholeModel(folder, self.config)
-        language = LanguageModel(folder, self.config, device, dtype, self.whole)
+        language = self.language_class(folder, self.config, device, dtype, self.whole)
         if self.whole.rope_index is not None:
             self.num_position_rows = 3
         self._mask_config = copy.deepcopy(self.config)
