@@ -15,6 +15,7 @@ from mm.device import check_device, has_bfloat16, kv_cache_bytes, resolved
 from mm.encode.feature_cache import FeatureCache
 from mm.encode.named import build_encoder
 from mm.encode.parts import EncodeParts
+from mm.encode.token_budget import check_budget_by
 from mm.engine.engine import LLMEngine
 from mm.engine.interface import DecoderEngine
 from mm.engine.scheduler import SchedulerConfig
@@ -110,6 +111,7 @@ def build_encode_parts(config: ModelConfig, encoder_text: str | None = None) -> 
         encoder, host = build_encoder(encoder_text, config.device, _dtype(config)), encoder_text
     reducer = configured_reducer(config)
     check_compatible(bind(reducer, model, config.device).plugin, encoder, host)
+    check_budget_by(config.reducers, encoder, host)
     return EncodeParts(
         encoder=encoder,
         cache=FeatureCache(config.cache_bytes),

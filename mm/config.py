@@ -149,6 +149,7 @@ class ReducerPolicy:
         weights: Folders and hub names whose weights a request may give to a learned reducer. Those that lie beside the
             model are always allowed.
         detail_low_tokens: Visual tokens that an item with detail "low" has at most; never more than a quarter.
+        budget_by: How a budget in tokens is reached: by the reducer of this name, or "native" for a lower resolution.
         on_error: "fail" ends a request whose reducer raises or returns an invalid decision. "keep_all" keeps the tokens
             that it was to reduce, and reports the fault in the answer and the metrics.
     """
@@ -168,6 +169,12 @@ class ReducerPolicy:
         85,
         min=1,
         help='Visual tokens of an item with "detail": "low" at most; never more than a quarter of its tokens.',
+    )
+    budget_by: str = setting(
+        "divprune",
+        max_chars=100,
+        help="How budgets in tokens are reached: a reducer's name, or native: fewer tokens are made (models that take "
+        "any size).",
     )
     on_error: OnError = setting(
         "fail",

@@ -10,7 +10,8 @@ stay equal. Encoder seconds are CPU time of one thread, of what the processor ma
 ways. Still clips are eight frames of a page, in half of them with a moving pointer.
 
 Photographs: 200 crops of the files in `--photographs`, or of the two that scikit-learn brings, at several sizes. Of
-each it is said whether its tokens are the same, bit for bit.
+each it is said whether its tokens are the same, bit for bit. Areas that are black or white to the last bit, such as the
+border of a microscope's picture, are equal cells as on a page, and leave the tower too.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from tests.helpers.checkpoints import random_qwen2_5_vl
 WORDS = ("HELLO", "SALE", "OPEN", "EXIT", "TAXI", "MENU", "STOP", "NEWS", "CAFE", "BOOK", "HOTEL", "MUSIC", "PARK")
 COLORS = {"black": "#111", "red": "#d22", "blue": "#22d", "green": "#1a1", "purple": "#81c"}
 NUM_PAGES, NUM_PHOTOGRAPHS, NUM_CLIPS, NUM_FRAMES = 40, 200, 20, 8
-SIDE, REPEATS = 560, 3
+SIDE, REPEATS = 448, 3
 REDUCER = "pixelprune:tau=0"
 STYLE = "body{margin:40px;font-family:sans-serif;background:#fff} td,th{border:2px solid #888;padding:10px 26px}"
 
@@ -250,9 +251,9 @@ def main() -> None:
         tower = {
             "hidden_size": 320,
             "intermediate_size": 864,
-            "depth": 6,
+            "depth": 4,
             "num_heads": 5,
-            "fullatt_block_indexes": [2, 5],
+            "fullatt_block_indexes": [1, 3],
         }
         path = random_qwen2_5_vl(Path(folder), tower=tower | {"window_size": 112}, max_tokens=1024)
         native = mm.build.build_encode_parts(ModelConfig(model=str(path), dtype="float32", num_threads=1))
@@ -261,7 +262,7 @@ def main() -> None:
             rows.append(row_of(name, "screenshots", [pruned(parts, as_image(page.pixels)) for page in shown]))
             rows.append(row_of(name, "photographs", [pruned(parts, as_image(pixels), 1) for pixels in photos]))
             rows.append(row_of(name, "still clips", [pruned(parts, as_clip(frames), 1) for frames in clips(shown)]))
-            print(report(rows[-3:], {"asked": 0, "same": 0, "right": {}}), flush=True)
+            print(rows[-3:], flush=True)
         asked = answers(model, shown)
     text = report(rows, asked)
     print(text, *asked["changed"], sep="\n")

@@ -215,7 +215,8 @@ class Encoded:
         fault: The reducer's error, if all tokens were kept because of it. Else empty.
         num_media_bytes: Size of the item's encoded file. 0 for pixels that were in memory.
         cubes: What a reducer made of a clip's frames; empty where it made no cubes.
-        num_before_budget: Tokens before a budget of the request cut them; 0 where none did.
+        num_before_budget: Tokens before a budget of the request made them fewer; 0 where none did.
+        budget_by: The reducer that did; "native" for a lower resolution.
     """
 
     tokens: VisualTokens
@@ -226,6 +227,7 @@ class Encoded:
     num_media_bytes: int = 0
     cubes: tuple[Cube, ...] = ()
     num_before_budget: int = 0
+    budget_by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

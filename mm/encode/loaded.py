@@ -23,12 +23,14 @@ class LoadedItem:
             clip stays a file where the reducer takes it chunk by chunk.
         load_s: Seconds to fetch, decode and prepare it.
         num_media_bytes: Size of its encoded file.
+        num_before_budget: Tokens that it would have without the request's budget, where a lower resolution reaches it.
     """
 
     key: str
     content: MediaFile | Image | Video | Prepared | Encoded
     load_s: float = 0.0
     num_media_bytes: int = 0
+    num_before_budget: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

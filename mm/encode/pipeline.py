@@ -22,9 +22,10 @@ from mm.data.tokens import Encoded, EncodedMedia, EncodeTimings, VisualTokens
 from mm.encode.clip_stream import OnProgress, cubes_of, encode_streams, takes_files
 from mm.encode.feature_cache import cache_key
 from mm.encode.loaded import LoadedItem, LoadedMedia
+from mm.encode.lowered import at_lower_resolution, lowers
 from mm.encode.parts import EncodeParts, call_encoder
 from mm.encode.policy import resolve_reducer
-from mm.encode.token_budget import TokenBudget, fitted
+from mm.encode.token_budget import NATIVE, TokenBudget, fitted
 from mm.errors import MediaError, ReducerFault
 from mm.media import MediaBudget, content_hash, decode, decoded_size, fetch_item
 from mm.plugins.apply import reduce_tokens
@@ -71,27 +72,36 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
     if TEXT_EMBEDDINGS in spec.capabilities.needs:
         asked = question(request)
         text = _embed_text(asked, parts)  # refuses a text that is too long before any work on the media
-    in_company = _in_company(request, parts)
+    in_company, tokens = _in_company(request, parts), TokenBudget.of(request)
+    is_lowered = lowers(tokens, parts)
     key_of = functools.partial(
         cache_key,
         fingerprint=parts.encoder.fingerprint + (" in company" if in_company else ""),
-        reducer_spec=spec.before_decoder,
+        reducer_spec=spec.before_decoder + (" at a resolution" if is_lowered else ""),
         tenant=request.cache_salt,
         question=asked,
     )
     options = {"resolution": share} if (share := resolution(spec.plugin)) else {}
     options |= {"in_company": True} if in_company else {}
     keep_clips = _takes_frames(spec.plugin)
-    prepare = functools.partial(_prepared, budget=budget, parts=parts, keep_clips=keep_clips, options=options)
+    prepare: Prepare = functools.partial(_prepared, budget=budget, parts=parts, keep_clips=keep_clips, options=options)
+    prepare = _as_it_is if is_lowered else prepare
     try:
         fetched = [_fetch_item(item, frames, budget, parts, key_of, prepare) for item in request.media]
         items = _decode_files(fetched, frames, budget, prepare, keep_clips=takes_files(spec.plugin, parts))
+        loaded = LoadedMedia(items=items, reducer=spec, budget=budget, text=text, frames=frames, tokens=tokens)
+        if is_lowered:
+            params = [getattr(item, "param", None) for item in request.media]
+            loaded = at_lower_resolution(loaded, parts, options, params)
     except BaseException:
         budget.give_back()
         raise
-    return LoadedMedia(
-        items=items, reducer=spec, budget=budget, text=text, frames=frames, tokens=TokenBudget.of(request)
-    )
+    return loaded
+
+
+def _as_it_is(pixels: Image | Video, _: str | None) -> Image | Video:
+    """In place of `_prepared`, for items whose size is not settled yet."""
+    return pixels
 
 
 def _in_company(request: Request, parts: EncodeParts) -> bool:
@@ -208,6 +218,8 @@ def encode_loaded(loaded: LoadedMedia, parts: EncodeParts, on_progress: OnProgre
         replace(
             item.content if isinstance(item.content, Encoded) else encoded[item.key],
             num_media_bytes=item.num_media_bytes,
+            num_before_budget=item.num_before_budget,
+            budget_by=NATIVE if item.num_before_budget else "",
         )
         for item in loaded.items
     ]

@@ -1,8 +1,8 @@
 """Budgets in visual tokens: how many of each item may enter the decoder, known before the tower runs.
 
 `max_visual_tokens` and `detail` count what the encoder's half hands over. A reducer comes first. Where it leaves more
-than the budget, the tokens that differ most stay (`RATIO_REDUCER`), exactly as many as may. Those that the reducer
-protects come first.
+than the budget, the operator's reducer (`ReducerPolicy.budget_by`) keeps exactly as many as may stay. Those that the
+request's reducer protects come first. With "native", `mm.encode.lowered` makes fewer tokens before that.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from mm.data.media import Kind
 from mm.data.quota import quota
 from mm.data.request import MediaPart, Request
 from mm.data.tokens import Encoded, Grid, VisualTokens
-from mm.errors import InvalidRequest, ReducerNotAllowed
+from mm.errors import InvalidOption, InvalidRequest, ReducerNotAllowed
 from mm.plugins.apply import apply, reduce_tokens
-from mm.plugins.capabilities import plans_tokens
-from mm.plugins.reducer import Reducer, Reduction
+from mm.plugins.capabilities import ProvidesFeatures, capabilities_of, check_compatible, plans_tokens
+from mm.plugins.reducer import Reducer, Reduction, Stage
 from mm.plugins.spec import RATIO_REDUCER, build_reducer
 
+NATIVE = "native"
 LOW_SHARE = 4
 """An item with detail "low" has at most one token for so many of detail "high"."""
 
@@ -37,10 +38,12 @@ class TokenBudget:
     Attributes:
         parts: Per item, where it stands in the messages.
         max_visual_tokens: Of all items.
+        settled: Per item how many it may have, once that is known.
     """
 
     parts: tuple[MediaPart, ...] = ()
     max_visual_tokens: int | None = None
+    settled: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, request: Request) -> TokenBudget:
@@ -62,6 +65,8 @@ class TokenBudget:
         Raises:
             InvalidRequest: There are more items than tokens allowed.
         """
+        if self.settled:
+            return [min(pair) for pair in zip(self.settled, counts, strict=True)]
         allowed = [self._limit(i, count, policy) for i, count in enumerate(counts)]
         most = self.max_visual_tokens
         if most is None or sum(allowed) <= most:
@@ -110,23 +115,50 @@ def _fitted(item: Encoded, limit: int, policy: ReducerPolicy) -> Encoded:
     if tokens.num_tokens <= limit:
         return item
     check_share(limit, tokens.num_tokens_in, policy)
-    left = _cut(tokens, limit)
-    key = hashlib.sha256(f"{item.key}\n{RATIO_REDUCER} {limit}".encode()).hexdigest() if item.key else ""
-    return replace(item, tokens=left, key=key, num_before_budget=tokens.num_tokens)
+    name = RATIO_REDUCER if policy.budget_by == NATIVE else policy.budget_by
+    left = _cut(tokens, limit, name)
+    key = hashlib.sha256(f"{item.key}\n{name} {limit}".encode()).hexdigest() if item.key else ""
+    before = {} if item.num_before_budget else {"num_before_budget": tokens.num_tokens, "budget_by": name}
+    return replace(item, tokens=left, key=key, **before)
 
 
-def _cut(tokens: VisualTokens, limit: int) -> VisualTokens:
-    """The `limit` tokens that differ most: of the protected ones first, of the others what is left of the budget."""
+def check_budget_by(policy: ReducerPolicy, encoder: ProvidesFeatures, host: str) -> None:
+    """Refuse a way to reach budgets that this model does not have.
+
+    Args:
+        host: Names the encoder in the error.
+
+    Raises:
+        IncompatiblePlugin: It needs what the encoder does not supply.
+        InvalidOption: It is no reducer that keeps a share of the tokens, knowing nothing but them.
+    """
+    name = policy.budget_by
+    reducer = build_reducer(name, 0.5)
+    check_compatible(reducer, encoder, host)
+    if name == NATIVE:
+        return
+    capabilities = capabilities_of(reducer)
+    if capabilities.needs or capabilities.count != "fixed" or capabilities.stages != (Stage.PRE_LLM,):
+        raise InvalidOption(
+            "mm",
+            "budget_by",
+            f"was {name}; give native, or a reducer that acts after the projector, keeps an exact share and needs "
+            f"nothing else, such as {RATIO_REDUCER} or uniform",
+        )
+
+
+def _cut(tokens: VisualTokens, limit: int, name: str) -> VisualTokens:
+    """`limit` tokens by a reducer: of the protected ones first, of the others what is left of the budget."""
     if tokens.protected is None or not tokens.protected.any():
-        return _most_different(tokens, limit)
+        return _reduced(tokens, limit, name)
     first, others = (_only(tokens, flags) for flags in (tokens.protected, ~tokens.protected))
     share = min(limit, first.num_tokens)
-    parts = [_most_different(first, share)] + ([_most_different(others, limit - share)] if limit > share else [])
+    parts = [_reduced(first, share, name)] + ([_reduced(others, limit - share, name)] if limit > share else [])
     return _only(tokens, torch.isin(tokens.indices, torch.cat([part.indices for part in parts])))
 
 
-def _most_different(tokens: VisualTokens, limit: int) -> VisualTokens:
-    return reduce_tokens(build_reducer(RATIO_REDUCER, limit / tokens.num_tokens), tokens)
+def _reduced(tokens: VisualTokens, limit: int, name: str) -> VisualTokens:
+    return reduce_tokens(build_reducer(name, limit / tokens.num_tokens), tokens)
 
 
 def _only(tokens: VisualTokens, flags: Tensor) -> VisualTokens:

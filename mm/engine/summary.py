@@ -9,7 +9,6 @@ from mm.data.media import Kind
 from mm.data.outputs import KeptMap, Summary, Timings, Usage
 from mm.data.tokens import Encoded
 from mm.engine.sequence import EngineRequest
-from mm.plugins.spec import RATIO_REDUCER
 
 
 def summarise(request: EngineRequest, now: float) -> Summary:
@@ -41,11 +40,12 @@ def summarise(request: EngineRequest, now: float) -> Summary:
 
 def reducer_text(reducer: str, media: Sequence[Encoded]) -> str:
     """The reducer that an answer names: the request's, and what its budget in tokens left of the items."""
-    if not any(item.num_before_budget for item in media):
+    names = dict.fromkeys(item.budget_by for item in media if item.num_before_budget)
+    if not names:
         return reducer
     before = sum(item.num_before_budget or item.tokens.num_tokens for item in media)
     share = sum(item.tokens.num_tokens for item in media) / before
-    budget = f"{RATIO_REDUCER}:keep_ratio={round(share, 4):g}"
+    budget = f"{' + '.join(names)}:keep_ratio={round(share, 4):g}"
     return budget if reducer == "none" else f"{reducer} + {budget}"
 
 

@@ -29,6 +29,8 @@ from mm.plugins.features import PATCHES
 from mm.plugins.reducer import Count, Stage
 from pruning.base import BaseReducer, number_option
 
+FEW_VALUES = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class PixelPrune(BaseReducer):
@@ -74,19 +76,41 @@ def unpredicted(frame: Tensor, before: Tensor | None, tau: float) -> tuple[Tenso
     if before is not None:
         is_still = _alike(frame, before, tau)
         shown[is_still], keep[is_still] = before[is_still], False
+    if not _has_alike(shown, tau):
+        return keep, shown
+    if not tau:  # what a cell stands for is the cell itself
+        rows, columns = (torch.arange(size, device=frame.device) for size in (height, width))
+        _, fits = _predicted(frame, shown, *torch.meshgrid(rows, columns, indexing="ij"), tau)
+        fits[0, 0] = False
+        return keep & ~fits, shown
     # Cells of one diagonal do not depend on one another.
     for diagonal in range(1, height + width - 1):
         row = torch.arange(max(0, diagonal - width + 1), min(height, diagonal + 1), device=frame.device)
         column = diagonal - row
-        left, above = shown[row, (column - 1).clamp_min(0)], shown[(row - 1).clamp_min(0), column]
-        corner = shown[(row - 1).clamp_min(0), (column - 1).clamp_min(0)]
-        is_vertical = _alike(corner, left, tau) & ~_alike(corner, above, tau)
-        from_above = torch.where((row > 0) & (column > 0), is_vertical, column == 0)
-        predicted = torch.where(from_above.unsqueeze(1), above, left)
-        fits = keep[row, column] & _alike(frame[row, column], predicted, tau)
+        predicted, fits = _predicted(frame, shown, row, column, tau)
+        fits &= keep[row, column]
         keep[row[fits], column[fits]] = False
         shown[row[fits], column[fits]] = predicted[fits]
     return keep, shown
+
+
+def _predicted(frame: Tensor, shown: Tensor, row: Tensor, column: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """What the cells at `row` and `column` are predicted to be (..., n), and whether they are that."""
+    left, above = shown[row, (column - 1).clamp_min(0)], shown[(row - 1).clamp_min(0), column]
+    corner = shown[(row - 1).clamp_min(0), (column - 1).clamp_min(0)]
+    is_vertical = _alike(corner, left, tau) & ~_alike(corner, above, tau)
+    from_above = torch.where((row > 0) & (column > 0), is_vertical, column == 0)
+    predicted = torch.where(from_above.unsqueeze(-1), above, left)
+    return predicted, _alike(frame[row, column], predicted, tau)
+
+
+def _has_alike(cells: Tensor, tau: float) -> bool:
+    """Whether any cell resembles the one left of it or above it. A few values of each cell are looked at first."""
+    for ours, others in ((cells[:, 1:], cells[:, :-1]), (cells[1:], cells[:-1])):
+        near = _alike(ours[..., :FEW_VALUES], others[..., :FEW_VALUES], tau)
+        if near.any() and _alike(ours[near], others[near], tau).any():
+            return True
+    return False
 
 
 def _alike(a: Tensor, b: Tensor, tau: float) -> Tensor:

@@ -42,6 +42,7 @@ def limits_of(config: ServeConfig, max_context_tokens: int) -> JsonObject:
             "allowed": list(model.reducers.allowed),
             "min_keep_ratio": model.reducers.min_keep_ratio,
             "detail_low_tokens": model.reducers.detail_low_tokens,
+            "budget_by": model.reducers.budget_by,
         },
         "drafters": {
             "offered": list(model.speculation.offered),

@@ -20,7 +20,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -165,11 +165,9 @@ class Balancer:
         full = {name: is_full(said) for name, said in self._published.items()}
         ties = {name: _point(f"{keys[:1]}{name}") for name in self._published}
 
-        def ranked(value: Callable[[str], float]) -> list[str]:
-            return sorted(held, key=lambda name: (full[name], value(name), ties[name]))
-
-        order, by_load = ranked(lambda name: wait[name] - held[name]), ranked(lambda name: wait[name])
-        self._count(held[order[0]] > 0, False, order[0] != by_load[0])
+        order = sorted(held, key=lambda name: (full[name], wait[name] - held[name], ties[name]))
+        by_load = min(held, key=lambda name: (full[name], wait[name], ties[name]))
+        self._count(held[order[0]] > 0, False, order[0] != by_load)
         return order
 
     def _around(self, key: str) -> list[str]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve.planning.curves import Curves, Picture, PlanError, read_curves
-from serve.planning.figures import Targets
 from serve.planning.layout import Fleet, Gpu, Split
 from serve.planning.page import page
 from serve.planning.planner import Candidate, Plan, Question, make_plan
 from serve.planning.policies import Policies
 from serve.planning.report import plain, text
 from serve.planning.server_settings import ANY_GPU, as_yaml, settings_for
+from serve.planning.targets import Targets
 from serve.planning.traces import read_trace
 from serve.planning.traffic import Shape, Traffic, kept, random_traffic
 
@@ -63,6 +63,9 @@ def run_plan(job: PlanJob) -> None:
         PlanError: Names what was given and what to do.
     """
     started = time.monotonic()
+    for path in filter(None, (job.json_file, job.html, job.out)):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise PlanError(f"{path} cannot be written: give the name of a file in a folder that is there")
     plan = make_plan(question(job), _silent if job.quiet else _say)
     if not job.quiet:
         sys.stderr.write("\r\033[K")

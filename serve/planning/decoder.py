@@ -12,6 +12,7 @@ import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from serve.planning.curves import Curves
 from serve.planning.events import Device, Job
@@ -61,7 +62,9 @@ class Decoder:
         assert curves.prefill is not None
         assert curves.decode is not None
         self._device, self._outputs, self._bounds = device, outputs, curves.engine
-        self._prefill_s, self._decode_s, self._step_s = curves.prefill, curves.decode, curves.step_s
+        self._prefill_s: Callable[[int, int], float] = lru_cache(maxsize=100_000)(curves.prefill)
+        self._decode_s: Callable[[int, int], float] = lru_cache(maxsize=100_000)(curves.decode)
+        self._step_s = curves.step_s
         self._kv_tokens = math.inf if curves.engine.kv_tokens is None else curves.engine.kv_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -116,14 +119,14 @@ class Decoder:
             seconds = sum(self._prefill_s(tokens, seq.computed) for seq, tokens in chunks)
             seconds -= self._step_s * (len(chunks) - 1)
             if num:
-                seconds += self._decode_s(num, self._context / num) - self._step_s
+                seconds += self._decode_s(num, self._context // num) - self._step_s
             self._run = None
             self._job = self._device.start(max(seconds, 0.0), self._end_mixed, chunks)
         elif num:
             steps = self._ends[0][0] - self._step
             if self._kv_tokens < math.inf:
                 steps = max(1, min(steps, int(self._kv_tokens - self._kv_used) // num))
-            mean = self._context / num
+            mean = self._context // num
             first = self._decode_s(num, mean)
             last = self._decode_s(num, mean + steps - 1) if steps > 1 else first
             slope = (last - first) / (steps - 1) if steps > 1 else 0.0

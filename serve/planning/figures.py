@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from serve.planning.accounting import StageUse
-from serve.planning.curves import Curves, PlanError
+from serve.planning.curves import Curves
 from serve.planning.layout import Fleet, Layout
 from serve.planning.policies import Policies
 from serve.planning.simulate import Outcome, simulate
+from serve.planning.targets import Targets
 from serve.planning.traffic import Column, Traffic
 
 ATTAINMENT = 0.9
 """Share of requests that have to meet the targets at the rate that is called goodput, as in the EPD paper."""
-NUM_HALVINGS = 6
-"""Of the interval in which goodput lies: the last one is about 2 % of the rate wide."""
+EXACT = 1.02
+"""Over the goodput that is found, below which the true one lies."""
 SLOWEST = 1 / 64
 """Of the rate that is asked for: what misses its targets there has no goodput."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """Seconds to the first token, and per token after it, that a request may take."""
-
-    ttft_s: float
-    tpot_s: float
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not (value > 0 and np.isfinite(value)):
-                raise PlanError(f"the target {name} is {value:g}; it has to be above 0 seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +85,14 @@ def attainment(outcome: Outcome, targets: Targets) -> float:
     return float(((outcome.ttft_s <= targets.ttft_s) & (outcome.tpot_s <= targets.tpot_s)).mean())
 
 
-def goodput(is_met: Callable[[float], bool], offered: float, highest: float) -> float:
+def goodput(is_met: Callable[[float], bool], offered: float, highest: float, exact: float = EXACT) -> float:
     """The highest rate that meets the targets.
 
     Args:
         is_met: Whether a rate does.
-        offered: The rate that is asked for.
+        offered: Where to look first.
         highest: No rate above it can.
+        exact: The rate that is found may be so many times too low.
 
     Returns:
         Requests per second; 0 where even 1/64 of the offered rate misses.
@@ -112,37 +101,38 @@ def goodput(is_met: Callable[[float], bool], offered: float, highest: float) -> 
     if offered < highest and is_met(offered):
         low = offered
     else:
-        high = min(offered, highest)
-        tried = high
-        while tried > offered * SLOWEST:
-            tried /= 4
-            if is_met(tried):
-                low = tried
-                break
-            high = tried
+        high = tried = min(offered, highest)
+        while not low and tried > offered * SLOWEST:
+            tried /= 2
+            low, high = (tried, high) if is_met(tried) else (low, tried)
         if not low:
             return 0.0
-    for _ in range(NUM_HALVINGS):
-        middle = (low * high) ** 0.5 if high / low > 1.02 else 0.0
-        if not middle:
-            break
+    while high / low > exact:
+        middle = (low * high) ** 0.5
         low, high = (middle, high) if is_met(middle) else (low, middle)
     return low
 
 
-def most_rate(layout: Layout, fleet: Fleet, traffic: Traffic, policies: Policies) -> float:
-    """Requests per second that no run of this layout can exceed for long, from the work of the mean request.
+Works = Mapping[str, tuple[float, float, float]]
+"""GPU seconds that the mean request needs to encode, prefill and decode, by kind of GPU."""
 
-    Decoders are taken to decode in their cheapest batch, and chunks to share every step.
-    """
+
+def works_of(fleet: Fleet, traffic: Traffic) -> Works:
+    """The least work of each stage: decoders decode in their cheapest batch, and chunks share every step."""
     curves = {kind: gpu.curves for kind, gpu in fleet.gpus.items()}
-    works = {kind: stage_works(one, traffic) for kind, one in curves.items()}
+    return {
+        kind: (_encode_work(one, traffic), _prefill_work(one, traffic), _decode_work(one, traffic))
+        for kind, one in curves.items()
+    }
+
+
+def most_rate(layout: Layout, fleet: Fleet, traffic: Traffic, works: Works, policies: Policies) -> float:
+    """Requests per second that no run of this layout can exceed for long, from the work of the mean request."""
+    curves = {kind: gpu.curves for kind, gpu in fleet.gpus.items()}
     front = curves[(*layout.decode, *layout.prefill)[0]]
-    lanes = front.front_end_workers * policies.num_ingress
-    seconds = front.front_end_s(1, 0) - front.front_end_s(0, 0)
-    mean = front.front_end_s(0, 0) + seconds * float(traffic.pictures.mean())
-    mean += (front.front_end_s(0, 1) - front.front_end_s(0, 0)) * float(traffic.prompt_tokens.mean())
-    bounds = [lanes / mean if mean else float("inf")]
+    base, per_picture, per_token = front.front_end
+    mean = base + per_picture * float(traffic.pictures.mean()) + per_token * float(traffic.prompt_tokens.mean())
+    bounds = [front.front_end_workers * policies.num_ingress / mean if mean else float("inf")]
     done = {
         "none": ((layout.decode, (0, 1, 2)),),
         "ep": ((layout.encode, (0,)), (layout.decode, (1, 2))),
@@ -154,11 +144,6 @@ def most_rate(layout: Layout, fleet: Fleet, traffic: Traffic, policies: Policies
         if kinds:
             bounds.append(sum(curves[kind].lanes / work[kind] if work[kind] else float("inf") for kind in kinds))
     return min(bounds)
-
-
-def stage_works(curves: Curves, traffic: Traffic) -> tuple[float, float, float]:
-    """GPU seconds that the mean request needs to encode, prefill and decode, at least."""
-    return _encode_work(curves, traffic), _prefill_work(curves, traffic), _decode_work(curves, traffic)
 
 
 def _encode_work(curves: Curves, traffic: Traffic) -> float:

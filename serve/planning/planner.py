@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from serve.planning.curves import PlanError
-from serve.planning.figures import ATTAINMENT, Figures, Targets, attainment, goodput, most_rate, unloaded
+from serve.planning.figures import ATTAINMENT, EXACT, Figures, goodput, most_rate, unloaded, works_of
 from serve.planning.layout import SPLITS, Fleet, Layout, Split, can_run, colocated, layouts
 from serve.planning.policies import Policies
 from serve.planning.search import climb, moved
-from serve.planning.simulate import simulate
+from serve.planning.simulate import meets, simulate
+from serve.planning.targets import Targets
 from serve.planning.traffic import Traffic
 
 MOST_EXHAUSTIVE = 16
@@ -118,6 +119,9 @@ class Plan:
         return whole / one.price if whole and one.price else 1.0
 
 
+NOT_BEST = 1.1
+"""How exactly the goodput of a candidate is looked for that others exceed."""
+
 Progress = Callable[[str], None]
 
 
@@ -138,6 +142,7 @@ class _Planner:
         self._has_pictures = bool(self._traffic.pictures.any())
         self._base = colocated(self._fleet)
         self._sample = busiest(self._traffic, question.sample)
+        self._works = works_of(self._fleet, self._sample)
         self._targets = question.targets or self._lenient()
         self._found: dict[Layout, Candidate] = {}
         self._best = 0.0
@@ -195,7 +200,8 @@ class _Planner:
         return (one for one in moved(layout) if can_run(one, self._fleet, needs_encoder=self._has_pictures))
 
     def _most_rate(self, layout: Layout) -> float:
-        return most_rate(layout, self._fleet, self._traffic, self._policies)
+        sample = self._sample
+        return most_rate(layout, self._fleet, sample, self._works, self._policies)
 
     def _run(self, layout: Layout, traffic: Traffic) -> Figures:
         return Figures.of(traffic, simulate(layout, self._fleet, traffic, self._policies), self._targets)
@@ -204,7 +210,7 @@ class _Planner:
         """Simulate a candidate on the sample, unless that has been done."""
         if layout in self._found:
             return self._found[layout]
-        rate, most = self._sample.rate, most_rate(layout, self._fleet, self._sample, self._policies)
+        rate, most = self._sample.rate, self._most_rate(layout)
         share = len(layout.gpus) / self._fleet.num_gpus
         figures = self._run(layout, self._sample.at_rate(rate * share))
         price, whole = self._fleet.price_of(layout.gpus), self._fleet.price_of(self._all_kinds())
@@ -214,7 +220,7 @@ class _Planner:
             at_cost = figures if same else self._run(layout, self._sample.at_rate(rate * price / whole))
         found = None
         if most / ATTAINMENT >= self._best or layout == self._base:
-            found = goodput(lambda at: self._is_met(layout, at), figures.rate, most / ATTAINMENT)
+            found = self._goodput(layout, figures, most / ATTAINMENT)
             self._best = max(self._best, found)
         candidate = Candidate(
             layout=layout,
@@ -228,12 +234,22 @@ class _Planner:
         self._found[layout] = candidate
         return candidate
 
+    def _goodput(self, layout: Layout, figures: Figures, highest: float) -> float:
+        """To 2 %, and to 10 % for one that is no better than the best so far."""
+        known = {figures.rate: figures.attainment >= ATTAINMENT}
+
+        def is_met(rate: float) -> bool:
+            if rate not in known:
+                sample = self._sample.at_rate(rate)
+                known[rate] = meets(layout, self._fleet, sample, self._policies, self._targets, ATTAINMENT)
+            return known[rate]
+
+        start = min(self._best, highest) or figures.rate
+        is_worse = bool(self._best) and not is_met(start)
+        return goodput(is_met, start, highest, NOT_BEST if is_worse else EXACT)
+
     def _all_kinds(self) -> list[str]:
         return [kind for kind, count in self._fleet.counts.items() for _ in range(count)]
-
-    def _is_met(self, layout: Layout, rate: float) -> bool:
-        outcome = simulate(layout, self._fleet, self._sample.at_rate(rate), self._policies)
-        return attainment(outcome, self._targets) >= ATTAINMENT
 
     def _lenient(self) -> Targets:
         alone = unloaded(self._base, self._fleet, self._traffic, self._policies)

@@ -16,6 +16,7 @@ from serve.planning.layout import Fleet, Layout
 from serve.planning.policies import Policies, shares
 from serve.planning.replicas import Replicas
 from serve.planning.roles import RoleSwitch
+from serve.planning.targets import Targets
 from serve.planning.traffic import Column, Traffic
 
 NAN = float("nan")
@@ -58,10 +59,28 @@ def simulate(layout: Layout, fleet: Fleet, traffic: Traffic, policies: Policies 
     return Simulation(layout, {name: gpu.curves for name, gpu in fleet.gpus.items()}, traffic, policies).run()
 
 
+class TooManyLate(Exception):
+    """More requests missed their targets than may."""
+
+
+def meets(
+    layout: Layout, fleet: Fleet, traffic: Traffic, policies: Policies, targets: Targets, attainment: float
+) -> bool:
+    """Whether so large a share of the requests meets both targets. A run that cannot any more is ended early."""
+    curves = {name: gpu.curves for name, gpu in fleet.gpus.items()}
+    most_late = int((1 - attainment) * len(traffic) + 1e-9)
+    try:
+        Simulation(layout, curves, traffic, policies, late=(targets, most_late)).run()
+    except TooManyLate:
+        return False
+    return True
+
+
 class Simulation:
     """One run.
 
     Args:
+        late: Targets, and how many requests may miss them; the run ends with `TooManyLate` when more have.
         shared_lanes: All replicas and the front end share one device with so many lanes, as on one processor; None
             gives each GPU its own device.
     """
@@ -74,6 +93,7 @@ class Simulation:
         policies: Policies | None = None,
         *,
         shared_lanes: float | None = None,
+        late: tuple[Targets, int] | None = None,
     ) -> None:
         self.layout, self.traffic, self.policies = layout, traffic, policies or Policies()
         self.loop = Loop()
@@ -90,6 +110,8 @@ class Simulation:
         if self.policies.transport and self.policies.transport not in self._curves.hand_off:
             known = ", ".join(self._curves.hand_off) or "none"
             raise PlanError(f"the transport {self.policies.transport!r} is not in the curves; they have {known}")
+        self._targets, self._most_late = late or (None, 0)
+        self._num_late = 0
         self._columns()
         self._switch = RoleSwitch(self, self.policies.switching) if self.policies.switching else None
 
@@ -100,6 +122,7 @@ class Simulation:
         self._prompt, self._visual = traffic.prompt_tokens.tolist(), traffic.visual_tokens.tolist()
         self._output, self._arrival = traffic.output_tokens.tolist(), traffic.arrival_s.tolist()
         self._first, self._last, self._refused = [NAN] * num, [NAN] * num, [False] * num
+        self._is_late = [False] * num
         self._parts = [0] * num
         self._tickets: list[Ticket | None] = [None] * num
         self._num_arrived = self._num_refused = self._num_finished = self._in_flight = 0
@@ -173,6 +196,7 @@ class Simulation:
         if self._in_flight >= self._max_in_flight or is_too_long:
             self._num_refused += 1
             self._refused[index] = True
+            self._count_late()
             return
         self._in_flight += 1
         seconds = self._curves.front_end_s(self._pictures[index], self._prompt[index])
@@ -237,7 +261,7 @@ class Simulation:
         index = seq.index
         if self._first[index] == self._first[index]:
             return  # it was there before a preemption
-        self._first[index] = self.loop.now
+        self._set_first(index)
         self.replicas.prefill_router.done(self._tickets[index])
         if self._output[index] == 1:
             self._end(index)
@@ -249,14 +273,29 @@ class Simulation:
 
     def _first_token(self, seq: Sequence) -> None:
         if self._first[seq.index] != self._first[seq.index]:  # after a preemption it is not the first any more
-            self._first[seq.index] = self.loop.now
+            self._set_first(seq.index)
+
+    def _set_first(self, index: int) -> None:
+        self._first[index] = self.loop.now
+        if self._targets is not None and self.loop.now - self._arrival[index] > self._targets.ttft_s:
+            self._is_late[index] = True
+            self._count_late()
+
+    def _count_late(self) -> None:
+        self._num_late += 1
+        if self._targets is not None and self._num_late > self._most_late:
+            raise TooManyLate
 
     def _finished(self, seq: Sequence) -> None:
         self.replicas.decoder_router.done(self._tickets[seq.index])
         self._end(seq.index)
 
     def _end(self, index: int) -> None:
-        self._last[index] = self.loop.now
+        self._last[index] = now = self.loop.now
+        if self._targets is not None and not self._is_late[index]:
+            gap = (now - self._first[index]) / max(1, self._output[index] - 1)
+            if gap > self._targets.tpot_s:
+                self._count_late()
         self._num_finished += 1
         self._in_flight -= 1
 

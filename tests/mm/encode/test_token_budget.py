@@ -22,7 +22,7 @@ from mm.encode.feature_cache import FeatureCache
 from mm.encode.parts import EncodeParts
 from mm.encode.pipeline import encode
 from mm.encode.policy import resolve_reducer
-from mm.encode.token_budget import TokenBudget
+from mm.encode.token_budget import TokenBudget, check_budget_by
 from mm.errors import IncompatiblePlugin, InvalidOption, InvalidRequest, MediaError, MmError, ReducerNotAllowed
 from mm.media import MediaBudget, image_from_array, video_from_array
 from mm.models.checkpoint import find
@@ -203,6 +203,55 @@ def test_the_operators_share_holds_for_budgets_too(parts_of):
     for run in (count_tokens, encode):
         with pytest.raises(ReducerNotAllowed, match=r"not go below 0\.5"):
             run(wishing(parts, {"max_visual_tokens": 2}), parts)
+
+
+def test_budgets_by_a_lower_resolution(parts_of):
+    """No more than asked for, as told before, each item its share; the tower makes no more than that."""
+    parts = replace(parts_of("qwen"), policy=ReducerPolicy(budget_by="native"), cache=FeatureCache(10**8))
+    rng, lowered = random.Random(3), 0
+    for _ in range(25):
+        request = drawn(rng, parts, ["divprune", "uniform:keep_ratio=0.8", "pixelprune:tau=0.2", "fastvid"])
+        plain = replace(parts, policy=ReducerPolicy())
+        whole = encode(replace(request, vision=replace(request.vision, max_visual_tokens=None)), plain).items
+        told = count_tokens(request, parts)
+        found = encode(request, parts).items
+        again = encode(request, parts)
+        assert [item.tokens.num_tokens for item in again.items] == [item.tokens.num_tokens for item in found]
+        assert sum(item.tokens.num_tokens for item in found) <= (request.vision.max_visual_tokens or 10**9)
+        for part, count, item, full in zip(request.messages[0].parts, told, found, whole, strict=False):
+            tokens = item.tokens
+            assert tokens.num_tokens == count.num_tokens or (
+                not count.is_exact and tokens.num_tokens < count.num_tokens
+            )
+            assert tokens.grid == count.grid
+            assert 1 <= tokens.num_tokens <= (part.max_visual_tokens or 10**9)
+            if part.detail == "low":
+                assert tokens.num_tokens <= max(1, full.tokens.num_tokens_in // 4)
+            if item.budget_by == "native":
+                lowered += tokens.num_tokens_in < full.tokens.num_tokens_in
+                assert item.num_before_budget > tokens.num_tokens
+    assert lowered > 10
+
+
+def test_the_operator_says_how_budgets_are_reached(parts_of):
+    """By another reducer; what a model cannot do is refused when it is loaded."""
+    uniform = replace(parts_of("llava"), policy=ReducerPolicy(budget_by="uniform"), cache=FeatureCache(0))
+    request = wishing(uniform, {"max_visual_tokens": 3})
+    (item,) = encode(request, uniform).items
+    assert item.budget_by == "uniform"
+    (alone,) = encode(
+        replace(request, messages=(), vision=replace(request.vision, reducer=f"uniform:keep_ratio={3 / 16}")), uniform
+    ).items
+    assert item.tokens.indices.tolist() == alone.tokens.indices.tolist()
+    for name, what in (
+        ("native", "resolution"),
+        ("visionzip", "budget_by"),
+        ("evs", "budget_by"),
+        ("divprunne", "divprune"),
+    ):
+        with pytest.raises(MmError, match=what):
+            check_budget_by(ReducerPolicy(budget_by=name), uniform.encoder, "llava")
+    check_budget_by(ReducerPolicy(budget_by="native"), parts_of("qwen").encoder, "qwen")
 
 
 @pytest.mark.parametrize(
