@@ -5,10 +5,12 @@ Each setting is declared here once; see `mm.settings`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from mm.config import MiB, ModelConfig
 from mm.errors import InvalidOption
@@ -20,6 +22,8 @@ NAME = re.compile(r"[A-Za-z0-9._-]+")
 PREFIX = re.compile(r"[A-Za-z0-9._-]*")
 ROUTE = re.compile(r"/|(/[A-Za-z0-9._~-]+)+")
 LABEL = re.compile(r"[^=\s]+=\S+")
+Split = Literal["none", "ep", "epd"]
+KVTransport = Literal["auto", "inline", "object_store"]
 ORIGIN = re.compile(r"\*|https?://[^/@\s]+/?")
 
 
@@ -37,6 +41,34 @@ def check_hosts(owner: str, hosts: tuple[str, ...], origins: tuple[str, ...]) ->
             raise InvalidOption(owner, "allowed_origins", f"holds {origin!r}; write it as https://example.org")
 
 
+STAGES: dict[Split, tuple[str, ...]] = {
+    "none": ("decoder",),
+    "ep": ("encoder", "decoder"),
+    "epd": ("encoder", "prefill", "decoder"),
+}
+"""The stages that have replicas. Where the encoder is not apart, each decoder has one."""
+
+
+def check_split(config: ServeConfig) -> None:
+    """Refuse settings of stages that have no replicas of their own. Whoever builds an application has to call this.
+
+    Raises:
+        InvalidOption: Names the setting.
+    """
+    apart = STAGES[config.split]
+    for stage in ("encoder", "prefill"):
+        mine = (f"num_{stage}s", f"max_{stage}s_per_node", *(f"{stage}_{name}" for name in PLACED))
+        for one in dataclasses.fields(config):
+            is_idle = one.name in mine or (one.name == "kv_transport" and stage == "prefill")
+            if stage not in apart and is_idle and getattr(config, one.name) != one.default:
+                means = "every decoder has its encoder" if config.split == "none" else "decoders compute the prompts"
+                what = f"has no meaning with split={config.split}, where {means}; leave it out, or split more"
+                raise InvalidOption("serve", one.name, what)
+
+
+PLACED = ("cpus", "gpus", "accelerator_type", "labels")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """How a model is served.
@@ -45,12 +77,14 @@ class ServeConfig:
         model: Which model is loaded, and the bounds of its media.
         served_model_names: Names that requests may use, the preferred one first. Empty means the model's own name; of a
             folder its last part.
+        split: With "none" each decoder has the encoder too. With "epd" prefill replicas compute the prompts, whose keys
+            and values then move to decoders.
         max_decoders: Ray starts up to this many decoders while requests fill the running ones, and stops them again
             down to `num_decoders`; None keeps that number.
-        ingress_cpus, encoder_cpus, decoder_cpus: For placement only. How many threads torch uses is
+        ingress_cpus, encoder_cpus, prefill_cpus, decoder_cpus: For placement only. How many threads torch uses is
             `model.num_threads`.
-        encoder_gpus, decoder_gpus: None asks for a share where `model.device` is, or becomes, a GPU. A decoder's KV
-            cache takes no more than its share.
+        encoder_gpus, prefill_gpus, decoder_gpus: None asks for a share where `model.device` is, or becomes, a GPU. A KV
+            cache takes no more than its replica's share.
         address: None starts a Ray on this machine, which ends with the server.
         app_name, route_prefix, deployment_prefix: With names of its own, an application runs beside others.
         max_queued_requests: Beyond those that the decoders may hold.
@@ -73,7 +107,16 @@ class ServeConfig:
     allowed_origins: tuple[str, ...] = setting(
         (), cli="allow_origin", help="Web pages that may use the server, such as https://example.org; repeat."
     )
+    split: Split = setting(
+        "ep",
+        ray_only=True,
+        help="Which stages have replicas of their own: none (each replica has all), ep (the encoder apart), epd (and "
+        "prefill apart from decode) (Ray).",
+    )
     num_encoders: int = setting(1, min=1, cli="encoders", ray_only=True, help="Encoder replicas (Ray).")
+    num_prefills: int = setting(
+        1, min=1, cli="prefills", ray_only=True, help="Prefill replicas, with --split epd (Ray)."
+    )
     num_decoders: int = setting(1, min=1, cli="decoders", ray_only=True, help="Decoder replicas (Ray).")
     max_decoders: int | None = setting(
         None, min=1, ray_only=True, help="Start up to this many decoders while requests fill the running ones (Ray)."
@@ -81,15 +124,25 @@ class ServeConfig:
     num_ingress: int = setting(1, min=1, cli="ingresses", ray_only=True, help="HTTP replicas (Ray).")
     ingress_cpus: float = setting(0.1, min=0, ray_only=True, help="CPUs that one HTTP replica reserves (Ray).")
     encoder_cpus: float = setting(0.5, min=0, ray_only=True, help="CPUs that one encoder reserves (Ray).")
+    prefill_cpus: float = setting(0.5, min=0, ray_only=True, help="CPUs that one prefill replica reserves (Ray).")
     decoder_cpus: float = setting(0.5, min=0, ray_only=True, help="CPUs that one decoder reserves (Ray).")
     encoder_gpus: float | None = setting(
         None, min=0, ray_only=True, help="GPUs, or a fraction of one, per encoder; 0.25 on a GPU when not given (Ray)."
     )
+    prefill_gpus: float | None = setting(
+        None, min=0, ray_only=True, help="GPUs, or a fraction, per prefill replica; 0.375 on a GPU if not given (Ray)."
+    )
     decoder_gpus: float | None = setting(
-        None, min=0, ray_only=True, help="GPUs, or a fraction of one, per decoder; 0.75 on a GPU when not given (Ray)."
+        None,
+        min=0,
+        ray_only=True,
+        help="GPUs, or a fraction of one, per decoder; when not given what other stages leave of a GPU (Ray).",
     )
     encoder_accelerator_type: str | None = setting(
         None, ray_only=True, help="Kind of GPU that encoders run on, as Ray names it, such as T4 or H100 (Ray)."
+    )
+    prefill_accelerator_type: str | None = setting(
+        None, ray_only=True, help="Kind of GPU that prefill runs on, as Ray names it, such as T4 or H100 (Ray)."
     )
     decoder_accelerator_type: str | None = setting(
         None, ray_only=True, help="Kind of GPU that decoders run on, as Ray names it, such as T4 or H100 (Ray)."
@@ -97,14 +150,26 @@ class ServeConfig:
     encoder_labels: tuple[str, ...] = setting(
         (), cli="encoder_label", ray_only=True, help="Label KEY=VALUE of the nodes that encoders run on; repeat (Ray)."
     )
+    prefill_labels: tuple[str, ...] = setting(
+        (), cli="prefill_label", ray_only=True, help="Label KEY=VALUE of the nodes that prefill runs on; repeat (Ray)."
+    )
     decoder_labels: tuple[str, ...] = setting(
         (), cli="decoder_label", ray_only=True, help="Label KEY=VALUE of the nodes that decoders run on; repeat (Ray)."
     )
     max_encoders_per_node: int | None = setting(
         None, min=1, max=100, ray_only=True, help="Encoders that one node holds at most (Ray)."
     )
+    max_prefills_per_node: int | None = setting(
+        None, min=1, max=100, ray_only=True, help="Prefill replicas that one node holds at most (Ray)."
+    )
     max_decoders_per_node: int | None = setting(
         None, min=1, max=100, ray_only=True, help="Decoders that one node holds at most (Ray)."
+    )
+    kv_transport: KVTransport = setting(
+        "auto",
+        ray_only=True,
+        help="How keys and values get from prefill to decode: inline, object_store (shared memory on one node), or "
+        "auto, which sends small ones inline (Ray).",
     )
     address: str | None = setting(
         None, ray_only=True, help="Deploy to a Ray cluster that runs: auto, or HOST:PORT. Else Ray is started here."
@@ -112,7 +177,7 @@ class ServeConfig:
     app_name: str = setting("mm", ray_only=True, help="Name of the application on the cluster (Ray).")
     route_prefix: str = setting("/", ray_only=True, help="Path below which the API is served, such as /tiny (Ray).")
     deployment_prefix: str = setting(
-        "", ray_only=True, help="Put before the names of the deployments Encoder, Decoder and Ingress (Ray)."
+        "", ray_only=True, help="Put before the names of the deployments, such as Encoder and Decoder (Ray)."
     )
     ray_cpus: float | None = setting(None, min=0, ray_only=True, help="CPUs that the Ray started here may use.")
     object_store_bytes: int = setting(
@@ -172,10 +237,10 @@ class ServeConfig:
             given = getattr(self, name)
             if given is not None and not pattern.fullmatch(given):
                 raise InvalidOption("serve", name, f"was {given!r}; it has to be {allowed}")
-        for name in ("encoder_labels", "decoder_labels"):
+        for name in ("encoder_labels", "prefill_labels", "decoder_labels"):
             if wrong := next((label for label in getattr(self, name) if not LABEL.fullmatch(label)), None):
                 raise InvalidOption("serve", name, f"holds {wrong!r}; write it as KEY=VALUE")
-        for name in ("encoder_gpus", "decoder_gpus"):
+        for name in ("encoder_gpus", "prefill_gpus", "decoder_gpus"):
             share = getattr(self, name)
             if share is not None and share > 1 and share != int(share):
                 raise InvalidOption("serve", name, f"was {share}; above 1 it has to be a whole number")
@@ -201,11 +266,10 @@ class ServeConfig:
     @property
     def total_cpus(self) -> float:
         """CPUs that all replicas reserve together."""
-        return (
-            self.num_ingress * self.ingress_cpus
-            + self.num_encoders * self.encoder_cpus
-            + (self.max_decoders or self.num_decoders) * self.decoder_cpus
-        )
+        counts = {"encoder": self.num_encoders, "prefill": self.num_prefills}
+        counts["decoder"] = self.max_decoders or self.num_decoders
+        stages = sum(counts[stage] * getattr(self, f"{stage}_cpus") for stage in STAGES[self.split])
+        return self.num_ingress * self.ingress_cpus + stages
 
     def with_threads(self) -> ServeConfig:
         """The same configuration with torch's thread count filled in.

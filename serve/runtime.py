@@ -49,6 +49,10 @@ class MediaLost(Unavailable):
     """The encoded media are gone, because the replica that held them is."""
 
 
+class KVLost(Unavailable):
+    """Keys and values that a prefill replica computed are gone, because the replica is."""
+
+
 class MediaHandle(Protocol):
     """Encoded media of a request, as a runtime hands them from `encode` to `stream`."""
 
@@ -80,19 +84,34 @@ class ModelInfo:
     default_reducer: str
 
 
+@dataclass
+class TransferStats:
+    """What one ingress saw move from prefill to decode by one transport.
+
+    Attributes:
+        num_requests: Requests of which something moved.
+        num_bytes: Keys, values and states.
+    """
+
+    num_requests: int = 0
+    num_bytes: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderLoad:
     """Sequences in the decoders: running, and in waiting queues.
 
     Attributes:
-        engines: Every decoder's own figures.
+        engines: The own figures of every decoder and every prefill replica.
         routing: What the ingress that asks decided, by stage.
+        transfers: What it saw move from prefill to decode, by transport; every transport that may be used is there.
     """
 
     num_running: int
     num_waiting: int
     engines: tuple[EngineStats, ...] = ()
     routing: Mapping[str, RoutingStats] = field(default_factory=dict[str, RoutingStats])
+    transfers: Mapping[str, TransferStats] = field(default_factory=dict[str, TransferStats])
 
     @classmethod
     def of(cls, stats: EngineStats) -> DecoderLoad:
@@ -260,9 +279,13 @@ class LocalRuntime:
 
         return await self._encoder.encode(request, tell)
 
+    async def count_items(self, request: Request) -> tuple[ItemCount, ...]:
+        """The visual tokens that the request's items will have. No tower runs."""
+        return await self._encoder.count(request) if needs_encoder(request) else ()
+
     async def count(self, request: Request) -> PromptCount:
         await self.admit(request)
-        items = await self._encoder.count(request) if needs_encoder(request) else ()
+        items = await self.count_items(request)
         return PromptCount(num_tokens=await self._loop.prompt_length(request, items), items=items)
 
     async def token_ids(self, request: Request) -> list[int]:

@@ -162,12 +162,17 @@ def build_decoder_loop(config: ServeConfig) -> tuple[EngineLoop, TextLimits]:
     return loop, engine.text_limits
 
 
-def build_local_runtime(config: ServeConfig) -> LocalRuntime:
-    """Load both halves into this process.
+def build_whole(config: ServeConfig) -> tuple[LocalRuntime, EngineLoop, TextLimits]:
+    """Load both halves into this process. Returns them, the decoder's loop, and how long texts may be.
 
     Raises:
         MmError: The model or its default reducer cannot be used.
     """
     encoder = build_encoder_stage(config)
     loop, limits = build_decoder_loop(config)
-    return LocalRuntime(encoder, loop, limits=limits, default_reducer=default_reducer(config))
+    return LocalRuntime(encoder, loop, limits=limits, default_reducer=default_reducer(config)), loop, limits
+
+
+def build_local_runtime(config: ServeConfig) -> LocalRuntime:
+    """Both halves in this process, as `build_whole`."""
+    return build_whole(config)[0]

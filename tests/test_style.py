@@ -30,8 +30,10 @@ JSON_VALUES = {
     "mm/data/sampling_params.py": "defaults of any option",
     "mm/plugins/registry.py": "options of a plugin, which are JSON",
     "serve/page/client.py": "a response body",
+    "serve/deployments/calls.py": "what replicas take and return",
+    "serve/deployments/transport.py": "messages of any shape",
 }
-"""Files whose public functions take or return JSON as it comes."""
+"""Files whose public functions take or return what comes, whatever it is."""
 
 
 def files() -> list[Path]:

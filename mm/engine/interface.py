@@ -13,6 +13,7 @@ from typing import Protocol
 
 from mm.data.request import Request, TextLimits
 from mm.data.tokens import EncodedMedia, ItemCount, Positions
+from mm.engine.kv_transfer.messages import ReceivedKV
 from mm.engine.sequence import EngineRequest, OutputSink
 from mm.engine.stats import EngineStats
 from mm.errors import MmError
@@ -39,6 +40,7 @@ class EngineCapabilities:
         has_planes: Whether it adds the planes of models with DeepStack to its layers.
         has_masks: Whether tokens of a prompt may attend to later ones.
         resumes: Whether a request may go on that another decoder began.
+        hands_over: Whether a request may begin at one engine and go on at another, with its keys and values.
     """
 
     name: str
@@ -50,6 +52,7 @@ class EngineCapabilities:
     has_planes: bool = True
     has_masks: bool = True
     resumes: bool = True
+    hands_over: bool = False
 
     def problem_with_reducer(self, reducer: Reducer, num_position_rows: int = 1) -> str:
         """Why the engine cannot serve requests with this reducer, and what to do; empty where it can.
@@ -81,7 +84,7 @@ class EngineCapabilities:
         return f"the engine {self.name} does not use the drafter {drafter!r}; name none, or {USE_NATIVE}"
 
 
-NATIVE = EngineCapabilities(name="native")
+NATIVE = EngineCapabilities(name="native", hands_over=True)
 
 
 class RequestInputs(Protocol):
@@ -188,4 +191,17 @@ class DecoderEngine(Protocol):
 
     def close(self) -> None:
         """Stop threads and processes, and free what they hold."""
+        ...
+
+
+class HandingEngine(DecoderEngine, Protocol):
+    """An engine whose `capabilities.hands_over`: a request may begin at one such engine and go on at another."""
+
+    def submit(self, params: Request, media: EncodedMedia | ReceivedKV, sink: OutputSink) -> EngineRequest:
+        """As `DecoderEngine.submit`.
+
+        Args:
+            media: With what another engine has computed of the request, if one has.
+            sink: A `KVSink` takes the request over once each choice has its next token.
+        """
         ...

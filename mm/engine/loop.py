@@ -16,11 +16,10 @@ import functools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -28,7 +27,9 @@ from mm.data.outputs import Event
 from mm.data.request import Request, SpeculationOptions
 from mm.data.sampling_params import SamplingParams
 from mm.data.tokens import EncodedMedia, ItemCount
-from mm.engine.interface import DecoderEngine
+from mm.engine.interface import DecoderEngine, HandingEngine
+from mm.engine.kv_transfer.messages import HandOff, KVPiece, ReceivedKV
+from mm.engine.output_queue import HandOffQueue, OutputQueue, Queue
 from mm.engine.sequence import EngineRequest, PrefillOnly
 from mm.engine.stats import EngineStats
 from mm.errors import CapacityError, EngineError
@@ -38,6 +39,7 @@ from mm.plugins.spec import reducer_spec
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Q = TypeVar("Q", bound=Queue[Any])
 
 IDLE_S = 0.5
 """How often an idle engine looks for requests that are past their deadline."""
@@ -46,44 +48,6 @@ IN_DECODER = frozenset({Stage.IN_PREFILL, Stage.IN_DECODE, Stage.PER_TOKEN})
 
 NUM_SUBMIT_THREADS = 2
 """Requests that are prepared at a time: chat template, splice, schema."""
-
-
-class OutputQueue:
-    """Events of one request, written by the thread that runs the engine and read by one reader.
-
-    Args:
-        on_change: Called after each event and at the end, by the writer.
-    """
-
-    def __init__(self, on_change: Callable[[], None] | None = None) -> None:
-        self._events: deque[Event] = deque()
-        self._error: BaseException | None = None
-        self._on_change = on_change
-        self.has_ended = False
-
-    def put(self, event: Event) -> None:
-        self._events.append(event)
-        if self._on_change is not None:
-            self._on_change()
-
-    def end(self, error: BaseException | None = None) -> None:
-        self._error, self.has_ended = error, True
-        if self._on_change is not None:
-            self._on_change()
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is neither an event nor the end to be read."""
-        return not self._events and not self.has_ended
-
-    def take(self) -> list[Event]:
-        """Remove and return the events that are there."""
-        return [self._events.popleft() for _ in range(len(self._events))]
-
-    def raise_error(self) -> None:
-        """Raise the request's error if it failed."""
-        if self._error is not None:
-            raise self._error
 
 
 @dataclass(frozen=True)
@@ -117,6 +81,11 @@ class EngineLoop:
     @property
     def stats(self) -> EngineStats:
         return self._engine.stats
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether requests may begin here and go on at another engine, or the other way round."""
+        return self._engine.capabilities.hands_over
 
     @property
     def held_prefixes(self) -> dict[str, int]:
@@ -265,23 +234,46 @@ class EngineLoop:
         work = functools.partial(function, *args)
         return await asyncio.get_running_loop().run_in_executor(self._submit_pool, work)
 
-    async def stream(self, params: Request, media: EncodedMedia) -> AsyncGenerator[list[Event]]:
+    async def stream(self, params: Request, media: EncodedMedia | ReceivedKV) -> AsyncGenerator[list[Event]]:
         """A request's events as they come, several at a time where they came together.
 
         Closing the generator, or cancelling its task, frees what the request holds within one step.
+
+        Args:
+            media: With what another engine has computed of the request, if one has.
         """
-        ready, loop = asyncio.Event(), asyncio.get_running_loop()
-        queue = OutputQueue(functools.partial(_call_soon, loop, ready.set))
+        queue, batches = self._batches(OutputQueue)
         async with self._submitted(params, media, queue):
+            async for events in batches:
+                yield events
+
+    async def hand_over(self, params: Request, media: EncodedMedia) -> AsyncGenerator[list[Event | KVPiece | HandOff]]:
+        """The first tokens of a request and what another engine needs to go on, as they come.
+
+        Closing the generator says that the other engine has it: the blocks are freed.
+        """
+        queue, batches = self._batches(HandOffQueue)
+        async with self._submitted(params, media, queue):
+            async for batch in batches:
+                yield batch
+
+    def _batches(self, kind: Callable[[Callable[[], None]], Q]) -> tuple[Q, AsyncGenerator[list[Any]]]:
+        """A queue, and what is put into it, on this event loop."""
+        ready, loop = asyncio.Event(), asyncio.get_running_loop()
+        queue = kind(functools.partial(_call_soon, loop, ready.set))
+
+        async def batches() -> AsyncGenerator[list[Any]]:
             while True:
                 await ready.wait()
                 ready.clear()
                 has_ended = queue.has_ended
-                if events := queue.take():
-                    yield events
+                if batch := queue.take():
+                    yield batch
                 if has_ended:
                     queue.raise_error()
                     return
+
+        return queue, batches()
 
     async def complete(self, params: Request, media: EncodedMedia) -> list[Event]:
         """All events of a request. The event loop is woken once, at the end."""
@@ -298,10 +290,12 @@ class EngineLoop:
             return queue.take()
 
     @contextlib.asynccontextmanager
-    async def _submitted(self, params: Request, media: EncodedMedia, queue: OutputQueue) -> AsyncGenerator[None]:
+    async def _submitted(
+        self, params: Request, media: EncodedMedia | ReceivedKV, queue: OutputQueue | HandOffQueue
+    ) -> AsyncGenerator[None]:
         """Submit in another thread, since compiling a schema may take seconds; abort on leaving."""
         assert self._submit_pool is not None, "start the loop first"
-        submit = functools.partial(self._engine.submit, params, media, queue)
+        submit = functools.partial(cast(HandingEngine, self._engine).submit, params, media, queue)
         work = asyncio.get_running_loop().run_in_executor(self._submit_pool, submit)
         try:
             request = await asyncio.shield(work)

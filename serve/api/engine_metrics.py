@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from mm.engine.stats import EngineStats, Histogram
 from serve.routing_stats import RoutingStats
-from serve.runtime import DecoderLoad
+from serve.runtime import DecoderLoad, TransferStats
 
 Figure = Callable[[EngineStats], float]
 
@@ -24,6 +24,7 @@ GAUGES: tuple[tuple[str, str, Figure], ...] = (
     ("mm:kv_cache_used_bytes", "KV blocks that requests hold.", lambda s: s.kv_used_bytes - s.kv_idle_bytes),
     ("mm:kv_cache_prefix_bytes", "KV blocks that the prefix cache holds.", lambda s: s.kv_prefix_bytes),
     ("mm:kv_cache_total_bytes", "Size of the KV caches.", lambda s: s.kv_total_bytes),
+    ("mm:kv_transfers_unconfirmed", "Prompts that decoders have not taken over yet.", lambda s: s.num_parked),
 )
 COUNTERS: tuple[tuple[str, str, Figure], ...] = (
     ("vllm:num_preemptions", "Answers that gave up their KV blocks for a while.", lambda s: s.num_preemptions),
@@ -32,6 +33,10 @@ COUNTERS: tuple[tuple[str, str, Figure], ...] = (
     ("mm:engine_steps", "Passes through a decoder.", lambda s: s.num_steps),
     ("mm:engine_step_seconds", "Seconds in steps.", lambda s: s.step_s),
     ("mm:engine_model_seconds", "Seconds in the model's part of steps.", lambda s: s.model_s),
+    ("mm:kv_transfer_requests", "Requests that prefill replicas handed over.", lambda s: s.num_handed_over),
+    ("mm:kv_sent_bytes", "Keys, values and states that prefill replicas sent.", lambda s: s.kv_sent_bytes),
+    ("mm:kv_received_bytes", "Keys, values and states that decoders took over.", lambda s: s.kv_received_bytes),
+    ("mm:kv_saved_bytes", "What more would have been sent without reducers.", lambda s: s.kv_saved_bytes),
     ("vllm:spec_decode_num_drafts", "Drafts verified.", lambda s: s.spec_decode.num_drafts),
     ("vllm:spec_decode_num_draft_tokens", "Drafted tokens verified.", lambda s: s.spec_decode.num_draft_tokens),
     ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens accepted.", lambda s: s.spec_decode.num_accepted_tokens),
@@ -61,9 +66,10 @@ class EngineMetrics(Collector):
         self._known: dict[str, EngineStats] = {}
         self._present: tuple[EngineStats, ...] = ()
         self._routing: Mapping[str, RoutingStats] = {}
+        self._transfers: Mapping[str, TransferStats] = {}
 
     def update(self, load: DecoderLoad) -> None:
-        self._present, self._routing = load.engines, load.routing
+        self._present, self._routing, self._transfers = load.engines, load.routing, load.transfers
         self._known |= {stats.engine_id: stats for stats in load.engines}
 
     def collect(self) -> Iterator[Metric]:
@@ -76,6 +82,7 @@ class EngineMetrics(Collector):
             yield counter
         yield self._accepted()
         yield from self._routed()
+        yield from self._transferred()
         yield self._gauge(
             "mm:spec_decode_mean_acceptance_length",
             "Tokens per step with a draft, the bonus token included.",
@@ -93,6 +100,16 @@ class EngineMetrics(Collector):
             for stage, stats in self._routing.items():
                 counter.add_metric([*self._labels, stage], count(stats))
             yield counter
+
+    def _transferred(self) -> Iterator[Metric]:
+        """By transport. Those that may be used, and no others, have a gauge."""
+        labels = ["model_name", "transport"]
+        gauge = GaugeMetricFamily("mm:kv_transport", "1 for each transport between prefill and decode.", labels=labels)
+        counter = CounterMetricFamily("mm:kv_transfer_bytes", "What moved, as this ingress saw it.", labels=labels)
+        for transport, stats in self._transfers.items():
+            gauge.add_metric([*self._labels, transport], 1)
+            counter.add_metric([*self._labels, transport], stats.num_bytes)
+        yield from (gauge, counter)
 
     def _accepted(self) -> Metric:
         name = "vllm:spec_decode_num_accepted_tokens_per_pos"

@@ -23,7 +23,7 @@ from serve.cli.checks import (
 )
 from serve.cli.log import log_to_stderr
 from serve.cli.options import EPILOG, build_config, config_option, print_settings, setting_options
-from serve.config import ServeConfig
+from serve.config import ServeConfig, check_split
 from serve.deployments.environment import LOCAL_HOSTS
 
 SAMPLE = Path(__file__).resolve().parents[2] / "demos" / "samples" / "many_shapes.png"
@@ -49,6 +49,7 @@ def serve(settings: dict[str, Any], in_process: bool, print_config: bool) -> Non
         check_no_ray_settings(ServeConfig, settings)
     else:
         check_no_process_settings(settings)
+        check_split(config)
         need("ray", "serve")
         if config.address is None:
             check_gpus(config)

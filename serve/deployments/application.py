@@ -1,4 +1,4 @@
-"""The application on Ray: three deployments, each with its own replicas and resources, from settings."""
+"""The application on Ray: a deployment for each stage, with its own replicas and resources, from settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from serve.deployments.encoder import Encoder
 from serve.deployments.environment import REPLICA_SETTINGS
 from serve.deployments.ingress import build_ingress
 from serve.deployments.placement import Demand, Node, NotEnoughResources, demands, problem
+from serve.deployments.prefill import Prefill
 from serve.deployments.router import STATS_PERIOD_S, LeastLoadedRouter
+from serve.deployments.whole import Whole
 
 NO_LIMIT = 1_000_000
 """The ingress admits requests itself, so that a refusal is an answer in OpenAI's form."""
@@ -50,31 +52,33 @@ def build_application(
         nodes: Of the cluster on which it will run; they decide what the device "auto" is.
         variables: Of the replicas' environment, beside what their node has.
     """
-    decoders, encoders, ingresses = demands(config, nodes)
-    prefix = config.deployment_prefix
-    encoder = Encoder.options(
-        name=f"{prefix}Encoder",
-        num_replicas=config.num_encoders,
-        max_ongoing_requests=config.max_ongoing_requests,
-        request_router_config=_router(f"{prefix}Encoder"),
-        **_placed(encoders, variables),
-        **_lifetime(config),
-    )
-    decoder = Decoder.options(
-        name=f"{prefix}Decoder",
-        max_ongoing_requests=config.max_ongoing_requests,
-        request_router_config=_router(f"{prefix}Decoder"),
-        **_placed(decoders, variables),
-        **_replicas(config),
-        **_lifetime(config),
-    )
+    asked = {demand.stage: demand for demand in demands(config, nodes)}
     ingress = build_ingress(config).options(
         num_replicas=config.num_ingress,
         max_ongoing_requests=NO_LIMIT,
-        **_placed(ingresses, variables),
+        **_placed(asked["ingress"], variables),
         **_lifetime(config),
     )
-    return ingress.bind(encoder.bind(config), decoder.bind(config))
+
+    def stage(deployment: ray_serve.Deployment, demand: Demand, replicas: Mapping[str, Any]) -> ray_serve.Application:
+        name = f"{config.deployment_prefix}{deployment.name}"
+        placed = deployment.options(
+            name=name,
+            max_ongoing_requests=config.max_ongoing_requests,
+            request_router_config=_router(name),
+            **replicas,
+            **_placed(demand, variables),
+            **_lifetime(config),
+        )
+        return placed.bind(config)
+
+    whole = config.split == "none"
+    found = [stage(Whole if whole else Decoder, asked["decoder"], _replicas(config))]
+    if "encoder" in asked:
+        found.insert(0, stage(Encoder, asked["encoder"], {"num_replicas": config.num_encoders}))
+    if "prefill" in asked:
+        found.append(stage(Prefill, asked["prefill"], {"num_replicas": config.num_prefills}))
+    return ingress.bind(*found)
 
 
 def build(args: dict[str, Any]) -> ray_serve.Application:

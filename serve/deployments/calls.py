@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from ray.exceptions import (
     ActorDiedError,
@@ -15,9 +16,12 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
 
-from mm.data.outputs import Event
+from mm.data.request import Request
 from mm.errors import CapacityError
+from serve.deployments.affinity import named
+from serve.deployments.availability import SILENT_S
 from serve.runtime import StageMissing, Unavailable
 
 T = TypeVar("T")
@@ -57,7 +61,7 @@ async def retried(attempt: Callable[[Unavailable | None], Awaitable[T]], loss: U
     raise loss
 
 
-async def first(events: AsyncGenerator[list[Event]]) -> list[Event]:
+async def first(events: AsyncGenerator[T]) -> T:
     return await anext(events)
 
 
@@ -71,3 +75,43 @@ def unwrapped(error: Exception) -> Exception:
     if isinstance(error, GONE):
         return Unavailable("a part of the server is restarting; try again shortly", 5)
     return error
+
+
+async def ping(handle: DeploymentHandle) -> None:
+    """Ask every replica for a sign of life. Raises if none gives one; calls to dead ones tell the router."""
+    answers = await handle.broadcast("ping").results_async(timeout_s=SILENT_S, return_exceptions=True)
+    if all(isinstance(answer, Exception) for answer in answers):
+        raise Unavailable("no replica answers")
+
+
+def without_media(request: Request) -> Request:
+    """What the decoder needs of a request; pixels and files never travel to it."""
+    return replace(request, media=())
+
+
+async def result_of(method: Any, *arguments: Any) -> Any:
+    """A replica's result. Its errors are raised as what they are."""
+    response = method.remote(*arguments)
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+    except Exception as error:
+        raise unwrapped(error) from None
+
+
+async def items_of(method: Any, *arguments: Any) -> AsyncGenerator[Any]:
+    response = method.remote(*arguments)
+    try:
+        async for item in response:
+            yield item
+    except Exception as error:
+        raise unwrapped(error) from None
+    finally:
+        response.cancel()
+
+
+def to_first(method: Any, order: list[str]) -> Any:
+    """A method of a deployment whose call goes to the first of these replicas that takes it."""
+    return method.options(session_id=named(order)) if order else method

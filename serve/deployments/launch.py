@@ -46,7 +46,7 @@ SAY_S = 30.0
 LOOK_S = 5.0
 """How often an application on a cluster of others is looked for."""
 OVER = ("DEPLOY_FAILED", "UNHEALTHY")
-HINTS = "--encoder-gpus, --decoder-gpus, --encoder-cpus and --decoder-cpus"
+HINTS = "--encoder-gpus, --prefill-gpus, --decoder-gpus, --encoder-cpus, --prefill-cpus and --decoder-cpus"
 ERROR = re.compile(r"^(?:[\w.]*\.)?\w*(?:Error|Exception): (.+)|^(?:mm|serve)\.[\w.]+: (.+)", re.MULTILINE)
 
 

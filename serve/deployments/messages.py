@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mm.data.media import Kind
+from mm.data.outputs import Event
 
 INLINE_BYTES = 1024 * 1024
 """Smaller media travel inside the message: a round trip to the object store costs more than copying them twice."""
@@ -23,6 +24,8 @@ class TransferredMedia:
         media_bytes: Size of the encoded files, by kind.
         num_bytes: Size of all items together.
         keys: Hash of each item as it was sent; see `serve.deployments.affinity`.
+        held: Name under which the replica that encoded them holds them, where the same replica generates.
+        replica: Name of the replica that encoded them, where it is known.
         inline: The packed items, when they travel inside the message; see `serve.deployments.transport`.
         reference: A tuple with the Ray object reference of the packed items otherwise. It is inside a tuple, so that
             Ray passes the reference on and does not resolve it on the way.
@@ -34,5 +37,52 @@ class TransferredMedia:
     media_bytes: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
     num_bytes: int = 0
     keys: tuple[str, ...] = ()
+    held: str = ""
+    replica: str = ""
     inline: list[Any] | None = None
     reference: tuple[Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """Tensors of a prefill replica on their way to a decoder; see `serve.deployments.transport`.
+
+    Attributes:
+        transport: Its name.
+        num_bytes: Size of the tensors.
+        inline: The tensors, when they travel inside the message.
+        reference: A tuple with the Ray object reference of the tensors otherwise.
+    """
+
+    transport: str
+    num_bytes: int
+    inline: Any = None
+    reference: tuple[Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """A message of a prefill replica.
+
+    Attributes:
+        events: Of the first tokens; all of them, where the answer ends there.
+        pieces: Keys and values, in order.
+        state: What else a decoder needs. It comes last.
+    """
+
+    events: Sequence[Event] = ()
+    pieces: Sequence[Carried] = ()
+    state: Carried | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandedKV:
+    """All that a prefill replica computed of a request, for a decoder."""
+
+    pieces: Sequence[Carried]
+    state: Carried
+
+    @property
+    def has_references(self) -> bool:
+        """Whether Ray has to count references in the message."""
+        return any(one.reference is not None for one in (*self.pieces, self.state))

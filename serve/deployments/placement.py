@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm.errors import InvalidOption, MmError
-from serve.config import ServeConfig
+from serve.config import STAGES, ServeConfig, Split, check_split
 
-ENCODER_SHARE, DECODER_SHARE = 0.25, 0.75
-"""GPU of a replica whose share is not given. One of each fits one GPU."""
+SHARES: dict[Split, dict[str, float]] = {
+    "none": {"decoder": 1.0},
+    "ep": {"encoder": 0.25, "decoder": 0.75},
+    "epd": {"encoder": 0.25, "prefill": 0.375, "decoder": 0.375},
+}
+"""GPU of a replica whose share is not given. One of each stage fits one GPU."""
 ACCELERATOR = "accelerator_type:"
 ROUNDING = 1e-6
 
@@ -90,21 +94,22 @@ def demands(config: ServeConfig, nodes: Sequence[Node]) -> list[Demand]:
 
     Args:
         nodes: With the device "auto" a stage asks for GPUs if one of these that may hold it has one.
+
+    Raises:
+        InvalidOption: A setting is for replicas that there are none of.
     """
-    encoder = Demand(
-        stage="encoder",
-        num_replicas=config.num_encoders,
-        options=_options("encoder", config, nodes),
-        max_per_node=config.max_encoders_per_node,
-    )
-    decoder = Demand(
-        stage="decoder",
-        num_replicas=config.num_decoders,
-        options=_options("decoder", config, nodes),
-        max_per_node=config.max_decoders_per_node,
-    )
+    check_split(config)
+    stages = [
+        Demand(
+            stage=stage,
+            num_replicas=getattr(config, f"num_{stage}s"),
+            options=_options(stage, config, nodes),
+            max_per_node=getattr(config, f"max_{stage}s_per_node"),
+        )
+        for stage in reversed(STAGES[config.split])
+    ]
     ingress = Demand(stage="ingress", num_replicas=config.num_ingress, options={"num_cpus": config.ingress_cpus})
-    return [decoder, encoder, ingress]
+    return [*stages, ingress]
 
 
 def _options(stage: str, config: ServeConfig, nodes: Sequence[Node]) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def _options(stage: str, config: ServeConfig, nodes: Sequence[Node]) -> dict[str
         may_hold = Demand(stage=stage, num_replicas=1, options=options)
         has_gpu = any(node.total.get("GPU", 0) > 0 and may_hold.suits(node) for node in nodes)
         on_gpu = config.model.device.startswith("cuda") or (config.model.device == "auto" and has_gpu)
-        share = (ENCODER_SHARE if stage == "encoder" else DECODER_SHARE) if on_gpu else 0
+        share = SHARES[config.split][stage] if on_gpu else 0
     if share and ":" in config.model.device:
         given = config.model.device
         raise InvalidOption("model", "device", f"was {given!r}; Ray gives each replica its GPU, so say cuda, or auto")

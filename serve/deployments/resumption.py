@@ -26,7 +26,7 @@ class Progress:
     """
 
     def __init__(self, request: Request) -> None:
-        self._request = request
+        self.request = request
         self._began = time.monotonic()
         self._tokens: list[list[int]] = [[] for _ in range(request.sampling.n)]
         self._finished: set[int] = set()
@@ -41,18 +41,18 @@ class Progress:
 
         Where only the summary is missing, the last token of a choice is asked for again.
         """
-        left = self._request.timeout_s
+        left = self.request.timeout_s
         if left is not None:
             left = max(0.0, left - (time.monotonic() - self._began))
         if not self.num_tokens:
-            return replace(self._request, timeout_s=left)
+            return replace(self.request, timeout_s=left)
         emitted = [
             Emitted(token_ids=tuple(tokens), is_finished=choice in self._finished)
             for choice, tokens in enumerate(self._tokens)
         ]
         if all(one.is_finished for one in emitted):
             emitted[-1] = Emitted(token_ids=emitted[-1].token_ids[:-1])
-        return replace(self._request, timeout_s=left, emitted=tuple(emitted))
+        return replace(self.request, timeout_s=left, emitted=tuple(emitted))
 
     def take(self, events: Sequence[Event]) -> list[Event]:
         """Note the events of a decoder; those of them that the client has not got yet."""

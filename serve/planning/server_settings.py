@@ -6,8 +6,7 @@ import json
 from typing import Any
 
 from mm.settings import build, plain_settings, settings_of
-from serve.config import ServeConfig
-from serve.deployments.placement import DECODER_SHARE, ENCODER_SHARE
+from serve.config import ServeConfig, check_split
 from serve.planning.curves import PlanError
 from serve.planning.layout import Fleet, Layout
 
@@ -21,8 +20,8 @@ def settings_for(layout: Layout, fleet: Fleet, keep_ratio: float = 1.0) -> dict[
     Raises:
         PlanError: No settings of `mm serve` describe this layout.
     """
-    if layout.split in ("pd", "epd"):
-        raise PlanError(f"{layout.name}: this version of `mm serve` does not put prefill and decode apart")
+    if layout.split == "pd":
+        raise PlanError(f"{layout.name}: `mm serve` does not put decode apart from prefill where encode is not apart")
     first = fleet.gpus[layout.decode[0]].curves
     found: dict[str, Any] = {}
     if model := first.about.get("model"):
@@ -31,30 +30,29 @@ def settings_for(layout: Layout, fleet: Fleet, keep_ratio: float = 1.0) -> dict[
     found |= {"max_num_seqs": first.engine.max_num_seqs, "max_batch_tokens": first.engine.max_batch_tokens}
     if keep_ratio < 1:
         found["keep_ratio"] = keep_ratio
-    build(ServeConfig, plain_settings(ServeConfig, found, "plan"), "plan")
+    check_split(build(ServeConfig, plain_settings(ServeConfig, found, "plan"), "plan"))
     return found
 
 
 def _placed(layout: Layout) -> dict[str, Any]:
-    encode = layout.encode or layout.decode
-    shares = (1.0, 1.0) if layout.encode else (ENCODER_SHARE, DECODER_SHARE)
-    found = {
-        "device": "cuda",
-        "encoders": len(encode),
-        "decoders": len(layout.decode),
-        "encoder_gpus": shares[0],
-        "decoder_gpus": shares[1],
-    }
-    for stage, kinds in (("encoder", encode), ("decoder", layout.decode)):
+    found = {"device": "cuda", **_on_processors(layout)}
+    for stage, kinds in _stages(layout).items():
         if len(set(kinds)) > 1:
             raise PlanError(f"{layout.name}: one application of `mm serve` has one kind of GPU per stage")
+        found[f"{stage}_gpus"] = 1.0
         if kinds[0] != ANY_GPU:
             found[f"{stage}_accelerator_type"] = kinds[0]
     return found
 
 
 def _on_processors(layout: Layout) -> dict[str, Any]:
-    return {"device": "cpu", "encoders": len(layout.encode or layout.decode), "decoders": len(layout.decode)}
+    return {"split": layout.split, **{f"{stage}s": len(kinds) for stage, kinds in _stages(layout).items()}}
+
+
+def _stages(layout: Layout) -> dict[str, tuple[str, ...]]:
+    """Kinds of the GPUs of each stage that has replicas of its own. Text alone needs no GPU to encode on."""
+    given = {"encoder": layout.encode, "prefill": layout.prefill, "decoder": layout.decode}
+    return {stage: kinds for stage, kinds in given.items() if kinds}
 
 
 def as_yaml(settings: dict[str, Any], comment: str) -> str:

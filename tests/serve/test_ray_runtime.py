@@ -21,7 +21,7 @@ with warnings.catch_warnings():  # Ray's own, while it is imported
     warnings.simplefilter("ignore")
     from ray.exceptions import ActorDiedError
 
-    from serve.deployments import calls, ray_runtime
+    from serve.deployments import calls, decoding
     from serve.deployments.messages import TransferredMedia
     from serve.deployments.ray_runtime import RayRuntime
 
@@ -79,7 +79,7 @@ async def make(monkeypatch):
         encoder = deployment(encode=Method(Answer([media])), encode_inline=Method(Answer([media])))
         decoder = deployment(**{"text_limits": Method(Answer([LIMITS]))} | methods)
         runtime = RayRuntime(encoder, decoder, "none")
-        for stage in (runtime._encoder_stage, runtime._decoder_stage):
+        for stage in (runtime._encoders.stage, runtime._decoders.stage):
             stage._set_present(True)
         return runtime
 
@@ -170,7 +170,7 @@ async def test_a_lost_summary_costs_the_last_token_again_which_nobody_sees_twice
 
 
 async def test_a_stream_whose_other_decoder_is_full_asks_again(make, monkeypatch) -> None:
-    monkeypatch.setattr(ray_runtime, "RESUME_S", 0.0)
+    monkeypatch.setattr(decoding, "RESUME_S", 0.0)
     full = Answer([], CapacityError("busy"))
     answers = [
         Answer([deltas(1)], ActorDiedError()),
@@ -191,7 +191,7 @@ async def test_a_new_stream_that_a_full_decoder_refuses_is_refused(make) -> None
 
 
 async def test_a_stream_that_ends_every_decoder_ends_too(make, monkeypatch) -> None:
-    monkeypatch.setattr(ray_runtime, "RESUME_S", 0.0)
+    monkeypatch.setattr(decoding, "RESUME_S", 0.0)
     stream = Method(Answer([deltas(1)], ActorDiedError()), Answer([], ActorDiedError()))
     events = make(stream=stream).stream(request(), MEDIA)
     assert await anext(events) == deltas(1)
@@ -201,7 +201,7 @@ async def test_a_stream_that_ends_every_decoder_ends_too(make, monkeypatch) -> N
     slow = Method(Answer([deltas(1)], ActorDiedError()))  # each gives one token before it ends
     with pytest.raises(Unavailable):
         await streamed(make(stream=slow))
-    assert len(slow.calls) == 1 + ray_runtime.MAX_STREAM_LOSSES
+    assert len(slow.calls) == 1 + decoding.MAX_STREAM_LOSSES
 
 
 async def test_a_stream_that_fails_by_its_own_fault_is_not_repeated(make) -> None:

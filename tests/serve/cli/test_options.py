@@ -74,7 +74,7 @@ def test_every_setting_can_be_given_in_every_way(tmp_path: Path) -> None:
 def other_than_default(one: Any) -> Any:
     if one.name == "allow_host":
         return ["mm.example.org", "b"]
-    if one.name in ("encoder_label", "decoder_label"):
+    if one.name in ("encoder_label", "prefill_label", "decoder_label"):
         return ["zone=b", "kind=in(T4,L4)"]
     if one.name in ("address", "route_prefix"):
         return {"address": "10.0.0.4:6379", "route_prefix": "/tiny"}[one.name]

@@ -50,11 +50,11 @@ def test_a_plan_has_a_table_json_plots_and_settings(folder):
         assert one["at_equal_cost"] == one["at_equal_gpus"]
         assert 0 <= one["at_equal_gpus"]["attainment"] <= 1
     assert Path("plan.html").read_text().count("<svg") == 4
-    can_run = [one for one in found["candidates"] if one["split"] in ("none", "ep")]
-    best = max(can_run, key=lambda one: one["goodput"] or 0)
+    best = max(found["candidates"], key=lambda one: one["goodput"] or 0)
     settings = build(ServeConfig, read_settings(Path("serve.yaml"), ServeConfig), "file")
     assert settings.num_decoders == len(best["decode"])
-    assert settings.num_encoders == (len(best["encode"]) or 4)
+    assert settings.split == best["split"]
+    assert (settings.num_encoders, settings.num_prefills) == (len(best["encode"]) or 1, len(best["prefill"]) or 1)
 
 
 def test_an_overload_is_said(folder):
