@@ -63,7 +63,7 @@ def check_settings(config: ModelConfig) -> None:
             raise InvalidOption("model", name, f'{problem}; vLLM\'s own: engine_args {{"speculative_config": ...}}')
 
 
-def check_reducer(config: ModelConfig, num_position_rows: int) -> None:
+def check_reducer(config: ModelConfig, num_position_rows: int = 1) -> None:
     """Refuse a default reducer that the engine cannot run.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from mm.engine.sampling.sampler import SampledToken
-from mm.errors import EngineError, InvalidOption, InvalidRequest, MissingPackage
+from mm.errors import EngineError, InvalidOption, InvalidRequest
 from mm.vllm.inputs import Choice
 
 log = logging.getLogger(__name__)
@@ -160,8 +160,7 @@ class VllmCore:
             grammars: Makes llguidance's tokenizer of the model.
 
         Raises:
-            MissingPackage: It is not installed.
-            InvalidOption: It does not have an argument, or was built for another kind of device.
+            InvalidOption: It is not installed, does not have an argument, or was built for another kind of device.
             EngineError: It cannot load or run the model.
         """
         library, stats = cast(Any, load_vllm()), CoreStats()
@@ -280,10 +279,11 @@ def load_vllm() -> ModuleType:
     """The module `vllm`, in an environment of ours.
 
     Raises:
-        MissingPackage: It is not installed.
+        InvalidOption: It is not installed.
     """
     if "vllm" not in sys.modules and importlib.util.find_spec("vllm") is None:
-        raise MissingPackage("engine", "vllm", "vllm")
+        what = "was 'vllm', which is not installed; docs/engines.md says how to install it, or take native"
+        raise InvalidOption("model", "engine", what)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     library = importlib.import_module("vllm")

@@ -72,8 +72,11 @@ def warn_of_limits(model: str) -> None:
         click.echo(f"mm: {limits} For those give a general model, such as {REAL_MODEL}.", err=True)
 
 
-def check_early(config: ModelConfig) -> None:
+def check_early(config: ModelConfig, *, is_local: bool = True) -> None:
     """Refuse what can be seen to be wrong without torch, which takes seconds to import.
+
+    Args:
+        is_local: The model runs on this machine, and not on a cluster's nodes.
 
     Raises:
         MmError: Names what is wrong: the device, the model's folder, its template, or a plugin's name.
@@ -81,6 +84,9 @@ def check_early(config: ModelConfig) -> None:
     from mm.models.locate import check_complete, find, is_on_hub, read_template
 
     check_device_name(config.device)
+    if config.engine == "vllm" and is_local and importlib.util.find_spec("vllm") is None:
+        what = "was 'vllm', which is not installed; docs/engines.md says how to install it, or take native"
+        raise InvalidOption("model", "engine", what)
     template = read_template(config.chat_template)
     if config.kv_cache_gb is not None and config.device == "cpu" and config.kv_cache_gb > (free := _free_gib()):
         raise InvalidOption("model", "kv_cache_gb", f"was {config.kv_cache_gb:g}; {free:.1f} GiB are free")
@@ -156,6 +162,7 @@ def check_model(config: ModelConfig) -> None:
     from mm.models.locate import check_complete, find, read_config, read_template
     from mm.plugins.registry import get
     from mm.plugins.spec import bind, build_drafter, configured_reducer
+    from mm.vllm.capabilities import check_reducer, check_settings
 
     folder = find(config.model)
     read_config(folder)
@@ -166,3 +173,6 @@ def check_model(config: ModelConfig) -> None:
         get("reducer", name)
     for drafter in (config.speculation.drafter, *config.speculation.drafters):
         build_drafter(drafter)
+    if config.engine == "vllm":
+        check_settings(config)
+        check_reducer(config)

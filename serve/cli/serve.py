@@ -58,7 +58,7 @@ def serve(settings: dict[str, Any], in_process: bool, print_config: bool) -> Non
         need("gradio", "demo")
     if config.address is None:
         config = replace(config, port=check_port(config.host, config.port))
-    check_early(config.model)
+    check_early(config.model, is_local=config.address is None)
     where = "in one process" if in_process else "on Ray Serve"
     click.echo(f"mm: {config.model.model} on {config.model.device}, {where}; importing torch", err=True)
     # On a cluster, replicas compute on other nodes than this one.

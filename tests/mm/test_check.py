@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import mm
 from mm.check import check_model
+from mm.models.checkpoint import find
 from serve.cli.app import app
 from tests.helpers.families import write
 from tests.parity.test_families import PICTURES
@@ -58,3 +59,26 @@ def test_a_folder_without_tokenizer_files_is_not_served(folder, tmp_path):
     found = check_model(tmp_path)
     assert "tokenizer" in found["media"]
     assert not found["served"]
+
+
+def test_both_engines_stand_side_by_side(folder):
+    """Qwen3-VL has DeepStack and three position axes, which vLLM does not take from embeddings."""
+    found = check_model(folder)["engines"]
+    assert found["model"]["native"] == "yes"
+    assert found["model"]["vllm"].startswith("no: positions in time, height and width")
+    assert found["reducer divprune"] == {
+        "native": "yes",
+        "vllm": "no: leaves tokens whose positions in time, height and width are not those of a whole grid",
+    }
+    assert found["reducer none"]["vllm"] == "yes"
+    assert found["drafter copy"] == {"native": "yes", "vllm": "no: it has its own"}
+    shipped = check_model(find("tiny"))["engines"]
+    assert shipped["model"]["vllm"].startswith("yes, where vLLM has the architecture")
+    assert shipped["reducer divprune"] == {"native": "yes", "vllm": "yes"}
+    assert shipped["reducer fastv"]["vllm"] == "no: acts inside the decoder (in_prefill)"
+    assert shipped["positions kept"]["vllm"].startswith("no: ")
+    lines = CliRunner().invoke(app, ["check", str(find("tiny"))]).output.splitlines()
+    header = next(line for line in lines if line.startswith("engines:"))
+    row = next(line for line in lines if line.startswith("  reducer fastv"))
+    assert header.split() == ["engines:", "native", "vllm"]
+    assert row[header.index("vllm") :] == "no: acts inside the decoder (in_prefill)"

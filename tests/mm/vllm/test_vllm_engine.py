@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
+from click.testing import CliRunner
 
 import mm
 from mm.data.media import Video
@@ -21,9 +22,9 @@ from mm.errors import (
     IncompatiblePlugin,
     InvalidOption,
     InvalidRequest,
-    MissingPackage,
 )
 from mm.models.families.qwen2_vl import Qwen2VL
+from serve.cli.app import app
 from tests.helpers import fake_vllm
 from tests.helpers.checkpoints import random_llava, random_qwen2_5_vl
 
@@ -311,7 +312,7 @@ def test_a_vllm_for_another_device_is_refused(llava, monkey):
 def test_without_vllm_the_error_names_the_package(llava, monkeypatch):
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingPackage, match=r"'vllm'.*not installed"):
+    with pytest.raises(InvalidOption, match=r"'vllm', which is not installed"):
         mm.load(llava, engine="vllm")
 
 
@@ -359,3 +360,18 @@ def test_the_family_loads_no_decoder_weights(ours, grids):
 def test_what_only_the_native_engine_has_is_refused(ours):
     with pytest.raises(InvalidOption, match="needs the layers of the native engine"):
         _ = ours.native_engine
+
+
+def test_mm_serve_refuses_before_it_loads_anything(monkeypatch):
+    def serve(*options):
+        command = ["serve", "--in-process", "--port", "0", "--engine", "vllm", *options]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code
+        return str(done.exception) + done.output
+
+    monkeypatch.setattr("serve.cli.serve._run", lambda *_: pytest.fail("it was started"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "vllm" else True)
+    assert "'vllm', which is not installed" in serve()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: True)
+    assert "fastv, which acts inside the decoder" in serve("--reducer", "fastv")
+    assert "does not use the drafter 'copy'" in serve("--drafter", "copy")
