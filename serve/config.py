@@ -55,7 +55,14 @@ def check_split(config: ServeConfig) -> None:
     Raises:
         InvalidOption: Names the setting.
     """
-    apart = STAGES[config.split]
+    apart, model = STAGES[config.split], config.model
+    for name, given, is_on in (
+        ("engine", model.engine, model.engine != "native"),
+        ("tensor_parallel", model.tensor_parallel, model.tensor_parallel > 1),
+    ):
+        if config.split == "epd" and is_on:
+            what = f"was {given!r}, whose keys and values cannot move to another replica; say split=ep, or leave it out"
+            raise InvalidOption("model", name, what)
     for stage in ("encoder", "prefill"):
         mine = (f"num_{stage}s", f"max_{stage}s_per_node", *(f"{stage}_{name}" for name in PLACED))
         for one in dataclasses.fields(config):

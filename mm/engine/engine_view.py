@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mm.data.request import TextLimits
 from mm.engine.engine_stats import collect_stats
-from mm.engine.interface import NATIVE
+from mm.engine.interface import NATIVE, EngineCapabilities
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.prefix_cache import PrefixCache
 from mm.engine.lifecycle import RequestLifecycle
@@ -18,8 +20,6 @@ from mm.models.family import CheckpointFamily
 class EngineView:
     """The part of `LLMEngine` that only reads."""
 
-    capabilities = NATIVE
-
     engine_id: str
     family: CheckpointFamily
     cache: KVCache
@@ -29,6 +29,11 @@ class EngineView:
     _scheduler: Scheduler
     _lifecycle: RequestLifecycle
     _gang: Gang | None
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What this engine can do. Members of a gang keep the keys and values of their heads to themselves."""
+        return NATIVE if self._gang is None else replace(NATIVE, hands_over=False)
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from mm.engine.sequence import Sequence as EngineSequence
 from mm.engine.sequence_output import SequenceOutput
 from mm.engine.spec_decode.proposer import SpecDecoder
 from mm.engine.token_pruning import TokenPruning
-from mm.errors import ContextTooLong, InvalidRequest, MmError, ReducerFault
+from mm.errors import ContextTooLong, EngineError, InvalidRequest, MmError, ReducerFault
 from mm.models.arithmetic import Arithmetic
 from mm.models.family import CheckpointFamily
 from mm.plugins.calls import PluginCalls
@@ -65,11 +65,13 @@ class InputProcessor(PromptInputs):
             reducer: Used in place of `media.reducer`.
 
         Raises:
-            EngineError: What was received does not belong to this request or this model.
+            EngineError: What was received does not belong to this request or this model, or cannot move.
             ContextTooLong, InvalidRequest, MediaError: The request cannot be served as asked.
             BadWeights: The weights of a learned reducer are not the encoder's.
         """
         received = media if isinstance(media, ReceivedKV) else None
+        if (received is not None or isinstance(sink, KVSink)) and not self._cache.has_all_heads:
+            raise EngineError("keys and values of a tensor-parallel decoder cannot move to or from another engine")
         media = media.media if isinstance(media, ReceivedKV) else media
         reducer = reducer or self.reducer_of(media)
         prompt = self.splice(params, media)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mm.config import ModelConfig
 from mm.data.outputs import Summary, Timings, Usage
 from mm.data.request import Emitted
 from mm.data.tokens import EncodedMedia
@@ -284,3 +285,11 @@ def test_settings_of_a_stage_without_replicas_are_refused_by_name(split: Any, se
     with pytest.raises(InvalidOption):
         application.build_application(config)
     check_split(replace(config, split="epd"))
+
+
+@pytest.mark.parametrize("settings", [{"engine": "vllm"}, {"tensor_parallel": 2}])
+def test_decoders_whose_keys_and_values_cannot_move_are_refused_at_the_start(settings: dict[str, Any]) -> None:
+    config = ServeConfig(model=ModelConfig(**settings), split="epd")
+    with pytest.raises(InvalidOption, match=f"{next(iter(settings))}.*cannot move"):
+        check_split(config)
+    check_split(replace(config, split="ep"))

@@ -43,7 +43,10 @@ class KVCache:
         block_tables: (num_layers, max_num_seqs, W) int32 block ids. Only the first ceil(length / block_size) are valid.
         lengths: (num_layers, max_num_seqs) int64, tokens held.
         states: Of the layers that have no keys and values.
+        has_all_heads: Whether all keys and values of the model are here.
     """
+
+    has_all_heads = True
 
     def __init__(self, shape: KVCacheSpec, *, num_blocks: int, max_num_seqs: int) -> None:
         self.shape = shape

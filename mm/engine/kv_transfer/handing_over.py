@@ -152,7 +152,9 @@ class HandingOver:
 def fingerprint(request: EngineRequest, spec: KVCacheSpec) -> bytes:
     """Names everything that a prompt's keys and values depend on, as far as two engines may differ in it."""
     shape = (spec.num_layers, spec.num_heads, spec.head_dim, str(spec.dtype), spec.block_size, spec.has_states)
-    digest = hashlib.blake2b(f"{shape}|{request.decoder}|{request.reducer}".encode(), digest_size=16)
+    digest = hashlib.blake2b(
+        f"{shape}|{request.decoder}|{request.reducer}|{request.renumbers}".encode(), digest_size=16
+    )
     for item in request.media:
         digest.update(f"|{item.key}:{item.tokens.num_tokens}".encode())
     digest.update(request.prompt.token_ids.cpu().numpy().tobytes())

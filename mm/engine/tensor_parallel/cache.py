@@ -28,6 +28,8 @@ class LeadingCache(KVCache):
         gang: The members.
     """
 
+    has_all_heads = False
+
     def __init__(self, shape: KVCacheSpec, *, num_blocks: int, max_num_seqs: int, gang: Gang) -> None:
         super().__init__(shape, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
         self._gang, self._is_inside = gang, False

@@ -107,6 +107,7 @@ CASES: dict[str, dict[str, Any]] = {
     "before the decoder": {"reducer": "divprune:keep_ratio=0.25"},
     "in prefill": {"reducer": "fastv:keep_ratio=0.3"},
     "in prefill, at several layers": {"reducer": "pyramiddrop:keep_ratio=0.5"},
+    "positions that begin anew": {"reducer": "pyramiddrop:keep_ratio=0.5", "positions": "as_published"},
     "in prefill, n = 2": SAMPLED | {"reducer": "fastv:keep_ratio=0.3", "n": 2},
     "in the cache": {"reducer": "infinipot:keep_ratio=0.5"},
     "in the cache, from layer 1": {"reducer": KeepEverySecond()},
@@ -348,6 +349,12 @@ def test_what_was_handed_over_is_refused_by_another_request_and_another_model(mo
     with pytest.raises(EngineError, match="per layer came"):
         received_by(engines[1], asked, lost)
     assert_idle(engines[1])
+
+
+def test_a_part_of_the_heads_cannot_move(model, engines):
+    engines[0].cache.has_all_heads = False
+    with pytest.raises(EngineError, match="tensor-parallel"):
+        prefilled(engines[0], question(model))
 
 
 def test_a_sink_that_fails_ends_its_request_only(model, engines):
