@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from mm.models.shipped import SHIPPED, shipped_models
 
 MAX_TEMPLATE_BYTES = 1 << 20
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
+"""What of a model on the hub is downloaded beside its weights."""
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 TEMPLATE_KEYS = ("tokenizer_config.json", "processor_config.json")
 """Files that may hold a template under the key `chat_template`."""
@@ -56,18 +59,54 @@ def _local(model: str | Path) -> Path | None:
 
 
 def _find(model: str | Path, weights: bool) -> Path:
-    return _local(model) or _download(str(model), shipped_models(), weights)
+    return _local(model) or _download(str(model), weights)
 
 
-def _download(name: str, shipped: list[str], weights: bool) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class PlannedDownload:
+    """What a download would fetch.
+
+    Attributes:
+        sizes: Bytes of every file of the model, by name.
+        num_missing_bytes: Bytes of those that are not here yet.
+    """
+
+    sizes: dict[str, int]
+    num_missing_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+def planned_download(name: str) -> PlannedDownload:
+    """What downloading a model of the hub would fetch. Nothing is fetched.
+
+    Raises:
+        UnknownModel: No such model can be reached.
+        BadCheckpoint: It has no safetensors weights.
+    """
+    files = _snapshot(name, [*SETTINGS, *WEIGHTS[:1]], dry_run=True)
+    sizes = {file.filename: file.file_size for file in files}
+    if not any(path.endswith(".safetensors") for path in sizes):
+        raise BadCheckpoint(name, NO_WEIGHTS)
+    missing = sum(file.file_size for file in files if file.will_download)
+    return PlannedDownload(sizes=sizes, num_missing_bytes=missing)
+
+
+def _download(name: str, weights: bool) -> Path:
+    return Path(_snapshot(name, [*SETTINGS, *(WEIGHTS[:1] if weights else ())]))
+
+
+def _snapshot(name: str, patterns: list[str], **options: bool) -> Any:
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(name, allow_patterns=patterns))  # pyright: ignore[reportUnknownMemberType]
+        return snapshot_download(name, allow_patterns=patterns, **options)  # pyright: ignore[reportCallIssue, reportArgumentType, reportUnknownVariableType]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UnknownModel(name, [*shipped, "a local folder", "a hub name that can be reached"]) from error
+        allowed = [*shipped_models(), "a local folder", "a hub name that can be reached"]
+        raise UnknownModel(name, allowed) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -104,6 +143,7 @@ def read_template(path: str | None) -> str | None:
     return text
 
 
+NO_WEIGHTS = "holds no safetensors weights (.bin and .pt files are refused: convert them)"
 NO_TEMPLATE = "has no chat template; give one with --chat-template FILE (Jinja, as transformers writes it)"
 
 
@@ -117,7 +157,7 @@ def check_complete(folder: Path, template: str | None = None) -> None:
         BadCheckpoint: Names what is missing.
     """
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise BadCheckpoint(str(folder), "holds no safetensors weights (.bin and .pt files are refused: convert them)")
+        raise BadCheckpoint(str(folder), NO_WEIGHTS)
     if template is None and not has_template(folder):
         raise BadCheckpoint(str(folder), NO_TEMPLATE)
 

@@ -23,6 +23,7 @@ from serve.cli.embed import embed
 from serve.cli.evaluate import evaluate
 from serve.cli.plan import plan
 from serve.cli.plugins import plugins
+from serve.cli.pull import pull
 from serve.cli.run_batch import run_batch
 from serve.cli.serve import serve
 from serve.cli.tune import tune
@@ -40,6 +41,7 @@ COMMANDS = (
     demo,
     plugins,
     check,
+    pull,
     doctor,
     completion,
 )
