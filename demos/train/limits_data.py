@@ -126,6 +126,7 @@ class LimitsBatches(FrozenBatches):
     """Batches whose last rows are about pictures that the generator did not draw: as many as `strange` says."""
 
     strange = 0
+    later_weight = LATER_WEIGHT
 
     def draw_with(
         self, kind: str, items: list[int], strange: int, rng: np.random.Generator, *, unseen: bool, plain: bool
@@ -136,7 +137,7 @@ class LimitsBatches(FrozenBatches):
         packed = batch.packed
         asked = packed.target_question
         later = (asked == asked.roll(1)) & (packed.target_row >= len(items) - strange)
-        packed.target_weight = packed.target_weight.masked_fill(later, LATER_WEIGHT)
+        packed.target_weight = packed.target_weight.masked_fill(later, self.later_weight)
         return batch
 
     def batch(self, asked, items, num_visual, rng, plain, *, clip):

@@ -47,7 +47,7 @@ IMAGE_RATIO, TEXT_RATIO = 0.22, 0.34  # of the visual tokens of an image; of gen
 KEEP_FIRST = 3  # generated tokens that stay
 RATIO_WEIGHT = 100.0
 MATCH_WEIGHT = 1.0  # of the divergence from what the checkpoint says with all tokens
-LIMIT_WEIGHT = 0.5  # of the refusals about other pictures
+LIMIT_WEIGHT, LATER_WEIGHT = 1.0, 1.0  # of the refusals about other pictures; of all but their first tokens
 START_RATIO, ANNEAL = 0.9, 0.25
 FREE_FROM = 0.15
 LONG_TOKENS = 20  # answers of so many tokens are held to TEXT_RATIO
@@ -144,7 +144,8 @@ def kept_at(held_out: dict[str, Any]) -> list[list[float]]:
     """[share of the generated tokens of long answers that was kept, threshold] of each threshold that was measured."""
     found = []
     for name, figures in held_out.items():
-        if name == "dynamic" or name.startswith("dynamic, threshold"):
+        is_variant = isinstance(figures, dict) and "cache" in figures  # and no difference of two
+        if is_variant and (name == "dynamic" or name.startswith("dynamic, threshold")):
             kept = figures["kept"]
             share = kept["long kept"] / max(1, kept["long"])
             found.append([round(share, 4), float(name.rpartition(" ")[2]) if "threshold" in name else 0.0])
@@ -177,6 +178,7 @@ class DynamicTraining(ReducerTraining):
         if args.init:
             load_reducer(args.init, self.predictors, decoder)
         self.batches = LimitsBatches(tokenizer, self.features.info)
+        self.batches.later_weight = LATER_WEIGHT
         self.others = OtherPictures(args.pictures / "trained") if args.pictures else None
         self.trained = [p for _, p in adapted(self.model, args.adapt)]
         self.optimisers = build_optimisers(self.model, self.predictors, self.trained, args.steps)
