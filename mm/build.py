@@ -20,7 +20,7 @@ from mm.engine.engine import LLMEngine
 from mm.engine.interface import DecoderEngine
 from mm.engine.scheduler import SchedulerConfig
 from mm.engine.self_test import needs_self_test, self_test
-from mm.engine.tensor_parallel.gang import Gang
+from mm.engine.tensor_parallel.gang import Gang, devices
 from mm.errors import BrokenPlugin, InvalidOption, MmError
 from mm.media import DecodeMemory
 from mm.models.checkpoint import BadCheckpoint, check_depths, find, read_config
@@ -162,7 +162,10 @@ def build_engine(config: ModelConfig) -> LLMEngine:
         raise InvalidOption("model", "engine_args", "belongs to vLLM; leave it out, or take the engine vllm")
     config = _on_this_process(config)
     _check_quantization(config)
-    gang = _start_gang(config) if config.tensor_parallel > 1 else None
+    gang = None
+    if config.tensor_parallel > 1:
+        check_tensor_parallel(config)
+        gang = Gang(config.tensor_parallel, config.device, config.num_threads)
     try:
         return _built_engine(config, gang)
     except BaseException:
@@ -202,11 +205,11 @@ def _built_engine(config: ModelConfig, gang: Gang | None) -> LLMEngine:
     )
 
 
-def _start_gang(config: ModelConfig) -> Gang:
-    """The members of a tensor-parallel decoder.
+def check_tensor_parallel(config: ModelConfig) -> None:
+    """Refuse a decoder that cannot be split, before any process is started.
 
     Raises:
-        InvalidOption: The decoder cannot be split, before any process is started.
+        InvalidOption: Says what cannot be split, and into how many parts it could be.
     """
     size, folder = config.tensor_parallel, find(config.model)
     for option, is_on in (("quantize", config.quantize != "none"), ("compile", config.compile)):
@@ -219,8 +222,8 @@ def _start_gang(config: ModelConfig) -> Gang:
     if getattr(get("family", name), "load_language", None) is not CheckpointFamily.load_language:
         what = f"was {size}, but the family {name!r} loads its decoder in its own way; leave the option out"
         raise InvalidOption("model", "tensor_parallel", what)
+    devices(size, resolved(config.device))
     split(folder, read_model_config(folder), 0, size)
-    return Gang(size, config.device, config.num_threads)
 
 
 def _check_quantization(config: ModelConfig) -> None:
@@ -237,7 +240,9 @@ def _check_quantization(config: ModelConfig) -> None:
 
 
 def _on_this_process(config: ModelConfig) -> ModelConfig:
-    """The configuration with its device found. Also sets torch's threads."""
+    """The configuration with its device found. Also sets torch's threads; members of a gang share them."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    elif config.tensor_parallel > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.tensor_parallel))
     return replace(config, device=resolved(config.device))

@@ -286,4 +286,5 @@ class ServeConfig:
         """
         if self.model.num_threads is not None:
             return self
-        return replace(self, model=replace(self.model, num_threads=len(os.sched_getaffinity(0))))
+        num_threads = max(1, len(os.sched_getaffinity(0)) // self.model.tensor_parallel)
+        return replace(self, model=replace(self.model, num_threads=num_threads))

@@ -168,6 +168,10 @@ def check_model(config: ModelConfig) -> None:
     read_config(folder)
     check_complete(folder, read_template(config.chat_template))
     check_device(config.device)
+    if config.tensor_parallel > 1:
+        from mm.build import check_tensor_parallel
+
+        check_tensor_parallel(config)
     bind(configured_reducer(config), folder)
     for name in config.reducers.allowed:
         get("reducer", name)

@@ -113,18 +113,24 @@ def demands(config: ServeConfig, nodes: Sequence[Node]) -> list[Demand]:
 
 
 def _options(stage: str, config: ServeConfig, nodes: Sequence[Node]) -> dict[str, Any]:
-    """Ray's options for the replicas of a stage."""
+    """Ray's options for the replicas of a stage. A decoder gets all its GPUs together, on one node."""
     options: dict[str, Any] = {"num_cpus": getattr(config, f"{stage}_cpus")}
     if kind := getattr(config, f"{stage}_accelerator_type"):
         options["accelerator_type"] = kind
     if labels := getattr(config, f"{stage}_labels"):
         options["label_selector"] = dict(label.split("=", 1) for label in labels)
     share: float | None = getattr(config, f"{stage}_gpus")
+    num_members = config.model.tensor_parallel if stage == "decoder" else 1
     if share is None:
         may_hold = Demand(stage=stage, num_replicas=1, options=options)
         has_gpu = any(node.total.get("GPU", 0) > 0 and may_hold.suits(node) for node in nodes)
         on_gpu = config.model.device.startswith("cuda") or (config.model.device == "auto" and has_gpu)
         share = SHARES[config.split][stage] if on_gpu else 0
+        if share and num_members > 1:
+            share = num_members
+    elif num_members > 1 and share not in (0, num_members):
+        what = f"was {share:g}; with tensor_parallel={num_members} a decoder takes {num_members} GPUs of one node"
+        raise InvalidOption("serve", "decoder_gpus", what)
     if share and ":" in config.model.device:
         given = config.model.device
         raise InvalidOption("model", "device", f"was {given!r}; Ray gives each replica its GPU, so say cuda, or auto")

@@ -110,6 +110,17 @@ def test_what_runs_on_a_cluster_is_left_alone(settings, said):
         check_free(there, ServeConfig(**settings))
 
 
+def test_a_decoder_on_several_gpus_asks_for_all_of_them():
+    found = options([gpu_node("T4", 4)], device="cuda", tensor_parallel=2)
+    assert (found["encoder"]["num_gpus"], found["decoder"]["num_gpus"]) == (0.25, 2)
+    assert options([HEAD], device="cpu", tensor_parallel=2)["decoder"]["num_gpus"] == 0
+    with pytest.raises(InvalidOption, match="takes 4 GPUs of one node"):
+        options([gpu_node("T4", 4)], device="cuda", tensor_parallel=4, decoder_gpus=2.0)
+    assert "no node of the cluster has" in str(refusal([gpu_node("T4", 2)], device="cuda", tensor_parallel=4))
+    with pytest.raises(InvalidOption, match="cannot move to another replica"):
+        options([gpu_node("T4", 4)], device="cuda", tensor_parallel=2, split="epd")
+
+
 @pytest.mark.parametrize(
     ("wanted", "has", "fits"),
     [

@@ -82,6 +82,10 @@ ASKED: dict[str, tuple[Any, dict[str, Any]]] = {
     "at a layer, by scores": ("fastv:keep_ratio=0.5,layer=1", {}),
     "at two layers, by scores": ("pyramiddrop:num_stages=2,at_layers=[1,3]", {}),
     "at layers, by scores of the one before": ("mustdrop:key_ratio=0,at_layers=[1,2],global_share=0.02,peak=0.05", {}),
+    "at two layers, with positions anew": (
+        "pyramiddrop:num_stages=2,at_layers=[1,3]",
+        {"positions": "published", "speculation": "copy"},
+    ),
     "behind the prompt": (KeepEverySecond(1), {"n": 2, "temperature": 1.0, "seed": 3}),
     "behind the prompt, by keys and values": (KeepLargest(), {}),
     "about generated tokens": (ForgetEveryThird(), {}),
