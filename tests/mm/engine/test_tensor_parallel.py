@@ -35,12 +35,13 @@ from tests.helpers.engines import KeepEverySecond, Question, Recorder, answer_al
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
 KINDS: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True, "mlp_bias": True},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"attention_bias": True, "num_key_value_heads": 2},
     "mistral": {"sliding_window": 128, "num_key_value_heads": 1},
+    "qwen2": {"tie_word_embeddings": True},
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen3": {"attention_bias": True, "num_key_value_heads": 2},
 }
 """With one key/value head, every member holds it. Qwen2 has biases of its own. Answers go beyond the window."""
+SLOW = {"mistral": pytest.mark.slow, "qwen2": pytest.mark.slow}
 LENGTH = 10
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["one", "two"]}}, "required": ["a"]}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": {**SCHEMA, "additionalProperties": False}}}
@@ -107,7 +108,7 @@ def gang(request):
     found.close()
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=SLOW.get(kind, ())) for kind in KINDS])
 def single(request, tmp_path_factory):
     """The model in one process, with a drafter."""
     folder = random_llava_with(tmp_path_factory.mktemp(request.param), request.param, **HEADS | KINDS[request.param])
