@@ -12,6 +12,7 @@ import click
 
 from mm import __version__
 from mm.errors import MmError
+from serve.cli.bench import bench
 from serve.cli.caption import caption
 from serve.cli.chat import chat
 from serve.cli.check import check
@@ -38,6 +39,7 @@ COMMANDS = (
     evaluate,
     tune,
     plan,
+    bench,
     demo,
     plugins,
     check,
