@@ -206,6 +206,9 @@ class ServeConfig:
     batch_dir: str | None = setting(
         None, help="Folder of /v1/files and /v1/batches; without it they are off. Batches go on after a restart."
     )
+    record_trace: str | None = setting(
+        None, help="File to which a line per answered request is added, for mm plan: time and sizes, no contents."
+    )
     max_batch_file_bytes: int = setting(512 * MiB, min=0, help="Size of an uploaded file, in bytes.")
     max_choices: int = setting(8, min=1, help="Largest `n` that a request may ask for.")
     request_timeout_s: float = setting(300.0, min=0, help="Seconds from a request's body to its last token.")
@@ -225,6 +228,8 @@ class ServeConfig:
             raise InvalidOption("serve", "ui", what)
         if self.batch_dir is not None and self.num_ingress > 1:
             raise InvalidOption("serve", "batch_dir", "needs a single HTTP replica, which works on the batches")
+        if self.record_trace is not None and self.num_ingress > 1:
+            raise InvalidOption("serve", "record_trace", "needs a single HTTP replica, which writes the file")
         if self.ui and self.num_ingress > 1:
             raise InvalidOption("serve", "ui", "needs a single HTTP replica, which holds the visitors of the page")
         self._check_cluster()

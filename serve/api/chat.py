@@ -28,6 +28,7 @@ from serve.api.parse import ChatCall, parse_chat
 from serve.api.progress import with_progress
 from serve.api.render import ResponseMeta, summary_of, to_json
 from serve.api.stream import News, Writer, sse
+from serve.api.trace import TraceRecorder
 from serve.config import ServeConfig
 from serve.runtime import MediaHandle, Runtime
 
@@ -66,6 +67,8 @@ class Chat:
     def __init__(self, runtime: Runtime, config: ServeConfig, metrics: Metrics, bodies: BodyReader) -> None:
         self._runtime, self._config, self._metrics, self._bodies = runtime, config, metrics, bodies
         self._in_flight = 0
+        path, num_frames = config.record_trace, config.model.num_frames
+        self._trace = None if path is None else TraceRecorder(path, num_frames)
 
     async def answer(self, http: HttpRequest, form: Form = CHAT) -> Response:
         """The response, whole or streamed. An error is returned as a response too."""
@@ -157,7 +160,7 @@ class Chat:
             events = await self._runtime.complete(*await self._prepared(call, deadline))
         summary = summary_of(events)
         self._first_token(time.perf_counter() - arrived - summary.timings.decode_s)
-        self._finished(summary, _reasons(events), arrived)
+        self._finished(call, summary, _reasons(events), arrived)
         return events
 
     async def _begin(self, call: ChatCall, arrived: float, deadline: float) -> tuple[News, AsyncGenerator[News]]:
@@ -195,7 +198,7 @@ class Chat:
                     self._first_token(time.perf_counter() - arrived)
                 reasons += _reasons(batch)
                 if isinstance(batch[-1], Summary):
-                    self._finished(batch[-1], reasons, arrived)
+                    self._finished(call, batch[-1], reasons, arrived)
                 yield batch
         finally:
             await events.aclose()
@@ -213,8 +216,11 @@ class Chat:
     def _first_token(self, seconds: float) -> None:
         self._metrics.ttft.labels(self._config.names[0]).observe(seconds)
 
-    def _finished(self, summary: Summary, reasons: list[str], arrived: float) -> None:
-        self._metrics.finished(summary, reasons, time.perf_counter() - arrived)
+    def _finished(self, call: ChatCall, summary: Summary, reasons: list[str], arrived: float) -> None:
+        elapsed = time.perf_counter() - arrived
+        self._metrics.finished(summary, reasons, elapsed)
+        if self._trace is not None:
+            self._trace.add(call.request, summary.usage, time.time() - elapsed)
 
     def _error(self, error: BaseException, request_id: str) -> ErrorResponse:
         response = error_response(error, request_id)

@@ -180,7 +180,7 @@ def build_config(cls: type[T], settings: Mapping[str, Any], **fixed: Any) -> T:
     values = {**settings, **fixed}
     if "reducer" in values:
         values["reducer"] = read_reducer(values["reducer"])
-    for name in ("chat_template", "batch_dir"):  # a replica may run in another folder
+    for name in ("chat_template", "batch_dir", "record_trace"):  # a replica may run in another folder
         if values.get(name):
             values[name] = str(Path(values[name]).expanduser().resolve())
     return build(cls, values, "model")

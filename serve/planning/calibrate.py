@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -28,6 +28,7 @@ import mm
 from mm.api import build_request
 from mm.config import ModelConfig
 from mm.encode.pipeline import encode
+from mm.engine.engine import LLMEngine
 from mm.engine.loop import Submitted
 from serve.api.routes import create_app
 from serve.config import ServeConfig
@@ -99,6 +100,7 @@ def calibrate(job: Calibration, say: Callable[[str], object] = lambda _: None) -
 
 class _Bench:
     def __init__(self, model: mm.Model, job: Calibration, clock: Callable[[], float]) -> None:
+        self.engine = cast(LLMEngine, model.engine)  # the native one, which is stepped here
         self.model, self.clock, self._repeats, self._sides = model, clock, job.repeats, job.sides_px
         self._seed = 0
         self._filler, self._fixed = self._find_filler()
@@ -173,7 +175,7 @@ class _Bench:
 
     def steps(self) -> list[tuple[int, float]]:
         """Compute all that is submitted: tokens and seconds of each step."""
-        engine, found = self.model.engine, list[tuple[int, float]]()
+        engine, found = self.engine, list[tuple[int, float]]()
         while engine.has_work:
             before = engine.stats.num_scheduled_tokens
             seconds = self.timed(engine.step)
@@ -185,11 +187,11 @@ class _Bench:
 
     @property
     def budget(self) -> int:
-        return self.model.engine.config.max_num_batched_tokens
+        return self.engine.config.max_num_batched_tokens
 
     @property
     def context(self) -> int:
-        return self.model.engine.family.max_context_tokens
+        return self.engine.family.max_context_tokens
 
     def prefill(self) -> dict[str, Any]:
         """Curve over the tokens of a chunk and the tokens before it, which are whole chunks."""
@@ -211,7 +213,7 @@ class _Bench:
 
     def decode(self) -> dict[str, Any]:
         """Curve of a step over sequences and their mean context."""
-        most = self.model.engine.config.max_num_seqs
+        most = self.engine.config.max_num_seqs
         batches = sorted({num for num in (1, 4, 16, most) if num <= most})
         contexts = sorted({max(self._fixed + 1, 32), min(1024, self.context // 2)})
         rows = [[self._decode_s(num, context) for context in contexts] for num in batches]
@@ -230,14 +232,14 @@ class _Bench:
         curves = parse_curves({"schema": SCHEMA, **found}, "the measurement")
         assert curves.prefill is not None
         assert curves.decode is not None
-        batch, tokens = min(4, self.model.engine.config.max_num_seqs), 64 + self._fixed
+        batch, tokens = min(4, self.engine.config.max_num_seqs), 64 + self._fixed
         apart = curves.decode(batch, 48), curves.prefill(tokens, 0)
         savings = list[float]()
         for _ in range(self._repeats):
             for _ in range(batch):
                 self.submit(self._fixed + 16, 32)
             for _ in range(6):
-                self.model.engine.step()
+                self.engine.step()
             self.submit(tokens, 1)
             together = next(seconds for num, seconds in self.steps() if num > batch)
             savings.append(sum(apart) - together)
@@ -245,7 +247,7 @@ class _Bench:
 
     def sizes(self) -> dict[str, Any]:
         """Bytes of a token, and the bounds of the engine."""
-        engine = self.model.engine
+        engine = self.engine
         spec = engine.cache.shape
         one = encode(self._asked("?", self._sides[:1]), self.model.encode_parts).items[0].tokens
         token_bytes = spec.num_layers * spec.token_bytes

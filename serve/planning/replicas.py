@@ -52,6 +52,9 @@ class Replicas:
         prefilled, decoded: Told about tokens by replicas that prefill only, and by decoders.
         shared: A device that all of them and the front end run on, for a server on one processor; None gives each GPU
             its own.
+
+    Attributes:
+        encoder_of: The encoder of each decoder, where both are one replica.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Replicas:
         self.prefills: dict[str, Decoder] = {}
         self.decoders: dict[str, Decoder] = {}
         self.gpus: list[SimulatedGpu] = []
+        self.encoder_of: dict[str, str] = {}
         self._gpu_of: dict[str, SimulatedGpu] = {}
         self.is_shared = shared is not None
         self.encoder_router = Router(policies.routing, partial(_open, self.encoders), loop)
@@ -93,17 +97,17 @@ class Replicas:
                 self.open("encode", gpu)
         for kind in layout.decode:
             gpu = self._gpu(kind, decode)
-            self.open("decode", gpu)
+            name = self.open("decode", gpu)
             if layout.split == "none" and self._curves[kind].encode is not None:
-                self.open("encode", gpu)
+                self.encoder_of[name] = self.open("encode", gpu)
 
     def _gpu(self, kind: str, role: str) -> SimulatedGpu:
         gpu = SimulatedGpu(kind, role, self._shared or Device(self._loop, self._curves[kind].lanes))
         self.gpus.append(gpu)
         return gpu
 
-    def open(self, role: str, gpu: SimulatedGpu) -> None:
-        """Start a replica on a GPU.
+    def open(self, role: str, gpu: SimulatedGpu) -> str:
+        """Start a replica on a GPU. Returns its name.
 
         Raises:
             PlanError: The GPU has no curves for it.
@@ -113,7 +117,7 @@ class Replicas:
         if role == "encode":
             self.encoders[name] = Encoder(gpu, curves, self._policies.encode_workers)
             self.encoder_router.refresh()
-            return
+            return name
         if not curves.decodes:
             raise PlanError(f"GPUs of kind {gpu.kind} have no curves of prefill and decode, so they can only encode")
         if curves.engine.max_num_seqs > curves.engine.max_batch_tokens:
@@ -121,6 +125,7 @@ class Replicas:
         pool, router = self._decoder_pool(role)
         pool[name] = Decoder(gpu.device, curves, self._outputs[role])
         router.refresh()
+        return name
 
     def close(self, role: str, name: str) -> SimulatedGpu:
         """Route nothing more to a replica. Returns its GPU; what runs there goes on."""

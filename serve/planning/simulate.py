@@ -123,6 +123,7 @@ class Simulation:
         self._output, self._arrival = traffic.output_tokens.tolist(), traffic.arrival_s.tolist()
         self._first, self._last, self._refused = [NAN] * num, [NAN] * num, [False] * num
         self._is_late = [False] * num
+        self._home = [""] * num
         self._parts = [0] * num
         self._tickets: list[Ticket | None] = [None] * num
         self._num_arrived = self._num_refused = self._num_finished = self._in_flight = 0
@@ -207,8 +208,13 @@ class Simulation:
 
     def _admitted(self, index: int) -> None:
         pictures, router = self._pictures[index], self.replicas.encoder_router
+        if self.layout.split == "none":
+            self._home[index], self._tickets[index] = self.replicas.decoder_router.decoder(str(index))
         if not pictures:
             self._to_prefill(index)
+        elif self.layout.split == "none":
+            self._parts[index] = 1
+            self._encode(index, pictures, self.replicas.encoder_of[self._home[index]], None)
         elif self.policies.sharding and pictures > 1 and len(router.names) > 1:
             parts = shares(pictures, len(router.names))
             self._parts[index] = len(parts)
@@ -241,7 +247,10 @@ class Simulation:
 
     def _to_prefill(self, index: int) -> None:
         """The prompt goes to a prefill replica, or to a decoder where there are none."""
-        if self.replicas.prefills:
+        if self.layout.split == "none":
+            home = self.replicas.decoders[self._home[index]]
+            home.put(Sequence(index, self._prompt[index], self._output[index]))
+        elif self.replicas.prefills:
             self._put("prefill", Sequence(index, self._prompt[index], 1))
         else:
             self._put("decode", Sequence(index, self._prompt[index], self._output[index]))

@@ -1,0 +1,68 @@
+"""Records when requests came and how large they were, for `mm plan --trace`. Contents are never part of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from mm.data.outputs import Usage
+from mm.data.request import Request
+from mm.errors import InvalidOption
+from serve.planning.traces import RECORDED
+
+log = logging.getLogger(__name__)
+HEADER = ",".join(RECORDED)
+
+
+class TraceRecorder:
+    """Appends a line for each answered request to a CSV file.
+
+    Args:
+        num_frames: Frames of a clip for which a request asks no number.
+
+    Raises:
+        InvalidOption: The file cannot be written, or it holds something else.
+    """
+
+    def __init__(self, path: str, num_frames: int) -> None:
+        self._num_frames = num_frames
+        try:
+            first = Path(path).read_text(encoding="utf-8").split("\n", 1)[0] if Path(path).exists() else ""
+            if first not in ("", HEADER):
+                raise InvalidOption("serve", "record_trace", f"was {path!r}, a file that holds something else")
+            self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the server
+            if not first:
+                self._file.write(HEADER + "\n")
+        except (OSError, UnicodeDecodeError) as error:
+            problem = f"was {path!r}, which cannot be written: {error}"
+            raise InvalidOption("serve", "record_trace", problem) from None
+        os.chmod(path, 0o600)
+        self._has_failed = False
+
+    def add(self, request: Request, usage: Usage, arrived_at: float) -> None:
+        """Write a request's line. A full disk stops the recording and not the server.
+
+        Args:
+            arrived_at: Seconds since 1970.
+        """
+        kept = usage.num_image_tokens_prompt + usage.num_video_tokens_prompt
+        row = (
+            f"{arrived_at:.6f}",
+            usage.num_prompt_tokens,
+            self._num_pictures(request),
+            usage.num_visual_tokens_in,
+            kept,
+            max(1, usage.num_completion_tokens),
+        )
+        try:
+            self._file.write(",".join(map(str, row)) + "\n")
+        except OSError as error:
+            if not self._has_failed:
+                log.error("record_trace=%s", error)
+            self._has_failed = True
+
+    def _num_pictures(self, request: Request) -> int:
+        asked = request.vision.frames
+        frames = asked.num_frames if asked is not None and asked.num_frames else self._num_frames
+        return sum(frames if item.kind == "video" else 1 for item in request.media)
