@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from mm.data.outputs import Usage
@@ -26,19 +25,16 @@ class TraceRecorder:
     """
 
     def __init__(self, path: str, num_frames: int) -> None:
-        self._num_frames = num_frames
+        self._path, self._num_frames, self._has_failed = Path(path), num_frames, False
         try:
-            first = Path(path).read_text(encoding="utf-8").split("\n", 1)[0] if Path(path).exists() else ""
+            first = self._path.read_text(encoding="utf-8").split("\n", 1)[0] if self._path.exists() else ""
             if first not in ("", HEADER):
                 raise InvalidOption("serve", "record_trace", f"was {path!r}, a file that holds something else")
-            self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the server
-            if not first:
-                self._file.write(HEADER + "\n")
+            self._write("" if first else HEADER + "\n")
+            self._path.chmod(0o600)
         except (OSError, UnicodeDecodeError) as error:
             problem = f"was {path!r}, which cannot be written: {error}"
             raise InvalidOption("serve", "record_trace", problem) from None
-        os.chmod(path, 0o600)
-        self._has_failed = False
 
     def add(self, request: Request, usage: Usage, arrived_at: float) -> None:
         """Write a request's line. A full disk stops the recording and not the server.
@@ -56,11 +52,15 @@ class TraceRecorder:
             max(1, usage.num_completion_tokens),
         )
         try:
-            self._file.write(",".join(map(str, row)) + "\n")
+            self._write(",".join(map(str, row)) + "\n")
         except OSError as error:
             if not self._has_failed:
                 log.error("record_trace=%s", error)
             self._has_failed = True
+
+    def _write(self, text: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def _num_pictures(self, request: Request) -> int:
         asked = request.vision.frames
