@@ -20,16 +20,17 @@ from torch import Tensor
 
 from encoders.helpers.batches import in_groups
 from encoders.helpers.fingerprint import fingerprint
+from encoders.helpers.knobs import has_knob, settings_for
 from encoders.helpers.text import TextEmbeddings
 from mm.data.media import Image, Video
 from mm.data.tokens import Grid, VisualTokens
-from mm.errors import MediaError
+from mm.errors import InvalidRequest, MediaError
 from mm.models.checkpoint import BadCheckpoint, check_depths, find
 from mm.models.folder import reading
 from mm.models.media_processor import MediaProcessor, ProcessedItem
 from mm.models.pretrained import model_config
 from mm.models.probe import WholeModel, accepted
-from mm.plugins.features import TEXT_EMBEDDINGS
+from mm.plugins.features import RESOLUTION, TEXT_EMBEDDINGS
 
 
 class TransformersEncoder:
@@ -43,7 +44,7 @@ class TransformersEncoder:
         BadCheckpoint: transformers has no such model, or weights are missing.
     """
 
-    provides: frozenset[str] = frozenset({TEXT_EMBEDDINGS})
+    provides: frozenset[str] = frozenset({TEXT_EMBEDDINGS, RESOLUTION})
     kinds: frozenset[str] = frozenset({"image", "video"})
     fingerprint: str
 
@@ -63,6 +64,9 @@ class TransformersEncoder:
         self._sides: dict[str, int] = {}
         with reading(self.path, "a file of its processors"):
             self.kinds = frozenset(self.processor.samples)
+            if not all(has_knob(self.processor.of_kind(kind)) for kind in self.processor.samples):
+                self.provides -= {RESOLUTION}
+                self.lacks = {RESOLUTION: "this checkpoint's processor has no setting for fewer tokens"}
             self._check_samples()
         self._text = functools.cache(self._text_embeddings)
 
@@ -99,19 +103,34 @@ class TransformersEncoder:
         """Whether a picture's tokens depend on there being other pictures in the prompt."""
         return self.processor.reads_company
 
-    def prepare(self, item: Image | Video, *, in_company: bool = False) -> ProcessedItem:
+    def prepare(
+        self, item: Image | Video, *, in_company: bool = False, resolution: float | None = None
+    ) -> ProcessedItem:
         """The item as the tower's input, by the checkpoint's processor.
 
         Args:
             in_company: Whether the prompt has other pictures.
+            resolution: At most so many of the item's own tokens, by a setting of the processor.
 
         Raises:
+            InvalidRequest: No setting of the processor makes so few.
             MediaError: An item of a kind or a shape that it does not take.
         """
         if item.kind not in self.kinds:
             raise MediaError("not_supported", item.kind)
         try:
-            return self.processor.process(item, in_company=in_company)
+            own = self.processor.process(item, in_company=in_company)
+            if resolution is None or resolution >= 1:
+                return own
+            most = max(1, int(math.prod(self.grid_of(own)) * resolution))
+            for settings in settings_for(self.processor.of_kind(item.kind), own, resolution):
+                found = self.processor.process(item, in_company=in_company, settings=settings)
+                if math.prod(self.grid_of(found)) <= most:
+                    return replace(found, inputs={**settings, **found.inputs})  # some towers read a setting too
+            raise InvalidRequest(
+                f"no setting of this checkpoint's processor makes at most {most} of the {math.prod(self.grid_of(own))} "
+                f"visual tokens of this {item.kind}; ask for more, or name a reducer that acts after the projector"
+            )
         except ValueError as error:  # such as a clip of fewer frames than become one step
             frames, (height, width) = (
                 ("", item.pixels.shape[:2])

@@ -209,7 +209,9 @@ def answers(model: mm.Model, shown: Sequence[Page]) -> dict[str, Any]:
         for reducer in ("none", REDUCER)
     }
     right = {
-        reducer: sum(page.answer.lower() in text.lower() for page, text in zip(shown, of, strict=True))
+        reducer: {
+            i for i, (page, text) in enumerate(zip(shown, of, strict=True)) if page.answer.lower() in text.lower()
+        }
         for reducer, of in texts.items()
     }
     changed = [
@@ -217,7 +219,13 @@ def answers(model: mm.Model, shown: Sequence[Page]) -> dict[str, Any]:
         for page, a, b in zip(shown, texts["none"], texts[REDUCER], strict=True)
         if a != b
     ]
-    return {"asked": len(shown), "same": len(shown) - len(changed), "right": right, "changed": changed}
+    return {
+        "asked": len(shown),
+        "same": len(shown) - len(changed),
+        "right": {reducer: len(found) for reducer, found in right.items()},
+        "stayed_right": len(right["none"] & right[REDUCER]),
+        "changed": changed,
+    }
 
 
 def report(rows: Sequence[dict[str, Any]], asked: dict[str, Any]) -> str:
@@ -236,7 +244,10 @@ def report(rows: Sequence[dict[str, Any]], asked: dict[str, Any]) -> str:
         ],
     )
     right = ", ".join(f"`{reducer}` {count}" for reducer, count in asked["right"].items())
-    return f"{table}\n\n`tiny`, {asked['asked']} questions: {asked['same']} answers the same; right: {right}."
+    return (
+        f"{table}\n\n`tiny`, {asked['asked']} questions: {asked['same']} answers the same; right: {right}; "
+        f"{asked['stayed_right']} right both ways."
+    )
 
 
 def main() -> None:

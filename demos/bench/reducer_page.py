@@ -14,7 +14,7 @@ five points either way; these are several times as many. Methods are compared qu
 intervals of their differences.
 
 Tables and sentences with figures stand between markers of the page and come from files in demos/bench/results alone.
-Those of `reducer_load`, `reducer_speed` and `tuning` are only read here. Plots are beside the page.
+Those of `reducer_load`, `reducer_speed`, `pixelprune` and `tuning` are only read here. Plots are beside the page.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from demos.bench import pixelprune
 from demos.bench.method_pages import official_table
 from demos.bench.reducer_figures import Results, plot, put_into, report, report_beside
 from demos.bench.reducer_load import report_load
@@ -91,7 +92,10 @@ def write_page(page: Path) -> None:
         put_into(page, plain.name, report_beside(results, plain))
     put_into(page, "official", official_table())
     put_into(page, "tuning-tiny", report_tuning(last_record("tuning-tiny.json")))
-    put_into(page, "reducer-load-tiny", report_load(last_record("reducer-load-tiny-epyc-2core.txt")))
+    for kind in KINDS:
+        put_into(page, f"reducer-load-tiny-{kind}", report_load(last_record(f"reducer-load-tiny-{kind}-2core.txt")))
+    pages = last_record("pixelprune-2core.txt")
+    put_into(page, "pixelprune", pixelprune.report(pages["rows"], pages["answers"]))
     put_into(page, "reducer-select-256m", report_select(last_record("reducer-select-256m-epyc-2core.txt")))
 
 

@@ -59,6 +59,7 @@ from mm.models.checkpoint import find, weights_hash
 from mm.plugins.apply import reduce_tokens
 from mm.plugins.capabilities import before_tower, in_tower
 from mm.plugins.features import BLOCK_KEYS, TEXT_EMBEDDINGS
+from mm.plugins.reducer import Stage
 from mm.plugins.spec import bind, build_reducer, reducer_spec
 from pruning.base import NoReduction
 from serve.evaluation.items import Item, choose, read_test_set
@@ -287,15 +288,19 @@ def measure(bench: Bench, items: Sequence[Item], args: argparse.Namespace, metho
     asked = list(items) if keep_ratio < 1 or method == "none" else first_of_each(items, NUM_SAME)
     answers = bench.answers(asked, spec)
     right = {i.id: is_right(answers[i.id][0], (i.answer, *i.accepted), i.scoring) for i in asked}
+    cost = costs(bench, probed, spec, args.repeats)
+    kept = round(sum(kept for _, _, kept in answers.values()) / sum(n for _, n, _ in answers.values()), 4)
+    if bench.reducer(spec).acts_at == (Stage.IN_DECODE,):
+        kept = cost["kept"]  # answers count what the prompt was computed with
     return {
         "method": method,
         "keep_ratio": keep_ratio,
         "spec": spec,
-        "kept": round(sum(kept for _, _, kept in answers.values()) / sum(n for _, n, _ in answers.values()), 4),
+        "kept": kept,
         "asked": [item.id for item in asked],
         "right": [item.id for item in asked if right[item.id]],
         "texts": {item.id: answers[item.id][0] for item in first_of_each(asked, NUM_SAME)},
-        "cost": costs(bench, probed, spec, args.repeats),
+        "cost": cost,
         "weights": weights_of(bench, spec),
     }
 

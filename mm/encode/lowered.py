@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import cast
 
@@ -15,7 +16,7 @@ from mm.data.media import Image, Prepared, Video
 from mm.encode.loaded import LoadedItem, LoadedMedia
 from mm.encode.parts import EncodeParts, call_encoder
 from mm.encode.token_budget import NATIVE, TokenBudget, check_share, planned_tokens
-from mm.errors import MediaError
+from mm.errors import InvalidRequest, MediaError
 from mm.plugins.encoder import ChangesResolution, CountsTokens
 
 
@@ -47,10 +48,11 @@ def at_lower_resolution(
         if limit < left:
             check_share(limit, left, parts.policy)
             share = options.get("resolution", 1.0) * limit / left
-            one = _prepared(item, parts, {**options, "resolution": share}, param)
+            with suppress(InvalidRequest):  # a processor that cannot make so few makes all
+                one = _prepared(item, parts, {**options, "resolution": share}, param)
         key = hashlib.sha256(f"{item.key}\n{NATIVE} {limit} of {left}".encode()).hexdigest()
         cached = parts.cache.get(key)
-        items.append(replace(item, key=key, content=cached or one, num_before_budget=left if limit < left else 0))
+        items.append(replace(item, key=key, content=cached or one, num_before_budget=left if one is not full else 0))
     loaded.budget.give_back()
     return replace(loaded, items=tuple(items), tokens=replace(loaded.tokens, settled=tuple(limits)))
 

@@ -155,20 +155,29 @@ class MediaProcessor:
         found: dict[Kind, str | None] = {kind: getattr(self._processor, f"{kind}_token", None) for kind in kinds}
         return {mark: kind for kind, mark in (found | self._marks).items() if mark}
 
-    def process(self, item: Image | Video, *, in_company: bool = False) -> ProcessedItem:
+    def of_kind(self, kind: Kind) -> object:
+        """The processor of pictures or of clips."""
+        return getattr(self._processor, f"{kind}_processor", None)
+
+    def process(
+        self, item: Image | Video, *, in_company: bool = False, settings: Mapping[str, Any] | None = None
+    ) -> ProcessedItem:
         """The item as the tower takes it. A clip's frames are taken as they are.
 
         Args:
             in_company: Whether the prompt has other pictures; see `reads_company`.
+            settings: Of the processor of that kind, in place of its own.
         """
         mark = self._marks[item.kind]
+        own: dict[str, Any] = {f"{item.kind}s_kwargs": dict(settings)} if settings else {}
         if isinstance(item, Video):
-            options: dict[str, Any] = {"videos": [item.frames], "do_sample_frames": False}
-            return self._processed(item.kind, mark, video_metadata=[_metadata(item)], **options)
+            sampling = {"do_sample_frames": False, "video_metadata": [_metadata(item)]}
+            own = {"videos_kwargs": {**settings, **sampling}} if settings else sampling
+            return self._processed(item.kind, mark, videos=[item.frames], **own)
         picture = PIL.Image.fromarray(item.pixels)
         if not (in_company and self.reads_company):
-            return self._processed("image", mark, images=self._listed([picture]))
-        pair = self._processed("image", 2 * mark, images=self._listed([picture, picture]))
+            return self._processed("image", mark, images=self._listed([picture]), **own)
+        pair = self._processed("image", 2 * mark, images=self._listed([picture, picture]), **own)
         firsts = {
             name: value[:1] if isinstance(value, Tensor) and len(value) == 2 else value
             for name, value in pair.inputs.items()

@@ -1,11 +1,13 @@
 """Native: the checkpoint's own way to make fewer tokens.
 
 Stage     pixels, before patches are made: the tower, its memory and everything after it cost less.
-Needs     resolution: a checkpoint that has such a way. Qwen2-VL and Qwen2.5-VL take pictures of any size, so theirs is
-          the processor's `max_pixels`.
+Needs     resolution: a checkpoint whose processor has such a way: an area that pictures have at most (Qwen's and GLM's
+          `size`, `max_pixels`), a number of tokens (Gemma 4's `max_soft_tokens`), or another way to join patches
+          (MiniCPM-V's `downsample_mode`, VideoLLaMA 3's `use_token_compression`).
 Cost      none; pictures are resized once more.
 Equation  of an item that the processor would bring to h x w pixels, at most keep_ratio h w pixels are kept, at its own
-          aspect ratio and in whole cells. So at most keep_ratio of its tokens are made.
+          aspect ratio and in whole cells. So at most keep_ratio of its tokens are made. Of the other settings the one is
+          taken that makes most tokens of those that make few enough; where none does, the request is refused.
 """
 
 from __future__ import annotations

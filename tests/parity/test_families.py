@@ -30,8 +30,10 @@ from mm.encode.counting import count_tokens
 from mm.encode.feature_cache import FeatureCache
 from mm.encode.pipeline import encode
 from mm.engine.self_test import TESTED, self_test
+from mm.errors import IncompatiblePlugin, InvalidRequest
 from mm.models.families.generic import TransformersFamily
 from mm.models.folder import BadCheckpoint
+from mm.plugins.features import RESOLUTION
 from tests.helpers.families import FAMILIES, write
 from tests.helpers.passes import Alone
 
@@ -161,6 +163,27 @@ def test_what_is_counted_beforehand_is_what_comes(both, monkeypatch):
         assert all(one.is_exact for one in told)
         prompt = both.ours.engine.family.splice(asked.messages, [item.tokens for item in found.items])
         assert inputs.prompt_length(asked, told) == prompt.length
+
+
+def test_a_knob_of_the_processor_makes_fewer_tokens(both):
+    """`native` is refused by name where there is none; else at most the share is made, as counted beforehand."""
+    parts = both.ours.encode_parts
+    for case in ("one", "clip"):
+        if case not in both.cases:
+            continue
+        if RESOLUTION not in parts.encoder.provides:
+            with pytest.raises(IncompatiblePlugin, match="no setting for fewer tokens"):
+                encode(request(case, reducer="native"), parts)
+            continue
+        (whole,) = encode(request(case), parts).items
+        asked = request(case, reducer="native:keep_ratio=0.5")
+        try:
+            (told,) = count_tokens(asked, replace(parts, cache=FeatureCache(0)))
+        except InvalidRequest:  # no setting of the processor makes so few
+            continue
+        (item,) = encode(asked, parts).items
+        assert item.tokens.num_tokens_in == told.num_tokens <= whole.tokens.num_tokens_in // 2
+        assert len(answer(both, case, reducer="native:keep_ratio=0.5")) > 0
 
 
 def test_an_unequal_batch_gives_the_same(both):
