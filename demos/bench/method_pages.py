@@ -62,11 +62,11 @@ def figures(name: str) -> list[str]:
                 share, cost = right_share(line), line["cost"]
                 rows.append(
                     f"| {what} | {line['kept']:.0%} | {share:.1%} | {share / full:.0%} | {1e3 * cost['encode']:.0f} | "
-                    f"{1e3 * cost['select']:.1f} | {cost['prefill_over_none']:.2f} | {cost['kv_bytes_over_none']:.2f} |"
+                    f"{1e3 * cost['select']:.1f} | {cost['ttft_over_none']:.2f} | {cost['kv_bytes_over_none']:.2f} |"
                 )
     if not rows:
         return []
-    head = "| on | kept | right | of all tokens' | encode ms | select ms | prefill | KV bytes |"
+    head = "| on | kept | right | of all tokens' | encode ms | select ms | TTFT | KV bytes |"
     return [head, "|" + "---|" * 8, *rows]
 
 
@@ -106,8 +106,8 @@ def page(name: str, words: dict[str, str]) -> str:
     if table := figures(name):
         parts += ["## On the shipped model", "\n".join(table)]
         parts.append(
-            "`prefill` and `KV bytes` are shares of those of `none`; seconds are CPU time of one core. "
-            "[All methods](../reducers.md)."
+            "TTFT (encoding, selecting, prefill) and KV bytes are shares of those of `none`; seconds are CPU time of "
+            "one core. [All methods](../reducers.md)."
         )
     return "\n\n".join(parts) + "\n"
 
