@@ -6,8 +6,8 @@ Needs     resolution: a checkpoint whose processor has such a way: an area that 
           (MiniCPM-V's `downsample_mode`, VideoLLaMA 3's `use_token_compression`).
 Cost      none; pictures are resized once more.
 Equation  of an item that the processor would bring to h x w pixels, at most keep_ratio h w pixels are kept, at its own
-          aspect ratio and in whole cells. So at most keep_ratio of its tokens are made. Of the other settings the one is
-          taken that makes most tokens of those that make few enough; where none does, the request is refused.
+          aspect ratio and in whole cells. So at most keep_ratio of its tokens are made. Of the other settings the one
+          is taken that makes most tokens of those that make few enough; where none does, the request is refused.
 """
 
 from __future__ import annotations
