@@ -169,6 +169,8 @@ class VllmCore:
         if built_for != device:
             what = f"was {device!r}, and the vLLM that is installed runs on {built_for!r}; choose that device"
             raise InvalidOption("model", "device", what)
+        if not (version := str(library.__version__)).startswith(TESTED):
+            log.warning("vLLM %s is installed; the tests passed with %s", version, ", ".join(TESTED))
         known = {one.name for one in dataclasses.fields(library.EngineArgs)}
         if unknown := sorted(arguments.keys() - known):
             raise InvalidOption("model", "engine_args", f"holds {unknown[0]!r}, which vLLM's engine does not have")

@@ -226,6 +226,7 @@ class LLMEngine:
 def install(monkeypatch: Any, device: str = "cpu") -> ModuleType:
     """Put the stand-in where `import vllm` finds it, for one test."""
     library = ModuleType("vllm")
+    library.__version__ = "0.32.0"
     for one in (EngineArgs, LLMEngine, SamplingParams):
         setattr(library, one.__name__, one)
     sampling, platforms = ModuleType("vllm.sampling_params"), ModuleType("vllm.platforms")

@@ -298,6 +298,14 @@ def test_arguments_reach_vllm(llava, monkey):
     assert core(model).is_shut
 
 
+@pytest.mark.parametrize(("version", "warns"), [("0.32.1", False), ("0.40.0", True)])
+def test_another_version_of_vllm_is_named_in_the_log(llava, monkeypatch, caplog, version, warns):
+    library = fake_vllm.install(monkeypatch)
+    monkeypatch.setattr(library, "__version__", version)
+    mm.load(llava, dtype="float32", engine="vllm").close()
+    assert (f"vLLM {version} is installed" in caplog.text) is warns
+
+
 def test_engine_args_belong_to_vllm(llava):
     with pytest.raises(InvalidOption, match="belongs to vLLM"):
         mm.load(llava, engine_args="{}")
