@@ -8,8 +8,6 @@ from typing import Any
 
 import click
 
-from serve.cli.matrix import aligned
-
 
 @click.command()
 @click.argument("model")
@@ -38,6 +36,8 @@ def check(model: str, size: str, frames: int, dtype: str, as_json: bool) -> None
 
 
 def _lines(found: dict[str, Any]) -> str:
+    from serve.cli.matrix import aligned  # it imports torch, and help has to be instant
+
     lines: list[str] = []
     for name, answer in found.items():
         if name == "engines" and isinstance(answer, dict):
