@@ -79,8 +79,9 @@ def unpredicted(frame: Tensor, before: Tensor | None, tau: float) -> tuple[Tenso
     if not _has_alike(shown, tau):
         return keep, shown
     if not tau:  # what a cell stands for is the cell itself
-        rows, columns = (torch.arange(size, device=frame.device) for size in (height, width))
-        _, fits = _predicted(frame, shown, *torch.meshgrid(rows, columns, indexing="ij"), tau)
+        sides = [torch.arange(size, device=frame.device) for size in (height, width)]
+        row, column = torch.meshgrid(sides, indexing="ij")
+        _, fits = _predicted(frame, shown, row, column, tau)
         fits[0, 0] = False
         return keep & ~fits, shown
     # Cells of one diagonal do not depend on one another.
