@@ -36,6 +36,16 @@ def gumbel_keep(logits: Tensor, temperature: float, rng: torch.Generator | None)
     return hard + (soft - soft.detach())
 
 
+def top_keep_soft(logits: Tensor, temperature: float, keep_ratio: float) -> Tensor:
+    """(..., N) what `top_keep` keeps, with the gradient of the soft value.
+
+    Draws spread the kept tokens over a picture, and their number differs from picture to picture. A decoder that has
+    seen draws only stutters where the tokens of highest score lie side by side, as in photographs.
+    """
+    soft = (logits.float() / temperature).softmax(-1)[..., 0]
+    return top_keep(logits, keep_ratio) + (soft - soft.detach())
+
+
 def top_keep(logits: Tensor, keep_ratio: float) -> Tensor:
     """(..., N) 1 for the floor(N * keep_ratio) tokens of highest score, at least one; the lower index wins a tie."""
     count = max(1, math.floor(logits.shape[-2] * keep_ratio))
@@ -48,7 +58,8 @@ def top_keep(logits: Tensor, keep_ratio: float) -> Tensor:
 class Decide:
     """How decisions are made. Training: a temperature and a source of noise. Serving: top-k and a threshold.
 
-    Without images (or text) nothing of that sort is dropped. fixed: image decisions (B, N) from elsewhere.
+    In training with an image_ratio below 1 images are decided as in serving. Without images (or text) nothing of that
+    sort is dropped. fixed: image decisions (B, N) from elsewhere.
     """
 
     temperature: float | None = None
@@ -61,6 +72,8 @@ class Decide:
 
     def image(self, logits: Tensor) -> Tensor:
         if self.temperature is not None:
+            if self.image_ratio < 1:
+                return top_keep_soft(logits, self.temperature, self.image_ratio)
             return gumbel_keep(logits, self.temperature, self.rng)
         return top_keep(logits, self.image_ratio)
 

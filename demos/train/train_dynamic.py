@@ -4,7 +4,8 @@ First the predictors alone, the decoder frozen; from FREE_FROM on the decoder to
 of tokens to keep falls from START_RATIO to its goal within the first ANNEAL of the steps, so that there is something
 to choose between from the first step on. sparse.py has the method.
 
-With --init the training goes on from a finished reducer: everything is trained from the first step, at the goal. With
+With --init the training goes on from a finished reducer: everything is trained from the first step, and the goal for
+pictures is kept exactly. With
 --pictures, rows about pictures that the generator did not draw teach the decoder to keep saying that it cannot tell.
 
     python -m demos.train.frozen --base mm/models/weights/tiny --run RUN
@@ -203,9 +204,8 @@ class DynamicTraining(ReducerTraining):
         goals, temperature = progress(step, args.steps, warm=bool(args.init))
         packed = to_device(batch.packed, args.device)
         decide = Decide(temperature, torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step), text=plain)
-        decide = replace(
-            decide, images=not batch.clip
-        )  # clips are in the data so that the decoder does not forget them
+        # Clips are in the data so that the decoder does not forget them.
+        decide = replace(decide, images=not batch.clip, image_ratio=goals[0] if args.init else 1.0)
         with torch.autocast(args.device, torch.bfloat16):
             embeds = splice(self.model, packed, visual(self.model, self.features, batch, strange))
             logits, decisions = run_sparse(self.model, self.predictors, embeds, packed, decide)
