@@ -78,7 +78,7 @@ def other_than_default(one: Any) -> Any:
         return ["zone=b", "kind=in(T4,L4)"]
     if one.name in ("address", "route_prefix"):
         return {"address": "10.0.0.4:6379", "route_prefix": "/tiny"}[one.name]
-    if one.name in ("chat_template", "batch_dir"):  # a path is made absolute
+    if one.name in ("chat_template", "batch_dir", "record_trace"):  # a path is made absolute
         return "/other"
     if one.name == "allow_origin":
         return ["https://app.example.org", "http://b"]
