@@ -29,8 +29,9 @@ from typing import Any
 
 from demos.bench import pixelprune
 from demos.bench.method_pages import official_table
-from demos.bench.reducer_figures import Results, plot, put_into, report, report_beside
+from demos.bench.reducer_figures import plot, put_into, report, report_beside
 from demos.bench.reducer_load import report_load
+from demos.bench.reducer_results import Results
 from demos.bench.reducer_speed import report_select
 from demos.bench.tuning import report_tuning
 from serve.evaluation.items import read_test_set

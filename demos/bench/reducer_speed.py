@@ -26,7 +26,7 @@ import torch
 import mm
 from demos.bench.budgets import NO_METHOD, spec_of
 from demos.bench.machine import facts
-from demos.bench.reducers import Timed
+from demos.bench.reducer_bench import Timed
 from demos.bench.shapes import SHAPES, write_shape
 from mm.api import build_request
 from mm.config import ModelConfig

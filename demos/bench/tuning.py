@@ -26,8 +26,8 @@ import torch
 import mm
 from demos.bench.folds import Scorer
 from demos.bench.machine import facts
+from demos.bench.reducer_bench import Bench
 from demos.bench.reducer_figures import points
-from demos.bench.reducers import Bench
 from mm.config import ModelConfig
 from serve.cli.options import read_reducer
 from serve.evaluation.intervals import interval

@@ -15,8 +15,8 @@ import torch
 
 from demos.bench import reducer_page
 from demos.bench.budgets import methods_for, ratios_of, spec_of
+from demos.bench.reducer_bench import Timed
 from demos.bench.reducer_figures import (
-    Results,
     main_table,
     paired_table,
     plot,
@@ -25,7 +25,8 @@ from demos.bench.reducer_figures import (
     task_table,
     verdicts,
 )
-from demos.bench.reducers import Timed, done_before, plan_of, probes
+from demos.bench.reducer_results import Results
+from demos.bench.reducers import done_before, plan_of, probes
 from mm.data.tokens import VisualTokens
 from mm.models.checkpoint import find
 from mm.plugins.capabilities import acts_outside_decoder
