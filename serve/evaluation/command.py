@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mm.config import ModelConfig
+from mm.models.locate import find
 from mm.plugins.spec import build_reducer
 from serve.evaluation.client import Backend
 from serve.evaluation.items import EvaluationError, choose, read_test_set
 from serve.evaluation.report import progress, tables
-from serve.evaluation.resumable import ResumableBackend
+from serve.evaluation.resumable import ResumableBackend, files_of
 from serve.evaluation.run import answer_lines, ask_items, num_questions, result_of
 
 
@@ -94,7 +95,8 @@ def run_evaluation(job: Evaluation, *, build: Callable[[Evaluation], Backend] = 
     by_id = test_set.by_id()
     backend = build(job)
     if outputs:
-        backend = ResumableBackend(backend, partial_of(outputs[0]))
+        state = files_of(find(job.model.model)) if job.url is None else None
+        backend = ResumableBackend(backend, partial_of(outputs[0]), state)
         if backend.num_found and not job.quiet:
             sys.stderr.write(f"mm: {backend.num_found} answers of an earlier run are in {partial_of(outputs[0])}\n")
     with (

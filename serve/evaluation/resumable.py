@@ -21,14 +21,15 @@ class ResumableBackend:
     Args:
         backend: Answers what the file does not hold.
         path: The file. It is made with the first reply.
+        state: Anything else on which replies depend, such as `files_of` the model's folder.
 
     Attributes:
         num_found: Replies of this backend that the file held.
     """
 
-    def __init__(self, backend: Backend, path: Path) -> None:
+    def __init__(self, backend: Backend, path: Path, state: object = None) -> None:
         self._backend, self._path = backend, path
-        self._name = _digest(json.dumps(backend.metadata(), sort_keys=True).encode())
+        self._name = _digest(json.dumps([backend.metadata(), state], sort_keys=True).encode())
         self._found = dict(_stored(path, self._name))
         self.num_found = len(self._found)
 
@@ -54,6 +55,12 @@ class ResumableBackend:
     def forget(self) -> None:
         """Delete the file: the evaluation is complete."""
         self._path.unlink(missing_ok=True)
+
+
+def files_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change (ns) of every file: another list when a model was trained on."""
+    found = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [(str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for path, stat in found]
 
 
 def _stored(path: Path, name: str) -> Iterator[tuple[str, Reply]]:

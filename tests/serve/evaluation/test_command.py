@@ -109,7 +109,7 @@ def test_a_run_that_stops_leaves_earlier_results_alone(run, file, tmp_path, monk
 
 def test_a_run_that_was_ended_goes_on_where_it_stopped(run, file, tmp_path, monkeypatch):
     class Ending(FakeBackend):
-        """Ends the process at the seventh question, if it is told to."""
+        """Ends the process at the seventh question, if it is asked to."""
 
         def __init__(self, last: int) -> None:
             super().__init__()
@@ -142,6 +142,27 @@ def test_a_run_that_was_ended_goes_on_where_it_stopped(run, file, tmp_path, monk
     for kind in ("json", "jsonl"):
         assert (tmp_path / f"cut.{kind}").read_bytes() == (tmp_path / f"whole.{kind}").read_bytes()
     assert 0 < len(rest.asked) <= len(whole.asked) - 5  # less where a control asks what was answered already
+
+
+def test_a_model_that_was_trained_on_is_asked_again(run, file, tmp_path, monkeypatch):
+    folder, result, backends = tmp_path / "model", tmp_path / "result.json", list[FakeBackend]()
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llava"}')
+    (folder / "model.safetensors").write_bytes(b"old")
+
+    def build(job: object) -> FakeBackend:
+        backends.append(FakeBackend())
+        return backends[-1]
+
+    monkeypatch.setitem(command.run_evaluation.__kwdefaults__, "build", build)
+    monkeypatch.setattr(ResumableBackend, "forget", lambda _: None)  # as if each run were ended
+    monkeypatch.setattr("serve.cli.evaluate.check_early", lambda _: None)
+    arguments = ("--data", file, "--json", result, "--model", folder, "--reducer", "none", "--quiet")
+    for weights, is_asked in ((b"old", True), (b"old", False), (b"newer", True)):
+        if (folder / "model.safetensors").read_bytes() != weights:
+            (folder / "model.safetensors").write_bytes(weights)
+        assert run(*arguments)[0] == 0
+        assert bool(backends[-1].asked) == is_asked
 
 
 @pytest.mark.usefixtures("fake")
