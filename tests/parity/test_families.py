@@ -157,12 +157,16 @@ def test_what_is_counted_beforehand_is_what_comes(both, monkeypatch):
         found = encode(asked, parts)
         with monkeypatch.context() as patch:
             patch.setattr(type(parts.encoder), "encode", lambda *_, **__: pytest.fail("the tower ran"))
-            told = count_tokens(asked, replace(parts, cache=FeatureCache(0)))
-        assert [one.num_tokens for one in told] == [item.tokens.num_tokens for item in found.items]
-        assert [one.grid for one in told] == [item.tokens.grid for item in found.items]
-        assert all(one.is_exact for one in told)
+            counted = count_tokens(asked, replace(parts, cache=FeatureCache(0)))
+        assert [one.num_tokens for one in counted] == [item.tokens.num_tokens for item in found.items]
+        assert [one.grid for one in counted] == [item.tokens.grid for item in found.items]
+        assert all(one.is_exact for one in counted)
         prompt = both.ours.engine.family.splice(asked.messages, [item.tokens for item in found.items])
-        assert inputs.prompt_length(asked, told) == prompt.length
+        assert inputs.prompt_length(asked, counted) == prompt.length
+
+
+HALVED = frozenset({"qwen3_vl", "glm4v", "video_llama_3"})
+"""Families whose pictures and clips here can be halved; those of others are too small, or have one setting only."""
 
 
 def test_a_knob_of_the_processor_makes_fewer_tokens(both):
@@ -178,11 +182,12 @@ def test_a_knob_of_the_processor_makes_fewer_tokens(both):
         (whole,) = encode(request(case), parts).items
         asked = request(case, reducer="native:keep_ratio=0.5")
         try:
-            (told,) = count_tokens(asked, replace(parts, cache=FeatureCache(0)))
+            (counted,) = count_tokens(asked, replace(parts, cache=FeatureCache(0)))
         except InvalidRequest:  # no setting of the processor makes so few
+            assert both.name not in HALVED
             continue
         (item,) = encode(asked, parts).items
-        assert item.tokens.num_tokens_in == told.num_tokens <= whole.tokens.num_tokens_in // 2
+        assert item.tokens.num_tokens_in == counted.num_tokens <= whole.tokens.num_tokens_in // 2
         assert len(answer(both, case, reducer="native:keep_ratio=0.5")) > 0
 
 
@@ -196,6 +201,7 @@ def test_an_unequal_batch_gives_the_same(both):
 
 
 def test_the_self_test_passes(both):
+    """It raises where it does not."""
     self_test(TransformersFamily(both.folder))
 
 

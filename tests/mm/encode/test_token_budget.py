@@ -134,8 +134,8 @@ def test_never_more_than_asked_for_and_as_told_before(parts_of, family):
         except (IncompatiblePlugin, InvalidOption, MediaError):  # such as ToMe for the clips of a LLaVA
             continue
         done += 1
-        told = count_tokens(request, replace(parts, cache=FeatureCache(0)))
-        for part, count, item in zip(request.messages[0].parts, told, found, strict=False):
+        counts = count_tokens(request, replace(parts, cache=FeatureCache(0)))
+        for part, count, item in zip(request.messages[0].parts, counts, found, strict=False):
             assert item.tokens.num_tokens <= count.num_tokens <= count.num_tokens_in
             assert item.tokens.num_tokens == count.num_tokens or not count.is_exact
             assert count.num_tokens_in == item.tokens.num_tokens_in
@@ -206,19 +206,19 @@ def test_the_operators_share_holds_for_budgets_too(parts_of):
 
 
 def test_budgets_by_a_lower_resolution(parts_of):
-    """No more than asked for, as told before, each item its share; the tower makes no more than that."""
+    """No more than asked for, as counted before, each item its share; the tower makes no more than that."""
     parts = replace(parts_of("qwen"), policy=ReducerPolicy(budget_by="native"), cache=FeatureCache(10**8))
     rng, lowered = random.Random(3), 0
     for _ in range(25):
         request = drawn(rng, parts, ["divprune", "uniform:keep_ratio=0.8", "pixelprune:tau=0.2", "fastvid"])
         plain = replace(parts, policy=ReducerPolicy())
         whole = encode(replace(request, vision=replace(request.vision, max_visual_tokens=None)), plain).items
-        told = count_tokens(request, parts)
+        counts = count_tokens(request, parts)
         found = encode(request, parts).items
         again = encode(request, parts)
         assert [item.tokens.num_tokens for item in again.items] == [item.tokens.num_tokens for item in found]
         assert sum(item.tokens.num_tokens for item in found) <= (request.vision.max_visual_tokens or 10**9)
-        for part, count, item, full in zip(request.messages[0].parts, told, found, whole, strict=False):
+        for part, count, item, full in zip(request.messages[0].parts, counts, found, whole, strict=False):
             tokens = item.tokens
             assert tokens.num_tokens == count.num_tokens or (
                 not count.is_exact and tokens.num_tokens < count.num_tokens

@@ -108,12 +108,12 @@ def repository(hub: Hub, name: str) -> Path:
 
 def test_a_model_is_downloaded_once_and_can_be_loaded(hub, pull):
     source = repository(hub, "owner/small")
-    code, folder, told = pull("owner/small")
+    code, folder, errors = pull("owner/small")
     assert code == 0
     assert (Path(folder.strip()) / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert "README.md" not in hub.fetched
-    assert f"{(source / 'model.safetensors').stat().st_size / 1e9:.2f} GB" in told
-    assert "its decoder 0.01 GB" in told
+    assert f"{(source / 'model.safetensors').stat().st_size / 1e9:.2f} GB" in errors
+    assert "its decoder 0.01 GB" in errors
     hub.fetched.clear()
     assert pull("owner/small")[:2] == (0, folder)
     assert "0.00 GB are not here yet" in pull("owner/small")[2]
@@ -124,9 +124,9 @@ def test_what_cannot_be_served_is_said_before_its_weights_are_fetched(hub, pull)
     folder = repository(hub, "owner/odd")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
-    code, shown, told = pull("owner/odd")
+    code, shown, errors = pull("owner/odd")
     assert (code, shown) == (1, "")
-    assert "unheard_of" in told
+    assert "unheard_of" in errors
     assert "model.safetensors" not in hub.fetched
     assert pull("owner/odd", "--force")[0] == 0
     assert "model.safetensors" in hub.fetched
@@ -135,18 +135,18 @@ def test_what_cannot_be_served_is_said_before_its_weights_are_fetched(hub, pull)
 def test_a_model_without_safetensors_is_refused_at_once(hub, pull):
     folder = repository(hub, "owner/old")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    code, _, told = pull("owner/old")
+    code, _, errors = pull("owner/old")
     assert code == 1
-    assert "holds no safetensors weights" in told
+    assert "holds no safetensors weights" in errors
     assert hub.fetched == []
 
 
 def test_a_full_disk_is_noticed_before_anything_is_fetched(hub, pull, monkeypatch):
     repository(hub, "owner/small")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
-    code, _, told = pull("owner/small")
+    code, _, errors = pull("owner/small")
     assert code == 1
-    assert "free; set HF_HOME" in told
+    assert "free; set HF_HOME" in errors
     assert hub.fetched == []
 
 
