@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from serve.cli.app import app
@@ -75,17 +76,20 @@ def test_python_of_a_model_card_runs(card, code, tmp_path, monkeypatch):
 
 
 def commands() -> list[list[str]]:
+    pages = [PAGES[0], *sorted((ROOT / "docs").rglob("*.md"))]
     lines = [
-        line.split("#")[0].strip() for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()
+        line.split("#")[0].strip() for page in pages for block in blocks(page, "bash") for line in block.splitlines()
     ]
     return [shlex.split(line) for line in lines if line.startswith("mm ")]
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_commands_and_options_exist(command):
-    known = app.commands[command[1]]
+    known, rest = app, command[1:]
+    while isinstance(known, click.Group):
+        known, rest = known.commands[rest[0]], rest[1:]
     options = {option for parameter in known.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    assert {word for word in command[2:] if word.startswith("--")} <= options
+    assert {word for word in rest if word.startswith("--")} <= options
 
 
 def test_make_targets_exist():
