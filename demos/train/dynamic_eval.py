@@ -6,7 +6,8 @@ greedy decoding gives for all answers that have one wording.
 
 import math
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from demos.train.packing import Packed
 from demos.train.sparse import Decide, Predictors, by_answer, prefill_share, run_sparse
 from demos.train.train_lm import splice, to_device, visual_tokens
 
-THRESHOLDS = (-2.0, -4.0)  # of the text predictor; at 0 it keeps what it says
+KEPT_SHARES = (0.5, 0.65, 0.8, 0.95)  # of generated tokens: thresholds are set so that about so many stay
 MEDIUM_TOKENS, LONG_TOKENS = 20, 40  # answers of so many tokens and more are counted by themselves
 
 
@@ -100,13 +101,32 @@ def cache_shares(
     return {"generated": round(generated, 4), "whole": round(whole, 4), "mean_length": round(length, 1)}
 
 
-def variants(image_ratio: float) -> dict[str, tuple[str, Decide, str]]:
+@dataclass
+class Recorded(Decide):
+    """Decides as its base does and keeps the scores of generated tokens, logit 0 - logit 1."""
+
+    scores: list[Tensor] = field(default_factory=list)
+
+    def output(self, logits: Tensor) -> Tensor:
+        self.scores.append((logits[..., 0] - logits[..., 1]).float())
+        return super().output(logits)
+
+
+def thresholds_for(model: nn.Module, predictors: Predictors, held_out: HeldOut, image_ratio: float) -> list[float]:
+    """Thresholds at which about KEPT_SHARES of the generated tokens of held-out answers stay, the highest first."""
+    decide = Recorded(image_ratio=image_ratio)
+    ask(model, predictors, held_out, decide)
+    scores = torch.cat(decide.scores)
+    return [round(float(scores.quantile(1 - share)), 2) for share in KEPT_SHARES]
+
+
+def variants(image_ratio: float, thresholds: Sequence[float]) -> dict[str, tuple[str, Decide, str]]:
     """Name: (whose decoder, how is decided, which image tokens instead of the predictor's)."""
     full, sparse = Decide(images=False, text=False), Decide(image_ratio=image_ratio)
     image = replace(sparse, text=False)
     found = {"none": ("base", full, ""), "dynamic": ("own", sparse, ""), "dynamic, image only": ("own", image, "")}
     found |= {"dynamic, output only": ("own", Decide(images=False), ""), "adapted, all kept": ("own", full, "")}
-    found |= {f"dynamic, threshold {t}": ("own", replace(sparse, threshold=t), "") for t in THRESHOLDS}
+    found |= {f"dynamic, threshold {t}": ("own", replace(sparse, threshold=t), "") for t in thresholds}
     found |= {"base, predicted image tokens": ("base", image, "")}
     found |= {f"base, {c} image tokens": ("base", image, c) for c in ("random", "uniform")}
     return found
@@ -119,7 +139,8 @@ def report(
     decoder, result, pictures = model.model.language_model, {}, {}
     own = {name: t.clone() for name, t in decoder.state_dict().items()}
     config, prompt = model.config.text_config, (model.config.image_seq_length, text_tokens(held_out))
-    for name, (weights, decide, chosen) in variants(image_ratio).items():
+    thresholds = thresholds_for(model, predictors, held_out, image_ratio)
+    for name, (weights, decide, chosen) in variants(image_ratio, thresholds).items():
         decoder.load_state_dict(own if weights == "own" else base)
         pictures[name], clips, kept = ask(model, predictors, held_out, decide, chosen)
         result[name] = {"pictures": summary(pictures[name]), "clips": summary(clips)}
