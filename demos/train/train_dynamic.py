@@ -5,8 +5,8 @@ of tokens to keep falls from START_RATIO to its goal within the first ANNEAL of 
 to choose between from the first step on. sparse.py has the method.
 
 With --init the training goes on from a finished reducer: everything is trained from the first step, and the goal for
-pictures is kept exactly. With
---pictures, rows about pictures that the generator did not draw teach the decoder to keep saying that it cannot tell.
+pictures is kept exactly. With --pictures, rows about pictures that the generator did not draw teach the decoder to keep
+saying that it cannot tell.
 
     python -m demos.train.frozen --base mm/models/weights/tiny --run RUN
     python -m demos.train.train_dynamic --base mm/models/weights/tiny --run RUN --steps 1600 [--resume] [--device cuda]
@@ -122,7 +122,9 @@ def adapted(model: nn.Module, adapt: str) -> list[tuple[str, nn.Parameter]]:
     return [(f"layers.{name}", p) for name, p in layers.named_parameters() if names[adapt] in name]
 
 
-def build_optimisers(model: nn.Module, predictors: Predictors, trained: list[nn.Parameter], steps: int) -> Optimisers:
+def build_optimisers(
+    model: nn.Module, predictors: Predictors, trained: list[nn.Parameter], args: argparse.Namespace
+) -> Optimisers:
     """Muon for the trained matrices of the decoder, AdamW for the predictors and, slower, for the decoder's norms."""
     decoder, inside = model.model.language_model, {id(p) for p in trained}
     matrices, _ = split_matrices(decoder, decoder.layers)
@@ -130,9 +132,9 @@ def build_optimisers(model: nn.Module, predictors: Predictors, trained: list[nn.
     optimisers = Optimisers(
         [p for p in matrices if id(p) in inside] or [nn.Parameter(torch.zeros(1, 1))],  # Muon refuses an empty list
         list(predictors.parameters()),
-        muon_lr=MUON_LR,
-        adam_lr=PREDICTOR_LR,
-        num_steps=steps,
+        muon_lr=args.decoder_lr,
+        adam_lr=args.predictor_lr,
+        num_steps=args.steps,
         warmup_steps=WARMUP_STEPS,
         decay_from=DECAY_FROM,
         calmed=norms,
@@ -182,7 +184,7 @@ class DynamicTraining(ReducerTraining):
         self.batches.later_weight = LATER_WEIGHT
         self.others = OtherPictures(args.pictures / "trained") if args.pictures else None
         self.trained = [p for _, p in adapted(self.model, args.adapt)]
-        self.optimisers = build_optimisers(self.model, self.predictors, self.trained, args.steps)
+        self.optimisers = build_optimisers(self.model, self.predictors, self.trained, args)
         self.held_out = HeldOut(tokenizer, self.held_out_features())
         self.parts = {"decoder": decoder, "predictors": self.predictors, "optimisers": self.optimisers}
 
@@ -258,6 +260,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--adapt", choices=("all", "attention", "none"), default="all", help="of the decoder's layers")
     parser.add_argument("--init", type=Path, help="folder of a finished `dynamic` from which to go on")
     parser.add_argument("--pictures", type=Path, help="folder that demos.train.other_pictures wrote")
+    parser.add_argument("--predictor-lr", type=float, default=PREDICTOR_LR, help="peak rate of the predictors")
+    parser.add_argument("--decoder-lr", type=float, default=MUON_LR, help="peak rate of the decoder's matrices")
     parser.add_argument("--channels", type=int, help="of the predictors; an eighth of the width by default")
     parser.add_argument("--image-layer", type=int, default=0)
     parser.add_argument("--text-layer", type=int, default=1)
