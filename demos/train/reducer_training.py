@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from tqdm import tqdm
 
 from demos.train.frozen import CHECK_SEED, FrozenFeatures, load_base
 from demos.train.training import append_record, save_checkpoint
-from mm.plugins.weights import checkpoint_fingerprint
+from mm.plugins.weights import DECODER, TENSORS, checkpoint_fingerprint
 
 
 class Stateful(Protocol):
@@ -79,6 +81,22 @@ class ReducerTraining(ABC):
     def save_checkpoint(self, step: int, seconds: float) -> None:
         states = {name: part.state_dict() for name, part in self.parts.items()}
         save_checkpoint(self.out / "state.pt", **states, step=step, seconds=seconds)
+
+
+def load_reducer(folder: Path, network: nn.Module, decoder: nn.Module) -> None:
+    """Take a network and decoder layers from a folder that an earlier training wrote.
+
+    Raises:
+        RuntimeError: The network has other tensors.
+        SystemExit: The decoder has not all layers of the folder.
+    """
+    tensors = {name: tensor for name, tensor in load_file(folder / TENSORS).items() if name != "digits"}  # of the base
+    network.load_state_dict(tensors)
+    if (folder / DECODER).is_file():
+        changed = {name: tensor.float() for name, tensor in load_file(folder / DECODER).items()}
+        unexpected = decoder.load_state_dict(changed, strict=False).unexpected_keys
+        if unexpected:
+            raise SystemExit(f"{folder / DECODER} has {unexpected[0]}, which the decoder of --base has not")
 
 
 def build_parser(

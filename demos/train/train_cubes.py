@@ -7,13 +7,18 @@ the decoder than learned ones. cubing.py has the method.
 
     python -m demos.train.frozen --base mm/models/weights/tiny --run RUN
     python -m demos.train.train_cubes --base mm/models/weights/tiny --run RUN --steps 2000 [--resume] [--device cuda]
+        [--init FOLDER]
     python -m demos.train.train_cubes --base mm/models/weights/tiny --run RUN --evaluate --clips 200
+
+With --init the training goes on from finished cubes, as after a change of the checkpoint: the decoder learns from the
+first step, and borders get little noise.
 
 RUN/cubes gets state.pt, training.jsonl, model.safetensors, decoder.safetensors and config.json.
 """
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +31,7 @@ from demos.train.cube_data import Asked, CubeBatches, Prompt, build_prompt, chan
 from demos.train.cube_eval import evaluate
 from demos.train.cubing import CubeNetwork, CubeShape, num_borders, uniform_borders
 from demos.train.frozen import FrozenFeatures, save_reducer
-from demos.train.reducer_training import ReducerTraining, build_parser, main
+from demos.train.reducer_training import ReducerTraining, build_parser, load_reducer, main
 from demos.train.train_lm import run_decoder, splice, to_device
 from demos.train.training import Optimisers, mean_where
 from mm.plugins.weights import checkpoint_fingerprint
@@ -42,7 +47,10 @@ WARMUP_STEPS, DECAY_FROM = 40, 0.4
 CLIPS = 4  # per batch
 
 
-def noise_at(step: int, num_steps: int) -> float:
+def noise_at(step: int, num_steps: int, *, warm: bool = False) -> float:
+    """Of the Gumbel noise, in a training that began anew or from finished cubes."""
+    if warm:
+        return NOISE[1]
     done = min(1.0, step / (NOISE_UNTIL * num_steps))
     return NOISE[1] + (NOISE[0] - NOISE[1]) * 0.5 * (1 + float(np.cos(np.pi * done)))
 
@@ -88,6 +96,8 @@ class CubesTraining(ReducerTraining):
         self.base = {name: t.clone() for name, t in self.decoder.state_dict().items()}
         width, scale = self.model.config.text_config.hidden_size, mean_size(self.model, self.features)
         self.network = CubeNetwork(CubeShape(width, query_side=args.query_side, scale=scale)).to(args.device)
+        if args.init:
+            load_reducer(args.init, self.network, self.decoder)
         self.batches = CubeBatches(
             AutoTokenizer.from_pretrained(args.base, trust_remote_code=False), self.features.info
         )
@@ -96,7 +106,7 @@ class CubesTraining(ReducerTraining):
         self.parts = {"decoder": self.decoder, "network": self.network, "optimisers": self.optimisers}
 
     def learn(self, step: int) -> dict[str, Any]:
-        if step >= FREE_FROM * self.args.steps:
+        if self.args.init or step >= FREE_FROM * self.args.steps:
             self.decoder.layers.requires_grad_(True)
         loss, record = self.loss(step)
         loss.backward()
@@ -109,7 +119,8 @@ class CubesTraining(ReducerTraining):
         items = rng.integers(self.features.info["clips"], size=args.batch).tolist()
         with torch.autocast(args.device, torch.bfloat16):
             frames = [frame_tokens(self.model, self.features, item, args.device) for item in items]
-            prompts, logits = cut(self.network, frames, rng, noise_at(step, args.steps), args.seed * 1_000_003 + step)
+            noise = noise_at(step, args.steps, warm=bool(args.init))
+            prompts, logits = cut(self.network, frames, rng, noise, args.seed * 1_000_003 + step)
             asked = [self.batches.ask(item, rng) for item in items]
             packed = to_device(self.batches.pack(asked, prompts).packed, args.device)
             visual = [prompt.embeddings(self.decoder.embed_tokens, self.batches.digits) for prompt in prompts]
@@ -134,7 +145,7 @@ class CubesTraining(ReducerTraining):
 
     def save(self, step: int, trained: dict[str, Any]) -> None:
         args, network, info = self.args, self.network, self.features.info
-        free = step > FREE_FROM * args.steps
+        free = args.init or step > FREE_FROM * args.steps
         changed = {f"layers.{n}": p for n, p in self.decoder.layers.named_parameters()} if free else {}
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
         config = {"reducer": "cubes", "base": checkpoint_fingerprint(args.base), **asdict(network.shape)}
@@ -169,6 +180,7 @@ def build_optimisers(layers: nn.Module, network: CubeNetwork, num_steps: int) ->
 
 def arguments() -> argparse.ArgumentParser:
     parser = build_parser(__doc__, name="cubes", steps=2000, clips=40)
+    parser.add_argument("--init", type=Path, help="folder of finished `cubes` from which to go on")
     parser.add_argument("--batch", type=int, default=CLIPS, help="clips per step")
     parser.add_argument("--query-side", type=int, default=4, help="tokens per cube: its square")
     parser.add_argument("--label-weight", type=float, default=LABEL_WEIGHT, help="0: no labels of changes")

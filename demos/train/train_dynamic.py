@@ -26,7 +26,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -37,11 +36,11 @@ from demos.train.limits_data import LimitsBatches, OtherPictures
 from demos.train.limits_eval import held_out_refusals, patches, visual
 from demos.train.lm_data import Batch
 from demos.train.packing import Packed
-from demos.train.reducer_training import ReducerTraining, build_parser, main
+from demos.train.reducer_training import ReducerTraining, build_parser, load_reducer, main
 from demos.train.sparse import Decide, by_answer, run_sparse
 from demos.train.train_lm import run_decoder, splice, to_device
 from demos.train.training import Optimisers, mean_where, split_matrices
-from mm.plugins.weights import DECODER, TENSORS, checkpoint_fingerprint
+from mm.plugins.weights import checkpoint_fingerprint
 from pruning.learned.predictors import Predictors, PredictorShape
 
 IMAGE_RATIO, TEXT_RATIO = 0.22, 0.34  # of the visual tokens of an image; of generated tokens after the first few
@@ -153,16 +152,6 @@ def kept_at(held_out: dict[str, Any]) -> list[list[float]]:
             share = kept["long kept"] / max(1, kept["long"])
             found.append([round(share, 4), float(name.rpartition(" ")[2]) if "threshold" in name else 0.0])
     return sorted(found)
-
-
-def load_reducer(folder: Path, predictors: Predictors, decoder: nn.Module) -> None:
-    """Take predictors and decoder layers from a folder that an earlier training wrote."""
-    predictors.load_state_dict(load_file(folder / TENSORS))
-    if (folder / DECODER).is_file():
-        changed = {name: tensor.float() for name, tensor in load_file(folder / DECODER).items()}
-        unexpected = decoder.load_state_dict(changed, strict=False).unexpected_keys
-        if unexpected:
-            raise SystemExit(f"{folder / DECODER} has {unexpected[0]}, which the decoder of --base has not")
 
 
 class DynamicTraining(ReducerTraining):

@@ -27,7 +27,7 @@ from mm.data.tokens import Grid, Placement, VisualTokens
 from mm.plugins.apply import rewritten
 from mm.plugins.reducer import Count, ReduceContext, Reduction, Stage
 from mm.plugins.weights import ReducerWeights
-from pruning.base import int_option, keep_all
+from pruning.base import choice_option, int_option, keep_all
 from pruning.learned.base import LearnedReducer, started
 from pruning.learned.cubing import CubeNetwork, CubeShape, momentum, num_borders, onsets, query_cells, share_of
 
@@ -44,6 +44,7 @@ class Cubes(LearnedReducer):
 
     Attributes:
         frames_per_cube: Frames of a cube on average. Higher keeps less. That of the weights if not given.
+        borders: "learned", or "uniform" for cubes of about one length, to compare with.
     """
 
     name: ClassVar[str] = "cubes"
@@ -54,8 +55,10 @@ class Cubes(LearnedReducer):
     rewrites: ClassVar[bool] = True
     weights: str = "cubes"
     frames_per_cube: int | None = None
+    borders: str = "learned"
 
     def __post_init__(self) -> None:
+        choice_option(self.name, "borders", self.borders, ("learned", "uniform"))
         if self.frames_per_cube is not None:
             int_option(self.name, "frames_per_cube", self.frames_per_cube, 1, 10_000)
 
@@ -101,7 +104,9 @@ class Cubes(LearnedReducer):
         """Takes the frames of one clip chunk by chunk."""
         assert self.frames_per_cube is not None
         assert self.loaded is not None
-        return CubeStream(cast(CubeNetwork, self.network), self.frames_per_cube, self.loaded)
+        return CubeStream(
+            cast(CubeNetwork, self.network), self.frames_per_cube, self.loaded, uniform=self.borders == "uniform"
+        )
 
 
 class CubeStream:
@@ -111,10 +116,14 @@ class CubeStream:
         network: The reducer's.
         frames_per_cube: The budget.
         weights: For errors.
+        uniform: Cut at equal distances, and not where something begins.
     """
 
-    def __init__(self, network: CubeNetwork, frames_per_cube: int, weights: ReducerWeights) -> None:
+    def __init__(
+        self, network: CubeNetwork, frames_per_cube: int, weights: ReducerWeights, *, uniform: bool = False
+    ) -> None:
         self._network, self._frames_per_cube, self._weights = network, frames_per_cube, weights
+        self._uniform = uniform
         self._num_frames = 0
         self._open = torch.zeros(0)  # the frames since the last border that is settled, (f, n, D)
         self._change: Tensor | None = None
@@ -172,15 +181,20 @@ class CubeStream:
         if not self._scores:
             return
         allowed = num_borders(self._num_frames, self._frames_per_cube) - (len(self._borders) - 1)
-        scores, first = torch.stack(self._scores), self._num_frames - len(self._scores)
-        chosen = scores.sort(descending=True, stable=True).indices[: max(0, allowed)]
         begin = self._num_frames - len(self._open)
-        for border in sorted(first + i for i in ints(chosen)):
+        for border in self._chosen(max(0, allowed)):
             self._cubes.append(self._network.resampler(self._open[: border - begin]))
             self._open, begin = self._open[border - begin :].clone(), border
             self._begin(border, self._open[0])
         self._scores = []
         self._show()
+
+    def _chosen(self, count: int) -> list[int]:
+        """The frames of this window at which cubes begin, in order."""
+        scores, first = torch.stack(self._scores), self._num_frames - len(self._scores)
+        if self._uniform:
+            return [first - 1 + i * (len(scores) + 1) // (count + 1) for i in range(1, count + 1)]
+        return sorted(first + i for i in ints(scores.sort(descending=True, stable=True).indices[:count]))
 
     def _show(self) -> None:
         if self._thumbnail is None:

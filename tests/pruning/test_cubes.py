@@ -11,6 +11,7 @@ import torch
 import mm
 from demos.train.cube_data import build_prompt
 from demos.train.cubing import CubeNetwork as Trained
+from demos.train.cubing import uniform_borders
 from mm.data.media import Video
 from mm.data.tokens import VisualTokens
 from mm.encode.pipeline import encode
@@ -19,16 +20,19 @@ from mm.models.checkpoint import find
 from mm.plugins.apply import reduce_tokens
 from mm.plugins.spec import bind, reducer_spec
 from pruning.learned.cubes import WINDOW, Cubes
+from pruning.learned.cubing import num_borders
 from tests.helpers.learned import untrained
 
 
-def cubes_of(frames_per_cube: int, width: int = 32, seed: int = 7) -> Cubes:
+def cubes_of(frames_per_cube: int, width: int = 32, seed: int = 7, borders: str = "learned") -> Cubes:
     """With weights as a training starts with, but for a resampler that is not silent and digits that differ."""
     weights = untrained(Cubes, width, seed)
     drawn = torch.Generator().manual_seed(seed)
     loud = {"digits": (10, width), "resampler.out.weight": (width, width), "cubing.mlp.3.weight": (2, width)}
     noise = {name: torch.randn(shape, generator=drawn) for name, shape in loud.items()}
-    return Cubes(frames_per_cube=frames_per_cube).bind(replace(weights, tensors={**weights.tensors, **noise}))
+    return Cubes(frames_per_cube=frames_per_cube, borders=borders).bind(
+        replace(weights, tensors={**weights.tensors, **noise})
+    )
 
 
 def clip(num_frames: int, width: int = 32, seed: int = 0) -> VisualTokens:
@@ -46,13 +50,15 @@ def in_chunks(reducer: Cubes, tokens: VisualTokens, size: int) -> VisualTokens:
 
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 7, 24, 65])
 @pytest.mark.parametrize("frames_per_cube", [1, 3, 8])
-def test_serving_equals_the_trained_network_and_its_prompt(num_frames, frames_per_cube):
+@pytest.mark.parametrize("borders", ["learned", "uniform"])
+def test_serving_equals_the_trained_network_and_its_prompt(num_frames, frames_per_cube, borders):
     """One-frame and two-frame clips too: borders, tokens, digits between them, and where each stands."""
-    tokens, reducer = clip(num_frames), cubes_of(frames_per_cube)
+    tokens, reducer = clip(num_frames), cubes_of(frames_per_cube, borders=borders)
+    given = uniform_borders(num_frames, num_borders(num_frames, frames_per_cube)) if borders == "uniform" else None
     trained = Trained(reducer.shape)
     trained.load_state_dict({k: v for k, v in reducer.loaded.tensors.items() if k != "digits"})
     with torch.no_grad():
-        made = trained(tokens.embeddings.unflatten(0, (-1, 64)), frames_per_cube)
+        made = trained(tokens.embeddings.unflatten(0, (-1, 64)), frames_per_cube, borders=given)
         prompt = build_prompt(reducer.shape, made)
     embed = torch.nn.Embedding.from_pretrained(reducer.loaded.tensors["digits"])
     out = reduce_tokens(reducer, tokens)
@@ -66,8 +72,9 @@ def test_serving_equals_the_trained_network_and_its_prompt(num_frames, frames_pe
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, WINDOW, WINDOW + 1, WINDOW + 2, 3 * WINDOW + 5])
-def test_the_chunks_in_which_frames_come_do_not_matter(num_frames):
-    tokens, reducer = clip(num_frames), cubes_of(3)
+@pytest.mark.parametrize("borders", ["learned", "uniform"])
+def test_the_chunks_in_which_frames_come_do_not_matter(num_frames, borders):
+    tokens, reducer = clip(num_frames), cubes_of(3, borders=borders)
     whole = reduce_tokens(reducer, tokens)
     for size in (1, 7, 16, num_frames):
         parts = in_chunks(reducer, tokens, size)
