@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+# Else every process compiles all that it imports, which takes longer than its work.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install serve demo test check format bench reliability docs clean
 

@@ -77,55 +77,49 @@ def _write_kv(qkv, cos, sin, keys, values, table, lengths, seq_indices, query_st
                     values[block, offset, head, d] = qkv[token, num_heads + num_kv + head, d]
 
 
-def _score_for(dim: int) -> Kernel:
-    @numba.njit(**INLINED)
-    def score(query, keys, block, head, start, count, scores):
-        """Products of all queries with the first `count` keys of a block, four keys at a time."""
-        for four in range(count // 4):
-            p = 4 * four
-            for i in range(query.shape[0]):
-                a, b, c, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-                for d in range(dim):
-                    q = query[i, d]
-                    a += q * _load(keys[block, p, head, d])
-                    b += q * _load(keys[block, p + 1, head, d])
-                    c += q * _load(keys[block, p + 2, head, d])
-                    e += q * _load(keys[block, p + 3, head, d])
-                scores[i, start + p], scores[i, start + p + 1] = a, b
-                scores[i, start + p + 2], scores[i, start + p + 3] = c, e
-        for p in range(count // 4 * 4, count):
-            for i in range(query.shape[0]):
-                a = np.float32(0)
-                for d in range(dim):
-                    a += query[i, d] * _load(keys[block, p, head, d])
-                scores[i, start + p] = a
-
-    return score
+@numba.njit(**INLINED)
+def _score(query, keys, block, head, start, count, scores, dim):
+    """Products of all queries with the first `count` keys of a block, four keys at a time."""
+    for four in range(count // 4):
+        p = 4 * four
+        for i in range(query.shape[0]):
+            a, b, c, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for d in range(dim):
+                q = query[i, d]
+                a += q * _load(keys[block, p, head, d])
+                b += q * _load(keys[block, p + 1, head, d])
+                c += q * _load(keys[block, p + 2, head, d])
+                e += q * _load(keys[block, p + 3, head, d])
+            scores[i, start + p], scores[i, start + p + 1] = a, b
+            scores[i, start + p + 2], scores[i, start + p + 3] = c, e
+    for p in range(count // 4 * 4, count):
+        for i in range(query.shape[0]):
+            a = np.float32(0)
+            for d in range(dim):
+                a += query[i, d] * _load(keys[block, p, head, d])
+            scores[i, start + p] = a
 
 
-def _weighted_sum_for(dim: int) -> Kernel:
-    @numba.njit(**INLINED)
-    def weighted_sum(weights, values, block, head, start, count, sums):
-        """Add the weighted first `count` values of a block to `sums`, four values at a time."""
-        for four in range(count // 4):
-            p = 4 * four
-            for i in range(sums.shape[0]):
-                a, b = weights[i, start + p], weights[i, start + p + 1]
-                c, e = weights[i, start + p + 2], weights[i, start + p + 3]
-                for d in range(dim):
-                    sums[i, d] += (
-                        a * _load(values[block, p, head, d])
-                        + b * _load(values[block, p + 1, head, d])
-                        + c * _load(values[block, p + 2, head, d])
-                        + e * _load(values[block, p + 3, head, d])
-                    )
-        for p in range(count // 4 * 4, count):
-            for i in range(sums.shape[0]):
-                a = weights[i, start + p]
-                for d in range(dim):
-                    sums[i, d] += a * _load(values[block, p, head, d])
-
-    return weighted_sum
+@numba.njit(**INLINED)
+def _add_weighted(weights, values, block, head, start, count, sums, dim):
+    """Add the weighted first `count` values of a block to `sums`, four values at a time."""
+    for four in range(count // 4):
+        p = 4 * four
+        for i in range(sums.shape[0]):
+            a, b = weights[i, start + p], weights[i, start + p + 1]
+            c, e = weights[i, start + p + 2], weights[i, start + p + 3]
+            for d in range(dim):
+                sums[i, d] += (
+                    a * _load(values[block, p, head, d])
+                    + b * _load(values[block, p + 1, head, d])
+                    + c * _load(values[block, p + 2, head, d])
+                    + e * _load(values[block, p + 3, head, d])
+                )
+    for p in range(count // 4 * 4, count):
+        for i in range(sums.shape[0]):
+            a = weights[i, start + p]
+            for d in range(dim):
+                sums[i, d] += a * _load(values[block, p, head, d])
 
 
 @numba.njit(**INLINED)
@@ -179,8 +173,10 @@ def _softmax(scores, i, begin, length):
 
 
 def _attend_for(dim: int, size: int) -> Kernel:
-    """Attention of small chunks for one head width and block size: as constants they make loops into vector code."""
-    score, weighted_sum = _score_for(dim), _weighted_sum_for(dim)
+    """Attention of small chunks for one head width and block size: as constants they make loops into vector code.
+
+    Numbers only may come from here: with a compiled function in the closure, no process finds the copy on disk again.
+    """
 
     def attend(
         qkv, variant, keys, values, table, lengths, seq_indices, query_starts, query_lens, masks, max_query_len, output
@@ -203,7 +199,7 @@ def _attend_for(dim: int, size: int) -> Kernel:
                 scores = np.empty((count * group, num_parts * size), np.float32)
                 for part in range(first_part, num_parts):
                     start = part * size
-                    score(query, keys, table[seq_index, part], head, start, min(size, length - start), scores)
+                    _score(query, keys, table[seq_index, part], head, start, min(size, length - start), scores, dim)
                 for i in range(count * group):
                     _bound(scores, i, begin, length, softcap)
                     _mask(scores, i, begin, length, base, masks, chunk, i // group, window)
@@ -212,7 +208,8 @@ def _attend_for(dim: int, size: int) -> Kernel:
                         query[i, d] = 0  # from here on the sums
                 for part in range(first_part, num_parts):
                     start = part * size
-                    weighted_sum(scores, values, table[seq_index, part], head, start, min(size, length - start), query)
+                    count_here = min(size, length - start)
+                    _add_weighted(scores, values, table[seq_index, part], head, start, count_here, query, dim)
                 for i in range(count * group):
                     for d in range(dim):
                         output[first + i // group, head * group + i % group, d] = _store(query[i, d], qkv[0, 0, 0])

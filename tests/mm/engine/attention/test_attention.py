@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
+from mm.engine.attention import cpu
 from mm.engine.attention.cpu import MAX_QUERY_LEN, CpuAttention
+from mm.engine.attention.cpu_kernels import attend_kernel
 from mm.engine.attention.gather import GatherAttention
 from mm.engine.kv_cache.blocks import KVCache
 from mm.models.attention import PLAIN, AttentionMetadata, AttentionVariant, rotate
@@ -127,6 +129,18 @@ def test_ragged_batches_equal_plain_sums(backend, heads, dtype):
             expected = case.expected(rotary is not None)
             assert given.dtype == dtype
             assert float((given.double() - expected).abs().max()) < TOLERANCE[dtype]
+
+
+def test_a_process_finds_the_kernels_that_another_one_compiled(monkeypatch):
+    """A copy on disk that no process finds again costs each start some seconds."""
+    case = Case(0, HEADS[0], torch.float32)
+    for _ in range(2):  # as two processes would
+        kernel = attend_kernel.__wrapped__(case.dim, case.shape.block_size, False)
+        monkeypatch.setattr(cpu, "attend_kernel", lambda *_, kernel=kernel: kernel)
+        cache, batch = case.cache(0)
+        CpuAttention(cache).attend(0, case.rows.clone(), batch, None)
+    assert sum(kernel.stats.cache_hits.values()) == 1
+    assert not kernel.stats.cache_misses
 
 
 VARIANTS = [
