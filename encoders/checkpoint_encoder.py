@@ -17,23 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from encoders.helpers.clip_space import CLIP_FOLDER, ClipSpace
 from encoders.helpers.fingerprint import fingerprint
+from encoders.helpers.loading import Rename, by_first_group, load_part
 from encoders.helpers.text import TextEmbeddings
 from mm.models.checkpoint import (
     BadCheckpoint,
     check_depths,
-    check_tensors,
-    fill_buffers,
     find,
-    load_module,
     read_config,
-    read_tensors,
+    weights_hash,
 )
-from mm.models.folder import reading
 from mm.models.pretrained import from_folder, model_config
-
-Rename = Callable[[str], str | None]
-"""A key of the checkpoint to the module's own name, or None for tensors of other modules."""
 
 
 class HasSettings(Protocol):
@@ -73,6 +68,8 @@ class CheckpointEncoder:
         self.config: Any = model_config(self.path)
         self.image_processor: Any = from_folder(AutoImageProcessor, self.path)
         self._text = functools.cache(self._text_embeddings)
+        self.clip_space = functools.cache(self._clip_space)
+        self.has_clip = (self.path / CLIP_FOLDER / "config.json").is_file()
 
     def embed_text(self, text: str) -> Tensor:
         """(T, D) float32: the text's tokens as the decoder embeds them.
@@ -81,6 +78,14 @@ class CheckpointEncoder:
             InvalidRequest: The text is longer than the decoder's context.
         """
         return self._text()(text)
+
+    def embed_clip_text(self, text: str) -> Tensor:
+        """(S, P) float32: the text as CLIP's text tower embeds it. See `ClipSpace.embed`."""
+        return self.clip_space().embed(text)
+
+    def _clip_space(self) -> ClipSpace:
+        width, positions = self.config.vision_config.hidden_size, self.config.get_text_config().max_position_embeddings
+        return ClipSpace(self.path / CLIP_FOLDER, width, positions, self.device)
 
     def _text_embeddings(self) -> TextEmbeddings:
         return TextEmbeddings(self.path, self.config.get_text_config().max_position_embeddings, self.device)
@@ -101,15 +106,11 @@ class CheckpointEncoder:
         Raises:
             BadCheckpoint: A weight is missing, left over, or of another shape.
         """
-        with torch.device("meta"), reading(self.path, "config.json"):
-            module = build()
-        names = by_first_group(key) if rename is None else rename(module, key)
-        tensors = read_tensors(self.path, names)
-        check_tensors(module, tensors, self.path)  # before buffers of the sizes in config.json get memory
-        with reading(self.path, "config.json"):
-            fill_buffers(module, self.device)
-        load_module(module, tensors, dtype=self.dtype, device=str(self.device), folder=self.path)
-        return module.eval()
+
+        def names(module: nn.Module) -> Rename:
+            return by_first_group(key) if rename is None else rename(module, key)
+
+        return load_part(self.path, build, names, self.device, self.dtype)
 
     def finish(self, modules: dict[str, nn.Module], *processors: HasSettings) -> None:
         """Compute the fingerprint, once all modules are loaded.
@@ -124,9 +125,5 @@ class CheckpointEncoder:
         ]
         weights = [item for name, module in modules.items() for item in module.state_dict(prefix=f"{name}.").items()]
         config = (self.path / "config.json").read_text()
-        self.fingerprint = fingerprint(self.model_type, config, *settings, str(self.dtype), tensors=weights)
-
-
-def by_first_group(key: re.Pattern[str]) -> Rename:
-    """Keys that `key` matches, renamed to its first group."""
-    return lambda name: match[1] if (match := key.match(name)) else None
+        clip = [weights_hash(self.path / CLIP_FOLDER)] if self.has_clip else []
+        self.fingerprint = fingerprint(self.model_type, config, *settings, str(self.dtype), *clip, tensors=weights)

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from encoders.checkpoint_encoder import CheckpointEncoder, Rename
-from encoders.helpers.auxiliary_features import cell_means, observed_in_block
+from encoders.checkpoint_encoder import CheckpointEncoder
+from encoders.helpers.auxiliary_features import observed_in_block
 from encoders.helpers.batches import in_batches
 from encoders.helpers.cells import encode_dropping, picture_cells, tokens_of_cells, value_ranges
 from encoders.helpers.hidden_states import wanted_states
+from encoders.helpers.loading import Rename
 from encoders.helpers.merging import merged_tokens, run_blocks
-from encoders.helpers.pictures import Pictures
+from encoders.helpers.pictures import Pictures, join_frames
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
 from mm.errors import IncompatiblePlugin, MediaError
@@ -35,6 +36,8 @@ from mm.models.pretrained import build_module
 from mm.plugins.features import (
     ATTENTION_RECEIVED,
     BLOCK_KEYS,
+    CLIP_EMBEDDINGS,
+    CLIP_TEXT,
     CLS_ATTENTION,
     PATCHES,
     TEXT_EMBEDDINGS,
@@ -75,6 +78,7 @@ class LlavaEncoder(CheckpointEncoder):
     checkpoint_types = ("llava",)
     provides: frozenset[str] = frozenset(
         {CLS_ATTENTION, ATTENTION_RECEIVED, TOWER_KEYS, TOWER_FEATURES, TEXT_EMBEDDINGS, BLOCK_KEYS, PATCHES}
+        | {CLIP_EMBEDDINGS, CLIP_TEXT}
     )
     kinds: frozenset[str] = frozenset({"image", "video"})
     frames_apart: ClassVar[bool] = True
@@ -96,6 +100,8 @@ class LlavaEncoder(CheckpointEncoder):
 
     def _provided(self) -> frozenset[str]:
         found = {TOWER_FEATURES, TEXT_EMBEDDINGS}
+        if self.has_clip and len(self._layers) == 1:
+            found |= {CLIP_EMBEDDINGS, CLIP_TEXT}
         if self.config.vision_config.model_type in SEQUENTIAL_TOWERS and max(self._layers) > 0:
             found |= {ATTENTION_RECEIVED, TOWER_KEYS} | ({CLS_ATTENTION} if self._has_cls else set())
             if self._has_cls == (self._first_token() == 1):
@@ -274,26 +280,13 @@ class LlavaEncoder(CheckpointEncoder):
         outputs = {"embeddings": self.projector(features)}
         if TOWER_FEATURES in needs:
             outputs[TOWER_FEATURES] = features.float().mT
+        if CLIP_EMBEDDINGS in needs:
+            outputs[CLIP_EMBEDDINGS] = self.clip_space().project(features)
         if taps:
             block, states = _blocks(self.tower)[deepest - 1], output.hidden_states[deepest - 1]
             observed = observed_in_block(block, states, taps, self._has_cls)
             outputs |= {name: plane[..., first:] for name, plane in observed.items()}
         return outputs
-
-
-def join_frames(frames: Sequence[VisualTokens], pool: int) -> VisualTokens:
-    """One clip from its encoded frames. Each `pool` x `pool` neighbouring tokens are averaged, fewer at a border."""
-    _, height, width = frames[0].grid
-    embeddings = cell_means(torch.stack([frame.embeddings.T for frame in frames]), height, width, pool)
-    _, channels, height_out, width_out = embeddings.shape
-    tokens = embeddings.permute(0, 2, 3, 1).reshape(-1, channels).to(frames[0].embeddings.dtype)
-    aux_features = {
-        name: cell_means(torch.stack([frame.aux_features[name] for frame in frames]), height, width, pool)
-        .permute(1, 0, 2, 3)
-        .flatten(1)
-        for name in frames[0].aux_features
-    }
-    return VisualTokens.full(tokens, (len(frames), height_out, width_out), "video", aux_features)
 
 
 def _feature_layers(config: Any) -> list[int]:

@@ -9,8 +9,7 @@
     ├── CapacityError           later: the same request may succeed in a while
     │   └── DeadlineExceeded    it took longer than it may
     ├── PluginError             at build, or when a request names a plugin
-    │   ├── UnknownPlugin
-    │   ├── MissingPackage
+    │   ├── UnknownPlugin, MissingPackage
     │   ├── BrokenPlugin        it is registered, but cannot be imported or built
     │   ├── InvalidOption, IncompatiblePlugin
     │   ├── BadWeights          a learned reducer's weights are absent, damaged or of another checkpoint
@@ -248,7 +247,8 @@ class IncompatiblePlugin(PluginError):
         self.plugin, self.host, self.missing = plugin, host, tuple(missing)
 
     def __str__(self) -> str:
-        return f"{self.plugin} cannot be used with {self.host}, which does not supply: {', '.join(self.missing)}"
+        clip = " (a LLaVA does with the CLIP of its tower as its folder `clip`)" if "clip_text" in self.missing else ""
+        return f"{self.plugin} cannot be used with {self.host}, which does not supply: {', '.join(self.missing)}{clip}"
 
 
 class BadWeights(PluginError):

@@ -41,6 +41,7 @@ class LoadedMedia:
         reducer: The request's reducer, checked against policy and encoder.
         budget: What the media drew from. It holds the memory of pixels that could not be prepared.
         text: (T, D) embeddings of the user's last turn if the reducer reads it.
+        clip_text: (S, P), those of CLIP's text tower.
         frames: Which frames of a clip are taken.
         tokens: How many visual tokens may enter the decoder.
     """
@@ -49,5 +50,6 @@ class LoadedMedia:
     reducer: ReducerSpec
     budget: MediaBudget
     text: Tensor | None = None
+    clip_text: Tensor | None = None
     frames: FrameSampling = field(default_factory=FrameSampling)
     tokens: TokenBudget = field(default_factory=TokenBudget)

@@ -30,9 +30,18 @@ from mm.errors import MediaError, ReducerFault
 from mm.media import MediaBudget, content_hash, decode, decoded_size, fetch_item
 from mm.plugins.apply import reduce_tokens
 from mm.plugins.capabilities import before_tower, in_tower, names_of, parts_of, resolution
-from mm.plugins.encoder import ChangesResolution, HostsReducer, PreparesItems, ReadsCompany, ReadsText, SparesCells
-from mm.plugins.features import TEXT_EMBEDDINGS
+from mm.plugins.encoder import (
+    ChangesResolution,
+    HostsReducer,
+    PreparesItems,
+    ReadsClipText,
+    ReadsCompany,
+    ReadsText,
+    SparesCells,
+)
+from mm.plugins.features import CLIP_TEXT, TEXT_EMBEDDINGS
 from mm.plugins.reducer import Reducer, Streams
+from mm.plugins.spec import ReducerSpec
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +77,8 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
     spec, frames = resolve_reducer(request.vision, parts), request.vision.frames or parts.frames
     budget = budget or MediaBudget(parts.limits)
     budget.memory = parts.memory
-    asked, text = "", None
-    if TEXT_EMBEDDINGS in spec.capabilities.needs:
-        asked = question(request)
-        text = _embed_text(asked, parts)  # refuses a text that is too long before any work on the media
+    asked = question(request) if spec.capabilities.needs & {TEXT_EMBEDDINGS, CLIP_TEXT} else ""
+    text, clip_text = _embed_text(asked, spec, parts)  # refuses a text that is too long before any work on the media
     in_company, tokens = _in_company(request, parts), TokenBudget.of(request)
     is_lowered = lowers(tokens, parts)
     key_of = functools.partial(
@@ -89,7 +96,8 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
     try:
         fetched = [_fetch_item(item, frames, budget, parts, key_of, prepare) for item in request.media]
         items = _decode_files(fetched, frames, budget, prepare, keep_clips=takes_files(spec.plugin, parts))
-        loaded = LoadedMedia(items=items, reducer=spec, budget=budget, text=text, frames=frames, tokens=tokens)
+        loaded = LoadedMedia(items=items, reducer=spec, budget=budget, frames=frames, tokens=tokens)
+        loaded = replace(loaded, text=text, clip_text=clip_text)
         if is_lowered:
             params = [getattr(item, "param", None) for item in request.media]
             loaded = at_lower_resolution(loaded, parts, options, params)
@@ -116,8 +124,14 @@ def question(request: Request) -> str:
     return "\n".join(part.text for part in turns[-1].parts if isinstance(part, TextPart)) if turns else ""
 
 
-def _embed_text(text: str, parts: EncodeParts) -> Tensor:
-    return call_encoder(parts, lambda: cast(ReadsText, parts.encoder).embed_text(text))
+def _embed_text(text: str, spec: ReducerSpec, parts: EncodeParts) -> tuple[Tensor | None, Tensor | None]:
+    """As the decoder and as CLIP's text tower embed it, where the reducer reads that."""
+    needs, decoder, clip = spec.capabilities.needs, None, None
+    if TEXT_EMBEDDINGS in needs:
+        decoder = call_encoder(parts, lambda: cast(ReadsText, parts.encoder).embed_text(text))
+    if CLIP_TEXT in needs:
+        clip = call_encoder(parts, lambda: cast(ReadsClipText, parts.encoder).embed_clip_text(text))
+    return decoder, clip
 
 
 def _fetch_item(
@@ -242,7 +256,7 @@ def _encode_batch(
     encoded = streamed
     for item, tokens in zip(fresh.values(), batch, strict=True):
         start = time.perf_counter()
-        kept, item_fault = (tokens, fault) if fault else _reduce(reducer, tokens, loaded.text, parts)
+        kept, item_fault = (tokens, fault) if fault else _reduce(reducer, tokens, loaded, parts)
         timings = EncodeTimings(load_s=item.load_s, encode_s=encode_s, reduce_s=time.perf_counter() - start)
         key = "" if item_fault else item.key
         cubes = cubes_of(kept, item.content) if isinstance(item.content, Video) else ()
@@ -281,7 +295,7 @@ def _run_tower(pixels: Sequence[Image | Video], reducer: Reducer, parts: EncodeP
 
 
 def _reduce(
-    reducer: Reducer, tokens: VisualTokens, text: Tensor | None, parts: EncodeParts
+    reducer: Reducer, tokens: VisualTokens, loaded: LoadedMedia, parts: EncodeParts
 ) -> tuple[VisualTokens, str]:
     """What the reducer leaves, and its fault if the policy is to keep all. Then all tokens are kept."""
     names, limit_s = names_of(reducer), parts.calls.limits.reducer_timeout_s
@@ -290,7 +304,7 @@ def _reduce(
             "reducer",
             names,
             "before the decoder",
-            lambda: reduce_tokens(reducer, tokens, text),
+            lambda: reduce_tokens(reducer, tokens, loaded.text, loaded.clip_text),
             timeout_s=limit_s,
         )
         return reduced, ""

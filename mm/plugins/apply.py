@@ -23,11 +23,13 @@ from mm.plugins.threads import plugin_errors
 ROW_SUM_TOLERANCE = 1e-3
 
 
-def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tensor | None = None) -> VisualTokens:
+def reduce_tokens(
+    reducer: Reducer, tokens: VisualTokens, text_embeddings: Tensor | None = None, clip_text: Tensor | None = None
+) -> VisualTokens:
     """The tokens that `reducer` leaves of one item, without auxiliary features.
 
     Args:
-        text_embeddings: See `ReduceContext`.
+        text_embeddings, clip_text: See `ReduceContext`.
 
     Raises:
         ReducerFault: The reducer broke its promise (see `apply`), kept another number of tokens than its plan says, or
@@ -36,7 +38,7 @@ def reduce_tokens(reducer: Reducer, tokens: VisualTokens, text_embeddings: Tenso
     if not acts_outside_decoder(reducer):
         return tokens.without_aux_features()
     name = name_of(reducer)
-    context = ReduceContext(aux_features=tokens.aux_features, text_embeddings=text_embeddings)
+    context = ReduceContext(aux_features=tokens.aux_features, text_embeddings=text_embeddings, clip_text=clip_text)
     reduced, planned = tokens.without_aux_features(), tokens.num_tokens
     with plugin_errors(name, "before the decoder"):
         if acts_before_decoder(reducer):

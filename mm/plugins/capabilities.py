@@ -13,7 +13,14 @@ from typing import Protocol, cast, get_args
 from mm.data.media import Kind
 from mm.data.tokens import Positions, PublishedPositions
 from mm.errors import IncompatiblePlugin, InvalidOption
-from mm.plugins.features import BLOCK_KEYS, PATCHES, RESOLUTION, TEXT_EMBEDDINGS, TOWER_FEATURES
+from mm.plugins.features import (
+    BLOCK_KEYS,
+    CLIP_TEXT,
+    PATCHES,
+    RESOLUTION,
+    TEXT_EMBEDDINGS,
+    TOWER_FEATURES,
+)
 from mm.plugins.reducer import (
     BeforeDecoder,
     BeforeTower,
@@ -220,7 +227,7 @@ def _keep_ratio(part: Reducer) -> float | None:
     return ratio
 
 
-SUPPLIED_AFTER_MERGING = frozenset({BLOCK_KEYS, PATCHES, RESOLUTION, TOWER_FEATURES, TEXT_EMBEDDINGS})
+SUPPLIED_AFTER_MERGING = frozenset({BLOCK_KEYS, PATCHES, RESOLUTION, TOWER_FEATURES, TEXT_EMBEDDINGS, CLIP_TEXT})
 """The auxiliary features that an encoder still supplies when tokens are removed before or inside its tower."""
 
 

@@ -137,3 +137,11 @@ class ReadsText(Encoder, Protocol):
     def embed_text(self, text: str) -> Tensor:
         """(T, D): the text's tokens as the model's decoder embeds them; (0, D) for an empty text."""
         ...
+
+
+class ReadsClipText(Encoder, Protocol):
+    """An encoder that provides `CLIP_TEXT`."""
+
+    def embed_clip_text(self, text: str) -> Tensor:
+        """(S, P): the text as CLIP's text tower embeds it, in pieces that its context holds; (0, P) for none."""
+        ...

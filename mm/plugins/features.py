@@ -20,6 +20,15 @@ TOWER_FEATURES = "tower_features"
 """Auxiliary feature, (tower width, N) float32: each token as the tower leaves it, before the projector."""
 
 
+CLIP_EMBEDDINGS = "clip_embeddings"
+"""Auxiliary feature, (P, N) float32: each token in the space that CLIP has for pictures and texts. Of checkpoints whose
+folder has that CLIP as `clip`."""
+
+
+CLIP_TEXT = "clip_text"
+"""Not per token, and of the question in that space: see `ReduceContext.clip_text` and `ReadsClipText`."""
+
+
 BLOCK_KEYS = "block_keys"
 """Not a feature of tokens: an encoder that provides it hosts a reducer of the stage IN_VIT, see `InTower`."""
 

@@ -149,10 +149,13 @@ class ReduceContext:
         aux_features: What the encoder supplies beside the tokens, by the names in `Reducer.needs`.
         text_embeddings: (T, D), the question's tokens as the decoder embeds them; for reducers that need
             `TEXT_EMBEDDINGS`. (0, D) where the question is empty.
+        clip_text: (S, P), the question as CLIP's text tower embeds it, one row per piece that its context holds; for
+            reducers that need `CLIP_TEXT`. (0, P) where the question is empty.
     """
 
     aux_features: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     text_embeddings: Tensor | None = None
+    clip_text: Tensor | None = None
 
 
 class PlansTokens(Reducer, Protocol):

@@ -3,21 +3,20 @@
 Paper     "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", NeurIPS 2025,
           arXiv:2506.10967 (training-free).
 Stage     pre_llm, after the projector; within each crop or frame; depends on the question.
-Needs     text_embeddings: the question as the decoder embeds it.
+Needs     text_embeddings: the question as the decoder embeds it; with relevance="clip" clip_embeddings and clip_text.
 Cost      O(N^2 D) for the similarities, O(k^2 N) for the selection.
 Equation  S = cos(X, X); r_j = sign * mean_m cos(x_j, text_m), brought to (r - min + 1e-6) / (max - min) over the item.
           Greedy maximum of det over subsets of diag(r) S diag(r): with h_j what is left of S_jj after a Cholesky
           factorisation over the chosen, k times c = argmax r_j^2 h_j; e_j = (S_cj - l_c . l_j) / sqrt(h_c), which is
           added to l_j; h_j -= e_j^2.
 Positions authors: numbered anew (`vision.positions`: "as_published"); here kept.
-Differs   from the authors' code, which scores relevance by CLIP's text tower and projections. No checkpoint folder
-          that is served here has them (LLaVA's holds CLIP's vision half without its projection), so there is no option:
-          here it is the cosine with the decoder's own text embeddings, a form that ports to models without one use.
-          Theirs negates CLIP's cosines; `relevance_sign` says what is done here: 1, as with -1 the shipped model had 9
-          points less of 280 held-out questions right at a tenth of the tokens, and 11 at a quarter. Relevance is
-          brought to its range over one item and not over a batch. The factor r is kept out of the factorisation, which
-          changes no result. Where rounding leaves nothing of h, the rest is filled up by relevance, so no NaN can
-          spread.
+Differs   from the authors' code, which scores relevance by CLIP's text tower and projections, negated. That is
+          relevance="clip", for a LLaVA checkpoint with the CLIP of its tower in its folder `clip`. No published folder
+          has one, so "decoder" is the default: the cosine with the decoder's own text embeddings, not negated, as with
+          -1 the shipped model had 9 points less of 280 held-out questions right at a tenth of the tokens, and 11 at a
+          quarter. Relevance is brought to its range over one item and not over a batch. The factor r is kept out of the
+          factorisation, which changes no result. Where rounding leaves nothing of h, the rest is filled up by
+          relevance, so no NaN can spread.
 """
 
 from __future__ import annotations
@@ -32,10 +31,12 @@ from torch import Tensor
 
 from mm.data.tokens import PublishedPositions, VisualTokens
 from mm.errors import InvalidOption
-from mm.plugins.features import TEXT_EMBEDDINGS
+from mm.plugins.features import CLIP_EMBEDDINGS, CLIP_TEXT, TEXT_EMBEDDINGS
 from mm.plugins.reducer import ReduceContext
-from pruning.base import unit_rows
+from pruning.base import choice_option, unit_rows
 from pruning.helpers.steps import Step, StepReducer
+
+SIGNS = {"decoder": 1, "clip": -1}
 
 EXHAUSTED = 1e-5
 """Residuals below this are rounding: float32 keeps about 1e-7 of the 1 they start from, times the subtractions."""
@@ -47,27 +48,38 @@ class CDPruner(StepReducer):
 
     Attributes:
         keep_ratio: Tokens kept / tokens in, in (0, 1].
-        relevance_sign: 1 takes what is similar to the question as relevant, -1 what is not.
+        relevance: "decoder" compares tokens with the question as the decoder embeds it, "clip" as CLIP does.
+        relevance_sign: 1 takes what is similar to the question as relevant, -1 what is not. If not given, 1 for
+            "decoder", and -1 for "clip", which the authors take.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({TEXT_EMBEDDINGS})
     query_aware: ClassVar[bool] = True
     published_positions: ClassVar[PublishedPositions] = "compact"
-    relevance_sign: int = 1
+    relevance: str = "decoder"
+    relevance_sign: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.relevance_sign, bool) or self.relevance_sign not in (1, -1):
-            raise InvalidOption("CDPruner", "relevance_sign", f"has to be 1 or -1, got {self.relevance_sign!r}")
+        choice_option("CDPruner", "relevance", self.relevance, ("decoder", "clip"))
+        sign = self.relevance_sign if self.relevance_sign is not None else SIGNS[self.relevance]
+        if isinstance(sign, bool) or sign not in (1, -1):
+            raise InvalidOption("CDPruner", "relevance_sign", f"has to be 1 or -1, got {sign!r}")
+        object.__setattr__(self, "relevance_sign", sign)
+        if self.relevance == "clip":
+            object.__setattr__(self, "needs", frozenset({CLIP_EMBEDDINGS, CLIP_TEXT}))
 
     def prepare(self, tokens: VisualTokens, context: ReduceContext) -> Mapping[str, Tensor]:
-        unit, text = unit_rows(tokens.embeddings), context.text_embeddings
+        is_clip = self.relevance == "clip"
+        compared = context.aux_features[CLIP_EMBEDDINGS].mT if is_clip else tokens.embeddings
+        text = context.clip_text if is_clip else context.text_embeddings
         if text is None:
-            raise ValueError("CDPruner was given no text_embeddings")
+            raise ValueError("CDPruner was given no text to compare with")
+        unit = unit_rows(compared)
         if not text.shape[0]:
             return {"relevance": unit.new_ones(tokens.num_tokens)}
         cosines = unit @ unit_rows(text.to(unit.device)).mean(dim=0)
-        return {"relevance": relevance(self.relevance_sign * cosines)}
+        return {"relevance": relevance((self.relevance_sign or 1) * cosines)}
 
     def pick(self, step: Step, k: int) -> Tensor:
         return pick_order(step.embeddings, step.aux_features["relevance"], k)[0]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 import mm.models.checkpoint as checkpoint
-from encoders import checkpoint_encoder
+from encoders.helpers import loading
 from encoders.idefics3 import Idefics3Encoder
 from mm.data.media import Image, Video
 from mm.errors import CapacityError, IncompatiblePlugin, MediaError
@@ -88,7 +88,7 @@ def test_only_tower_and_connector_are_read(folder, monkeypatch):
     def recording(path, rename):
         return real(path, lambda key: (name := rename(key)) and (read.append(key), name)[1])
 
-    monkeypatch.setattr(checkpoint_encoder, "read_tensors", recording)
+    monkeypatch.setattr(loading, "read_tensors", recording)
     encoder = Idefics3Encoder(folder)
     tensors = load_file(folder / "model.safetensors")
     held = sum(p.numel() for part in (encoder.tower, encoder.connector) for p in part.parameters())

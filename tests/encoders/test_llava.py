@@ -11,10 +11,19 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 import mm.models.checkpoint as checkpoint
-from encoders.llava import MAX_BATCH, LlavaEncoder, join_frames
+from encoders.helpers.pictures import join_frames
+from encoders.llava import MAX_BATCH, LlavaEncoder
 from mm.data.media import Image, Video
 from mm.data.tokens import VisualTokens
 from mm.errors import CapacityError, IncompatiblePlugin, InvalidOption, MediaError
@@ -453,3 +462,86 @@ def test_a_transformers_that_names_layers_and_not_states_gives_the_same_tokens(f
     assert all(one is True for one in asked)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def clip_of(folder: Path, width: int = 32) -> CLIPModel:
+    """A random CLIP for the tower of a checkpoint, in its folder `clip`."""
+    torch.manual_seed(3)
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {"hidden_size": 24, "vocab_size": len(tokenizer), "max_position_embeddings": 8, **small, **ends}
+    vision = {"hidden_size": width, "image_size": 56, "patch_size": 14, **small}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder / "clip")
+    tokenizer.save_pretrained(folder / "clip")
+    return model
+
+
+def test_clip_embeddings_and_text_are_those_of_clip(tmp_path):
+    """Of a question that is longer than CLIP's context too: pieces, of which the last is filled up."""
+    folder = random_llava(tmp_path)
+    before = LlavaEncoder(folder)
+    model, tokenizer = clip_of(folder), AutoTokenizer.from_pretrained(folder)
+    encoder, item = LlavaEncoder(folder), images(pictures(1))
+    features = encoder.encode(item, frozenset({"tower_features"}))[0].aux_features["tower_features"].mT
+    with torch.no_grad():
+        expected = model.visual_projection(model.vision_model.post_layernorm(features))
+        question = "what is this red thing on the left of the picture?"
+        ids = [tokenizer.bos_token_id, *tokenizer(question, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        pieces = [ids[i : i + 8] for i in range(0, len(ids), 8)]
+        assert len(pieces) > 1
+        rows = [
+            model.text_projection(
+                model.text_model(torch.tensor([piece]), attention_mask=torch.ones(1, len(piece))).pooler_output
+            )
+            for piece in pieces
+        ]
+    found = encoder.encode(item, frozenset({"clip_embeddings"}))[0].aux_features["clip_embeddings"]
+    torch.testing.assert_close(found.mT, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder.embed_clip_text(question), torch.cat(rows), rtol=1e-4, atol=1e-5)
+    assert encoder.embed_clip_text("").shape == (0, 16)
+    assert encoder.fingerprint != before.fingerprint
+    reducer = build_reducer("cdpruner:keep_ratio=0.25,relevance=clip")
+    with pytest.raises(IncompatiblePlugin, match=r"clip_embeddings, clip_text .*folder `clip`"):
+        check_compatible(reducer, before, "the encoder")
+    check_compatible(reducer, encoder, "the encoder")
+
+
+def test_cdpruner_with_clip_keeps_what_the_authors_equations_say(tmp_path):
+    """At every step the token that adds most to the determinant of their kernel, by its definition."""
+    folder = random_llava(tmp_path)
+    clip_of(folder)
+    encoder = LlavaEncoder(folder)
+    tokens = encoder.encode(images(pictures(1)), frozenset({"clip_embeddings"}))[0]
+    text = encoder.embed_clip_text("a red thing?")
+    unit = torch.nn.functional.normalize(tokens.embeddings.double(), dim=-1)
+    seen = torch.nn.functional.normalize(tokens.aux_features["clip_embeddings"].mT.double(), dim=-1)
+    score = -(seen @ torch.nn.functional.normalize(text.double(), dim=-1).T).mean(1)
+    score = (score - score.min() + 1e-6) / (score.max() - score.min())
+    kernel = score[:, None] * (unit @ unit.T) * score
+    chosen: list[int] = []
+    for _ in range(4):
+        rest = [i for i in range(len(kernel)) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: float(torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]]))))
+    kept = reduce_tokens(build_reducer("cdpruner:keep_ratio=0.25,relevance=clip"), tokens, None, text)
+    assert kept.indices.tolist() == sorted(chosen)
+    away = reduce_tokens(build_reducer("cdpruner:keep_ratio=0.25,relevance=clip,relevance_sign=1"), tokens, None, text)
+    assert away.indices.tolist() != sorted(chosen)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda clip: clip_of(clip.parent, width=48), "48 wide"),
+        (lambda clip: (clip / "model.safetensors").unlink(), "safetensors"),
+    ],
+)
+def test_a_clip_that_does_not_fit_is_refused_by_name(tmp_path, damage, message):
+    folder = random_llava(tmp_path)
+    clip_of(folder)
+    damage(folder / "clip")
+    with pytest.raises(checkpoint.BadCheckpoint, match=message):
+        LlavaEncoder(folder).embed_clip_text("a")

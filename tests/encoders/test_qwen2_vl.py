@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import encoders.qwen2_vl as module
 import mm.models.checkpoint as checkpoint
-from encoders import checkpoint_encoder
+from encoders.helpers import loading
 from encoders.qwen2_vl import Qwen2VLEncoder, window_order
 from mm.data.media import Image, Video
 from mm.errors import CapacityError, IncompatiblePlugin, MediaError
@@ -102,7 +102,7 @@ def test_only_the_tower_is_read(folder, monkeypatch):
     def recording(path, rename):
         return real(path, lambda key: (name := rename(key)) and (read.append(key), name)[1])
 
-    monkeypatch.setattr(checkpoint_encoder, "read_tensors", recording)
+    monkeypatch.setattr(loading, "read_tensors", recording)
     encoder = Qwen2VLEncoder(folder)
     assert read
     assert all(key.startswith("visual.") for key in read)
