@@ -182,12 +182,16 @@ def _deploy(config: ServeConfig, variables: Mapping[str, str] | None) -> None:
     )
     ray_serve.run_many([target], wait_for_applications_running=False)
     said = began = time.monotonic()
+    error = ""
     while (state := _state(config.app_name)) is None or state.status != "RUNNING":
         if state is not None and state.status in OVER:
             raise node.RayDidNotStart(
                 f"the model could not be served on Ray: {_reason(state)}. Ray's logs have more "
                 "(/tmp/ray/session_latest/logs/serve), and so has mm serve --in-process"
             )
+        if state is not None and (latest := _replica_error(state)) not in ("", error):
+            error = latest
+            log.warning("a replica could not start, and Ray tries again: %s", error)
         if time.monotonic() - said > SAY_S and state is not None:
             said = time.monotonic()
             log.info("after %.0f s waiting for %s", said - began, _awaited(state))
@@ -210,11 +214,14 @@ def _awaited(state: ApplicationStatusOverview) -> str:
 
 def _reason(state: ApplicationStatusOverview) -> str:
     """Why an application failed: the error at the end of a replica's traceback, or what Serve says first."""
-    texts = [one.message for one in state.deployments.values() if one.message] + [state.message]
-    for text in texts:
-        if found := ERROR.findall(text):
-            return found[-1].strip()
-    return node.one_line(RuntimeError(state.message))
+    return _replica_error(state) or node.one_line(RuntimeError(state.message))
+
+
+def _replica_error(state: ApplicationStatusOverview) -> str:
+    """The error at the end of a replica's traceback; empty where none has one."""
+    texts = [*(one.message for one in state.deployments.values()), state.message]
+    found = [[one[1] or one[2] for one in ERROR.finditer(text)] for text in texts]
+    return next((errors[-1].strip() for errors in found if errors), "")
 
 
 def _delete(config: ServeConfig) -> None:
