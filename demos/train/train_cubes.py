@@ -141,7 +141,7 @@ class CubesTraining(ReducerTraining):
 
     def evaluate(self) -> dict[str, Any]:
         tokenizer = self.batches.packer.tokenizer
-        return evaluate(self.model, self.base, self.network, tokenizer, self.held_out, FRAMES_PER_CUBE)
+        return evaluate(self.model, self.base, self.network, tokenizer, self.held_out, tuple(self.args.budgets))
 
     def save(self, step: int, trained: dict[str, Any]) -> None:
         args, network, info = self.args, self.network, self.features.info
@@ -181,6 +181,9 @@ def build_optimisers(layers: nn.Module, network: CubeNetwork, num_steps: int) ->
 def arguments() -> argparse.ArgumentParser:
     parser = build_parser(__doc__, name="cubes", steps=2000, clips=40)
     parser.add_argument("--init", type=Path, help="folder of finished `cubes` from which to go on")
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=FRAMES_PER_CUBE, help="frames per cube at which --evaluate measures"
+    )
     parser.add_argument("--batch", type=int, default=CLIPS, help="clips per step")
     parser.add_argument("--query-side", type=int, default=4, help="tokens per cube: its square")
     parser.add_argument("--label-weight", type=float, default=LABEL_WEIGHT, help="0: no labels of changes")
