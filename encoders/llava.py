@@ -30,9 +30,10 @@ from encoders.helpers.merging import merged_tokens, run_blocks
 from encoders.helpers.pictures import Pictures, join_frames
 from mm.data.media import Image, Kind, Video
 from mm.data.tokens import Grid, VisualTokens
-from mm.errors import IncompatiblePlugin, MediaError
+from mm.errors import MediaError
 from mm.models.families.llava import Llava
 from mm.models.pretrained import build_module
+from mm.plugins.capabilities import check_kinds
 from mm.plugins.features import (
     ATTENTION_RECEIVED,
     BLOCK_KEYS,
@@ -45,7 +46,6 @@ from mm.plugins.features import (
     TOWER_KEYS,
 )
 from mm.plugins.reducer import BeforeTower, InTower
-from mm.plugins.registry import name_of
 
 MAX_BATCH = 16
 """Pictures per forward. Up to this number, the images of one call are one batch, as in `generate` of transformers."""
@@ -82,6 +82,7 @@ class LlavaEncoder(CheckpointEncoder):
     )
     kinds: frozenset[str] = frozenset({"image", "video"})
     frames_apart: ClassVar[bool] = True
+    merges: ClassVar[frozenset[str]] = frozenset({"image"})  # the frames of a clip are pooled, on their whole grid
     takes = staticmethod(Llava.takes)
 
     def __init__(
@@ -130,7 +131,7 @@ class LlavaEncoder(CheckpointEncoder):
 
         Raises:
             MediaError: A clip for a checkpoint without clips.
-            IncompatiblePlugin: A clip with `merging`. Its frames are pooled, which needs every cell of the grid.
+            IncompatiblePlugin: A clip with `merging`; see `merges`.
             CapacityError: The device has no memory for one picture.
         """
         prepared = [item if isinstance(item, Pictures) else self.prepare(item) for item in items]
@@ -172,10 +173,8 @@ class LlavaEncoder(CheckpointEncoder):
         ]
 
     def _encode_merging(self, items: Sequence[Pictures], needs: frozenset[str], merging: InTower) -> list[VisualTokens]:
-        pictures = [item.pixels for item in items if item.kind == "image"]
-        if len(pictures) < len(items):
-            missing = "frames whose tokens stay on their grid, to be pooled"
-            raise IncompatiblePlugin(name_of(merging), "clips of this model", [missing])
+        pictures = [item.pixels for item in items]
+        check_kinds(merging, (item.kind for item in items), self.merges)
         if not pictures:
             return []
         pixels = torch.cat(pictures)

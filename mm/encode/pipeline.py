@@ -29,7 +29,7 @@ from mm.encode.token_budget import NATIVE, TokenBudget, fitted
 from mm.errors import MediaError, ReducerFault
 from mm.media import MediaBudget, content_hash, decode, decoded_size, fetch_item
 from mm.plugins.apply import reduce_tokens
-from mm.plugins.capabilities import before_tower, in_tower, names_of, parts_of, resolution
+from mm.plugins.capabilities import before_tower, check_kinds, in_tower, names_of, parts_of, resolution
 from mm.plugins.encoder import (
     ChangesResolution,
     HostsReducer,
@@ -75,6 +75,8 @@ def load(request: Request, parts: EncodeParts, budget: MediaBudget | None = None
         MediaError, PluginError: As `encode`.
     """
     spec, frames = resolve_reducer(request.vision, parts), request.vision.frames or parts.frames
+    merges = getattr(parts.encoder, "merges", parts.encoder.kinds)
+    check_kinds(in_tower(spec.plugin), (item.kind for item in request.media), merges)
     budget = budget or MediaBudget(parts.limits)
     budget.memory = parts.memory
     asked = question(request) if spec.capabilities.needs & {TEXT_EMBEDDINGS, CLIP_TEXT} else ""

@@ -7,6 +7,7 @@ its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Protocol, cast, get_args
 
@@ -229,6 +230,21 @@ def _keep_ratio(part: Reducer) -> float | None:
 
 SUPPLIED_AFTER_MERGING = frozenset({BLOCK_KEYS, PATCHES, RESOLUTION, TOWER_FEATURES, TEXT_EMBEDDINGS, CLIP_TEXT})
 """The auxiliary features that an encoder still supplies when tokens are removed before or inside its tower."""
+
+
+def check_kinds(merging: InTower | None, kinds: Iterable[Kind], merges: Container[str]) -> None:
+    """Refuse a reducer inside the tower for kinds of media with which the tower hosts none.
+
+    Args:
+        kinds: Of the items of a request.
+        merges: The kinds with which it hosts one.
+
+    Raises:
+        IncompatiblePlugin: Names the kind.
+    """
+    if merging is not None and (left := sorted({kind for kind in kinds if kind not in merges})):
+        what = {"video": "clips", "image": "images"}[left[0]]
+        raise IncompatiblePlugin(name_of(merging), f"{what} of this model", ["a tower that merges their tokens"])
 
 
 class ProvidesFeatures(Protocol):

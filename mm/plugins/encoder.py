@@ -103,7 +103,11 @@ class CountsTokens(PreparesItems, Protocol):
 
 
 class HostsReducer(Encoder, Protocol):
-    """An encoder that provides `BLOCK_KEYS`: a reducer may merge tokens in the blocks of its tower."""
+    """An encoder that provides `BLOCK_KEYS`: a reducer may merge tokens in the blocks of its tower.
+
+    Attributes:
+        merges: Kinds of media with which it may. All that it takes where the attribute is not there.
+    """
 
     def encode(
         self, items: Sequence[Image | Video], needs: frozenset[str] = frozenset(), merging: InTower | None = None

@@ -198,6 +198,16 @@ def test_a_budget_below_one_token_per_item_is_refused(parts_of):
             run(request, parts)
 
 
+def test_a_clip_whose_tower_merges_none_is_refused_before_it_is_decoded(parts_of):
+    parts = parts_of("video")
+    request = build_request("?", videos=[b"no clip at all"], reducer="tome:keep_ratio=0.5")
+    for run in (count_tokens, encode):
+        with pytest.raises(IncompatiblePlugin, match="tome cannot be used with clips of this model"):
+            run(request, parts)
+    with pytest.raises(MediaError):
+        encode(build_request("?", videos=[b"no clip at all"]), parts)
+
+
 def test_the_operators_share_holds_for_budgets_too(parts_of):
     parts = replace(parts_of("llava"), policy=ReducerPolicy(min_keep_ratio=0.5))
     for run in (count_tokens, encode):
