@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.initialization import no_init_weights
 
 from mm.models.flat_config import with_text_settings
 from tests.helpers.decoders import randomize
@@ -52,6 +53,8 @@ TOWER: dict[str, Any] = {
     "projection_dim": 64,
     "mlp_ratio": 2,
 }
+HEARS = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 64}
+"""Of a tower for sound, which is never run."""
 
 
 def without_quantization(raw: dict[str, Any]) -> dict[str, Any]:
@@ -81,9 +84,12 @@ def scaled_config(name: str) -> Any:
             part = text.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0))
             half = int(text.get("head_dim", 16) * part) // 2
             scaling["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    raw.get("audio_config", {}).update(HEARS)
     tower = raw.get("vision_config", {})
     for key, value in TOWER.items():
-        if key in tower:
+        if key in tower or (
+            raw["model_type"] == "qwen2_vl" and key in ("depth", "embed_dim", "num_heads", "mlp_ratio")
+        ):
             tower[key] = value
     if "hidden_size" in tower:
         tower["hidden_size"] = 64 if raw["model_type"] == "qwen2_vl" else 32
@@ -101,7 +107,8 @@ def write_scaled(name: str, folder: Path, tokenizer_of: str | None = None) -> Pa
         tokenizer_of: Another folder with the same tokens, where this one has no tokenizer_config.json.
     """
     config = scaled_config(name)
-    model = AutoModelForImageTextToText.from_config(config)
+    with no_init_weights():  # all of them are drawn below
+        model = AutoModelForImageTextToText.from_config(config)
     randomize(model)
     model.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text())

@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ class Both:
     model: Any
     processor: Any
     ours: mm.Model
+    _expected: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def cases(self) -> list[str]:
@@ -80,9 +81,12 @@ class Both:
         return [case for case in TURNS if case not in family.without and ("clip" not in case or family.video)]
 
     def expected(self, case: str) -> list[int]:
-        inputs = self.inputs(case)
-        out = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        return out[0, inputs["input_ids"].shape[1] :].tolist()
+        """The tokens of `generate`, which runs once for each case."""
+        if case not in self._expected:
+            inputs = self.inputs(case)
+            out = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+            self._expected[case] = out[0, inputs["input_ids"].shape[1] :].tolist()
+        return self._expected[case]
 
     def inputs(self, case: str) -> Any:
         messages, pictures, clips = [], [], []
