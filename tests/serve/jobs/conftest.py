@@ -31,9 +31,9 @@ class Jobs:
         self._zygote.stdin.flush()
         return int(self._zygote.stdout.readline())
 
-    def start(self, folder: Path, out: Path, delay_s: float = 0.0) -> int:
-        """Process id of a job over `folder`. It speaks to `<out>.said`; the model's answers are in `<out>.log`."""
-        names = {"out": str(out), "stderr": f"{out}.said", "log": f"{out}.log"}
+    def start(self, folder: Path, out: Path, delay_s: float = 0.0, said: Path | None = None) -> int:
+        """Process id of a job over `folder`. It speaks to `said` or `<out>.said`; answers are in `<out>.log`."""
+        names = {"out": str(out), "stderr": str(said or f"{out}.said"), "log": f"{out}.log"}
         return self._ask({"inputs": [str(folder)], "delay_s": delay_s, **names})
 
     def wait(self, pid: int) -> int:

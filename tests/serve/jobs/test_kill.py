@@ -108,9 +108,9 @@ def test_two_jobs_do_not_share_a_folder(jobs: Jobs, folder: Path, tmp_path: Path
     out = tmp_path / "out"
     first = jobs.start(folder, out, DELAY_S)
     until(lambda: bool(records(out)))
-    second = jobs.start(folder, out, DELAY_S)
+    second = jobs.start(folder, out, DELAY_S, tmp_path / "second.said")  # which the first does not write to
     assert jobs.wait(second) == 1
-    assert "another caption job is writing to" in Path(f"{out}.said").read_text()
+    assert "another caption job is writing to" in (tmp_path / "second.said").read_text()
     assert jobs.wait(first) == 3
     check_complete(out, folder, texts)
     assert len(log(out)) == NUM_GOOD
