@@ -230,6 +230,11 @@ class Sequence:
         return self.num_tokens - self.num_computed_tokens
 
     @property
+    def is_past_prompt(self) -> bool:
+        """Whether all of its prompt is in the cache."""
+        return self.num_computed_tokens >= self.num_prompt_tokens
+
+    @property
     def is_decoding(self) -> bool:
         """Whether only its newest token is still to be computed."""
         done = self.num_computed_tokens

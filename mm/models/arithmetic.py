@@ -102,6 +102,18 @@ class Arithmetic:
         return len({at for at, keeps in zip(self.cache_indices, self.keeps_state, strict=True) if not keeps})
 
     @property
+    def cache_windows(self) -> tuple[int | None, ...]:
+        """Per layer of the cache, the widest window of the layers that read it; empty where none has a window."""
+        if self.shortest_window is None:
+            return ()
+        found: dict[int, int | None] = {}
+        for at, window, keeps in zip(self.cache_indices, self.windows, self.keeps_state, strict=True):
+            if not keeps:
+                before = found.get(at, 0)
+                found[at] = None if window is None or before is None else max(window, before)
+        return tuple(found[at] for at in sorted(found))
+
+    @property
     def shares_keys(self) -> bool:
         """Whether a layer attends to keys and values of another one."""
         return self.num_cached_layers < self.keeps_state.count(False)

@@ -17,6 +17,8 @@ class KVCacheSpec:
         head_dim: Width of one head.
         block_size: Tokens of a block.
         has_states: Whether other layers keep a state of each sequence.
+        windows: Per layer, how many tokens one sees, itself included; None where it sees all earlier ones. Empty where
+            every layer does.
     """
 
     num_layers: int
@@ -26,6 +28,7 @@ class KVCacheSpec:
     device: torch.device
     block_size: int = 16
     has_states: bool = False
+    windows: tuple[int | None, ...] = ()
 
     @property
     def token_bytes(self) -> int:

@@ -174,6 +174,7 @@ class LanguageModel:
         return KVCacheSpec(
             num_layers=self.arithmetic.num_cached_layers,
             has_states=self.arithmetic.is_recurrent,
+            windows=self.arithmetic.cache_windows,
             num_heads=self.arithmetic.kv_shape[0],
             head_dim=self.head_dim,
             dtype=self.dtype,

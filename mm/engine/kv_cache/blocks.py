@@ -8,6 +8,8 @@ Each sequence has an index. `lengths[layer, seq_index]` is the number of tokens 
 `block_tables[layer, seq_index]` lists the blocks that hold them. A slot is the place of one token in the flattened pool
 (block * block_size + offset). It has nothing to do with the token's rotary position.
 
+Layers with a window see no token before it, so blocks behind it are given back; see `windows`.
+
 Blocks are shared by reference counts: between sequences with a common prefix, and between the `n` sequences of one
 request. A sequence that writes into a shared block first gets a copy of it.
 """
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from mm.data.arrays import BoolArray, IntArray, to_tensor
 from mm.engine.kv_cache.states import SequenceStates
+from mm.engine.kv_cache.windows import ALWAYS, NOTHING, Windows
 from mm.errors import EngineError
 from mm.models.kv_cache_spec import KVCacheSpec
 
@@ -35,14 +38,15 @@ class KVCache:
 
     Args:
         shape: What one token of the model takes.
-        num_blocks: Size of the pool.
+        num_blocks: That can be held at a time.
         max_num_seqs: Number of sequences that can be held at a time.
 
     Attributes:
-        keys, values: (num_blocks, block_size, num_heads, head_dim).
+        keys, values: (num_blocks, and one more where there are windows, block_size, num_heads, head_dim).
         block_tables: (num_layers, max_num_seqs, W) int32 block ids. Only the first ceil(length / block_size) are valid.
         lengths: (num_layers, max_num_seqs) int64, tokens held.
         states: Of the layers that have no keys and values.
+        windows: Of the layers that do not see all tokens.
         has_all_heads: Whether all keys and values of the model are here.
     """
 
@@ -50,24 +54,25 @@ class KVCache:
 
     def __init__(self, shape: KVCacheSpec, *, num_blocks: int, max_num_seqs: int) -> None:
         self.shape = shape
-        size = (num_blocks, shape.block_size, shape.num_heads, shape.head_dim)
+        self.windows = Windows(shape, max_num_seqs)
+        pool = num_blocks + self.windows.num_reserved
+        size = (pool, shape.block_size, shape.num_heads, shape.head_dim)
         self.keys = torch.empty(size, dtype=shape.dtype, device=shape.device)
         self.values = torch.empty(size, dtype=shape.dtype, device=shape.device)
-        self.num_blocks = num_blocks
+        self.num_blocks = self._num_free = num_blocks
         self.block_tables = np.zeros((shape.num_layers, max_num_seqs, 8), dtype=np.int32)
         self.lengths = np.zeros((shape.num_layers, max_num_seqs), dtype=np.int64)
-        self._references = np.zeros(num_blocks, dtype=np.int32)
-        self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # a stack: low ids are allocated first
-        self._num_free = num_blocks
+        self._references = np.zeros(pool, dtype=np.int32)
+        self._free = np.arange(pool - 1, self.windows.num_reserved - 1, -1, dtype=np.int32)  # a stack: low ids first
+        if self.windows:
+            self.keys[NOTHING], self.values[NOTHING], self._references[NOTHING] = 0, 0, ALWAYS
         self._free_seqs = list(range(max_num_seqs - 1, -1, -1))
-        self._layers = np.arange(shape.num_layers)
-        self.states = SequenceStates(max_num_seqs)
+        self._layers, self.states = np.arange(shape.num_layers), SequenceStates(max_num_seqs)
 
     # ── sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def num_free_seqs(self) -> int:
-        """How many more sequences can be allocated."""
         return len(self._free_seqs)
 
     @property
@@ -83,10 +88,11 @@ class KVCache:
         """Take a free sequence index. The sequence holds no tokens yet."""
         seq_index = self._free_seqs.pop()
         self.lengths[:, seq_index] = 0
+        self.windows.begin(seq_index)
         return seq_index
 
     def free(self, seq_index: int) -> None:
-        """Release a sequence: its index, and every block that nothing else references."""
+        """Release a sequence's index and blocks."""
         for layer in range(self.shape.num_layers):
             self.drop_reference(self.blocks(layer, seq_index))
         self.lengths[:, seq_index] = 0
@@ -153,6 +159,13 @@ class KVCache:
             self._widen(int(columns.max()) + 1)
             self.block_tables[layers, seq_indices[which], columns] = self._take(len(layers))
         self.lengths[:, seq_indices] = lengths + 1
+
+    def release_behind_windows(self, seq_indices: IntArray) -> None:
+        """Give back the blocks of some sequences that no later token sees, in the layers with a window."""
+        lengths = self.lengths[self.windows.layers[:, None], seq_indices]
+        for layer, seq_index, start, stop in self.windows.unseen(lengths, seq_indices):
+            self.drop_reference(self.block_tables[layer, seq_index, start:stop].copy())
+            self.block_tables[layer, seq_index, start:stop] = NOTHING
 
     def _tails(self, seq_indices: IntArray) -> tuple[IntArray, BoolArray]:
         """(num_layers, n) lengths, and whether the last block is partly filled and shared."""
@@ -247,6 +260,7 @@ class KVCache:
     def fork(self, seq_index: int) -> int:
         """A new sequence that references the same blocks."""
         copy = self.allocate()
+        self.windows.begin(copy, seq_index)
         self.block_tables[:, copy] = self.block_tables[:, seq_index]
         self.lengths[:, copy] = self.lengths[:, seq_index]
         for layer in range(self.shape.num_layers):
@@ -258,7 +272,7 @@ class KVCache:
         """Begin an empty sequence with full blocks that are referenced elsewhere too.
 
         Args:
-            ids: (num_layers, n) block ids.
+            ids: (num_layers, n) block ids, `NOTHING` where a layer with a window will not see them.
         """
         if not ids.shape[1]:
             return
@@ -268,24 +282,23 @@ class KVCache:
         self.add_reference(ids.ravel())
 
     def add_reference(self, ids: IntArray) -> None:
-        """Add a reference to each block. An id may occur only once per call."""
+        """Add a reference to each block. An id may occur only once per call, but for `NOTHING`."""
         self._references[ids] += 1
+        self._references[: self.windows.num_reserved] = ALWAYS
 
     def drop_reference(self, ids: IntArray) -> None:
         """Drop a reference to each block. Blocks without references become free."""
         if not len(ids):
             return
         self._references[ids] -= 1
+        self._references[: self.windows.num_reserved] = ALWAYS
         gone = ids[self._references[ids] == 0]
         self._free[self._num_free : self._num_free + len(gone)] = gone
         self._num_free += len(gone)
 
-    def num_references(self, ids: IntArray) -> IntArray:
-        return self._references[ids]
-
     @property
     def references(self) -> IntArray:
-        """(num_blocks,) reference counts. Read only."""
+        """(num_blocks,) counts. Read only."""
         return self._references
 
     def _take(self, count: int) -> IntArray:
@@ -323,17 +336,14 @@ class KVCache:
             self.block_tables = wider
 
     def check(self, shared: IntArray | None = None) -> None:
-        """Assert that the reference counts and the free list are right. Tests and leak checks call this.
-
-        Args:
-            shared: Block ids that something other than a sequence references, once per reference.
-        """
+        """Assert that reference counts and free list are right, with `shared`, what not a sequence references."""
         counted = np.zeros_like(self._references)
         for seq_index in range(self.lengths.shape[1]):
             for layer in range(self.shape.num_layers):
                 np.add.at(counted, self.blocks(layer, seq_index), 1)
         if shared is not None:
             np.add.at(counted, shared, 1)
+        counted[: self.windows.num_reserved] = ALWAYS
         free = self._free[: self._num_free]
         assert np.array_equal(counted, self._references), "the reference counts are wrong"
         assert len(np.unique(free)) == self._num_free == int((counted == 0).sum()), "the free list is wrong"

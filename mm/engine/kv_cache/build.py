@@ -30,9 +30,10 @@ def build_caches(
         EngineError: It would not hold one block per layer.
     """
     snapshot_bytes = num_bytes // SNAPSHOT_SHARE if spec.has_states and prefix_caching else 0
-    num_blocks = (num_bytes - snapshot_bytes) // spec.block_bytes
+    num_reserved = int(any(spec.windows))  # see `Windows`
+    num_blocks = (num_bytes - snapshot_bytes) // spec.block_bytes - num_reserved
     if num_blocks < spec.num_layers:
-        least = spec.num_layers * spec.block_bytes
+        least = (spec.num_layers + num_reserved) * spec.block_bytes
         raise EngineError(f"a KV cache of {num_bytes} bytes is too small; {least} hold {spec.block_size} tokens")
     size = {"num_blocks": num_blocks, "max_num_seqs": max_num_seqs}
     cache = KVCache(spec, **size) if gang is None else LeadingCache(spec, **size, gang=gang)

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mm.data.arrays import IntArray
+from mm.data.arrays import BoolArray, IntArray
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.states import Snapshot, Snapshots
+from mm.engine.kv_cache.windows import NOTHING
 from mm.models.recurrent import LayerState
 
 BlockHash = bytes
@@ -83,7 +84,7 @@ class PrefixCache:
         self._snapshots = Snapshots(snapshot_bytes) if cache.shape.has_states else None
         self._entries: OrderedDict[BlockHash, IntArray] = OrderedDict()
         self._names = dict[str, tuple[BlockHash, int]]()
-        self._is_held = np.zeros(cache.num_blocks, dtype=bool)
+        self._is_held = np.zeros(len(cache.references), dtype=bool)
         self.num_queries = 0
         self.num_hits = 0
 
@@ -93,7 +94,7 @@ class PrefixCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of all entries, whether or not a sequence uses them too."""
-        return len(self._entries) * self._cache.shape.num_layers * self._cache.shape.block_bytes
+        return int(self._is_held.sum()) * self._cache.shape.block_bytes
 
     @property
     def num_idle_bytes(self) -> int:
@@ -115,12 +116,26 @@ class PrefixCache:
             if block_hash not in self._entries:
                 break
             found.append(self._entries[block_hash])
-        while self._snapshots is not None and found and hashes[len(found) - 1] not in self._snapshots:
+        usable = self._seen_whole(found)
+        while found and not (
+            usable[len(found)] and (self._snapshots is None or hashes[len(found) - 1] in self._snapshots)
+        ):
             found.pop()
         # From the end, so that a block is never older than those that are found through it.
         for block_hash in reversed(hashes[: len(found)]):
             self._entries.move_to_end(block_hash)
         return np.stack(found, axis=1) if found else np.zeros((self._cache.shape.num_layers, 0), dtype=np.int32)
+
+    def _seen_whole(self, found: Sequence[IntArray]) -> BoolArray:
+        """For 0 to n of the entries, whether what comes next would see no block that was given back."""
+        usable, windows = np.ones(len(found) + 1, dtype=bool), self._cache.windows
+        if found and windows:
+            is_gone = np.stack(found, axis=1)[windows.layers] == NOTHING
+            last_gone = np.maximum.accumulate(np.where(is_gone, np.arange(len(found)), -1), axis=1)
+            counts = np.arange(1, len(found) + 1) * self._cache.shape.block_size
+            first = windows.first_seen(np.broadcast_to(counts, is_gone.shape))
+            usable[1:] = (last_gone < first).all(axis=0)
+        return usable
 
     def begin(self, seq_index: int, hashes: Sequence[BlockHash]) -> None:
         """Give a sequence, whose first blocks were found by these hashes, the states behind them."""
@@ -154,13 +169,26 @@ class PrefixCache:
         if not self.enabled:
             return
         for i in range(len(hashes) - 1, -1, -1):
+            ids = self._cache.block_tables[:, seq_index, i].copy()
             if hashes[i] in self._entries:
                 self._entries.move_to_end(hashes[i])
+                self._complete(self._entries[hashes[i]], ids)
                 continue
-            ids = self._cache.block_tables[:, seq_index, i].copy()
             self._cache.add_reference(ids)
             self._entries[hashes[i]] = ids
-            self._is_held[ids] = True
+            self._hold(ids)
+
+    def _complete(self, held: IntArray, ids: IntArray) -> None:
+        """Take blocks into an entry that it lacks behind a window."""
+        lacks = (held == NOTHING) & (ids != NOTHING) if self._cache.windows else np.zeros(len(held), dtype=bool)
+        if lacks.any():
+            held[lacks] = ids[lacks]
+            self._cache.add_reference(ids[lacks])
+            self._hold(ids[lacks])
+
+    def _hold(self, ids: IntArray) -> None:
+        self._is_held[ids] = True
+        self._is_held[: self._cache.windows.num_reserved] = False
 
     def name(self, key: str, block_hash: BlockHash, num_tokens: int) -> None:
         """Give the beginning of a prompt that ends with a block a name, for `held_names`. The oldest are forgotten."""
@@ -185,11 +213,23 @@ class PrefixCache:
             return False
         for block_hash in list(self._entries):
             ids = self._entries[block_hash]
-            if (self._cache.num_references(ids) == 1).all():
+            if (self._cache.references[ids] == 1).all():
                 self._release(ids)
                 del self._entries[block_hash]
                 if self._snapshots is not None:
                     self._snapshots.drop(block_hash)
+                if self._cache.num_free_blocks >= num_blocks:
+                    return True
+        return self._strip(num_blocks)
+
+    def _strip(self, num_blocks: int) -> bool:
+        """Give back blocks of entries in use that are behind their users' windows, until so many are free."""
+        layers = self._cache.windows.layers.tolist()
+        for ids in self._entries.values() if layers else ():
+            idle = [layer for layer in layers if ids[layer] != NOTHING and self._cache.references[ids[layer]] == 1]
+            if idle:
+                self._release(ids[idle])
+                ids[idle] = NOTHING
                 if self._cache.num_free_blocks >= num_blocks:
                     return True
         return False
