@@ -106,7 +106,7 @@ def test_a_second_interrupt_ends_it_at_once(jobs: Jobs, folder: Path, tmp_path: 
 
 def test_two_jobs_do_not_share_a_folder(jobs: Jobs, folder: Path, tmp_path: Path, texts: dict[str, str]):
     out = tmp_path / "out"
-    first = jobs.start(folder, out, DELAY_S)
+    first = jobs.start(folder, out, 1.0)  # so slow that the second one starts before it is done
     until(lambda: bool(records(out)))
     second = jobs.start(folder, out, DELAY_S, tmp_path / "second.said")  # which the first does not write to
     assert jobs.wait(second) == 1
