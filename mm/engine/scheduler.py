@@ -135,7 +135,7 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Plan the next step. The cache has room for everything in it."""
-        self._release_behind_windows()
+        self._remove_skipped_blocks()
         scheduled, num_blocks = self._schedule_running()
         budget = self._config.max_num_batched_tokens - sum(item.num_tokens for item in scheduled)
         scheduled, num_blocks = self._with_drafts(scheduled, num_blocks, budget)
@@ -161,11 +161,11 @@ class Scheduler:
                 chunks.append(item)
         return SchedulerOutput(decode=decode, chunks=chunks)
 
-    def _release_behind_windows(self) -> None:
-        """Prompts first go whole into the prefix cache, whose blocks behind windows others may need."""
+    def _remove_skipped_blocks(self) -> None:
+        """Free the blocks before sliding windows, of prompts only when the prefix cache has them."""
         if self._cache.windows:
             found = [s.seq_index for s in self.running if s.is_past_prompt or not self._prefix_cache.enabled]
-            self._cache.release_behind_windows(np.array(found, dtype=np.int64))
+            self._cache.remove_skipped_blocks(np.array(found, dtype=np.int64))
 
     def _with_drafts(
         self, scheduled: list[ScheduledChunk], num_blocks: int, budget: int

@@ -8,7 +8,7 @@ Each sequence has an index. `lengths[layer, seq_index]` is the number of tokens 
 `block_tables[layer, seq_index]` lists the blocks that hold them. A slot is the place of one token in the flattened pool
 (block * block_size + offset). It has nothing to do with the token's rotary position.
 
-Layers with a window see no token before it, so blocks behind it are given back; see `windows`.
+In layers with a sliding window, blocks before the window are freed; see `windows`.
 
 Blocks are shared by reference counts: between sequences with a common prefix, and between the `n` sequences of one
 request. A sequence that writes into a shared block first gets a copy of it.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mm.data.arrays import BoolArray, IntArray, to_tensor
 from mm.engine.kv_cache.states import SequenceStates
-from mm.engine.kv_cache.windows import ALWAYS, NOTHING, Windows
+from mm.engine.kv_cache.windows import NULL_BLOCK, NULL_REFERENCES, Windows
 from mm.errors import EngineError
 from mm.models.kv_cache_spec import KVCacheSpec
 
@@ -38,7 +38,7 @@ class KVCache:
 
     Args:
         shape: What one token of the model takes.
-        num_blocks: That can be held at a time.
+        num_blocks: How many can be allocated.
         max_num_seqs: Number of sequences that can be held at a time.
 
     Attributes:
@@ -46,7 +46,7 @@ class KVCache:
         block_tables: (num_layers, max_num_seqs, W) int32 block ids. Only the first ceil(length / block_size) are valid.
         lengths: (num_layers, max_num_seqs) int64, tokens held.
         states: Of the layers that have no keys and values.
-        windows: Of the layers that do not see all tokens.
+        windows: Of the layers with a sliding window.
         has_all_heads: Whether all keys and values of the model are here.
     """
 
@@ -65,7 +65,7 @@ class KVCache:
         self._references = np.zeros(pool, dtype=np.int32)
         self._free = np.arange(pool - 1, self.windows.num_reserved - 1, -1, dtype=np.int32)  # a stack: low ids first
         if self.windows:
-            self.keys[NOTHING], self.values[NOTHING], self._references[NOTHING] = 0, 0, ALWAYS
+            self.keys[NULL_BLOCK], self.values[NULL_BLOCK], self._references[NULL_BLOCK] = 0, 0, NULL_REFERENCES
         self._free_seqs = list(range(max_num_seqs - 1, -1, -1))
         self._layers, self.states = np.arange(shape.num_layers), SequenceStates(max_num_seqs)
 
@@ -160,12 +160,12 @@ class KVCache:
             self.block_tables[layers, seq_indices[which], columns] = self._take(len(layers))
         self.lengths[:, seq_indices] = lengths + 1
 
-    def release_behind_windows(self, seq_indices: IntArray) -> None:
-        """Give back the blocks of some sequences that no later token sees, in the layers with a window."""
+    def remove_skipped_blocks(self, seq_indices: IntArray) -> None:
+        """Free the blocks before the sliding windows of some sequences."""
         lengths = self.lengths[self.windows.layers[:, None], seq_indices]
-        for layer, seq_index, start, stop in self.windows.unseen(lengths, seq_indices):
+        for layer, seq_index, start, stop in self.windows.skipped(lengths, seq_indices):
             self.drop_reference(self.block_tables[layer, seq_index, start:stop].copy())
-            self.block_tables[layer, seq_index, start:stop] = NOTHING
+            self.block_tables[layer, seq_index, start:stop] = NULL_BLOCK
 
     def _tails(self, seq_indices: IntArray) -> tuple[IntArray, BoolArray]:
         """(num_layers, n) lengths, and whether the last block is partly filled and shared."""
@@ -272,7 +272,7 @@ class KVCache:
         """Begin an empty sequence with full blocks that are referenced elsewhere too.
 
         Args:
-            ids: (num_layers, n) block ids, `NOTHING` where a layer with a window will not see them.
+            ids: (num_layers, n) block ids, `NULL_BLOCK` where they lie before the window of a layer.
         """
         if not ids.shape[1]:
             return
@@ -282,16 +282,16 @@ class KVCache:
         self.add_reference(ids.ravel())
 
     def add_reference(self, ids: IntArray) -> None:
-        """Add a reference to each block. An id may occur only once per call, but for `NOTHING`."""
+        """Add a reference to each block. An id may occur only once per call, but for `NULL_BLOCK`."""
         self._references[ids] += 1
-        self._references[: self.windows.num_reserved] = ALWAYS
+        self._references[: self.windows.num_reserved] = NULL_REFERENCES
 
     def drop_reference(self, ids: IntArray) -> None:
         """Drop a reference to each block. Blocks without references become free."""
         if not len(ids):
             return
         self._references[ids] -= 1
-        self._references[: self.windows.num_reserved] = ALWAYS
+        self._references[: self.windows.num_reserved] = NULL_REFERENCES
         gone = ids[self._references[ids] == 0]
         self._free[self._num_free : self._num_free + len(gone)] = gone
         self._num_free += len(gone)
@@ -343,7 +343,7 @@ class KVCache:
                 np.add.at(counted, self.blocks(layer, seq_index), 1)
         if shared is not None:
             np.add.at(counted, shared, 1)
-        counted[: self.windows.num_reserved] = ALWAYS
+        counted[: self.windows.num_reserved] = NULL_REFERENCES
         free = self._free[: self._num_free]
         assert np.array_equal(counted, self._references), "the reference counts are wrong"
         assert len(np.unique(free)) == self._num_free == int((counted == 0).sum()), "the free list is wrong"

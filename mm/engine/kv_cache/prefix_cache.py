@@ -19,7 +19,7 @@ import numpy as np
 from mm.data.arrays import BoolArray, IntArray
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.states import Snapshot, Snapshots
-from mm.engine.kv_cache.windows import NOTHING
+from mm.engine.kv_cache.windows import NULL_BLOCK
 from mm.models.recurrent import LayerState
 
 BlockHash = bytes
@@ -116,7 +116,7 @@ class PrefixCache:
             if block_hash not in self._entries:
                 break
             found.append(self._entries[block_hash])
-        usable = self._seen_whole(found)
+        usable = self._usable_lengths(found)
         while found and not (
             usable[len(found)] and (self._snapshots is None or hashes[len(found) - 1] in self._snapshots)
         ):
@@ -126,15 +126,15 @@ class PrefixCache:
             self._entries.move_to_end(block_hash)
         return np.stack(found, axis=1) if found else np.zeros((self._cache.shape.num_layers, 0), dtype=np.int32)
 
-    def _seen_whole(self, found: Sequence[IntArray]) -> BoolArray:
-        """For 0 to n of the entries, whether what comes next would see no block that was given back."""
+    def _usable_lengths(self, found: Sequence[IntArray]) -> BoolArray:
+        """(n + 1,) whether a prompt can go on after 0 to n of these entries: no freed block is in a window then."""
         usable, windows = np.ones(len(found) + 1, dtype=bool), self._cache.windows
         if found and windows:
-            is_gone = np.stack(found, axis=1)[windows.layers] == NOTHING
-            last_gone = np.maximum.accumulate(np.where(is_gone, np.arange(len(found)), -1), axis=1)
+            is_null = np.stack(found, axis=1)[windows.layers] == NULL_BLOCK
+            last_null = np.maximum.accumulate(np.where(is_null, np.arange(len(found)), -1), axis=1)
             counts = np.arange(1, len(found) + 1) * self._cache.shape.block_size
-            first = windows.first_seen(np.broadcast_to(counts, is_gone.shape))
-            usable[1:] = (last_gone < first).all(axis=0)
+            first = windows.first_visible(np.broadcast_to(counts, is_null.shape))
+            usable[1:] = (last_null < first).all(axis=0)
         return usable
 
     def begin(self, seq_index: int, hashes: Sequence[BlockHash]) -> None:
@@ -179,8 +179,8 @@ class PrefixCache:
             self._hold(ids)
 
     def _complete(self, held: IntArray, ids: IntArray) -> None:
-        """Take blocks into an entry that it lacks behind a window."""
-        lacks = (held == NOTHING) & (ids != NOTHING) if self._cache.windows else np.zeros(len(held), dtype=bool)
+        """Add to an entry the blocks that it lacks because they were freed."""
+        lacks = (held == NULL_BLOCK) & (ids != NULL_BLOCK) if self._cache.windows else np.zeros(len(held), dtype=bool)
         if lacks.any():
             held[lacks] = ids[lacks]
             self._cache.add_reference(ids[lacks])
@@ -223,13 +223,13 @@ class PrefixCache:
         return self._strip(num_blocks)
 
     def _strip(self, num_blocks: int) -> bool:
-        """Give back blocks of entries in use that are behind their users' windows, until so many are free."""
+        """Free blocks before sliding windows in entries that sequences use, until `num_blocks` are free."""
         layers = self._cache.windows.layers.tolist()
         for ids in self._entries.values() if layers else ():
-            idle = [layer for layer in layers if ids[layer] != NOTHING and self._cache.references[ids[layer]] == 1]
+            idle = [layer for layer in layers if ids[layer] != NULL_BLOCK and self._cache.references[ids[layer]] == 1]
             if idle:
                 self._release(ids[idle])
-                ids[idle] = NOTHING
+                ids[idle] = NULL_BLOCK
                 if self._cache.num_free_blocks >= num_blocks:
                     return True
         return False

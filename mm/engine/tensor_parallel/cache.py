@@ -60,9 +60,9 @@ class LeadingCache(KVCache):
     def append_slot_each(self, seq_indices: IntArray) -> None:
         self._noted(super().append_slot_each, seq_indices)
 
-    def release_behind_windows(self, seq_indices: IntArray) -> None:
+    def remove_skipped_blocks(self, seq_indices: IntArray) -> None:
         if self.windows and len(seq_indices):
-            self._noted(super().release_behind_windows, seq_indices)
+            self._noted(super().remove_skipped_blocks, seq_indices)
 
     def truncate(self, seq_index: int, layer: int, length: int) -> None:
         self._noted(super().truncate, seq_index, layer, length)

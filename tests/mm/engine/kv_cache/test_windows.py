@@ -1,4 +1,4 @@
-"""Blocks behind the windows of layers are given back, and nothing that a later token sees."""
+"""Blocks before a sliding window are freed; what a later token attends to stays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 import mm
 from mm.engine.kv_cache.blocks import KVCache
 from mm.engine.kv_cache.prefix_cache import PrefixCache
-from mm.engine.kv_cache.windows import NOTHING
+from mm.engine.kv_cache.windows import NULL_BLOCK
 from mm.models.kv_cache_spec import KVCacheSpec
 from tests.helpers.decoders import random_llava_with
 
@@ -69,11 +69,11 @@ class Twin:
 
 
 def held(cache: KVCache, layer: int, seq: int) -> int:
-    return int((cache.blocks(layer, seq) != NOTHING).sum())
+    return int((cache.blocks(layer, seq) != NULL_BLOCK).sum())
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_what_a_later_token_sees_is_always_there(seed):
+def test_what_a_later_token_attends_to_is_always_there(seed):
     rng = random.Random(seed)
     twin, prompts, longest = Twin(rng.choice([150, 400])), {}, 0
     for _ in range(400):
@@ -95,7 +95,7 @@ def test_what_a_later_token_sees_is_always_there(seed):
             if twin.prefixes.make_room(twin.cache.num_blocks_for_each(np.array([seq]))):
                 twin.append(seq, 1, prompts[seq])
         elif kind == "release":
-            twin.cache.release_behind_windows(np.array(seqs))
+            twin.cache.remove_skipped_blocks(np.array(seqs))
             for one in seqs:
                 length = len(twin.stamps[one])
                 for layer, window in enumerate(WINDOWS):
@@ -127,14 +127,14 @@ def test_what_a_later_token_sees_is_always_there(seed):
     assert twin.cache.num_used_bytes == 0
 
 
-def test_blocks_behind_the_windows_of_users_make_room_and_prefixes_end_before_them():
+def test_cached_blocks_before_the_windows_make_room_and_a_prefix_needs_whole_windows():
     """Sequences that decode hold their prompt's blocks, and of the cached ones only those are in use."""
     twin = Twin(100)
     seq = twin.admit(1, 0)
     twin.append(seq, 40, 1)
     names = [twin.name(1, i) for i in range(10)]
     twin.prefixes.put(seq, names)
-    twin.cache.release_behind_windows(np.array([seq]))
+    twin.cache.remove_skipped_blocks(np.array([seq]))
     assert twin.prefixes.match(names).shape[1] == 10
     free, gone = twin.cache.num_free_blocks, 8 + 8 + 10  # of windows 6, 9 and 1
     assert not twin.prefixes.make_room(free + gone + 1)
@@ -142,7 +142,7 @@ def test_blocks_behind_the_windows_of_users_make_room_and_prefixes_end_before_th
     assert twin.cache.num_free_blocks == free + gone
     found = twin.prefixes.match(names)
     assert found.shape[1] == 10  # the windows' ends are still there
-    assert [int((row == NOTHING).sum()) for row in found] == [0, 8, 8, 0, 10]
+    assert [int((row == NULL_BLOCK).sum()) for row in found] == [0, 8, 8, 0, 10]
     assert not twin.prefixes.match(names[:5]).shape[1]
     twin.compare()
     again = twin.admit(2, 0)
@@ -180,13 +180,13 @@ def test_answers_far_beyond_a_window_are_those_of_transformers_in_little_memory(
     with mm.load(folder, dtype="float32", num_threads=1, **options) as ours:
         engine = ours.native_engine
         cache, used = engine.cache, [0]
-        release = cache.release_behind_windows
+        release = cache.remove_skipped_blocks
 
         def recorded(seq_indices):
             release(seq_indices)
             used.append((cache.num_used_bytes - engine.prefix_cache.num_idle_bytes) // cache.shape.block_bytes)
 
-        cache.release_behind_windows = recorded
+        cache.remove_skipped_blocks = recorded
         assert list(ours.generate(question, **asked).token_ids[0]) == expected
         blocks, in_window = -(-(length + more) // cache.shape.block_size), -(-32 // cache.shape.block_size) + 1
         assert used[-2] <= blocks + 3 * in_window  # the last but one step of the sequence
@@ -200,3 +200,17 @@ def test_answers_far_beyond_a_window_are_those_of_transformers_in_little_memory(
         assert engine.stats.num_preemptions
         assert bool(engine.stats.prefix_hits) == prefix_caching
         cache.check(engine.prefix_cache.held)
+
+
+def test_a_prompt_in_chunks_is_found_by_another_that_begins_as_it_does(tmp_path):
+    """Its blocks before the windows are freed only when the prefix cache has them."""
+    folder = random_llava_with(tmp_path, "mistral", sliding_window=32)
+    shared = "what colour is the circle and what colour is the square beside it? " * 4
+    with mm.load(folder, dtype="float32", num_threads=1, max_batch_tokens=32, kv_cache_gb=0.01) as ours:
+        ours.generate(shared + "circle " * 80, max_new_tokens=2, temperature=0)
+        before = ours.native_engine.stats.prefix_hits
+        again = ours.generate(shared + "square? " * 8, max_new_tokens=8, temperature=0)
+        found = ours.native_engine.stats.prefix_hits - before
+        assert found > 32 + ours.native_engine.cache.shape.block_size
+        alone = ours.generate(shared + "square? " * 8, max_new_tokens=8, temperature=0, cache_salt="alone")
+        assert again.token_ids == alone.token_ids
