@@ -91,7 +91,13 @@ def test_a_plugin_computes_under_the_settings_of_its_caller(calls):
     def settings():
         return torch.is_inference_mode_enabled(), torch.get_num_threads(), threading.current_thread().name
 
-    assert ask(calls, settings) == (False, 1, "plugin")
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (2, 1):
+            torch.set_num_threads(num_threads)
+            assert ask(calls, settings) == (False, num_threads, "plugin")
+    finally:
+        torch.set_num_threads(before)
     with torch.inference_mode():
         assert ask(calls, settings)[0]
     assert not ask(calls, settings)[0]
