@@ -140,10 +140,15 @@ def _ratios(results: Results) -> list[float]:
     return sorted({line["keep_ratio"] for line in results.lines} - {1.0}, reverse=True)
 
 
+MORE = 0.02
+"""How much more than its budget a method with a threshold in place of a ratio may keep to be compared at it."""
+
+
 def _good_methods(results: Results) -> list[str]:
     full, sentences = results.score(results.full), []
     for ratio in _ratios(results):
-        shares = [(line["method"], results.score(line) / full) for line in results.at(ratio)]
+        within = [line for line in results.at(ratio) if line["kept"] <= ratio + MORE]
+        shares = [(line["method"], results.score(line) / full) for line in within]
         good = ", ".join(f"`{method}` {share:.0%}" for method, share in shares if share >= GOAL)
         best = f"none; best is `{shares[0][0]}` with {shares[0][1]:.0%}"
         sentences.append(f"At {ratio:.0%} of the tokens these keep {GOAL:.0%} of the full score: {good or best}.")

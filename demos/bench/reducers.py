@@ -229,6 +229,9 @@ def main() -> None:
         )
     )
     everything = methods_for(args.kind, model.engine.family.folder)
+    if unknown := sorted({*(args.methods or ())} - {*everything}):
+        able = ", ".join(everything)
+        raise SystemExit(f"{', '.join(unknown)} cannot reduce {args.kind}s of {args.model}; these can: {able}")
     wanted = everything if args.methods is None else ["none", *(m for m in args.methods if m != "none")]
     plan = [("none", 1.0), *plan_of(wanted, args.ratios)]
     needs = frozenset().union(*(build_reducer(spec_of(m, 0.25, 0.01)).needs for m in wanted))
