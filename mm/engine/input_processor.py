@@ -87,9 +87,10 @@ class InputProcessor(PromptInputs):
         add_reducers(request, reducer, self._family.language.num_layers, self._calls, on_error=self._on_error)
         check_dropping(request, self._family.language.arithmetic)
         seqs = self._sequences(request, samplers, max_new_tokens, is_received=received is not None)
-        if isinstance(sink, KVSink):
-            request.outgoing = Outgoing(sink, params.emitted, [seq.output for seq in seqs])
+        outputs = [seq.output for seq in seqs]
         seqs = resume(seqs, params.emitted) if params.emitted else seqs
+        if isinstance(sink, KVSink) and any(seq.output.num_remaining_tokens > 1 for seq in seqs):
+            request.outgoing = Outgoing(sink, params.emitted, outputs)
         hashes = request.block_hashes(self._cache.shape.block_size)
         borders = snapshot_borders(prompt, len(hashes), self._cache.shape)
         for seq in seqs:

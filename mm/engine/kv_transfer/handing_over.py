@@ -3,7 +3,7 @@
 Keys and values are sent chunk by chunk, while the next chunk is computed; where reducers remove tokens once the prompt
 is in, all at the end. When each choice of a request has its next token, the request is parked: nothing of it is
 computed any more, and its blocks stay until its receiver confirms by aborting it. An engine whose receivers are full
-therefore takes no more prompts than its cache holds.
+therefore takes no more prompts than its cache holds. A request that has but one token left ends here; nothing is sent.
 """
 
 from __future__ import annotations

@@ -331,6 +331,22 @@ def test_a_choice_that_ends_with_its_first_token_is_not_handed_over(model, engin
     assert_same(answer(*engines, asked), alone(one, asked))
 
 
+@pytest.mark.parametrize("num_before", [0, 5])
+def test_nothing_is_sent_of_a_request_with_one_token_left(model, engines, num_before: int):
+    asked = question(model, n=2, temperature=1.0, seed=1, max_new_tokens=num_before + 1)
+    whole = alone(engines[1], asked)
+    if num_before:
+        given = tuple(tuple(token for one in deltas(whole, i) for token in one.token_ids) for i in range(2))
+        emitted = tuple(Emitted(token_ids=tokens[:-1]) for tokens in given)
+        asked = replace(asked, request=replace(asked.request, emitted=emitted))
+    _, sink = prefilled(engines[0], asked)
+    last = [[token for one in deltas(sink.events, i) for token in one.token_ids] for i in range(2)]
+    assert last == [[token for one in deltas(whole, i) for token in one.token_ids][-1:] for i in range(2)]
+    assert (sink.pieces, sink.state, sink.num_ends) == ([], None, 1)
+    assert engines[0].stats.kv_sent_bytes == 0
+    assert_idle(engines[0])
+
+
 def test_what_was_handed_over_is_refused_by_another_request_and_another_model(model, engines):
     asked = question(model)
     _, sink = prefilled(engines[0], asked)
