@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from serve.cli.checks import need
+
+MADE = ("images", "prompt_tokens", "output_tokens", "num_requests", "burstiness", "seed")
+"""Options of the requests that are made where no trace is given."""
+OF_PICTURES = ("patches", "tokens_per_image", "keep_ratio", "sharding", "encode_workers")
+APART = ("sharding", "transport")
+"""Options of layouts whose stages are apart."""
 
 
 @click.command()
@@ -69,6 +76,7 @@ def plan(
     90 % of the requests meet both targets.
     """
     need("blake3", "models")
+    _refuse_what_changes_nothing(images, options["trace"], options["splits"], keeps_out=options["out"] is not None)
     from serve.planning.command import PlanJob, run_plan
     from serve.planning.curves import Picture, PlanError
     from serve.planning.policies import Policies
@@ -85,3 +93,31 @@ def plan(
     )
     shape = Shape(pictures=images, text_tokens=prompt_tokens, output_tokens=output_tokens, keep_ratio=keep_ratio)
     run_plan(PlanJob(shape=shape, picture=picture, policies=policies, **options))
+
+
+def _refuse_what_changes_nothing(images: int, trace: Path | None, splits: tuple[str, ...], *, keeps_out: bool) -> None:
+    """Refuse options that are given and would not change the plan, or that its settings could not keep.
+
+    Raises:
+        PlanError: Names the option, and the one that makes it idle.
+    """
+    from serve.planning.curves import PlanError
+
+    context = click.get_current_context()
+    flags = {one.name: one.opts[-1] for one in context.command.params}
+    given = [name for name in flags if name and context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    idle = dict[str, str]()
+    if trace is None:
+        idle["limit"] = "takes the first requests of a trace, and there is no --trace"
+    else:
+        idle |= dict.fromkeys(MADE, "is about made requests, and --trace brings its own")
+    if trace is None and images == 0:
+        idle |= dict.fromkeys(OF_PICTURES, "is about pictures, and --images 0 leaves none")
+    if trace is None and images == 1:
+        idle["sharding"] = "shares the pictures of a request out, and each has one: give --images 2 or more"
+    if set(splits) == {"none"}:
+        idle |= dict.fromkeys(APART, "is about stages that are apart, and --split none has none")
+    if keeps_out:
+        idle["sharding"] = "cannot be kept in --out: `mm serve` does not share the pictures of a request out"
+    if wrong := next((name for name in given if name in idle), None):
+        raise PlanError(f"{flags[wrong]} {idle[wrong]}; leave one of them out")

@@ -30,6 +30,7 @@ from mm.config import ModelConfig
 from mm.encode.pipeline import encode
 from mm.engine.engine import LLMEngine
 from mm.engine.loop import Submitted
+from mm.settings import settings_of
 from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.planning.curves import SCHEMA, PlanError, parse_curves
@@ -89,6 +90,7 @@ def calibrate(job: Calibration, say: Callable[[str], object] = lambda _: None) -
     front = asyncio.run(_front_end(config, bench, job, found))
     about = {
         "model": job.model.model,
+        "settings": _settings(job.model),
         "device": config.device,
         "threads": config.num_threads,
         "clock": "processor time" if uses_processor else "wall time",
@@ -96,6 +98,12 @@ def calibrate(job: Calibration, say: Callable[[str], object] = lambda _: None) -
         "versions": {name: version(name) for name in ("mm-serving", "torch")},
     }
     return {"schema": SCHEMA, **found, **sizes, "front_end": front, "about": about}
+
+
+def _settings(model: ModelConfig) -> dict[str, Any]:
+    """What is not the default, by public name: `mm plan` writes it into the settings of a server."""
+    values = {one.name: (one.value_in(model), one.default) for one in settings_of(ModelConfig) if one.name != "model"}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 class _Bench:

@@ -104,6 +104,9 @@ def _traffic(job: PlanJob, fleet: Fleet) -> Traffic:
     picture = job.picture or next(filter(None, pictures), None)
     if job.trace is not None:
         traffic = kept(read_trace(job.trace, picture, job.limit), job.shape.keep_ratio)
+        if job.picture is not None and traffic.has_sizes:
+            what = f"and {job.trace} says how large each one is; leave them out"
+            raise PlanError(f"--patches and --tokens-per-image are for pictures of unknown size, {what}")
         if job.rate is None:
             return traffic
         if not job.rate > 0:
@@ -181,7 +184,7 @@ def _write_settings(job: PlanJob, plan: Plan) -> None:
     reasons = list[str]()
     for one in order:
         try:
-            settings = settings_for(one.layout, plan.question.fleet, job.shape.keep_ratio)
+            settings = settings_for(one.layout, plan.question.fleet, job.policies, job.shape.keep_ratio)
         except PlanError as error:
             reasons.append(str(error))
             continue

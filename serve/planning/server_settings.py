@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 from mm.settings import build, plain_settings, settings_of
-from serve.config import ServeConfig, check_split
+from serve.config import KVTransport, ServeConfig, check_split
 from serve.planning.curves import PlanError
 from serve.planning.layout import Fleet, Layout
+from serve.planning.policies import Policies
 
 ANY_GPU = "gpu"
 """The name of GPUs whose kind nobody gave."""
 
 
-def settings_for(layout: Layout, fleet: Fleet, keep_ratio: float = 1.0) -> dict[str, Any]:
-    """Settings by public name. `ServeConfig` has accepted them.
+def settings_for(layout: Layout, fleet: Fleet, policies: Policies, keep_ratio: float = 1.0) -> dict[str, Any]:
+    """Settings by public name: those with which the curves were measured, the layout, and what was planned with.
+
+    `ServeConfig` has accepted them.
 
     Raises:
         PlanError: No settings of `mm serve` describe this layout.
@@ -23,14 +26,26 @@ def settings_for(layout: Layout, fleet: Fleet, keep_ratio: float = 1.0) -> dict[
     if layout.split == "pd":
         raise PlanError(f"{layout.name}: `mm serve` does not put decode apart from prefill where encode is not apart")
     first = fleet.gpus[layout.decode[0]].curves
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(first.about.get("settings", {}))
     if model := first.about.get("model"):
         found["model"] = model
     found |= _placed(layout) if first.about.get("device", "cuda") != "cpu" else _on_processors(layout)
     found |= {"max_num_seqs": first.engine.max_num_seqs, "max_batch_tokens": first.engine.max_batch_tokens}
     if keep_ratio < 1:
         found["keep_ratio"] = keep_ratio
+    found |= _planned_with(layout, policies)
     check_split(build(ServeConfig, plain_settings(ServeConfig, found, "plan"), "plan"))
+    return found
+
+
+def _planned_with(layout: Layout, policies: Policies) -> dict[str, Any]:
+    usual, found = Policies(), dict[str, Any]()
+    if policies.num_ingress != usual.num_ingress:
+        found["ingresses"] = policies.num_ingress
+    if policies.encode_workers != usual.encode_workers:
+        found["encode_workers"] = policies.encode_workers
+    if layout.split == "epd" and policies.transport in get_args(KVTransport):
+        found["kv_transport"] = policies.transport
     return found
 
 

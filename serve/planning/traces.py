@@ -136,6 +136,7 @@ def _recorded(arrival: np.ndarray, found: dict[str, Counts], _: Picture | None, 
         patches=found["patches"],
         visual_tokens=found["visual_tokens"],
         output_tokens=found["output_tokens"],
+        has_sizes=True,
     )
 
 

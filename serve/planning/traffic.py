@@ -24,6 +24,7 @@ class Traffic:
         patches: Of all pictures of the request.
         visual_tokens: Part of the prompt's tokens.
         output_tokens: At least 1.
+        has_sizes: Whether the size of each picture is known, and not taken to be that of one picture.
         notes: What was assumed about the requests, in words.
     """
 
@@ -33,6 +34,7 @@ class Traffic:
     patches: Counts
     visual_tokens: Counts
     output_tokens: Counts
+    has_sizes: bool = False
     notes: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:

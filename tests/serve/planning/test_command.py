@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,11 @@ from serve.cli.app import app
 from serve.cli.options import read_settings
 from serve.config import ServeConfig
 from serve.planning.curves import Picture, PlanError
+from serve.planning.layout import Layout
+from serve.planning.policies import Policies
+from serve.planning.server_settings import settings_for
 from serve.planning.traces import read_trace
-from tests.helpers.planning import curves_data
+from tests.helpers.planning import curves_data, fleet
 
 AZURE = "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens\n"
 RECORDED = "timestamp,prompt_tokens,images,patches,visual_tokens,output_tokens\n"
@@ -198,3 +202,61 @@ def test_a_plan_imports_neither_torch_nor_ray(folder):
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=folder, env={"PYTHONPATH": str(Path(__file__).parents[3])}
     )
+
+
+MADE = ("--gpus", "4", "--rate", "2", "--requests", "50")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--limit", "5", *MADE), "--limit takes the first requests of a trace, and there is no --trace"),
+        (("--images", "0", "--keep-ratio", "0.5", *MADE), "--keep-ratio is about pictures, and --images 0"),
+        (("--images", "0", "--patches", "5", "--tokens-per-image", "5", *MADE), "--patches is about pictures"),
+        (("--images", "0", "--encode-workers", "3", *MADE), "--encode-workers is about pictures"),
+        (("--sharding", *MADE), "--sharding shares the pictures of a request out, and each has one"),
+        (("--images", "3", "--sharding", "--split", "none", *MADE), "--sharding is about stages that are apart"),
+        (("--transport", "object_store", "--split", "none", *MADE), "--transport is about stages that are apart"),
+        (("--images", "3", "--sharding", "--out", "s.yaml", *MADE), "--sharding cannot be kept in --out"),
+        *(
+            (("--gpus", "4", "--trace", "azure.csv", name, value), f"{name} is about made requests, and --trace brings")
+            for name, value in {
+                "--images": "1",
+                "--prompt-tokens": "9",
+                "--output-tokens": "9",
+                "--requests": "9",
+                "--burstiness": "1",
+                "--seed": "3",
+            }.items()
+        ),
+        (
+            ("--gpus", "4", "--trace", "recorded.csv", "--patches", "5", "--tokens-per-image", "5"),
+            "are for pictures of unknown size, and recorded.csv says how large each one is",
+        ),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(folder, options: tuple[str, ...], says: str):
+    Path("azure.csv").write_text(AZURE + "0,1,200,5\n1,0,20,5\n")
+    Path("recorded.csv").write_text(RECORDED + "0,200,1,256,100,5\n1,20,0,0,0,5\n")
+    with pytest.raises(PlanError, match=re.escape(says)):
+        run(*options)
+
+
+def test_the_settings_are_those_that_were_measured_and_planned_with(folder):
+    about = {"model": "tiny", "device": "cpu", "settings": {"dtype": "float32", "threads": 2, "reducer": "uniform"}}
+    Path("curves.json").write_text(json.dumps(curves_data(about=about)))
+    result = run(*MADE, "--images", "4", "--ingresses", "2", "--encode-workers", "3", "--out", "serve.yaml")
+    assert result.exit_code == 0, result.output
+    found = read_settings(Path("serve.yaml"), ServeConfig)
+    expected = {"dtype": "float32", "threads": 2, "reducer": "uniform", "ingresses": 2, "encode_workers": 3}
+    assert expected.items() <= found.items()
+    build(ServeConfig, found, "file")
+
+
+@pytest.mark.parametrize(
+    ("transport", "kept"), [("inline", "inline"), ("object_store", "object_store"), ("nvlink", None), (None, None)]
+)
+def test_the_transport_is_kept_where_the_server_has_it(transport: str | None, kept: str | None):
+    layout = Layout(split="epd", encode=("gpu",), prefill=("gpu",), decode=("gpu",))
+    found = settings_for(layout, fleet(3), Policies(transport=transport))
+    assert found.get("kv_transport") == kept
