@@ -26,6 +26,12 @@ def bench() -> None:
     "--side", "sides_px", type=click.IntRange(min=8), multiple=True, default=(224,), help="Side of a picture; repeat."
 )
 @click.option("--repeats", type=click.IntRange(min=3), default=5, show_default=True, help="Of each measurement.")
+@click.option(
+    "--hand-off/--no-hand-off",
+    default=True,
+    show_default=True,
+    help="Measure data that moves between replicas, on Ray.",
+)
 @setting_options(ModelConfig, only=SETTINGS)
 def calibrate(model: str, settings: dict[str, Any], **options: Any) -> None:
     """Measure how long encode, prefill, decode and the front end take, as curves for `mm plan`.
@@ -35,6 +41,8 @@ def calibrate(model: str, settings: dict[str, Any], **options: Any) -> None:
     """
     need("fastapi", "server")
     need("httpx", "models")
+    if options["hand_off"]:
+        need("ray", "serve", or_else="--no-hand-off")
     config = build_config(ModelConfig, settings, model=model)
     check_early(config)
     from serve.planning.calibrate import Calibration, run_calibration

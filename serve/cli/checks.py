@@ -25,10 +25,11 @@ MAX_PORT = 65_535
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
-def need(package: str, extra: str) -> None:
-    """End the command with the name of the extra that installs a missing package."""
+def need(package: str, extra: str, *, or_else: str = "") -> None:
+    """End the command with the name of the extra that installs a missing package, and of an option without it."""
     if importlib.util.find_spec(package) is None:
-        click.echo(f"mm: this command needs {package}: pip install 'mm-serving[{extra}]'", err=True)
+        other = f", or {or_else}" if or_else else ""
+        click.echo(f"mm: this command needs {package}: pip install 'mm-serving[{extra}]'{other}", err=True)
         sys.exit(1)
 
 

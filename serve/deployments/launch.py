@@ -89,18 +89,9 @@ def serving(config: ServeConfig, on_end: Callable[[], None] | None = None) -> It
 
 @contextlib.contextmanager
 def _on_own_ray(config: ServeConfig, on_end: Callable[[], None] | None) -> Iterator[Served]:
-    prepare_environment(config.host)
-    # Ray read this when it was imported; see `RAY_SETTINGS`.
-    ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] != "0"
-    _raylet.Config.initialize("")  # pyright: ignore[reportAttributeAccessIssue]
-    options = {
-        "num_cpus": int(config.ray_cpus or max(os.cpu_count() or 1, config.total_cpus + 1)),
-        "object_store_memory": config.object_store_bytes,
-        "include_dashboard": False,
-        "configure_logging": False,
-        "log_to_driver": False,
-    }
-    ray_node = node.start(options, on_end or _thread.interrupt_main, partial(_start_serve, config))
+    num_cpus = int(config.ray_cpus or max(os.cpu_count() or 1, config.total_cpus + 1))
+    at = config.host, config.port
+    ray_node = start_node(at, num_cpus, config.object_store_bytes, on_end or _thread.interrupt_main)
     try:
         _check_room(config)
         _deploy(config, None)
@@ -147,13 +138,39 @@ def _on_cluster(config: ServeConfig, address: str) -> Iterator[Served]:
         ray.shutdown()
 
 
-def _start_serve(config: ServeConfig, ray_node: node.Node) -> None:
+def start_node(
+    at: tuple[str, int], num_cpus: int, object_store_bytes: int | None, on_end: Callable[[], None]
+) -> node.Node:
+    """A Ray of our own, to which this process is connected, and Serve on it. Whoever called it ends both.
+
+    Args:
+        at: Host and port at which Serve listens.
+        on_end: Called from a thread if it ends by itself.
+
+    Raises:
+        RayDidNotStart, UnsafeRay: As in `serving`.
+    """
+    prepare_environment(at[0])
+    # Ray read this when it was imported; see `RAY_SETTINGS`.
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] != "0"
+    _raylet.Config.initialize("")  # pyright: ignore[reportAttributeAccessIssue]
+    options = {
+        "num_cpus": num_cpus,
+        "object_store_memory": object_store_bytes,
+        "include_dashboard": False,
+        "configure_logging": False,
+        "log_to_driver": False,
+    }
+    return node.start(options, on_end, partial(_start_serve, *at))
+
+
+def _start_serve(host: str, port: int, ray_node: node.Node) -> None:
     """Connect to the node and start Serve's controller and proxy there."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         ray.init(address=ray_node.address, configure_logging=False, log_to_driver=False)
         _restore(before)  # Ray's own handler for SIGTERM aborts the process
-        ray_serve.start(http_options=HTTPOptions(host=config.host, port=config.port), proxy_location="HeadOnly")  # type: ignore[arg-type]
+        ray_serve.start(http_options=HTTPOptions(host=host, port=port), proxy_location="HeadOnly")  # type: ignore[arg-type]
     except BaseException:
         ray.shutdown()
         raise

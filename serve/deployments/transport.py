@@ -159,16 +159,18 @@ async def sent(value: KVPiece | HandOff, transport: Transport) -> Carried:
     return await asyncio.to_thread(send) if value.num_bytes >= INLINE_BYTES else send()
 
 
+async def fetched(carried: Carried) -> Any:
+    """What was sent, from wherever it is. Raises an error of Ray where it is gone."""
+    arrays = carried.inline if carried.reference is None else await carried.reference[0]
+    return with_leaves(arrays, PackedTensor, lambda one: unpack_tensor(one.packed))
+
+
 async def received(handed: HandedKV, media: EncodedMedia) -> ReceivedKV:
     """What a prefill replica computed, fetched from wherever it is.
 
     Raises:
         KVLost: The replica is gone, and with it what it computed.
     """
-
-    async def fetched(carried: Carried) -> Any:
-        arrays = carried.inline if carried.reference is None else await carried.reference[0]
-        return with_leaves(arrays, PackedTensor, lambda one: unpack_tensor(one.packed))
 
     try:
         *pieces, state = await asyncio.gather(*map(fetched, (*handed.pieces, handed.state)))

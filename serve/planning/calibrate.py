@@ -48,12 +48,14 @@ class Calibration:
     Attributes:
         sides_px: Of square pictures, one of each size.
         repeats: Of each measurement; the median counts.
+        hand_off: Whether moving data between replicas is measured too, which starts a Ray.
     """
 
     out: Path
     model: ModelConfig = field(default_factory=ModelConfig)
     sides_px: tuple[int, ...] = (224,)
     repeats: int = 5
+    hand_off: bool = True
 
 
 def run_calibration(job: Calibration) -> None:
@@ -88,6 +90,8 @@ def calibrate(job: Calibration, say: Callable[[str], object] = lambda _: None) -
         bench.model.close()
     say("the front end")
     front = asyncio.run(_front_end(config, bench, job, found))
+    if job.hand_off:
+        found["hand_off"] = _hand_off(job.repeats, say)
     about = {
         "model": job.model.model,
         "settings": _settings(job.model),
@@ -98,6 +102,15 @@ def calibrate(job: Calibration, say: Callable[[str], object] = lambda _: None) -
         "versions": {name: version(name) for name in ("mm-serving", "torch")},
     }
     return {"schema": SCHEMA, **found, **sizes, "front_end": front, "about": about}
+
+
+def _hand_off(repeats: int, say: Callable[[str], object]) -> dict[str, Any]:
+    from serve.deployments.environment import LOOPBACK, prepare_environment
+
+    prepare_environment(LOOPBACK)
+    from serve.planning.hand_off import measure_hand_off
+
+    return measure_hand_off(repeats, say)
 
 
 def _settings(model: ModelConfig) -> dict[str, Any]:

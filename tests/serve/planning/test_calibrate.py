@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +20,10 @@ from serve.api.routes import create_app
 from serve.api.trace import TraceRecorder
 from serve.config import ServeConfig
 from serve.planning.calibrate import Calibration, run_calibration
-from serve.planning.curves import read_curves
+from serve.planning.curves import parse_curves, read_curves
 from serve.planning.traces import read_trace
 from serve.stages import build_local_runtime
+from tests.helpers.planning import curves_data
 
 MODEL = ModelConfig(dtype="float32", num_threads=1)
 
@@ -77,9 +80,11 @@ def test_a_recording_is_continued_and_another_file_is_left_alone(tmp_path):
 @pytest.mark.slow
 def test_curves_that_were_measured_can_be_read(tmp_path):
     out = Path(tmp_path / "curves.json")
-    run_calibration(Calibration(out=out, model=replace(MODEL, max_num_seqs=4), repeats=3))
+    run_calibration(Calibration(out=out, model=replace(MODEL, max_num_seqs=4), repeats=3, hand_off=False))
     curves, data = read_curves(out), json.loads(out.read_text())
     assert data["about"]["clock"] == "processor time"
+    assert data["about"]["settings"] == {"dtype": "float32", "threads": 1, "max_num_seqs": 4}
+    assert "hand_off" not in data
     assert curves.encode is not None
     assert curves.prefill is not None
     assert curves.decode is not None
@@ -90,4 +95,28 @@ def test_curves_that_were_measured_can_be_read(tmp_path):
     assert curves.front_end[0] > 0
     assert (curves.engine.max_num_seqs, curves.engine.max_batch_tokens) == (4, 512)
     assert curves.picture is not None
-    assert (curves.picture.patches, curves.kv_token_bytes) == (256, 2048)
+    assert (curves.picture.patches, curves.kv_token_bytes) == (256, 4096)
+
+
+HAND_OFF = """
+from serve.deployments.environment import LOOPBACK, prepare_environment
+prepare_environment(LOOPBACK)
+from serve.planning import hand_off
+import json, ray
+hand_off.SIZES = (0, 6 << 20)
+print(json.dumps(hand_off.measure_hand_off(3, lambda what: None)))
+assert not ray.is_initialized()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_hand_off_takes_longer_the_more_it_moves(tmp_path):
+    """In a process of its own, since Ray reads its settings once."""
+    output = subprocess.run([sys.executable, "-c", HAND_OFF], capture_output=True, text=True, timeout=300, check=True)
+    found = json.loads(output.stdout)
+    assert list(found) == ["auto", "object_store", "inline"]
+    read = parse_curves(curves_data(hand_off=found), "the measurement")
+    for name in found:
+        assert 0 < read.hand_off_s(name, 0) < read.hand_off_s(name, 6 << 20)
+    assert read.hand_off_s("inline", 6 << 20) > read.hand_off_s("object_store", 6 << 20)
