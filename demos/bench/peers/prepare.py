@@ -1,0 +1,115 @@
+"""The same model for every peer, in the form that each of them reads, and the pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from safetensors.torch import load_file, save_file
+
+from demos.bench.peers.environments import Peer, Unavailable, last_words
+from demos.train.data.scenes import HELD_OUT, draw_scene, sample_scene
+from mm.models.checkpoint import find
+
+TOWER = "vision_tower."
+TEMPLATE = "chat_template.jinja"
+
+
+def write_pictures(folder: Path, number: int, first: int, side: int) -> list[Path]:
+    """Drawn scenes that differ, as PNG files of `side` pixels: new ones for each `first`."""
+    paths = [folder / f"{first + index}.png" for index in range(number)]
+    for index, path in enumerate(paths):
+        scene = draw_scene(sample_scene(HELD_OUT + first + index))
+        PIL.Image.fromarray(np.asarray(scene)).resize((side, side)).save(path)
+    return paths
+
+
+def base_model(name: str, cache: Path) -> Path:
+    """A copy of a LLaVA model whose prompts have a line break after the picture.
+
+    OpenVINO GenAI always writes one there. With it every peer gets the same tokens.
+    """
+    source = find(name)
+    key = hashlib.sha256(str([(p.name, p.stat().st_size) for p in sorted(source.iterdir())]).encode()).hexdigest()[:8]
+    folder = cache / "models" / f"{source.name}-{key}"
+    if (folder / TEMPLATE).is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    template = (source / TEMPLATE).read_text(encoding="utf-8")
+    if "'<image>'" not in template:
+        raise ValueError(f"--model was {name!r}: its {TEMPLATE} has no '<image>', which this benchmark changes")
+    for path in source.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+    (folder / TEMPLATE).write_text(template.replace("'<image>'", "'<image>\\n'"), encoding="utf-8")
+    return folder
+
+
+def model_for(peer: Peer, python: Path, base: Path, quantize: str) -> Path:
+    """The folder that the peer reads.
+
+    Raises:
+        Unavailable: The peer cannot take the model.
+    """
+    if peer.name == "llamacpp":
+        raise Unavailable("this script writes no GGUF of LLaVA's tower and projector yet")
+    if peer.name == "vllm":
+        return with_old_names(base)
+    return export(python, base, quantize) if peer.name == "openvino" else base
+
+
+def with_old_names(base: Path) -> Path:
+    """The model with the names of tower weights that vLLM reads, and transformers before 5.20."""
+    folder = base.with_name(f"{base.name}-old-names")
+    if not folder.is_dir():
+        unfinished = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(base, unfinished)
+        for path in unfinished.glob("*.safetensors"):
+            save_file({old_name(name): x for name, x in load_file(path).items()}, path, metadata={"format": "pt"})
+        unfinished.rename(folder)
+    return folder
+
+
+def old_name(name: str) -> str:
+    """The name of a weight before LLaVA's tower lost a level."""
+    before, tower, after = name.partition(TOWER)
+    is_new = bool(tower) and not after.startswith("vision_model.")
+    return f"{before}{tower}vision_model.{after}" if is_new else name
+
+
+def export(python: Path, base: Path, quantize: str) -> Path:
+    """OpenVINO's files, made by optimum-intel.
+
+    Raises:
+        Unavailable: The export failed, or read a model without some of its weights.
+    """
+    weights = {"none": "fp32", "int8": "int8"}[quantize]
+    folder = base.with_name(f"{base.name}-openvino-{weights}")
+    if folder.is_dir():
+        return folder
+    unfinished = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    command = [str(python.with_name("optimum-cli")), "export", "openvino", "--model", str(with_old_names(base))]
+    command += ["--task", "image-text-to-text", "--weight-format", weights, str(unfinished)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Unavailable(f"optimum-intel cannot export it: {last_words(done.stderr)}")
+    if "| MISSING" in done.stdout + done.stderr:
+        raise Unavailable("optimum-intel reads the model without some of its weights, so it would answer otherwise")
+    _with_shortest_edge(unfinished / "preprocessor_config.json")
+    unfinished.rename(folder)
+    return folder
+
+
+def _with_shortest_edge(path: Path) -> None:
+    """Say the size of square pictures as OpenVINO GenAI reads it: else it enlarges them to its default and crops."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    size = config.get("size", {})
+    if set(size) == {"height", "width"} and size["height"] == size["width"]:
+        path.write_text(json.dumps(config | {"size": {"shortest_edge": size["height"]}}), encoding="utf-8")
