@@ -1,12 +1,12 @@
 """Where the two halves of a request run: in this process, or in Ray replicas.
 
-The HTTP layer sees both through the `Runtime` protocol. Nothing here knows HTTP or
-Ray.
+The HTTP layer sees both through the `Runtime` protocol. Nothing here knows HTTP or Ray.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from mm.errors import CapacityError
 from mm.plugins.calls import StageStatus
 from mm.plugins.spec import configured_reducer
 from serve.config import ServeConfig
+from serve.places import Places
 from serve.routing_stats import RoutingStats
 
 
@@ -161,6 +162,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def place(self, request: Request) -> AbstractAsyncContextManager[None]:
+        """A place at the decoder until the context ends, taken before media are encoded. Waits until there is one."""
+        ...
+
     async def encode(self, request: Request, on_progress: OnProgress | None = None) -> MediaHandle:
         """Encode and reduce the request's media; also checks the reducer that it names.
 
@@ -253,10 +258,14 @@ class LocalRuntime:
     Args:
         loop: The decoder's engine, started.
         limits: How long texts may be.
+        num_places: Sequences that the engine takes, running or waiting.
     """
 
-    def __init__(self, encoder: EncoderHalf, loop: EngineLoop, *, limits: TextLimits, default_reducer: str) -> None:
+    def __init__(
+        self, encoder: EncoderHalf, loop: EngineLoop, *, limits: TextLimits, default_reducer: str, num_places: int
+    ) -> None:
         self._encoder, self._loop, self._limits = encoder, loop, limits
+        self._places = Places(num_places)
         self._info = ModelInfo(
             kinds=encoder.kinds, max_context_tokens=limits.max_context_tokens, default_reducer=default_reducer
         )
@@ -265,6 +274,9 @@ class LocalRuntime:
         self._limits.check(request.messages)
         if needs_long_check(request, self._limits):
             await self._loop.check_length(request)
+
+    def place(self, request: Request) -> AbstractAsyncContextManager[None]:
+        return self._places.taken(request.sampling.n, request.priority)
 
     async def encode(self, request: Request, on_progress: OnProgress | None = None) -> EncodedMedia:
         """The encoded media. What is certain of a long clip is prefilled while the rest is still encoded."""

@@ -170,7 +170,9 @@ def build_whole(config: ServeConfig) -> tuple[LocalRuntime, EngineLoop, TextLimi
     """
     encoder = build_encoder_stage(config)
     loop, limits = build_decoder_loop(config)
-    return LocalRuntime(encoder, loop, limits=limits, default_reducer=default_reducer(config)), loop, limits
+    reducer, num_places = default_reducer(config), config.max_ongoing_requests
+    runtime = LocalRuntime(encoder, loop, limits=limits, default_reducer=reducer, num_places=num_places)
+    return runtime, loop, limits
 
 
 def build_local_runtime(config: ServeConfig) -> LocalRuntime:

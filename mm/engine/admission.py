@@ -10,7 +10,7 @@ MAX_RETRY_S = 60
 
 
 class AdmissionControl:
-    """Refuses requests when too many wait, or when the engine is draining.
+    """Refuses requests when too many wait, or when the engine is draining. What can run at the next step does not wait.
 
     Args:
         counters: Where the engine counts its steps, for the estimate of when to try again.
@@ -31,8 +31,9 @@ class AdmissionControl:
         """
         if self.is_draining:
             raise CapacityError("the server is being stopped; ask another one", 5)
+        num_free = max(0, self._config.max_num_seqs - len(self._scheduler.running))
         num_waiting = len(self._scheduler.waiting) + num_arrivals
-        if num_waiting >= self._config.max_waiting:
+        if num_waiting >= self._config.max_waiting + num_free:
             raise CapacityError(f"{num_waiting} requests are waiting already; try again shortly", self._retry_after_s())
 
     def _retry_after_s(self) -> int:

@@ -73,7 +73,7 @@ class VllmEngine:
             raise EngineError(f"the engine vllm cannot go on: {self._failure}")
         if self._is_draining:
             raise CapacityError("the server is being stopped; ask another one", 5)
-        num_waiting = max(0, self._num_live - self.config.max_num_seqs) + len(self._arrivals)
+        num_waiting = max(0, self._num_live + len(self._arrivals) - self.config.max_num_seqs)
         if num_waiting >= self.config.max_waiting:
             raise CapacityError(f"{num_waiting} requests are waiting already; try again shortly", 1)
 

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from mm.data.outputs import Delta, Event, Summary
 from mm.data.request import Request
 from mm.encode.clip_stream import ClipProgress, OnProgress
-from mm.errors import CapacityError, DeadlineExceeded, InvalidRequest
+from mm.errors import DeadlineExceeded, InvalidRequest
 from serve.api.body import BodyReader
 from serve.api.errors import ErrorResponse, error_response
 from serve.api.formats import CHAT, Form
@@ -27,6 +27,7 @@ from serve.api.metrics import Metrics
 from serve.api.parse import ChatCall, parse_chat
 from serve.api.progress import with_progress
 from serve.api.render import ResponseMeta, summary_of, to_json
+from serve.api.room import Place, Room
 from serve.api.stream import News, Writer, sse
 from serve.api.trace import TraceRecorder
 from serve.config import ServeConfig
@@ -66,7 +67,7 @@ class Chat:
 
     def __init__(self, runtime: Runtime, config: ServeConfig, metrics: Metrics, bodies: BodyReader) -> None:
         self._runtime, self._config, self._metrics, self._bodies = runtime, config, metrics, bodies
-        self._in_flight = 0
+        self.room = Room(config.max_in_flight, metrics, config.names[0])
         path, num_frames = config.record_trace, config.model.num_frames
         self._trace = None if path is None else TraceRecorder(path, num_frames)
 
@@ -78,9 +79,12 @@ class Chat:
         """The response of `handle`, or its error as a response. The request is in flight once its body is there."""
         request_id = http.state.request_id
         try:
-            self._check_room()
+            place: Place | None = getattr(http.state, "place", None)
+            if place is None:
+                self.room.check()
             body = await self._bodies.read_json(http)
-            async with self._admitted() as slot:
+            async with contextlib.AsyncExitStack() as slot:  # a stream takes it over
+                slot.enter_context((place or self.room.take()).used())
                 return await handle(http, body, slot)
         except ClientDisconnect:
             self._metrics.cancelled.labels(self._config.names[0]).inc()
@@ -107,30 +111,6 @@ class Chat:
         body = form.whole(meta, call, content, answers)
         return Response(to_json(body), media_type="application/json", headers=headers)
 
-    @contextlib.asynccontextmanager
-    async def _admitted(self) -> AsyncIterator[contextlib.AsyncExitStack]:
-        """Count the request as in flight until the context ends; a stream takes that over from the context.
-
-        Raises:
-            CapacityError: Too many requests are in flight.
-        """
-        self._check_room()
-        async with contextlib.AsyncExitStack() as slot:
-            self._in_flight += 1
-            gauge = self._metrics.in_flight.labels(self._config.names[0])
-            gauge.inc()
-            slot.callback(self._leave)
-            yield slot
-
-    def _check_room(self) -> None:
-        if self._in_flight >= self._config.max_in_flight:
-            self._metrics.rejections.labels(self._config.names[0]).inc()
-            raise CapacityError("the server is busy; try again shortly")
-
-    def _leave(self) -> None:
-        self._in_flight -= 1
-        self._metrics.in_flight.labels(self._config.names[0]).dec()
-
     async def _prepared(
         self, call: ChatCall, deadline: float, on_progress: OnProgress | None = None
     ) -> tuple[Request, MediaHandle]:
@@ -156,7 +136,7 @@ class Chat:
         return [task.result() for task in tasks]
 
     async def _complete(self, call: ChatCall, arrived: float, deadline: float) -> list[Event]:
-        async with until(deadline):
+        async with until(deadline), self._runtime.place(call.request):
             events = await self._runtime.complete(*await self._prepared(call, deadline))
         summary = summary_of(events)
         self._first_token(time.perf_counter() - arrived - summary.timings.decode_s)
@@ -174,6 +154,14 @@ class Chat:
 
     async def _watched(self, call: ChatCall, arrived: float, deadline: float) -> AsyncGenerator[News]:
         """How far the media are, then the runtime's events, with deadline and metrics."""
+        async with contextlib.AsyncExitStack() as held:
+            async with until(deadline):
+                await held.enter_async_context(self._runtime.place(call.request))
+            async with contextlib.aclosing(self._news(call, arrived, deadline)) as every:
+                async for news in every:
+                    yield news
+
+    async def _news(self, call: ChatCall, arrived: float, deadline: float) -> AsyncGenerator[News]:
         reasons: list[str] = []
         started = False
         prepared = with_progress(partial(self._prepared, call, deadline))

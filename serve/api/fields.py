@@ -7,6 +7,7 @@ against the range that its declaration gives.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -32,8 +33,16 @@ def json_fields(cls: type, wire_types: Mapping[str, Any] = MappingProxyType({}))
     }
 
 
-def options_of(cls: type) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
-    """The fields of a dataclass with their types; a nested dataclass is replaced by its own fields."""
+@functools.cache
+def options_of(cls: type) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
+    """The fields of a dataclass with their types; a nested dataclass is replaced by its own fields.
+
+    Every request asks for them, and reading type hints takes a millisecond.
+    """
+    return tuple(_options_of(cls))
+
+
+def _options_of(cls: type) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
     hints = get_type_hints(cls)
     for one in dataclasses.fields(cls):
         hint = _without_none(hints[one.name])

@@ -84,6 +84,7 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     app.state.metrics = metrics
     bodies = BodyReader(config)
     chat = Chat(runtime, config, metrics, bodies)
+    app.state.room = chat.room
     _add_chat(app, chat, config)
     add_counting(app, Counting(chat, runtime, config), body_of(ChatRequest))
     tokens = (body_of(TokenizeRequest), body_of(DetokenizeBody))

@@ -65,14 +65,15 @@ def run_in_process(
         on_loaded(runtime.kv_bytes)
     # On a stop, streams finish by themselves within the drain timeout instead of being cut at once.
     AppStatus.disable_automatic_graceful_drain()
+    app = build_app(runtime, config)
     settings = uvicorn.Config(
-        build_app(runtime, config),
+        app,
         host=config.host,
         port=config.port,
         log_config=None,
         access_log=False,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        http=connection_class(config.header_timeout_s, config.send_timeout_s),
+        http=connection_class(config.header_timeout_s, config.send_timeout_s, app.state.room),
         ws="none",
         timeout_graceful_shutdown=int(config.drain_timeout_s),
         server_header=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -99,6 +100,10 @@ class RayRuntime:
             return await self._decoders.stage.through(result_of(method, *arguments), is_new=loss is None)
 
         return await retried(attempt)
+
+    def place(self, request: Request) -> contextlib.AbstractAsyncContextManager[None]:
+        """Nothing to wait for: Serve's router holds back what the replicas cannot take."""
+        return contextlib.nullcontext()
 
     async def encode(self, request: Request, on_progress: OnProgress | None = None) -> TransferredMedia:
         if not needs_encoder(request):

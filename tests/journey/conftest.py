@@ -131,7 +131,7 @@ def build(engine: FakeEngine, **options: Any) -> tuple[Any, LocalRuntime]:
     loop.start()
     engine.limits = config.model.limits
     encoder = EncoderStage(engine.load, engine.encode, ("image", "video"))
-    runtime = LocalRuntime(encoder, loop, limits=LIMITS, default_reducer="none")
+    runtime = LocalRuntime(encoder, loop, limits=LIMITS, default_reducer="none", num_places=config.max_ongoing_requests)
     return create_app(runtime, config), runtime
 
 

@@ -16,6 +16,7 @@ import uvicorn
 from mm.config import ModelConfig
 from serve.api import body as body_module
 from serve.api.connection import connection_class
+from serve.api.room import Room
 from tests.journey.conftest import build
 from tests.journey.test_lifetimes import Caller, in_flight
 
@@ -107,9 +108,11 @@ async def test_the_memory_of_bodies_under_way_is_bounded(make_client, ask, until
 
 
 @contextlib.contextmanager
-def listening(app: Any, header_timeout_s: float = 20.0, send_timeout_s: float = 60.0) -> Iterator[tuple[str, int]]:
+def listening(
+    app: Any, header_timeout_s: float = 20.0, send_timeout_s: float = 60.0, room: Room | None = None
+) -> Iterator[tuple[str, int]]:
     """`app` on a real socket with our connections; its address."""
-    protocol = connection_class(header_timeout_s, send_timeout_s)
+    protocol = connection_class(header_timeout_s, send_timeout_s, room)
     server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol, ws="none", log_config=None, lifespan="off"))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -286,6 +286,16 @@ def test_a_full_line_refuses_and_says_when_to_come_back(model, ask):
     assert_idle(engine)
 
 
+def test_what_can_run_at_the_next_step_does_not_wait(model, ask):
+    engine = build(model.engine.family, max_num_seqs=3, max_waiting=1)
+    sinks = put_all(engine, [ask(seed=i) for i in range(4)])
+    with pytest.raises(CapacityError, match="4 requests are waiting"):
+        ask().put_to(engine)
+    run_until(engine, lambda: not engine.has_work)
+    assert [sink.error for sink in sinks] == [None] * 4
+    assert_idle(engine)
+
+
 def test_draining_answers_those_who_are_there_and_nobody_else(engine, ask):
     sinks = put_all(engine, [ask(seed=i) for i in range(8)])
     engine.step()

@@ -99,7 +99,9 @@ def test_a_request_passes_through_three_threads_beside_the_event_loop(model, sta
         return encode_loaded(loaded, model.encode_parts, tell)
 
     encoder = EncoderStage(noting("encode", load_one), noting("encode", encode_one), ("image",))
-    runtime = LocalRuntime(encoder, started, limits=model.engine.family.text_limits, default_reducer="none")
+    runtime = LocalRuntime(
+        encoder, started, limits=model.engine.family.text_limits, default_reducer="none", num_places=8
+    )
 
     async def ask() -> list[Event]:
         request = question(seed=5)
