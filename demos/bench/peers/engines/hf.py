@@ -27,9 +27,11 @@ class Engine:
             raise ValueError(f"has no {settings['quantize']} weights for a CPU of its own")
         torch.set_num_threads(settings["threads"])
         dtype = getattr(torch, settings["dtype"])
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        ).eval()
         self.model.generation_config.eos_token_id = None
-        self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     def ask(self, picture: str, question: str, num_tokens: int, stamp: Callable[[], None]) -> list[int]:
         return self._generate([picture], question, num_tokens, [Stamps(stamp)])[0]
