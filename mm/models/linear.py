@@ -1,18 +1,22 @@
 """Linear layers whose weights never change, with the weights in the format that the machine multiplies fastest.
 
 On x86 CPUs torch multiplies float32 through MKL, which reads the weight as it is stored. oneDNN multiplies by a weight
-in its own blocked format. On AMD's processors that is 2 to 3 times as fast for two inputs or more
-(`python -m demos.bench.products`). The operators are those that torch.compile puts in place of frozen linear layers.
+in its own blocked format. On AMD's processors that is 2 to 3 times as fast for two inputs or more, and one input is
+multiplied by `mm.models.row_product` (`python -m demos.bench.products`). The operators are those that torch.compile
+puts in place of frozen linear layers.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mm.models.row_product import RowProduct
 
 NUM_INPUTS = 8
 """The number of inputs for which the blocked format is chosen. Any number may be multiplied."""
@@ -36,6 +40,7 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight, self._bias = weight, bias
         self._is_packed = False
+        self._one_row: RowProduct | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -55,8 +60,10 @@ class PackedLinear:
     def prepack(self) -> None:
         """Repack the weight into oneDNN's blocked format where that is faster, and free the original."""
         if not self._is_packed and is_packable(self._weight):
-            packed = torch.ops.mkldnn._reorder_linear_weight(self._weight.detach(), NUM_INPUTS)
-            self._weight, self._is_packed = cast(Tensor, packed), True
+            plain = self._weight.detach()
+            packed = cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(plain, NUM_INPUTS))
+            self._one_row = row_product(packed, plain, self._bias)
+            self._weight, self._is_packed = packed, True
             # The overloads themselves: to choose one by the arguments takes 3 us a call.
             self._multiply = cast(_Operator, torch.ops.mkldnn._linear_pointwise.default)
             self._multiply_and_add = cast(_Operator, torch.ops.mkldnn._linear_pointwise.binary)
@@ -65,6 +72,8 @@ class PackedLinear:
         """(T, in) to (T, out)."""
         if self._is_packed:
             num_rows = inputs.shape[0]
+            if num_rows == 1 and self._one_row is not None:
+                return self._one_row(inputs)
             if num_rows <= EXACT_INPUTS:
                 return self._multiply(inputs, self._weight, self._bias, "none", [], "")
             return self._multiply(filled_up(inputs), self._weight, self._bias, "none", [], "")[:num_rows]
@@ -79,6 +88,8 @@ class PackedLinear:
         """
         if self._is_packed:
             num_rows = inputs.shape[0]
+            if num_rows == 1 and self._one_row is not None:
+                return self._one_row(inputs, hidden)
             if num_rows <= EXACT_INPUTS:
                 return self._multiply_and_add(inputs, hidden, self._weight, self._bias, "add")
             rows, to = filled_up(inputs), filled_up(hidden)
@@ -91,6 +102,16 @@ class PackedLinear:
         if self._is_packed:
             return self(inputs)[:, outputs]
         return nn.functional.linear(inputs, self._weight[outputs], None if self._bias is None else self._bias[outputs])
+
+
+def row_product(packed: Tensor, weight: Tensor, bias: Tensor | None) -> RowProduct | None:
+    """The product of single rows with a weight that oneDNN packed, or None where we do not know its format."""
+    if weight.dtype != torch.float32:
+        return None
+    from mm.models.row_product import RowProduct, blocks_of
+
+    blocks = blocks_of(packed, weight)
+    return None if blocks is None else RowProduct(packed, blocks, bias)
 
 
 def filled_up(inputs: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def test_long_inputs_come_in_few_lengths(adds):
         for n in range(513):
             rows = torch.randn(n, 8)
             assert len(linear.add_to(rows, rows) if adds else linear(rows)) == n
-    assert lengths.seen == {*range(65), *range(80, 513, 16)}
+    assert lengths.seen - {1} == {0, *range(2, 65), *range(80, 513, 16)}  # one row may have a product of its own
 
 
 @needs_packing
