@@ -143,6 +143,25 @@ def test_the_model_with_old_names_is_written_once(tmp_path: Path) -> None:
     assert (first / "mark").is_file()
 
 
+def test_a_model_without_new_names_is_not_copied(tmp_path: Path) -> None:
+    save_file({"b": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert prepare.with_old_names(tmp_path) == tmp_path
+
+
+def test_a_folder_that_was_not_finished_is_made_again(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise Unavailable("stopped")
+
+    with pytest.raises(Unavailable):
+        prepare._once(tmp_path / "models" / "a", fail)
+    made = prepare._once(tmp_path / "models" / "a", lambda folder: folder.mkdir())
+    assert made == tmp_path / "models" / "a"
+    assert not any(made.iterdir())
+    assert prepare._once(made, fail) == made
+
+
 def test_sizes_of_square_pictures_are_said_in_openvinos_way(tmp_path: Path) -> None:
     path = tmp_path / "preprocessor_config.json"
     for size, expected in (

@@ -31,7 +31,8 @@ from demos.bench.peers.rounds import Entry, Plan, Rounds
 RESULTS = Path(__file__).parents[1] / "results"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mm-peers"
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
-SIDES = {"tiny": 224}
+SIDES = {"tiny": 224, "qwen2.5-vl-349m": 448}
+"""The side of a picture in pixels, which no engine has to resize."""
 
 
 def threads_of(text: str) -> list[int]:

@@ -6,16 +6,21 @@ import hashlib
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from demos.bench.peers.environments import Peer, Unavailable, last_words
+from demos.bench.peers.shapes import write_qwen
 from demos.train.data.scenes import HELD_OUT, draw_scene, sample_scene
 from mm.models.checkpoint import find
 
+SHAPES = {"qwen2.5-vl-349m": write_qwen}
+"""What writes a model with random weights, by name."""
 TOWER = "vision_tower."
 TEMPLATE = "chat_template.jinja"
 
@@ -30,10 +35,12 @@ def write_pictures(folder: Path, number: int, first: int, side: int) -> list[Pat
 
 
 def base_model(name: str, cache: Path) -> Path:
-    """A copy of a LLaVA model whose prompts have a line break after the picture.
+    """The model's folder: a shape of `SHAPES`, or a copy of a LLaVA whose prompts have a line break after the picture.
 
     OpenVINO GenAI always writes one there. With it every peer gets the same tokens.
     """
+    if name in SHAPES:
+        return _once(cache / "models" / name, lambda folder: SHAPES[name](folder))
     source = find(name)
     key = hashlib.sha256(str([(p.name, p.stat().st_size) for p in sorted(source.iterdir())]).encode()).hexdigest()[:8]
     folder = cache / "models" / f"{source.name}-{key}"
@@ -57,7 +64,7 @@ def model_for(peer: Peer, python: Path, base: Path, quantize: str) -> Path:
         Unavailable: The peer cannot take the model.
     """
     if peer.name == "llamacpp":
-        raise Unavailable("this script writes no GGUF of LLaVA's tower and projector yet")
+        raise Unavailable("this script writes no GGUF, the only form that it reads")
     if peer.name == "vllm":
         return with_old_names(base)
     return export(python, base, quantize) if peer.name == "openvino" else base
@@ -65,13 +72,25 @@ def model_for(peer: Peer, python: Path, base: Path, quantize: str) -> Path:
 
 def with_old_names(base: Path) -> Path:
     """The model with the names of tower weights that vLLM reads, and transformers before 5.20."""
-    folder = base.with_name(f"{base.name}-old-names")
+    files = list(base.glob("*.safetensors"))
+    if not any(old_name(name) != name for path in files for name in safe_open(path, "pt").keys()):  # noqa: SIM118
+        return base
+
+    def write(folder: Path) -> None:
+        shutil.copytree(base, folder)
+        for path in folder.glob("*.safetensors"):
+            save_file({old_name(name): x for name, x in load_file(path).items()}, path, metadata={"format": "pt"})
+
+    return _once(base.with_name(f"{base.name}-old-names"), write)
+
+
+def _once(folder: Path, write: Callable[[Path], object]) -> Path:
+    """The folder, which `write` makes if it is not there. One that was not finished is made again."""
     if not folder.is_dir():
         unfinished = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(base, unfinished)
-        for path in unfinished.glob("*.safetensors"):
-            save_file({old_name(name): x for name, x in load_file(path).items()}, path, metadata={"format": "pt"})
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
         unfinished.rename(folder)
     return folder
 
@@ -90,21 +109,19 @@ def export(python: Path, base: Path, quantize: str) -> Path:
         Unavailable: The export failed, or read a model without some of its weights.
     """
     weights = {"none": "fp32", "int8": "int8"}[quantize]
-    folder = base.with_name(f"{base.name}-openvino-{weights}")
-    if folder.is_dir():
-        return folder
-    unfinished = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    command = [str(python.with_name("optimum-cli")), "export", "openvino", "--model", str(with_old_names(base))]
-    command += ["--task", "image-text-to-text", "--weight-format", weights, str(unfinished)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise Unavailable(f"optimum-intel cannot export it: {last_words(done.stderr)}")
-    if "| MISSING" in done.stdout + done.stderr:
-        raise Unavailable("optimum-intel reads the model without some of its weights, so it would answer otherwise")
-    _with_shortest_edge(unfinished / "preprocessor_config.json")
-    unfinished.rename(folder)
-    return folder
+    source = with_old_names(base)
+
+    def write(folder: Path) -> None:
+        command = [str(python.with_name("optimum-cli")), "export", "openvino", "--model", str(source)]
+        command += ["--task", "image-text-to-text", "--weight-format", weights, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise Unavailable(f"optimum-intel cannot export it: {last_words(done.stderr)}")
+        if "| MISSING" in done.stdout + done.stderr:
+            raise Unavailable("optimum-intel reads the model without some of its weights, so it would answer otherwise")
+        _with_shortest_edge(folder / "preprocessor_config.json")
+
+    return _once(base.with_name(f"{base.name}-openvino-{weights}"), write)
 
 
 def _with_shortest_edge(path: Path) -> None:
