@@ -302,6 +302,8 @@ class EngineLoop:
         except asyncio.CancelledError:
             work.add_done_callback(self._abort_submitted)
             raise
+        finally:
+            del work, submit  # else an error would hold itself through its traceback, and with it the request
         try:
             yield
         finally:

@@ -45,9 +45,16 @@ class Queue(Generic[E]):
         return [self._events.popleft() for _ in range(len(self._events))]
 
     def raise_error(self) -> None:
-        """Raise the request's error if it failed."""
-        if self._error is not None:
-            raise self._error
+        """Raise the request's error if it failed, once.
+
+        Its traceback will hold whoever calls this, and so this queue. If the queue held it, it would hold itself.
+        """
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
 
 
 class OutputQueue(Queue[Event]):

@@ -170,7 +170,7 @@ class PluginCalls:
         return None
 
     def _outcome(self, call: Call[T], kind: PluginKind, parts: tuple[str, ...], when: str) -> T:
-        error = call.error
+        error, call.error = call.error, None
         if error is None:
             self._succeeded(kind, parts, when)
             return call.results[0]
@@ -179,7 +179,10 @@ class PluginCalls:
         elif isinstance(error, DrafterFault) and not isinstance(error, DrafterOff):
             self._count("drafter", parts[0], when, error.message, weight=1)
         if isinstance(error, MmError):
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # else it would hold itself through its traceback, and with it the request
         reason = f"failed {when}: {type(error).__name__}"
         if kind not in ESSENTIAL:  # of an encoder, the cause may be a client's picture
             self._count(kind, parts[0], when, reason, weight=1)

@@ -105,10 +105,10 @@ class BodyReader:
                         self._count(arriving, len(piece))
                 return body
             except TimeoutError:
-                error = self._too_slow(arriving)
+                body.clear()
         if arriving.is_evicted:
             await asyncio.sleep(EVICTED_WAIT_S)
-        raise error
+        raise self._too_slow(arriving)
 
     @contextlib.contextmanager
     def _counted(self, address: str) -> Iterator[_Arriving]:

@@ -128,12 +128,11 @@ class Chat:
 
     async def _complete_all(self, calls: Sequence[ChatCall], arrived: float, deadline: float) -> list[list[Event]]:
         """The events of each call. All are under way together; if one fails, the others end."""
+        tasks = [asyncio.ensure_future(self._complete(call, arrived, deadline)) for call in calls]
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._complete(call, arrived, deadline)) for call in calls]
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
+            return await asyncio.gather(*tasks)
+        finally:
+            await ended(tasks)
 
     async def _complete(self, call: ChatCall, arrived: float, deadline: float) -> list[Event]:
         async with until(deadline), self._runtime.place(call.request):
@@ -248,9 +247,21 @@ async def unless_gone(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
             raise ClientDisconnect
         return task.result()
     finally:
+        tasks = [task, gone]
+        del task, gone
+        await ended(tasks)
+
+
+async def ended(tasks: list[Any]) -> None:
+    """Cancel tasks, wait for their end, and forget them.
+
+    An error of a task has the frames in its traceback that waited for the task. If they held it, the error would hold
+    itself, and so the request with its media, until the garbage collector comes by, which may be minutes later.
+    """
+    for task in tasks:
         task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    tasks.clear()
 
 
 async def _disconnected(http: HttpRequest) -> None:

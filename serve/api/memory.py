@@ -1,6 +1,8 @@
 """Gives memory back to the system after a large request.
 
-glibc keeps freed blocks below 32 MB for later. After a large body they can be as large as the body was.
+glibc keeps freed blocks for later, up to 32 MB large once one of that size was freed. After a large body they can be as
+large as the body was. So the largest blocks are mapped one by one, which are given back as they are freed, and what is
+left of the others is given back after the request.
 """
 
 from __future__ import annotations
@@ -9,16 +11,26 @@ import ctypes
 from collections.abc import Callable
 from typing import cast
 
+MAPPED_BYTES = 16 * 1024 * 1024
+"""Blocks from this size on are mapped. What a model computes in one step on a CPU is mostly smaller."""
+M_MMAP_THRESHOLD = -3
 
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's `malloc_trim`; None with another C library."""
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of glibc; None with another C library."""
     try:
-        return cast("Callable[[int], int] | None", getattr(ctypes.CDLL(None), "malloc_trim", None))
+        return cast("Callable[..., int] | None", getattr(ctypes.CDLL(None), name, None))
     except OSError:
         return None
 
 
-_TRIM = _malloc_trim()
+_TRIM, _MALLOPT = _of_glibc("malloc_trim"), _of_glibc("mallopt")
+
+
+def map_large_blocks() -> None:
+    """Let this process give large blocks back as soon as they are freed. Called where bodies are read."""
+    if _MALLOPT is not None:
+        _MALLOPT(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def trim() -> None:

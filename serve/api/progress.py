@@ -37,6 +37,7 @@ async def with_progress(work: Callable[[OnProgress], Awaitable[T]]) -> AsyncGene
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        del task  # else its error would hold itself, through the traceback, and the request with it
 
 
 def comment(progress: ClipProgress) -> bytes:

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from serve.api.connection import allow_many_connections, connection_class
+from serve.api.memory import map_large_blocks
 from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.runtime import Runtime
@@ -39,7 +40,8 @@ class _Server(uvicorn.Server):
 
 
 def build_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool = True) -> FastAPI:
-    """The application over a runtime, with the demo page where the configuration wants it."""
+    """The application over a runtime, for a process that serves it; with the demo page where it is wanted."""
+    map_large_blocks()
     app = create_app(runtime, config, echo_request_id=echo_request_id)
     if not config.ui:
         return app

@@ -58,7 +58,10 @@ async def retried(attempt: Callable[[Unavailable | None], Awaitable[T]], loss: U
             loss = error
         await asyncio.sleep(PAUSE_S * tries)
     assert loss is not None
-    raise loss
+    try:
+        raise loss
+    finally:
+        del loss, attempt  # else the error would hold itself through its traceback, and with it the request
 
 
 async def first(events: AsyncGenerator[T]) -> T:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.runtime import LocalRuntime
 from serve.stages import build_local_runtime
+from tests.journey.test_forgotten import HEADERS, requests_in_memory
 
 MODEL = ModelConfig(dtype="float32", num_threads=1, max_num_seqs=2, max_waiting=1)
 PATH = "/v1/chat/completions"
@@ -144,3 +147,33 @@ async def test_a_request_past_its_deadline_leaves_the_engine(runtime, ask) -> No
             break
         await asyncio.sleep(0.02)
     assert (await runtime.load()).num_running == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({}, 200),
+        ({"vision": {"reducer": "divprune", "keep_ratio": 0.5}}, 200),
+        ({"vision": {"reducer": "fastv", "keep_ratio": 0.5}, "n": 2}, 200),
+        ({"speculation": {"drafter": "copy"}}, 400),
+        ({"vision": {"reducer": "divprune", "keep_ratio": 1.5}}, 400),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 5}}}}, 400),
+        ({"max_tokens": 100_000}, 400),
+    ],
+)
+async def test_a_request_with_a_picture_is_forgotten(engine_client, ask, picture, fields, status) -> None:
+    """Without the garbage collector, which may be minutes away while nobody asks."""
+    content = [*picture, {"type": "text", "text": "What is it?"}]
+    body = ask(content) | {"max_tokens": 3} | fields
+    gc.collect()
+    gc.disable()
+    logging.disable()  # records of the log hold tracebacks
+    try:
+        for _ in range(2):
+            answer = await engine_client.post(PATH, json=body, headers=HEADERS)
+            assert answer.status_code == status, answer.text
+        await asyncio.sleep(0.1)
+        assert requests_in_memory() == []
+    finally:
+        logging.disable(logging.NOTSET)
+        gc.enable()

@@ -125,6 +125,8 @@ class GrammarCompiler:
                 raise CapacityError("other schemas are being compiled; try again shortly") from None
             limit = f"the limit of {self._deadline_s:g} seconds"
             raise InvalidRequest(f"the schema takes longer to compile than {limit}; simplify it", PARAM) from None
+        finally:
+            del compiling  # else an error would hold itself through its traceback, and with it the request
 
     def _compile(self, form: ResponseFormat) -> GrammarMatcher:
         return compile_matcher(form, self._vocabulary)
