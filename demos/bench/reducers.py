@@ -53,6 +53,7 @@ from mm.plugins.reducer import Stage
 from mm.plugins.spec import build_reducer
 from serve.evaluation.items import Item, choose, read_test_set
 from serve.evaluation.scoring import is_right
+from serve.lines import cut_unfinished_line
 
 NUM_SAME = 1
 """Questions of each task and wording that are asked at keep_ratio 1."""
@@ -187,6 +188,7 @@ def done_before(path: Path, settings: dict[str, Any], weights: dict[str, str]) -
     if not path.exists():
         path.write_text(json.dumps({"settings": settings, "machine": facts()}) + "\n")
         return set()
+    cut_unfinished_line(path)
     head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
     if different := [key for key, value in settings.items() if head["settings"].get(key) != value]:
         key = different[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from mm.data.outputs import Usage
 from mm.data.request import Request
 from mm.errors import InvalidOption
+from serve.lines import cut_unfinished_line
 from serve.planning.traces import RECORDED
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,11 @@ class TraceRecorder:
     def __init__(self, path: str, num_frames: int) -> None:
         self._path, self._num_frames, self._has_failed = Path(path), num_frames, False
         try:
-            first = self._path.read_text(encoding="utf-8").split("\n", 1)[0] if self._path.exists() else ""
-            if first not in ("", HEADER):
+            found = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+            if found and not found.startswith(HEADER + "\n"):
                 raise InvalidOption("serve", "record_trace", f"was {path!r}, a file that holds something else")
-            self._write("" if first else HEADER + "\n")
+            cut_unfinished_line(self._path)
+            self._write("" if found else HEADER + "\n")
             self._path.chmod(0o600)
         except (OSError, UnicodeDecodeError) as error:
             problem = f"was {path!r}, which cannot be written: {error}"

@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from serve.evaluation.client import Backend, EvalRequest, Reply
+from serve.evaluation.items import EvaluationError
+from serve.lines import cut_unfinished_line
+
+BEGINS = b'{"run": '
+"""How each line begins."""
 
 
 class ResumableBackend:
@@ -64,14 +69,22 @@ def files_of(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def _stored(path: Path, name: str) -> Iterator[tuple[str, Reply]]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):  # cut off by a kill; what follows must not be appended to it
-        path.write_text("".join(lines[:-1]), encoding="utf-8")
-        lines.pop()
-    for line in lines:
-        stored = json.loads(line)
-        if stored.pop("run") == name:
-            yield stored.pop("key"), Reply(**stored)
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        begins = file.read(len(BEGINS))
+    if not BEGINS.startswith(begins):
+        raise EvaluationError(f"{path} holds something else than answers; move it away")
+    cut_unfinished_line(path)
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                stored = json.loads(line)
+            except ValueError:
+                what = f"line {number} of {path} is damaged; take it out, and its question is asked again"
+                raise EvaluationError(what) from None
+            if stored.pop("run") == name:
+                yield stored.pop("key"), Reply(**stored)
 
 
 def _key(request: EvalRequest, reducer: str | None) -> str:

@@ -12,6 +12,7 @@ import mm
 from mm.errors import MmError
 from serve.evaluation.items import EvaluationError, Item
 from serve.evaluation.scoring import is_right
+from serve.lines import cut_unfinished_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class Journal:
                 f"{path} holds the trials of another search (other model, data or settings); choose another --out, or "
                 "delete it to begin anew"
             )
+        cut_unfinished_line(path)
         for fields in read[1:]:
             self._trials[fields["reducer"]] = Trial(**fields)
 
@@ -63,7 +65,7 @@ class Journal:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """A line that was cut off when the search was stopped counts as not written."""
+    """A line that is damaged counts as not written."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:

@@ -21,6 +21,7 @@ import mm
 from serve.jobs.batch.rows import Id
 from serve.jobs.batch.sinks import MEDIA, Record, Sink, write_atomically
 from serve.jobs.job import JobError, check_same
+from serve.lines import cut_unfinished_line
 
 MANIFEST, FAILURES, PENDING = "manifest.json", "failures.jsonl", ".pending.jsonl"
 
@@ -74,6 +75,7 @@ class Store:
         for shard in self._shards:
             yield from self._read_shard(shard)
         self._read_failures()
+        cut_unfinished_line(self.folder / PENDING)
         yield from self._read_pending()
         self._fd = os.open(self.folder / PENDING, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
@@ -119,14 +121,16 @@ class Store:
         self._is_dirty = bool(self._records)
 
     def _lines(self, name: str) -> Iterator[Record]:
-        """The whole lines of a file; a kill may have cut the last one."""
         path = self.folder / name
         if not path.exists():
             return
         with open(path, "rb") as lines:
-            for line in lines:
-                if line.endswith(b"\n"):
+            for number, line in enumerate(lines, 1):
+                try:
                     yield json.loads(line)
+                except ValueError:
+                    what = f"line {number} of {path} is damaged; take it out, and its row is asked again"
+                    raise JobError(what) from None
 
     def add(self, record: Record) -> None:
         """Keep a record; it is safe from a kill when this returns."""
@@ -154,7 +158,9 @@ class Store:
 
     def _append(self, line: Record) -> None:
         data = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        size = os.fstat(self._fd).st_size
         if os.write(self._fd, data) != len(data):
+            os.ftruncate(self._fd, size)
             raise OSError(28, "the pending file could not be written", str(self.folder / PENDING))
 
     def commit(self) -> None:
