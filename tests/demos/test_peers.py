@@ -7,8 +7,10 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +21,7 @@ from demos.bench.peers.__main__ import parse, threads_of
 from demos.bench.peers.environments import Peer, Unavailable, chosen, environment, read_peers
 from demos.bench.peers.page import ROWS, agreement, quartiles, ratio, section
 from demos.bench.peers.rounds import Entry, Measured, Plan, Rounds
+from tests.helpers.checkpoints import QWEN_TEMPLATE, qwen_tokenizer
 
 PEERS = read_peers()
 
@@ -65,7 +68,7 @@ def test_the_first_difference_of_the_answers_is_named() -> None:
 
 def test_every_peer_is_pinned_and_has_an_engine() -> None:
     assert set(PEERS) == {"hf", "openvino", "llamacpp", "vllm"}
-    for name in PEERS.keys() - {"llamacpp"}:
+    for name in PEERS:
         assert (Path(child.__file__).parent / "engines" / f"{name}.py").is_file()
 
 
@@ -267,3 +270,43 @@ def test_rounds_ask_everybody_the_same_and_a_peer_that_fails_has_a_reason(
     cases = [name for name in order if "closed" not in name][-12:]
     assert cases == ["a", "ours"] * 3 + ["ours", "a"] * 3  # whoever is first in a round is not in the next
     assert order[-2:] == ["ours closed", "a closed"]
+
+
+def test_a_family_that_is_not_written_as_gguf_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(Unavailable, match=r"of Qwen2\.5-VL alone, and not of llava"):
+        prepare.gguf(Path("python"), tmp_path, "none")
+
+
+def test_the_prompt_for_llamacpp_has_places_for_picture_and_question(tmp_path: Path) -> None:
+    qwen_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / prepare.TEMPLATE).write_text(QWEN_TEMPLATE)
+    text = prepare.prompt_of(tmp_path)
+    assert text.endswith("<|im_start|>user\n{picture}{question}<|im_end|>\n<|im_start|>assistant\n")
+
+
+class Writer:
+    """Keeps what it is given instead of a GGUF."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *values, **named: self.given.update({name: values})
+
+
+def test_tokens_are_filled_up_to_the_size_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace())
+    from demos.bench.peers.write_gguf import add_tensor, add_tokenizer
+
+    writer = Writer()
+    tokenizer = {
+        "model": {"vocab": {"<e>": 0, "a": 1, "b": 2}, "merges": [["a", "b"], "b a"]},
+        "added_tokens": [{"id": 0, "content": "<e>"}],
+    }
+    add_tokenizer(writer, tokenizer, {"vocab_size": 4, "eos_token_id": 0})
+    assert writer.given["add_token_list"] == (["<e>", "a", "b", "[unused3]"],)
+    assert writer.given["add_token_types"] == ([3, 1, 1, 1],)
+    assert writer.given["add_token_merges"] == (["a b", "b a"],)
+    with pytest.raises(ValueError, match="no name"):
+        add_tensor(writer, None, np.zeros(1), "f32")

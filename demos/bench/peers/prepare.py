@@ -13,8 +13,10 @@ import numpy as np
 import PIL.Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from demos.bench.peers.environments import Peer, Unavailable, last_words
+from demos.bench.peers.names import PICTURE, PROMPT, QUESTION
 from demos.bench.peers.shapes import write_qwen
 from demos.train.data.scenes import HELD_OUT, draw_scene, sample_scene
 from mm.models.checkpoint import find
@@ -23,6 +25,7 @@ SHAPES = {"qwen2.5-vl-349m": write_qwen}
 """What writes a model with random weights, by name."""
 TOWER = "vision_tower."
 TEMPLATE = "chat_template.jinja"
+ROOT = Path(__file__).parents[3]
 
 
 def write_pictures(folder: Path, number: int, first: int, side: int) -> list[Path]:
@@ -64,10 +67,42 @@ def model_for(peer: Peer, python: Path, base: Path, quantize: str) -> Path:
         Unavailable: The peer cannot take the model.
     """
     if peer.name == "llamacpp":
-        raise Unavailable("this script writes no GGUF, the only form that it reads")
+        return gguf(python, base, quantize)
     if peer.name == "vllm":
         return with_old_names(base)
     return export(python, base, quantize) if peer.name == "openvino" else base
+
+
+def gguf(python: Path, base: Path, quantize: str) -> Path:
+    """llama.cpp's files, written by `write_gguf`, and the prompt.
+
+    Raises:
+        Unavailable: The model is no Qwen2.5-VL, or cannot be written.
+    """
+    kind = json.loads((base / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if kind != "qwen2_5_vl":
+        raise Unavailable(f"it reads GGUF, which this script writes of Qwen2.5-VL alone, and not of {kind}")
+    weights = {"none": "f32", "int8": "q8_0"}[quantize]
+
+    def write(folder: Path) -> None:
+        command = [str(python), "-m", "demos.bench.peers.write_gguf", str(base), str(folder), weights]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise Unavailable(f"its files cannot be written: {last_words(done.stderr)}")
+        (folder / PROMPT).write_text(prompt_of(base), encoding="utf-8")
+
+    return _once(base.with_name(f"{base.name}-gguf-{weights}"), write)
+
+
+def prompt_of(base: Path) -> str:
+    """The model's prompt with PICTURE and QUESTION in their places."""
+    words = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    template = (base / TEMPLATE).read_text(encoding="utf-8")
+    text = words.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    return text.replace("<|vision_start|><|image_pad|><|vision_end|>", PICTURE)
 
 
 def with_old_names(base: Path) -> Path:
