@@ -18,6 +18,7 @@ from mm.errors import InvalidRequest
 from serve.api.routes import create_app
 from serve.config import ServeConfig
 from serve.stages import build_local_runtime
+from tests.mm.engine.sampling.test_openai_models import CASES as OPENAI_MODELS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -191,6 +192,33 @@ async def test_the_client_parses_into_its_own_model(sdk) -> None:
     scene = answer.choices[0].message.parsed
     assert isinstance(scene, Scene)
     assert 1 <= len(scene.things) <= 2
+
+
+@pytest.mark.parametrize("form", OPENAI_MODELS, ids=lambda form: form.__name__)
+async def test_the_client_parses_every_model_that_its_documentation_shows(shipped, sdk, form) -> None:
+    """Through the grammar of the real engine; quotes and brackets are likelier, so that texts and lists end soon."""
+    biases = dict.fromkeys(await _ids(shipped, '"'), 8) | dict.fromkeys(await _ids(shipped, "]", "}"), 14)
+    options = {"model": "tiny", "temperature": 1, "max_tokens": 200, "logit_bias": biases}
+    chat = await sdk.chat.completions.parse(messages=MESSAGES, response_format=form, seed=1, **options)
+    assert isinstance(chat.choices[0].message.parsed, form)
+    async with sdk.chat.completions.stream(messages=MESSAGES, response_format=form, seed=1, **options) as stream:
+        final = await stream.get_final_completion()
+    assert final.choices[0].message.parsed == chat.choices[0].message.parsed
+    answer = await sdk.responses.parse(
+        model="tiny",
+        input=MESSAGES,
+        text_format=form,
+        temperature=1,
+        max_output_tokens=200,
+        extra_body={"logit_bias": biases, "seed": 1},
+    )
+    assert answer.output_parsed == chat.choices[0].message.parsed
+
+
+async def _ids(client: httpx.AsyncClient, *texts: str) -> list[str]:
+    """Tokens of texts, as keys of a logit_bias."""
+    every = [await client.post("/tokenize", json={"model": "tiny", "prompt": text}) for text in texts]
+    return sorted({str(token) for one in every for token in one.json()["tokens"]})
 
 
 async def test_a_form_cut_by_the_limit_says_length(shipped) -> None:
