@@ -130,7 +130,8 @@ def _least_kept(ordered: Tensor, params: Sequence[ResolvedSamplingParams], num_s
     probs = first.double().exp()
     # What top_p counts: everything that top_k leaves, which is all of it in rows without top_k.
     mass = torch.where(top_k < vocab, (probs * (first >= kth)).sum(-1, keepdim=True), 1.0)
-    inside = (probs.cumsum(-1) - probs < top_p * mass).sum(-1, keepdim=True)
+    # The most probable token stays, also where top_p is too small for a float32.
+    inside = (probs.cumsum(-1) - probs < top_p * mass).sum(-1, keepdim=True).clamp(min=1)
     least = torch.where(top_p < 1, torch.maximum(first.gather(1, inside - 1), kth), kth)
     if num_summed < vocab:
         # What may go on after the tokens looked at: a nucleus, or tokens as probable as the k-th.

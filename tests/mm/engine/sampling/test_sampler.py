@@ -1,5 +1,6 @@
 """Sampling: the probs is the model's, the noise is a function of (seed, choice, position) and of nothing else."""
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -92,6 +93,22 @@ def test_noise_of_neighbouring_tokens_and_positions_is_independent():
 
 def test_a_tiny_top_p_is_greedy():
     assert draws(ResolvedSamplingParams(temperature=1.0, top_p=1e-6, seed=1), 50, LOGITS.roll(2))[2] == 50
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 2000])  # of the largest only a part is summed at first
+@pytest.mark.parametrize("temperature", [5e-324, 1.0, 2.0])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-46, 1e-40, 1 - 2**-53, 1.0])
+def test_a_token_is_drawn_at_the_ends_of_every_range(vocab: int, temperature: float, top_p: float):
+    """5e-324 is the smallest number that JSON can carry; it is 0 in float32."""
+    for logits in (torch.zeros(vocab), torch.arange(vocab) * 1e4, torch.full((vocab,), -3e38)):
+        for min_p, top_k in itertools.product((0.0, 5e-324, 1.0), (0, 1, 2**31 - 1)):
+            params = ResolvedSamplingParams(
+                temperature=temperature, top_p=top_p, floors=((min_p_floor, min_p),), top_k=top_k, seed=1
+            )
+            drawn = pick(Sampler(params), logits.float()).token_id
+            assert 0 <= drawn < vocab
+            if top_p < 0.5:
+                assert logits[drawn] == logits.max()
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-300])
