@@ -102,7 +102,7 @@ def test_tokens_and_logits_equal_generate(ours, theirs, sizes):
         float((a - b).abs().max()) for a, b in zip(our_logits(ours, images, text, tokens), logits, strict=True)
     )
     # Ours joins products and sums attention in another order: a few units in the last place of float32.
-    assert difference <= 1e-5 * max(1.0, max(float(step.abs().max()) for step in logits))
+    assert difference <= 2e-5 * max(1.0, max(float(step.abs().max()) for step in logits))
 
 
 def test_the_comparison_notices_errors(ours, theirs):
