@@ -84,12 +84,14 @@ def check_early(config: ModelConfig, *, is_local: bool = True) -> None:
     """
     from mm.models.locate import check_complete, find, is_on_hub, read_template
 
-    check_device_name(config.device)
+    if is_local:
+        check_device_name(config.device)
     if config.engine == "vllm" and is_local and importlib.util.find_spec("vllm") is None:
         what = "was 'vllm', which is not installed; docs/engines.md says how to install it, or take native"
         raise InvalidOption("model", "engine", what)
     template = read_template(config.chat_template)
-    if config.kv_cache_gb is not None and config.device == "cpu" and config.kv_cache_gb > (free := _free_gib()):
+    on_cpu = config.device == "cpu" and is_local
+    if config.kv_cache_gb is not None and on_cpu and config.kv_cache_gb > (free := _free_gib()):
         raise InvalidOption("model", "kv_cache_gb", f"was {config.kv_cache_gb:g}; {free:.1f} GiB are free")
     for kind, texts in (("reducer", (config.reducer,)), ("drafter", config.speculation.offered)):
         _check_names(kind, texts)

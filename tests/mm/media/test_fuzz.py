@@ -26,7 +26,7 @@ def outcome(decode, *args) -> str:
         decode(*args)
     except MediaError as error:
         caught = error
-    assert caught is None or (caught.__cause__ is None and not LEAK.search(str(caught)))
+    assert caught is None or (caught.__cause__ is None and not LEAK.search(str(caught).replace("docs/clips.md", "")))
     return caught.reason if caught else "ok"
 
 
@@ -61,5 +61,13 @@ def test_damaged_clips(make_clip, make_budget, count):
 
 def our_children() -> list[str]:
     listed = (Path("/proc/self/task") / task / "children" for task in os.listdir("/proc/self/task"))
-    pids = [pid for path in listed for pid in path.read_text().split()]
-    return [pid for pid in pids if b"mm.media.video_child" in (Path("/proc") / pid / "cmdline").read_bytes()]
+    pids = [pid for path in listed for pid in _read(path).decode().split()]
+    return [pid for pid in pids if b"mm.media.video_child" in _read(Path("/proc") / pid / "cmdline")]
+
+
+def _read(path: Path) -> bytes:
+    """Empty where the thread or the process has ended meanwhile."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""

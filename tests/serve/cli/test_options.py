@@ -15,6 +15,7 @@ from mm.config import ModelConfig
 from mm.errors import InvalidOption
 from mm.settings import settings_of
 from serve.cli.app import app
+from serve.cli.checks import check_early
 from serve.cli.options import build_config, config_option, read_settings, setting_options
 from serve.config import ServeConfig
 
@@ -146,3 +147,11 @@ def test_the_settings_are_printed_with_their_origin(tmp_path: Path) -> None:
     assert "secret" not in result.output
     path.write_text("\n".join(line for line in lines if "hidden" not in line))
     assert configured(["--config", str(path)]).model.max_waiting == 9
+
+
+def test_what_this_machine_lacks_a_cluster_may_have(monkeypatch):
+    monkeypatch.setattr("serve.cli.checks.count_gpus", lambda: 0)
+    for config in (ModelConfig(device="cuda"), ModelConfig(kv_cache_gb=1e6)):
+        check_early(config, is_local=False)
+        with pytest.raises(InvalidOption):
+            check_early(config)
