@@ -113,7 +113,7 @@ class VisionOptions:
         keep_ratio: Tokens kept / tokens in, for the one reducer named. Without a name it is for the default reducer if
             that takes a ratio, and for "divprune" otherwise.
         return_map: Report which tokens were kept.
-        return_timings: Report the seconds of each stage.
+        return_timings: Report the seconds of each stage, and the bytes of the KV cache.
         max_visual_tokens: At most so many visual tokens of all items together enter the decoder. Each item keeps its
             share, and at least one.
         frames: Which frames of a clip the encoder gets; None takes the server's default.
@@ -138,7 +138,7 @@ class VisionOptions:
         "choice if absent.",
     )
     return_map: bool = setting(False, help="Report which tokens were kept.")
-    return_timings: bool = setting(False, help="Report how many seconds each stage took.")
+    return_timings: bool = setting(False, help="Report how many seconds each stage took, and the bytes of the KV cache at the first token.")
     max_visual_tokens: int | None = setting(
         None, min=1, max=1_000_000, help="At most so many visual tokens of all items together enter the decoder."
     )

@@ -71,6 +71,7 @@ def vision_fields(summary: Summary, *, return_map: bool, return_timings: bool) -
         fields["items"] = [_kept(item) for item in summary.kept]
     if return_timings:
         fields["timings"] = {name: round(seconds, 6) for name, seconds in asdict(summary.timings).items()}
+        fields["kv_bytes"] = summary.kv_bytes
     return fields
 
 

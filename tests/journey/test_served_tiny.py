@@ -104,6 +104,14 @@ def test_an_answer_names_what_its_budget_did(http, field):
     assert (plain["reducer"], plain["visual_tokens_kept"]) == ("none", 256)
 
 
+def test_the_size_of_the_cache_is_reported_and_falls_with_the_tokens(http):
+    def kv_bytes(**vision):
+        body = {"model": "tiny", "messages": ask(), "max_tokens": 2, "vision": {"return_timings": True, **vision}}
+        return http.post("/v1/chat/completions", json=body).json()["vision"]["kv_bytes"]
+
+    assert 0 < 2 * kv_bytes(reducer="divprune", keep_ratio=0.25) < kv_bytes(reducer="none")
+
+
 def test_a_completion_goes_on_after_the_prompt_that_a_template_would_write(http, client):
     """A chat answer and the completion of the same tokens are the same text."""
     messages = [{"role": "user", "content": "What can you do?"}]
