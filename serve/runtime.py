@@ -82,7 +82,14 @@ class ModelInfo:
 
     kinds: tuple[str, ...]
     max_context_tokens: int
+    num_token_ids: int
     default_reducer: str
+
+    @classmethod
+    def of(cls, kinds: tuple[str, ...], limits: TextLimits, default_reducer: str) -> ModelInfo:
+        """What an encoder and a decoder say of themselves."""
+        tokens, ids = limits.max_context_tokens, limits.num_token_ids
+        return cls(kinds=kinds, max_context_tokens=tokens, num_token_ids=ids, default_reducer=default_reducer)
 
 
 @dataclass
@@ -266,9 +273,7 @@ class LocalRuntime:
     ) -> None:
         self._encoder, self._loop, self._limits = encoder, loop, limits
         self._places = Places(num_places)
-        self._info = ModelInfo(
-            kinds=encoder.kinds, max_context_tokens=limits.max_context_tokens, default_reducer=default_reducer
-        )
+        self._info = ModelInfo.of(encoder.kinds, limits, default_reducer)
 
     async def admit(self, request: Request) -> None:
         self._limits.check(request.messages)

@@ -71,10 +71,12 @@ class TextLimits:
     Attributes:
         max_context_tokens: Positions of the model.
         max_chars: Characters that can be so many tokens.
+        num_token_ids: Tokens that a prompt may be made of.
     """
 
     max_context_tokens: int
     max_chars: int
+    num_token_ids: int
 
     def check(self, messages: Sequence[Message]) -> None:
         """Refuse a conversation by its number of characters.

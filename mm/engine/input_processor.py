@@ -154,7 +154,14 @@ def output_length(params: Request, prompt: Prompt, max_context_tokens: int, cach
             "messages",
             "context_length_exceeded",
         )
-    return asked or min(room, max_context_tokens - next_position)
+    length = asked or min(room, max_context_tokens - next_position)
+    if params.sampling.min_tokens > length:
+        raise InvalidRequest(
+            f"min_tokens was {params.sampling.min_tokens}, but after this prompt there is room for {length}; "
+            "shorten the prompt, keep fewer visual tokens, or lower min_tokens",
+            "min_tokens",
+        )
+    return length
 
 
 def asked_positions(asked: AskedPositions | None, reducer: Reducer, prompt: Prompt) -> PublishedPositions:

@@ -75,7 +75,7 @@ class ChatTemplate:
     def limits(self) -> TextLimits:
         """How long the text of a conversation may be."""
         max_chars = self.tokenizer.max_chars(self._max_tokens)
-        return TextLimits(max_context_tokens=self._max_tokens, max_chars=max_chars)
+        return TextLimits(max_context_tokens=self._max_tokens, max_chars=max_chars, num_token_ids=self._num_ids)
 
     def token_ids(self, messages: Sequence[Message], expand: Callable[[str], str] | None = None) -> list[int]:
         """Ids of the conversation up to the start of the assistant's turn, with one placeholder per medium.

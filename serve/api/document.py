@@ -11,11 +11,27 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 
 from serve.api.completions import NOT_TAKEN as NOT_IN_COMPLETIONS
-from serve.api.embeddings import EmbeddingBody
+from serve.api.document_limits import state_limits
+from serve.api.embeddings import VISION_FIELDS, EmbeddingBody
 from serve.api.guard import OPEN_PATHS
 from serve.api.render import JsonObject
-from serve.api.schema import IGNORED, NEUTRAL, TOOLS, ChatBody, StreamOptions, sampling_fields
+from serve.api.schema import (
+    BODY_RULES,
+    IGNORED,
+    MEDIA_URL,
+    NEUTRAL,
+    TOKEN_ID,
+    TOOLS,
+    VISION,
+    ChatBody,
+    Salt,
+    StreamOptions,
+    sampling_fields,
+    vision_fields,
+)
 from serve.api.tokenizing import TokenizeBody
+from serve.config import ServeConfig
+from serve.runtime import ModelInfo
 
 REFERENCES = "#/components/schemas/{model}"
 
@@ -31,13 +47,12 @@ class TextContent(_Part):
     text: str
 
 
-ADDRESS = "^(data:|https?://)"
-Address = Annotated[str, Field(min_length=1, json_schema_extra={"pattern": ADDRESS})]
+Address = Annotated[str, Field(min_length=1, json_schema_extra={"format": MEDIA_URL})]
 
 
 class MediaUrl(_Part):
     url: Annotated[str, Field(min_length=1)] = Field(
-        description="A data: URL, or an address the operator allows.", json_schema_extra={"pattern": ADDRESS}
+        description="A data: URL, or an address the operator allows.", json_schema_extra={"format": MEDIA_URL}
     )
     detail: Literal["low", "high", "auto"] | None = Field(
         default=None, description="low: at most a quarter of the visual tokens of high, and at most a fixed number."
@@ -100,7 +115,8 @@ class ChatRequest(ChatBody):
     messages: Messages  # type: ignore[assignment]
 
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Token = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"format": TOKEN_ID})]
+Tokens = Annotated[list[Token], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -116,10 +132,29 @@ class _Completion(BaseModel):
     stream_options: StreamOptions | None = None
 
 
+class EmbeddingVision(create_model("EmbeddedVision", __config__=VISION, **vision_fields(*VISION_FIELDS))):
+    """The `vision` object of an embedding."""
+
+
+HAS_MEDIA = {
+    "contains": {
+        "required": ["content"],
+        "properties": {
+            "content": {
+                "type": "array",
+                "contains": {"required": ["type"], "properties": {"type": {"enum": ["image_url", "video_url"]}}},
+            }
+        },
+    }
+}
+
+
 class EmbeddingRequest(EmbeddingBody):
     """The body of `POST /v1/embeddings`."""
 
-    messages: Messages  # type: ignore[assignment]
+    messages: Annotated[Messages, Field(json_schema_extra=HAS_MEDIA)]  # type: ignore[assignment]
+    cache_salt: Salt | None = None  # type: ignore[assignment]
+    vision: EmbeddingVision | None = None  # type: ignore[assignment]
 
 
 TEXT_FIELDS = {name: value for name, value in sampling_fields().items() if name not in NOT_IN_COMPLETIONS}
@@ -131,10 +166,17 @@ class CompletionRequest(create_model("SampledText", __base__=_Completion, **TEXT
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # type: ignore[assignment]
 
 
+class TextMessage(_Message):
+    """A turn without media."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextContent], Field(min_length=1)]
+
+
 class TokenizeRequest(TokenizeBody):
     """The body of `POST /tokenize`."""
 
-    messages: Messages | None = None  # type: ignore[assignment]
+    messages: Annotated[list[TextMessage], Field(min_length=1)] | None = None  # type: ignore[assignment]
     tools: Annotated[list[Any], WithJsonSchema(TOOLS)] | None = None
     add_special_tokens: Literal[True] | None = None  # type: ignore[assignment]
     add_generation_prompt: Literal[True] | None = None  # type: ignore[assignment]
@@ -165,6 +207,8 @@ def body_of(model: type[BaseModel]) -> JsonObject:
     schema.pop("$defs", None)
     if issubclass(model, ChatBody | _Completion):
         close(schema)
+    if issubclass(model, ChatBody):
+        schema["allOf"] = BODY_RULES
     if "input" in schema["properties"]:
         schema["properties"]["input"] = {"enum": [None, "", [], [""]]}
     if model is TokenizeRequest:
@@ -212,8 +256,9 @@ WITH_BODY = (400, 404, 408, 413, 429, 503, 504)
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
-def complete_document(document: JsonObject, names: tuple[str, ...], *, has_keys: bool) -> None:
-    """Add what FastAPI does not know: statuses, content types, the security scheme and the names of the model."""
+def complete_document(document: JsonObject, config: ServeConfig, info: ModelInfo) -> None:
+    """Add what FastAPI does not know: statuses, content types, the security scheme, and this server's limits."""
+    names, has_keys = config.names, bool(config.api_keys)
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(definitions())
     if has_keys:
@@ -224,8 +269,9 @@ def complete_document(document: JsonObject, names: tuple[str, ...], *, has_keys:
             _complete_operation(operation, path, method, has_keys=has_keys)
             schema = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
             model = schema.get("properties", {}).get("model")
-            if model is not None and path != "/load_model":
+            if model is not None:
                 model["enum"] = [*names, None] if "anyOf" in model else list(names)
+    state_limits(document, config, info)
 
 
 def _complete_operation(operation: JsonObject, path: str, method: str, *, has_keys: bool) -> None:

@@ -66,7 +66,11 @@ def _with_frames(options: object, vision: object) -> object:
         what = f"{param}.{unknown[:100]} is not known here; allowed: num_frames, fps. vision.max_visual_tokens and "
         what += "the detail of an image say how many visual tokens it may have"
         raise InvalidRequest(what, f"{param}.{unknown[:100]}", "unsupported_parameter")
-    return {**given, **cast(JsonObject, vision or {})} if given or vision is not None else None
+    own = {name: value for name, value in cast(JsonObject, vision or {}).items() if value is not None}
+    for name in given:
+        if name in own and own[name] != given[name]:
+            raise InvalidRequest(f"vision.{name} and {param}.{name} differ; give one of them", f"{param}.{name}")
+    return {**given, **own} if given or vision is not None else None
 
 
 def template_options(given: Mapping[str, Any] | None) -> JsonObject:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from mm.errors import InvalidRequest, nearest
 from serve.api.render import JsonObject
-from serve.api.schema import IGNORED, ChatBody
+from serve.api.schema import IGNORED, LOGPROBS_RULE, MEDIA_URL, SCHEMA_FIELDS, ChatBody, closed
 
 ROLES = ("user", "assistant", "system", "developer")
 RENAMED = {"max_output_tokens": "max_completion_tokens"}
@@ -34,13 +34,19 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "truncation": ("disabled",),
 }
 """Fields that are not implemented, with the values at which that makes no difference."""
+FORMATS = (
+    closed("type", type={"enum": ["text", "json_object"]}),
+    closed("type", "name", "schema", type={"const": "json_schema"}, **SCHEMA_FIELDS),
+)
+TEXT_NEUTRAL = (("verbosity", "medium"),)
+"""Fields of `text` beside its format, at values that make no difference."""
 NEEDS_STORE = frozenset({"previous_response_id", "conversation", "prompt"})
 
 
 def responses_body() -> JsonObject:
     """The body of the request for the OpenAPI document: names and types of what this file reads."""
     text: JsonObject = {"type": "string"}
-    address = {"type": "string", "pattern": "^(data:|https?://)"}
+    address = {"type": "string", "format": MEDIA_URL}
     detail = {"enum": ["low", "high", "auto"]}
     parts = [_object("type", "text", type={"const": kind}, text=text) for kind in ("input_text", "output_text")] + [
         _object("type", f"{kind}_url", type={"const": f"input_{kind}"}, detail=detail, **{f"{kind}_url": address})
@@ -57,10 +63,15 @@ def responses_body() -> JsonObject:
         "instructions": {"type": ["string", "null"]},
         "max_output_tokens": {"type": ["integer", "null"], "minimum": 1},
         "metadata": {"type": ["object", "null"]},
-        "text": {"type": ["object", "null"], "properties": {"format": chat["response_format"]}},
+        "text": {
+            "anyOf": [
+                closed(format={"anyOf": [*FORMATS, {"type": "null"}]}, verbosity={"enum": ["medium", None]}),
+                {"type": "null"},
+            ]
+        },
     }
     required = ["model", "input"]
-    schema = {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+    schema = closed(*required, **properties) | {"allOf": [LOGPROBS_RULE]}
     return {"content": {"application/json": {"schema": schema}}, "required": True}
 
 
@@ -161,6 +172,10 @@ def _form(text: object) -> JsonObject:
     if not isinstance(text, dict):
         raise InvalidRequest("text has to be an object with a format", "text")
     fields = cast(JsonObject, text)
+    for name, value in fields.items():
+        if name != "format" and (name, value) not in TEXT_NEUTRAL and value is not None:
+            message = f"text.{name[:100]} is not supported by this server; leave it out{_neutral(name)}"
+            raise InvalidRequest(message, f"text.{name[:100]}", "unsupported_parameter")
     form = fields.get("format")
     if form is None:
         return {}
@@ -171,6 +186,11 @@ def _form(text: object) -> JsonObject:
         return {"response_format": given}
     schema = {name: value for name, value in given.items() if name != "type" and value is not None}
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+def _neutral(name: str) -> str:
+    allowed = [value for known, value in TEXT_NEUTRAL if known == name]
+    return f" or send {allowed[0]}" if allowed else ""
 
 
 def _short(value: object) -> str:

@@ -64,7 +64,7 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     """
     # The interactive pages would load scripts from elsewhere, so only the schema is served.
     batches = batches_of(config, lambda inner: create_app(runtime, inner))
-    options: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    options: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None, "redirect_slashes": False}
     app = FastAPI(title="mm", version=_version(), lifespan=batches and batches.lifespan, **options)
     hosts = HostPolicy(config.host, config.allowed_hosts, config.allowed_origins)
     app.add_middleware(Guard, hosts=hosts, api_keys=config.api_keys, echo_request_id=echo_request_id)
@@ -85,7 +85,8 @@ def create_app(runtime: Runtime, config: ServeConfig, *, echo_request_id: bool =
     bodies = BodyReader(config)
     chat = Chat(runtime, config, metrics, bodies)
     app.state.room = chat.room
-    _add_chat(app, chat, config)
+    _add_chat(app, chat)
+    _add_document(app, runtime, config)
     add_counting(app, Counting(chat, runtime, config), body_of(ChatRequest))
     tokens = (body_of(TokenizeRequest), body_of(DetokenizeBody))
     add_tokenizing(app, Tokenizing(chat, runtime, config), tokens)
@@ -106,7 +107,7 @@ async def _on_invalid(http: HttpRequest, error: Exception) -> Response:
     return http_response(error_response(InvalidRequest("the request's address or parameters are malformed")))
 
 
-def _add_chat(app: FastAPI, chat: Chat, config: ServeConfig) -> None:
+def _add_chat(app: FastAPI, chat: Chat) -> None:
     @app.post("/v1/chat/completions", openapi_extra={"requestBody": body_of(ChatRequest)}, response_class=Response)
     async def chat_completions(http: HttpRequest) -> Response:
         return await chat.answer(http)
@@ -119,13 +120,17 @@ def _add_chat(app: FastAPI, chat: Chat, config: ServeConfig) -> None:
     async def completions(http: HttpRequest) -> Response:
         return await chat.answer(http, COMPLETIONS)
 
-    def openapi() -> JsonObject:
+
+def _add_document(app: FastAPI, runtime: Runtime, config: ServeConfig) -> None:
+    """`GET /openapi.json`, which states the limits of this server."""
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> JsonObject:
+        info = await runtime.info()
         if app.openapi_schema is None:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            complete_document(app.openapi_schema, config.names, has_keys=bool(config.api_keys))
+            complete_document(app.openapi_schema, config, info)
         return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _add_models(app: FastAPI, runtime: Runtime, config: ServeConfig, bodies: BodyReader) -> None:

@@ -12,18 +12,28 @@ is ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Annotated, Any, cast
 
 from annotated_types import Ge, Lt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
 
 from mm.data.request import SpeculationOptions, VisionOptions
-from mm.data.sampling_params import SamplingParams
+from mm.data.sampling_params import (
+    MAX_BIASES,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 from serve.api.fields import json_fields
+from serve.api.other_names import MAX_OPTIONS, RESERVED
 
 INT64 = 2**63
 INT32 = 2**31
 MAX_SALT_CHARACTERS = 256
+TOKEN_ID, MEDIA_URL, REDUCER, DRAFTER = "token-id", "media-url", "reducer", "drafter"
+"""Formats of the OpenAPI document, whose limits depend on model and settings: see `serve.api.document_limits`."""
 
 IGNORED = frozenset(
     {
@@ -84,41 +94,55 @@ HINTS: Mapping[str, str] = {
 """What to do in place of a field that is refused."""
 
 
+NAME = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
+SCHEMA_FIELDS = {
+    "name": NAME,
+    "description": {"type": "string"},
+    "schema": {"type": "object"},
+    "strict": {"type": ["boolean", "null"]},
+}
+
+
+def closed(*required: str, **properties: Any) -> dict[str, Any]:
+    """An object with these properties and no others."""
+    return {"type": "object", "required": list(required), "properties": properties, "additionalProperties": False}
+
+
+STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 Stop = Annotated[
     list[str],
     BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 4}]}),
+    WithJsonSchema({"anyOf": [STOP_STRING, {"type": "array", "items": STOP_STRING, "maxItems": MAX_STOP_STRINGS}]}),
 ]
 Bias = Annotated[
-    dict[str, Any],
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
-]
-Form = Annotated[
     dict[str, Any],
     WithJsonSchema(
         {
             "type": "object",
-            "required": ["type"],
-            "properties": {
-                "type": {"enum": ["text", "json_object", "json_schema"]},
-                "json_schema": {
-                    "type": "object",
-                    "required": ["name", "schema"],
-                    "properties": {
-                        "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
-                        "description": {"type": "string"},
-                        "schema": {"type": "object"},
-                        "strict": {"type": "boolean"},
-                    },
-                },
-            },
+            "propertyNames": {"pattern": "^(0|[1-9][0-9]*)$", "format": TOKEN_ID},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_BIASES,
         }
     ),
 ]
+StopTokens = Annotated[
+    list[Any],
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {"type": "integer", "format": TOKEN_ID, "minimum": 0},
+            "maxItems": MAX_STOP_TOKEN_IDS,
+        }
+    ),
+]
+FORMS = [
+    closed("type", type={"enum": ["text", "json_object"]}),
+    closed("type", "json_schema", type={"const": "json_schema"}, json_schema=closed("name", "schema", **SCHEMA_FIELDS)),
+]
+Form = Annotated[dict[str, Any], WithJsonSchema({"oneOf": FORMS})]
 """Its content is checked by `SamplingParams`, for Python callers too."""
 
 
-NAME = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
 FUNCTION = {
     "type": "object",
     "required": ["name"],
@@ -145,17 +169,14 @@ TOOL_CHOICE = {
         },
     ]
 }
-STRUCTURED = {
-    "type": "object",
-    "properties": {"json": {"type": "object"}, "json_object": {"type": "boolean"}},
-    "additionalProperties": False,
-}
+STRUCTURED = {"oneOf": [closed("json", json={"type": "object"}), closed("json_object", json_object={"const": True})]}
 
 WIRE_TYPES = {
     "logit_bias": Bias,
     "response_format": Form,
     "seed": Annotated[int, Ge(-INT64), Lt(INT64)],
     "stop": Stop,
+    "stop_token_ids": StopTokens,
 }
 """Sampling options whose JSON type is not that of `SamplingParams`."""
 
@@ -178,16 +199,71 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class Vision(create_model("Vision", __config__=STRICT, **cast(dict[str, Any], json_fields(VisionOptions)))):
+ABSENT = {"type": "null"}
+
+
+def at_most_one(*names: str) -> dict[str, Any]:
+    """That no two of these fields are given."""
+    pairs = combinations(names, 2)
+    given = {"not": ABSENT}
+    return {"allOf": [{"not": {"required": list(pair), "properties": dict.fromkeys(pair, given)}} for pair in pairs]}
+
+
+def needs(name: str, value: dict[str, Any], other: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    """That a field with such a value needs another field."""
+    return {
+        "if": {"required": [name], "properties": {name: value}},
+        "then": {"required": [other], "properties": {other: wanted}},
+    }
+
+
+LOGPROBS_RULE = needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", {"const": True})
+BODY_RULES = [
+    LOGPROBS_RULE,
+    needs("tool_choice", {"not": {"enum": ["none", "auto", None]}}, "tools", {"type": "array", "minItems": 1}),
+    needs("ignore_eos", {"const": True}, "response_format", ABSENT),
+    at_most_one("response_format", "structured_outputs", "guided_json"),
+]
+"""What `SamplingParams` and the parser check of several fields together."""
+ONE_SAMPLING: dict[str, Any] = at_most_one("num_frames", "fps")
+"""Frames are chosen by their number or by their rate."""
+
+
+def vision_fields(*names: str) -> dict[str, Any]:
+    """Fields of the `vision` object: these, or all."""
+    found = json_fields(VisionOptions, {"reducer": Annotated[str, Field(json_schema_extra={"format": REDUCER})]})
+    return {name: field for name, field in found.items() if not names or name in names}
+
+
+VISION = STRICT | ConfigDict(json_schema_extra=ONE_SAMPLING)
+DRAFTERS = {"drafter": Annotated[str, Field(json_schema_extra={"format": DRAFTER})]}
+
+
+class Vision(create_model("Vision", __config__=VISION, **vision_fields())):
     """The `vision` object: what to do with visual tokens."""
 
 
 class Speculation(
-    create_model("Speculation", __config__=STRICT, **cast(dict[str, Any], json_fields(SpeculationOptions)))
+    create_model("Speculation", __config__=STRICT, **cast(dict[str, Any], json_fields(SpeculationOptions, DRAFTERS)))
 ):
     """The `speculation` object: what is drafted ahead of the decoder. It changes an answer's speed, not its text."""
 
     return_accepted: bool | None = Field(default=None, description="Report which text was drafted and accepted.")
+
+
+Salt = Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)]
+TEMPLATE_NAMES: dict[str, Any] = {"pattern": f"^(?!({'|'.join(sorted(RESERVED))})$)[A-Za-z][A-Za-z0-9_]*$"}
+TemplateVariables = Annotated[
+    dict[str, str | int | float | bool | None],
+    Field(json_schema_extra={"propertyNames": TEMPLATE_NAMES, "maxProperties": MAX_OPTIONS}),
+]
+FRAME_OPTIONS = {
+    **closed(
+        num_frames={"anyOf": [{"type": "integer", "minimum": 1}, ABSENT]},
+        fps={"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1000}, ABSENT]},
+    ),
+    **ONE_SAMPLING,
+}
 
 
 class _Addressed(BaseModel):
@@ -211,7 +287,7 @@ class ChatBody(create_model("Sampled", __base__=_Addressed, **sampling_fields())
     priority: Annotated[int, Field(gt=-INT32, lt=INT32)] | None = Field(
         default=None, description="Lower is served first; 0 if absent. A request that waits too long is served next."
     )
-    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = Field(
+    cache_salt: Salt | None = Field(
         default=None, description="Requests with different salts share nothing that is cached."
     )
     vision: Vision | None = None
@@ -222,10 +298,10 @@ class ChatBody(create_model("Sampled", __base__=_Addressed, **sampling_fields())
     tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE)] | None = Field(
         default=None, description="none, auto (the default), required, or one function by name."
     )
-    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = Field(
+    chat_template_kwargs: TemplateVariables | None = Field(
         default=None, description="Variables for the checkpoint's chat template, such as enable_thinking."
     )
-    mm_processor_kwargs: dict[str, Any] | None = Field(
+    mm_processor_kwargs: Annotated[dict[str, Any], WithJsonSchema(FRAME_OPTIONS)] | None = Field(
         default=None, description="As in vLLM. Only num_frames and fps are known; they mean what they do in vision."
     )
     guided_json: Annotated[Any, WithJsonSchema({"type": "object"})] | None = Field(

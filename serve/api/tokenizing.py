@@ -16,6 +16,7 @@ from serve.api.chat import Chat, unless_gone, until
 from serve.api.completions import with_prompt
 from serve.api.parse import ChatCall, parse_chat, read_body
 from serve.api.render import JsonObject, to_json
+from serve.api.schema import TOKEN_ID, TemplateVariables
 from serve.config import ServeConfig
 from serve.runtime import Runtime
 
@@ -34,7 +35,7 @@ class TokenizeBody(BaseModel):
     add_special_tokens: Annotated[bool, Field(description="Only true, as the model gets its prompts.")] | None = None
     add_generation_prompt: Annotated[bool, Field(description="Only true.")] | None = None
     tools: list[Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
 
 class DetokenizeBody(BaseModel):
@@ -43,7 +44,7 @@ class DetokenizeBody(BaseModel):
     model_config = STRICT
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"format": TOKEN_ID})]]
 
 
 class Tokenizing:

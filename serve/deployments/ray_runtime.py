@@ -192,9 +192,7 @@ class RayRuntime:
             kinds, limits = await asyncio.gather(
                 self._encoders.stage.through(result_of(self._encoder.kinds), is_new=True), self._text_limits()
             )
-            self._info = ModelInfo(
-                kinds=kinds, max_context_tokens=limits.max_context_tokens, default_reducer=self._default_reducer
-            )
+            self._info = ModelInfo.of(kinds, limits, self._default_reducer)
         return self._info
 
     async def load(self) -> DecoderLoad:

@@ -117,7 +117,7 @@ def _encoded(file: Any) -> Any:
     return SimpleNamespace(cache_hit=False, num_media_bytes=len(file.data), tokens=SimpleNamespace(kind=file.kind))
 
 
-LIMITS = TextLimits(max_context_tokens=2048, max_chars=100_000_000)
+LIMITS = TextLimits(max_context_tokens=2048, max_chars=100_000_000, num_token_ids=500)
 
 
 @pytest.fixture

@@ -160,5 +160,6 @@ async def test_the_schema_describes_the_body(http) -> None:
     schema = (await http.get("/openapi.json")).json()
     body = schema["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body["required"] == ["model", "messages"]
-    assert {"$ref": "#/components/schemas/Vision"} in body["properties"]["vision"]["anyOf"]
-    assert "Vision" in schema["components"]["schemas"]
+    assert {"$ref": "#/components/schemas/EmbeddingVision"} in body["properties"]["vision"]["anyOf"]
+    vision = schema["components"]["schemas"]["EmbeddingVision"]["properties"]
+    assert sorted(vision) == ["fps", "keep_ratio", "num_frames", "reducer"]

@@ -81,6 +81,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"top_k": -2}, "top_k", "invalid_value"),
     ({"top_k": 1.5}, "top_k", "invalid_value"),
     ({"min_p": 1.5}, "min_p", "invalid_value"),
+    ({"mm_processor_kwargs": {"fps": 1}, "vision": {"fps": 2}}, "mm_processor_kwargs.fps", "invalid_request"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "invalid_request"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "invalid_request"),
     ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "unsupported_parameter"),

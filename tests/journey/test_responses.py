@@ -136,6 +136,8 @@ async def test_a_misspelt_field_is_answered_with_the_nearest(client) -> None:
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"instructions": ["x"]}, "instructions"),
         ({"text": {"format": "json"}}, "text.format"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"text": {"fromat": {"type": "text"}}}, "text.fromat"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
         ({"temprature": 1}, "temprature"),
     ],

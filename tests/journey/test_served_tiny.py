@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from serve.api.routes import create_app
 from serve.config import ServeConfig
+from serve.runtime import ModelInfo
 from serve.stages import build_local_runtime
 
 TOOLS = [
@@ -188,11 +189,15 @@ def test_the_document_has_every_status_and_content_type(http):
 
 
 def test_with_keys_the_document_has_a_security_scheme():
+    from fastapi.testclient import TestClient
+
     class Nothing:
-        pass
+        async def info(self):
+            return ModelInfo(kinds=(), max_context_tokens=9, num_token_ids=9, default_reducer="none")
 
     app = create_app(Nothing(), ServeConfig(api_keys=("secret",)))  # type: ignore[arg-type]
-    document = app.openapi()
+    key = {"authorization": "Bearer secret"}
+    document = TestClient(app, base_url="http://127.0.0.1").get("/openapi.json", headers=key).json()
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert document["paths"]["/health"]["get"]["security"] == []
     assert "401" in document["paths"]["/v1/models"]["get"]["responses"]

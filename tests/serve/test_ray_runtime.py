@@ -25,7 +25,7 @@ with warnings.catch_warnings():  # Ray's own, while it is imported
     from serve.deployments.messages import TransferredMedia
     from serve.deployments.ray_runtime import RayRuntime
 
-LIMITS = TextLimits(max_context_tokens=100, max_chars=1000)
+LIMITS = TextLimits(max_context_tokens=100, max_chars=1000, num_token_ids=500)
 
 
 class Answer:
