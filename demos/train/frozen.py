@@ -107,13 +107,13 @@ class FrozenBatches(Batches):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, info: dict, questions: int = 12) -> None:
         super().__init__(tokenizer, info, 0, 1, torch.ones(len(SHORT_KINDS)))
         self.tokenizer = tokenizer
-        self.first, self.questions = info["first_seed"], questions
+        self.first, self.questions, self.long_share = info["first_seed"], questions, LONG_SHARE
 
     def kinds(self, scene: Scene, rng: np.random.Generator) -> list[str]:
         kinds = ["read"] * (2 if scene.texts else 0) + ["number"] * (2 if scene.display else 0)
         kinds += ["chart"] * (3 if scene.chart else 0) + ["name"] * (1 if len(scene.things) == 1 else 0)
-        kinds += [kind for kind, share in LONG_SHARE.items() if rng.random() < share]
-        return kinds + rng.choice(SHORT_KINDS, size=self.questions - len(kinds)).tolist()
+        kinds += [kind for kind, share in self.long_share.items() if rng.random() < share]
+        return kinds + rng.choice(SHORT_KINDS, size=max(0, self.questions - len(kinds))).tolist()
 
     def draw(
         self, kind: str, items: list[int], rng: np.random.Generator, *, unseen: bool = False, plain: bool = True

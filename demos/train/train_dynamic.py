@@ -41,9 +41,9 @@ from demos.train.sparse import Decide, by_answer, run_sparse
 from demos.train.train_lm import run_decoder, splice, to_device
 from demos.train.training import Optimisers, mean_where, split_matrices
 from mm.plugins.weights import checkpoint_fingerprint
-from pruning.learned.predictors import Predictors, PredictorShape
+from pruning.learned.predictors import Predictors, PredictorShape, TextPredictor
 
-IMAGE_RATIO, TEXT_RATIO = 0.22, 0.34  # of the visual tokens of an image; of generated tokens after the first few
+IMAGE_RATIO, TEXT_RATIO = 0.25, 0.355  # of the visual tokens of an image; of generated tokens after the first few
 KEEP_FIRST = 3  # generated tokens that stay
 RATIO_WEIGHT = 100.0
 MATCH_WEIGHT = 1.0  # of the divergence from what the checkpoint says with all tokens
@@ -56,6 +56,7 @@ PREDICTOR_LR, MUON_LR, NORM_SHARE = 2e-3, 7e-4, 0.1
 WARMUP_STEPS, DECAY_FROM = 30, 0.4
 SCENES, CLIPS, CLIP_SHARE = 6, 2, 0.12  # per batch; share of the batches that are clips
 OTHERS, CUTS = 2, 4  # rows about other pictures beside scenes (one beside clips); different frames of a filmed one
+LONGER_SHARE, FEWER_QUESTIONS = {"caption": 1.0, "tour": 0.7, "list": 0.5}, 8  # of a row of scenes with --long
 OTHER_ROWS = 0.25  # of the batches: with turns, system messages, questions first; nothing generated is dropped there
 
 
@@ -80,12 +81,13 @@ def batch_of(batches: LimitsBatches, step: int, others: OtherPictures | None) ->
 def budget_losses(
     packed: Packed, image: list[Tensor], output: Tensor | None, goals: tuple[float, float], skip: int
 ) -> Tensor:
-    """Squared distance of the kept shares from the goals: over pictures, and over long answers."""
+    """Squared distance of the kept shares from the goals: of each picture, and of all long answers together."""
     loss = torch.stack([(kept.mean() - goals[0]) ** 2 for kept in image]).mean() if image else torch.zeros(())
     if output is None:
         return loss
     count, share = by_answer(packed, output, skip)
-    return loss + mean_where((share - goals[1]) ** 2, count >= LONG_TOKENS)
+    counted = (count - skip) * (count >= LONG_TOKENS)
+    return loss + (mean_where(share, counted) - goals[1]) ** 2 * bool(counted.any())
 
 
 def progress(step: int, num_steps: int, *, warm: bool) -> tuple[tuple[float, float], float]:
@@ -142,6 +144,15 @@ def build_optimisers(
     return optimisers
 
 
+def soften(predictor: TextPredictor, factor: float) -> None:
+    """Multiply the logits of a predictor, so that a finished one is uncertain enough to learn again."""
+    last = predictor.head[-1]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.weight.mul_(factor)
+        last.bias.mul_(factor)
+
+
 def kept_at(held_out: dict[str, Any]) -> list[list[float]]:
     """[share of the generated tokens of long answers that was kept, threshold] of each threshold that was measured."""
     found = []
@@ -169,7 +180,11 @@ class DynamicTraining(ReducerTraining):
         tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
         if args.init:
             load_reducer(args.init, self.predictors, decoder)
+            soften(self.predictors.text, args.soften)
+            self.predictors.image.requires_grad_(not args.hold_image)
         self.batches = LimitsBatches(tokenizer, self.features.info)
+        if args.long:
+            self.batches.long_share, self.batches.questions = LONGER_SHARE, FEWER_QUESTIONS
         self.batches.later_weight = LATER_WEIGHT
         self.others = OtherPictures(args.pictures / "trained") if args.pictures else None
         self.trained = [p for _, p in adapted(self.model, args.adapt)]
@@ -251,6 +266,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--pictures", type=Path, help="folder that demos.train.other_pictures wrote")
     parser.add_argument("--predictor-lr", type=float, default=PREDICTOR_LR, help="peak rate of the predictors")
     parser.add_argument("--decoder-lr", type=float, default=MUON_LR, help="peak rate of the decoder's matrices")
+    parser.add_argument("--long", action="store_true", help="more captions, tours and lists, and fewer short questions")
+    parser.add_argument("--soften", type=float, default=1.0, help="with --init: factor of the text predictor's logits")
+    parser.add_argument("--hold-image", action="store_true", help="with --init: the image predictor stays as it is")
     parser.add_argument("--channels", type=int, help="of the predictors; an eighth of the width by default")
     parser.add_argument("--image-layer", type=int, default=0)
     parser.add_argument("--text-layer", type=int, default=1)
