@@ -140,7 +140,9 @@ class VisionOptions:
         "choice if absent.",
     )
     return_map: bool = setting(False, help="Report which tokens were kept.")
-    return_timings: bool = setting(False, help="Report how many seconds each stage took, and the bytes of the KV cache at the first token.")
+    return_timings: bool = setting(
+        False, help="Report how many seconds each stage took, and the bytes of the KV cache at the first token."
+    )
     max_visual_tokens: int | None = setting(
         None, min=1, max=1_000_000, help="At most so many visual tokens of all items together enter the decoder."
     )
