@@ -31,11 +31,18 @@ ROW_OPTIONS = (
     click.option("--prompts", type=click.Path(path_type=Path), help="YAML or JSON file with several named prompts."),
     click.option("--schema", type=click.Path(path_type=Path), help="File with a JSON schema that answers have to fit."),
     click.option("--columns", help="Names of a table's columns, such as id=uid,image=jpg,prompt=question."),
+    click.option(
+        "--workers", type=int, help="Answer in this many processes of this machine, each with an engine of its own."
+    ),
     click.option("--url", help="Ask this OpenAI-compatible server instead of loading a model here."),
     click.option("--api-key", envvar="MM_API_KEY", help="Key that the server asks for."),
     click.option("--served-model", help="The model's name on that server; its first one when not given."),
     click.option(
-        "--concurrency", type=int, default=32, show_default=True, help="Requests under way at a time at most."
+        "--concurrency",
+        type=int,
+        default=32,
+        show_default=True,
+        help="Requests under way at a time at most, of each worker.",
     ),
     click.option("--shard-rows", type=int, default=512, show_default=True, help="Rows of one shard of the results."),
     click.option("--timeout-s", type=float, default=600.0, show_default=True, help="Longest wait for one answer."),
@@ -48,7 +55,18 @@ ROW_OPTIONS = (
 """Options of a job over rows, which `mm caption` has too."""
 ROW_NAMES = frozenset(
     {
-        *("form", "prompts", "schema", "columns", "url", "api_key", "served_model", "concurrency", "shard_rows"),
+        *(
+            "form",
+            "prompts",
+            "schema",
+            "columns",
+            "workers",
+            "url",
+            "api_key",
+            "served_model",
+            "concurrency",
+            "shard_rows",
+        ),
         *("timeout_s", "skip_existing", "dedup", "progress"),
     }
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import math
+import os
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mm.media.hashing import framed_hash
-from serve.jobs.batch.asking import Asker, AskError, Gate, local_client, remote_client
+from serve.jobs.batch.asking import Asker, AskError, Gate, local_client, remote_client, transport_client
 from serve.jobs.batch.job import BatchJob
 from serve.jobs.batch.rows import Row
 from serve.jobs.batch.sinks import Record
@@ -18,6 +20,10 @@ from serve.jobs.job import JobError
 
 if TYPE_CHECKING:
     import httpx
+    from fastapi import FastAPI
+
+    from mm.config import ModelConfig
+    from serve.config import ServeConfig
 
 MAX_BODY_BYTES = 1 << 31
 
@@ -70,11 +76,14 @@ class Answerer:
 
 
 @contextlib.asynccontextmanager
-async def answerer(job: BatchJob) -> AsyncIterator[Answerer]:
-    """Who answers a job: a server elsewhere, or the same application in this process.
+async def answerer(job: BatchJob, say: Callable[[str], None]) -> AsyncIterator[Answerer]:
+    """Who answers a job: a server elsewhere, workers of this machine, or the same application in this process.
+
+    Args:
+        say: Told what the user should know meanwhile.
 
     Raises:
-        JobError: The server cannot be reached, or serves no model.
+        JobError: The server cannot be reached, or serves no model; or workers cannot start.
         MmError: The model cannot be loaded.
     """
     if job.url is not None:
@@ -82,23 +91,65 @@ async def answerer(job: BatchJob) -> AsyncIterator[Answerer]:
             model = job.served_model or await _first_model(client, job.url)
             yield Answerer(job=job, asker=Asker(client, Gate(most=job.concurrency)), model=model)
         return
-    from serve.api.routes import create_app
-    from serve.config import ServeConfig
-    from serve.stages import build_local_runtime
+    async with _workers(job, say) if job.workers else _here(job) as client:
+        asker = Asker(client, Gate(most=job.num_together, limit=job.num_together))
+        yield Answerer(job=job, asker=asker, model=local_config(job, job.model).names[0])
 
-    config = ServeConfig(
-        model=replace(job.model, cache_bytes=0),
+
+@contextlib.asynccontextmanager
+async def _here(job: BatchJob) -> AsyncIterator[httpx.AsyncClient]:
+    async with application(local_config(job, job.model)) as app, local_client(app) as client:
+        yield client
+
+
+@contextlib.asynccontextmanager
+async def _workers(job: BatchJob, say: Callable[[str], None]) -> AsyncIterator[httpx.AsyncClient]:
+    from serve.jobs.batch.workers import Workers
+
+    configs = [local_config(job, model) for model in shares(job.model, job.workers or 1)]
+    workers = Workers(application, configs, job.concurrency, say)
+    async with transport_client(workers) as client:
+        await workers.ready()
+        yield client
+
+
+def local_config(job: BatchJob, model: ModelConfig) -> ServeConfig:
+    """How an application is configured that answers a job alone."""
+    from serve.config import ServeConfig
+
+    return ServeConfig(
+        model=replace(model, cache_bytes=0),
         max_body_bytes=MAX_BODY_BYTES,
         max_arriving_bytes=MAX_BODY_BYTES,
         request_timeout_s=max(3600.0, job.timeout_s),
     )
+
+
+@contextlib.asynccontextmanager
+async def application(config: ServeConfig) -> AsyncIterator[FastAPI]:
+    """The application with its model, in this process."""
+    from serve.api.routes import create_app
+    from serve.stages import build_local_runtime
+
     runtime = await asyncio.to_thread(build_local_runtime, config)
     try:
-        async with local_client(create_app(runtime, config)) as client:
-            asker = Asker(client, Gate(most=job.concurrency, limit=job.concurrency))
-            yield Answerer(job=job, asker=asker, model=config.names[0])
+        yield create_app(runtime, config)
     finally:
         runtime.close()
+
+
+def shares(model: ModelConfig, num_workers: int) -> list[ModelConfig]:
+    """What each worker of this machine is built from: its GPU and its share of it, or its share of the CPU's cores."""
+    import torch
+
+    num_gpus = torch.cuda.device_count() if model.device in ("cuda", "auto") else 0
+    num_threads = model.num_threads or max(1, len(os.sched_getaffinity(0)) // num_workers)
+    found: list[ModelConfig] = []
+    for i in range(num_workers):
+        device = f"cuda:{i % num_gpus}" if num_gpus else model.device
+        num_beside = math.ceil(num_workers / num_gpus) if num_gpus else num_workers
+        found.append(replace(model, device=device, gpu_share=model.gpu_share / num_beside, num_threads=num_threads))
+    return found
 
 
 async def _first_model(client: httpx.AsyncClient, url: str) -> str:

@@ -153,4 +153,11 @@ def local_client(app: FastAPI) -> httpx.AsyncClient:
     """A client of an application in this process, without a socket."""
     import httpx
 
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1", timeout=None)
+    return transport_client(httpx.ASGITransport(app=app))
+
+
+def transport_client(transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:
+    """A client of what is reached without a network."""
+    import httpx
+
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from serve.jobs.job import DEFAULT_PROMPTS, JobError
 
 ANSWER = "text"
 """The column of the answer where there is one prompt."""
+MAX_WORKERS = 256
 RESERVED = frozenset({"id", "source", "content_hash", "finish_reason", "same_as", "reducer", "model", "media"})
 
 
@@ -47,9 +49,10 @@ class BatchJob:
         prompts: What is asked of each row.
         columns: Our names of columns to the tables' own.
         model: Loaded here where there is no `url`.
+        workers: Processes of this machine that answer, each with an engine; None answers in this process.
         url, api_key: Of a server that answers instead.
         served_model: Its model; None asks it.
-        concurrency: Requests under way at a time at most.
+        concurrency: Requests under way at a time at most; with workers, of each of them.
         limit: Only so many rows, the first ones.
     """
 
@@ -59,6 +62,7 @@ class BatchJob:
     prompts: tuple[Prompt, ...] = (Prompt(),)
     columns: Mapping[str, str] = field(default_factory=lambda: {name: name for name in COLUMNS})
     model: ModelConfig = field(default_factory=ModelConfig)
+    workers: int | None = None
     url: str | None = None
     api_key: str | None = field(default=None, repr=False)
     served_model: str | None = None
@@ -89,6 +93,24 @@ class BatchJob:
             raise JobError("skip_existing is about files beside the media; it goes with the forms txt and json")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise JobError(f"url was {self.url!r}; it has to begin with http:// or https://")
+        if self.workers is not None:
+            self._check_workers(self.workers)
+
+    def _check_workers(self, workers: int) -> None:
+        if self.url is not None:
+            raise JobError("workers are processes of this machine, and --url asks a server; leave one of them out")
+        if self.model.tensor_parallel > 1:
+            raise JobError("tensor_parallel spreads one engine over GPUs, and each worker has one of its own; take one")
+        cores = len(os.sched_getaffinity(0))
+        most = cores if self.model.device == "cpu" else MAX_WORKERS
+        if not 1 <= workers <= most:
+            why = f", which has {cores} cores" if most == cores else ""
+            raise JobError(f"workers was {workers}; allowed on this machine{why}: 1 to {most}")
+
+    @property
+    def num_together(self) -> int:
+        """Requests under way at a time at most."""
+        return self.concurrency * (self.workers or 1)
 
     def settings(self) -> dict[str, Any]:
         """What decides the answers, JSON-ready. Records of one folder share all of it."""

@@ -158,7 +158,7 @@ class _Run:
         first = await asyncio.to_thread(next, rows, None)
         if first is None:
             return
-        async with answerer(self.job) as asker:
+        async with answerer(self.job, lambda text: _say(self.job, text)) as asker:
             self.progress.begin()
             lock = asyncio.Lock()
             waiting: list[Row] = [first]
@@ -173,7 +173,7 @@ class _Run:
 
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(self.job.concurrency):
+                    for _ in range(self.job.num_together):
                         group.create_task(worker())
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
