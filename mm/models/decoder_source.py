@@ -17,7 +17,7 @@ from mm.models.pretrained import build_module
 HEAD = "lm_head.weight"
 HEAD_KEYS = (HEAD, "language_model.lm_head.weight")
 TEXT_KEY = re.compile(
-    r"^(?:language_model\.model\.|model\.language_model\.|language_model\.|model\.text_model\."
+    r"^(?:language_model\.model\.|model\.language_model\.|language_model\.|(?:model\.)?text_model\."
     r"|model\.(?=embed_tokens\.|layers\.|norm\.))(.+)$"
 )
 """Where checkpoints keep the text model. The last form is Qwen's, whose tower lies beside `model.` and not in it."""
