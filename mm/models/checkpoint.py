@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mm.models.folder import BadCheckpoint, read_json, reading
 from mm.models.locate import find, read_config
+from mm.models.pages import release_pages
 
 __all__ = ["BadCheckpoint", "find", "read_config"]
 
@@ -185,13 +186,21 @@ def load_module(
     """
     check_tensors(module, tensors, folder)
     cast_to = {name: dtype if tensor.is_floating_point() else None for name, tensor in tensors.items()}
-    on_device = {name: tensor.to(device, cast_to[name]) for name, tensor in tensors.items()}
+    on_device = {name: converted(tensor, device, cast_to[name]) for name, tensor in tensors.items()}
     module.load_state_dict(on_device, assign=True)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     if left := [name for name, tensor in _all_tensors(module) if tensor.is_meta]:
         raise BadCheckpoint(str(folder), f"is of an architecture with values that cannot be computed: {few(left)}")
     module.to(device)  # the buffers that no checkpoint holds
+
+
+def converted(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
+    """The tensor on a device and in a dtype. If that is another one, the file's pages are given back."""
+    found = tensor.to(device, dtype)
+    if found is not tensor:
+        release_pages(tensor)
+    return found
 
 
 def _all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

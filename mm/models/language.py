@@ -275,17 +275,15 @@ class LanguageModel:
     def prepack(self) -> None:
         """Repack weights into oneDNN's blocked format and free the originals, those of transformers' layers too."""
         self._prepared = "prepack"
+        self._logits.prepack()  # first, while little else is held: it is the largest
         for layer in self.layers:
             layer.prepack()
-        self._logits.prepack()
         if all(isinstance(layer, FusedLayer) for layer in self.layers):
             self.model.layers = nn.ModuleList()  # else every weight would be held twice
 
     def quantize(self) -> None:
         """Keep the linear layers, the head and the embedding in 8 bits, and free the originals."""
         self._prepared = "quantize"
-        for layer in self.layers:
-            layer.quantize()
         embedding = self.model.get_input_embeddings()
         head, is_plain = Int8Rows(self.head_weight), type(embedding) is nn.Embedding
         is_shared = is_plain and embedding.weight is self._head_weight
@@ -293,6 +291,8 @@ class LanguageModel:
             self._embedding = head if is_shared else Int8Rows(embedding.weight)
             embedding.weight = nn.Parameter(embedding.weight.new_empty((0, head.values.shape[1])), requires_grad=False)
         self._head_weight, self._logits = head, Int8Linear(head, is_shared=is_shared)
+        for layer in self.layers:
+            layer.quantize()
         if all(isinstance(layer, FusedLayer) for layer in self.layers):
             self.model.layers = nn.ModuleList()
 

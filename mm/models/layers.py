@@ -28,6 +28,7 @@ from mm.models.attention import (
     rotate,
 )
 from mm.models.linear import PackedLinear, bias_of, prepack_linears
+from mm.models.pages import release_pages
 from mm.models.quantized import Int8Linear, quantize_linears, quantized
 from mm.models.row_ops import build_gated, build_norm, has_kernels
 
@@ -290,6 +291,7 @@ def _join(*parts: nn.Linear) -> PackedLinear:
     bias = None if biases[0] is None else torch.cat([part.bias.data for part in parts])
     at = 0
     for part in parts:
+        release_pages(part.weight.data)
         stop = at + part.out_features
         part.weight = nn.Parameter(weight[at:stop], requires_grad=False)
         if bias is not None:

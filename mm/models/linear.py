@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from mm.models.pages import release_pages
+
 if TYPE_CHECKING:
     from mm.models.row_product import RowProduct
 
@@ -64,6 +66,7 @@ class PackedLinear:
             packed = cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(plain, NUM_INPUTS))
             self._one_row = row_product(packed, plain, self._bias)
             self._weight, self._is_packed = packed, True
+            release_pages(plain)
             # The overloads themselves: to choose one by the arguments takes 3 us a call.
             self._multiply = cast(_Operator, torch.ops.mkldnn._linear_pointwise.default)
             self._multiply_and_add = cast(_Operator, torch.ops.mkldnn._linear_pointwise.binary)

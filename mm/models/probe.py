@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mm.models.attention import ATTENTION
-from mm.models.checkpoint import check_tensors, few, without_weights
+from mm.models.checkpoint import check_tensors, converted, few, without_weights
 from mm.models.converted import ConvertedTensors
 from mm.models.folder import BadCheckpoint, read_json, reading
 
@@ -112,7 +112,8 @@ class WholeModel:
         if wrong := sorted(name for name, tensor in expected.items() if tensor.shape != tensors[name].shape):
             raise BadCheckpoint(str(self.folder), f"has other shapes than its config.json says: {few(wrong)}")
         placed = {
-            name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()
+            name: converted(tensor, device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in tensors.items()
         }
         self.model.load_state_dict(placed, strict=False, assign=True)
         modules: Iterator[tuple[str, nn.Module]] = cast(Any, self.model).named_modules()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.models.linear import EXACT_INPUTS, PackedLinear, PackedLinearModule, bias_of, filled_up
+from mm.models.pages import release_pages
 
 LEVELS = 127
 """Inputs and weights are whole numbers from -LEVELS to LEVELS."""
@@ -35,6 +36,7 @@ class Int8Rows:
         found = weight.detach().float()
         self.dtype, self.scales = weight.dtype, found.abs().amax(1).clamp(min=1e-12) / weight_levels()
         self.values = (found / self.scales[:, None]).round_().to(torch.int8)
+        release_pages(weight)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """The rows of (T,) ids, (T, columns), as an embedding gives them."""
