@@ -153,7 +153,7 @@ def local_client(app: FastAPI) -> httpx.AsyncClient:
     """A client of an application in this process, without a socket."""
     import httpx
 
-    return transport_client(httpx.ASGITransport(app=app))
+    return transport_client(httpx.ASGITransport(app=app, raise_app_exceptions=False))
 
 
 def transport_client(transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:

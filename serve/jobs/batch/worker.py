@@ -10,6 +10,7 @@ so it never outlives its parent, and leaves Ctrl-C and SIGTERM to it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import signal
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mm.errors import MmError
 
 if TYPE_CHECKING:
+    import httpx
     from fastapi import FastAPI
 
 END_S = 4.0
@@ -64,31 +66,41 @@ async def _work(pipe: Connection[Any, Any]) -> None:
     build: Build
     build, config = pipe.recv()
     loop, gone = asyncio.get_running_loop(), asyncio.Event()
-    tasks: set[asyncio.Task[None]] = set()
+    arrived: asyncio.Queue[Asked] = asyncio.Queue()
+    hand_over = functools.partial(loop.call_soon_threadsafe, arrived.put_nowait)
+    end = functools.partial(loop.call_soon_threadsafe, gone.set)
+    # From now on, so that a model is not loaded for a parent that is gone.
+    threading.Thread(target=_read, args=(pipe, hand_over, end), daemon=True).start()
     try:
         async with build(config) as app, local_client(app) as client:
-
-            async def answer(asked: Asked) -> None:
-                headers = {"content-type": "application/json"}
-                response = await client.post(asked.path, content=asked.content, headers=headers)
-                after = response.headers.get("retry-after", "")
-                pipe.send(Answered(asked.number, response.status_code, after, response.content))
-
-            def begin(asked: Asked) -> None:
-                task = loop.create_task(answer(asked))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-
-            pipe.send(None)
-            hand_over = functools.partial(loop.call_soon_threadsafe, begin)
-            end = functools.partial(loop.call_soon_threadsafe, gone.set)
-            threading.Thread(target=_read, args=(pipe, hand_over, end), daemon=True).start()
-            await gone.wait()
+            _tell(pipe, None)
+            answering = loop.create_task(_answer_all(pipe, arrived, client))
+            ending = loop.create_task(gone.wait())
+            await asyncio.wait((ending, answering), return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():  # which only an error does; the parent sends again what is lost with this process
+                answering.result()
     except MmError as error:
-        pipe.send(str(error))
-    finally:
-        for task in tasks:
-            task.cancel()
+        _tell(pipe, str(error))
+
+
+async def _answer_all(pipe: Connection[Any, Any], arrived: asyncio.Queue[Asked], client: httpx.AsyncClient) -> None:
+    """Answer each request as it comes, all together; ends when it is cancelled."""
+
+    async def answer(asked: Asked) -> None:
+        headers = {"content-type": "application/json"}
+        response = await client.post(asked.path, content=asked.content, headers=headers)
+        after = response.headers.get("retry-after", "")
+        _tell(pipe, Answered(asked.number, response.status_code, after, response.content))
+
+    async with asyncio.TaskGroup() as group:
+        while True:
+            group.create_task(answer(await arrived.get()))
+
+
+def _tell(pipe: Connection[Any, Any], message: object) -> None:
+    """Send a message; to a parent that is gone nothing has to be said."""
+    with contextlib.suppress(OSError):
+        pipe.send(message)
 
 
 def _read(pipe: Connection[Any, Any], hand_over: Callable[[Asked], object], end: Callable[[], object]) -> None:

@@ -51,6 +51,8 @@ async def _answer(request: Request) -> Any:
     data = base64.b64decode(content[0]["image_url"]["url"].partition(",")[2])
     if b"kill" in data:
         os.kill(os.getpid(), signal.SIGKILL)
+    if b"raise" in data:
+        raise ValueError("a fault of the application")
     if b"slow" in data:
         await asyncio.sleep(0.1)
     if b"wait for" in data:  # so many other answers
