@@ -6,12 +6,13 @@ Nothing of the environment is used: no proxy, no key and no organisation, only t
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
 import openai
-from openai import Omit, OpenAI
+from openai import AsyncOpenAI, Omit, OpenAI
 
 from mm.data.media import Kind
 from mm.errors import MmError
@@ -86,14 +87,15 @@ class ServerClient:
         timeout = openai.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         self._headers: Any = {} if api_key else {"Authorization": Omit()}
         unset: Any = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
-        self._openai = OpenAI(
-            base_url=url,
-            api_key=api_key or "none",
-            timeout=timeout,
-            max_retries=num_retries,
-            default_headers=unset,
-            http_client=openai.DefaultHttpxClient(transport=cast(Any, transport), timeout=timeout, trust_env=False),
-        )
+        self._http: Any = {"transport": transport, "timeout": timeout, "trust_env": False}
+        self._settings: Any = {
+            "base_url": url,
+            "api_key": api_key or "none",
+            "timeout": timeout,
+            "max_retries": num_retries,
+            "default_headers": unset,
+        }
+        self._openai = OpenAI(**self._settings, http_client=openai.DefaultHttpxClient(**self._http))
 
     def close(self) -> None:
         self._openai.close()
@@ -123,26 +125,74 @@ class ServerClient:
             "/chat/completions", lambda: create(**standard, extra_body=extra, extra_headers=self._headers)
         )
 
+    async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[JsonObject]:
+        """The chunks of a chat request's answer, as they come. Closing the generator ends the request.
+
+        Args:
+            body: The request's JSON object, without `stream`.
+
+        Raises:
+            ServerError: See the class.
+        """
+        standard: Any = {name: value for name, value in body.items() if name in STANDARD_FIELDS}
+        extra = {name: value for name, value in body.items() if name not in STANDARD_FIELDS}
+        # A client of its own: its connections belong to the event loop in which it is used.
+        async with AsyncOpenAI(**self._settings, http_client=openai.DefaultAsyncHttpxClient(**self._http)) as client:
+            with _translated(f"{self.url}/chat/completions"):
+                create: Any = client.chat.completions.create
+                answer = await create(**standard, stream=True, extra_body=extra, extra_headers=self._headers)
+                async with answer:
+                    async for chunk in answer:
+                        yield chunk.to_dict()
+
+    def count(self, body: Mapping[str, Any]) -> JsonObject:
+        """The tokens that a chat request would cost.
+
+        Args:
+            body: The request's JSON object.
+
+        Raises:
+            ServerError: See the class.
+        """
+        path = "/chat/completions/count"
+        address = f"{self.url}{path}"
+        post: Any = self._openai.with_options(max_retries=0).post
+        with _translated(address):
+            answer = post(path, cast_to=object, body=dict(body), options={"headers": self._headers})
+        if isinstance(answer, dict):
+            return cast(JsonObject, answer)
+        raise ServerError("no_json", address)
+
     def _json(self, path: str, send: Callable[[], Any]) -> JsonObject:
         address = f"{self.url}{path}"
-        try:
+        with _translated(address):
             response = send().http_response
-        except openai.APITimeoutError as error:
-            reached = type(error.__cause__).__name__ != "ConnectTimeout"
-            raise ServerError("timeout" if reached else "unreachable", address, "no answer") from None
-        except openai.APIConnectionError as error:
-            reached = type(error.__cause__).__name__ != "ConnectError"
-            raise ServerError("broken" if reached else "unreachable", address, _detail(error)) from None
-        except openai.APIStatusError as error:
-            found = _body(error.response)
-            fields = found.get("error", found)
-            fields = fields if isinstance(fields, dict) else {"message": fields}
-            raise ServerError("refused", address, status=error.status_code, error=fields) from None
-        except openai.OpenAIError as error:
-            raise ServerError("broken", address, str(error)) from None
         if body := _body(response):
             return body
         raise ServerError("no_json", address, status=response.status_code)
+
+
+@contextlib.contextmanager
+def _translated(address: str) -> Generator[None]:
+    """Errors of the library as a `ServerError`."""
+    try:
+        yield
+    except openai.APITimeoutError as error:
+        reached = type(error.__cause__).__name__ != "ConnectTimeout"
+        raise ServerError("timeout" if reached else "unreachable", address, "no answer") from None
+    except openai.APIConnectionError as error:
+        reached = type(error.__cause__).__name__ != "ConnectError"
+        raise ServerError("broken" if reached else "unreachable", address, _detail(error)) from None
+    except openai.APIStatusError as error:
+        found = _body(error.response)
+        fields = found.get("error", found)
+        fields = fields if isinstance(fields, dict) else {"message": fields}
+        raise ServerError("refused", address, status=error.status_code, error=fields) from None
+    except openai.APIError as error:  # in the middle of a stream
+        fields = error.body if isinstance(error.body, dict) else {"message": error.message}
+        raise ServerError("refused", address, error=fields) from None
+    except openai.OpenAIError as error:
+        raise ServerError("broken", address, str(error)) from None
 
 
 def media_part(kind: Kind, mime: str, data: bytes) -> JsonObject:

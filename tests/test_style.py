@@ -29,7 +29,7 @@ JSON_VALUES = {
     "mm/settings.py": "values of a configuration file",
     "mm/data/sampling_params.py": "defaults of any option",
     "mm/plugins/registry.py": "options of a plugin, which are JSON",
-    "serve/page/client.py": "a response body",
+    "serve/page/reply.py": "a response body",
     "serve/deployments/calls.py": "what replicas take and return",
     "serve/deployments/transport.py": "messages of any shape",
 }

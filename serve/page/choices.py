@@ -31,12 +31,16 @@ class ReducerChoice:
     """A reducer to choose.
 
     Attributes:
+        stage: Where it acts; a `mm.plugins.reducer.Stage`.
+        kinds: Media that it reduces.
         options: Name to default, as its dataclass has them.
         help: Option to what it means, where that is written.
     """
 
     name: str
     summary: str = ""
+    stage: str = "pre_llm"
+    kinds: tuple[str, ...] = ("image", "video")
     options: dict[str, Any] = field(default_factory=dict)
     help: dict[str, str] = field(default_factory=dict)
 
@@ -56,6 +60,8 @@ def installed_reducers() -> tuple[ReducerChoice, ...]:
         ReducerChoice(
             name=row["name"],
             summary=row["summary"],
+            stage=row["stage"],
+            kinds=tuple(row.get("kinds", ("image", "video"))),
             options=row["options"],
             help=option_help(get("reducer", row["name"])),
         )

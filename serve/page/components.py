@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -12,6 +14,7 @@ from gradio.components import Component
 from serve.page import views
 from serve.page.choices import DEFAULT_REDUCER, ReducerChoice, written
 from serve.page.media import read_upload, thumbnail
+from serve.page.methods import ON_CHANGE, picker
 from serve.page.samples import Sample
 
 MAX_FRAMES = 32
@@ -23,9 +26,14 @@ class Inputs:
     shown: gr.HTML
     samples: gr.Gallery | None
     question: gr.Textbox
-    button: gr.Button
-    reducer: gr.Dropdown
+    ask: gr.Button
+    follow_up: gr.Button
+    stop: gr.Button
+    methods: gr.HTML
+    chosen: gr.Textbox
+    written: gr.Textbox
     keep_ratio: gr.Slider
+    all_options: gr.Accordion
     groups: dict[str, gr.Group]
     options: list[Any]
     drafter: gr.Dropdown
@@ -37,49 +45,61 @@ class Inputs:
     @property
     def form(self) -> list[Component]:
         """The components of `Form`, in its order."""
-        chosen = [self.file, self.question, self.reducer, self.keep_ratio, self.drafter]
+        chosen = [self.file, self.question, self.chosen, self.written, self.keep_ratio, self.drafter]
         return [*chosen, self.num_frames, self.seed, self.temperature, self.max_tokens, *self.options]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    summary: gr.HTML
-    full: gr.HTML
-    reduced: gr.HTML
-    kept: gr.HTML
-    command: gr.Accordion
-    curl: gr.Code
+    status: gr.HTML
+    savings: gr.HTML
+    frames: gr.HTML
+    answers: gr.HTML
 
     @property
     def all(self) -> list[Component]:
-        shown: list[Any] = [self.summary, self.full, self.reduced, self.kept, self.command, self.curl]
-        return shown
+        return [self.status, self.savings, self.frames, self.answers]
 
 
 def make_inputs(samples: Sequence[Sample], choices: Sequence[ReducerChoice]) -> Inputs:
-    file = gr.File(label="Image or clip", file_types=["image", "video"], type="filepath", height=128, elem_id="mm-file")
-    shown = gr.HTML(visible=False, elem_classes="mm-bare", elem_id="mm-shown")
     gallery = _sample_gallery(samples) if samples else None
+    file = gr.File(
+        label="Picture or clip", file_types=["image", "video"], type="filepath", height=110, elem_id="mm-file"
+    )
+    shown = gr.HTML(visible=False, elem_classes="mm-bare", elem_id="mm-shown")
+    num_frames = gr.Slider(
+        1, MAX_FRAMES, value=8, step=1, label="Frames of the clip", visible=False, elem_id="mm-frames"
+    )
     question = gr.Textbox(
         label="Question", placeholder="What is in the picture?", lines=1, max_lines=4, elem_id="mm-question"
     )
-    button = gr.Button("Ask twice", variant="primary", elem_id="mm-ask")
-    reducer, keep_ratio, num_frames, groups, options = _reducer_inputs(choices)
-    drafter = _drafter_input()
-    with gr.Accordion("Sampling", open=False):
+    with gr.Row(elem_classes="mm-buttons"):
+        ask = gr.Button("Ask", variant="primary", elem_id="mm-ask", min_width=80)
+        follow_up = gr.Button("Follow up", elem_id="mm-follow-up", min_width=80)
+        stop = gr.Button("Stop", elem_id="mm-stop", min_width=60)
+    methods, chosen, written, keep_ratio = _method_inputs(choices)
+    with gr.Accordion("Options of the methods", open=False, elem_id="mm-options") as all_options:
+        groups, options = _option_inputs(choices, DEFAULT_REDUCER)
+    with gr.Accordion("Drafting and sampling", open=False, elem_id="mm-sampling"):
+        drafter = _drafter_input()
         temperature = gr.Slider(
             0, 2, value=0, step=0.05, label="Temperature", info="0 always takes the likeliest token."
         )
-        max_tokens = gr.Slider(1, 512, value=64, step=1, label="Answer tokens at most")
-        seed = gr.Number(value=0, precision=0, label="Seed", info="The same for both answers.")
+        max_tokens = gr.Slider(1, 512, value=64, step=1, label="Answer tokens at most", elem_id="mm-max-tokens")
+        seed = gr.Number(value=0, precision=0, label="Seed", info="The same for all answers.")
     return Inputs(
         file=file,
         shown=shown,
         samples=gallery,
         question=question,
-        button=button,
-        reducer=reducer,
+        ask=ask,
+        follow_up=follow_up,
+        stop=stop,
+        methods=methods,
+        chosen=chosen,
+        written=written,
         keep_ratio=keep_ratio,
+        all_options=all_options,
         groups=groups,
         options=options,
         drafter=drafter,
@@ -90,34 +110,26 @@ def make_inputs(samples: Sequence[Sample], choices: Sequence[ReducerChoice]) -> 
     )
 
 
-def _reducer_inputs(
-    choices: Sequence[ReducerChoice],
-) -> tuple[gr.Dropdown, gr.Slider, gr.Slider, dict[str, gr.Group], list[Any]]:
-    """The reducer, its budget, the frames of a clip, and the reducers' other options."""
-    first = next((c for c in choices if c.name == DEFAULT_REDUCER), choices[0] if choices else ReducerChoice(name=""))
-    with gr.Group():
-        reducer = gr.Dropdown(
-            [choice.name for choice in choices],
-            value=first.name,
-            label="Reducer",
-            info=first.summary,
-            allow_custom_value=True,
-            elem_id="mm-reducer",
-        )
+def _method_inputs(choices: Sequence[ReducerChoice]) -> tuple[gr.HTML, gr.Textbox, gr.Textbox, gr.Slider]:
+    """The methods with the names of those chosen, others that are written out, and the budget."""
+    first = [choice.name for choice in choices if choice.name == DEFAULT_REDUCER]
+    with gr.Accordion("Methods beside every token", open=True, elem_id="mm-choice"):
         keep_ratio = gr.Slider(
-            0.01,
-            1,
-            value=first.options.get("keep_ratio", 0.25),
-            step=0.01,
-            label="Share of visual tokens to keep",
-            visible=first.has_keep_ratio,
-            elem_id="mm-keep-ratio",
+            0.01, 1, value=0.25, step=0.01, label="Share of visual tokens to keep", elem_id="mm-keep-ratio"
         )
-        num_frames = gr.Slider(
-            1, MAX_FRAMES, value=8, step=1, label="Frames of the clip", visible=False, elem_id="mm-frames"
+        methods = gr.HTML(
+            picker(choices, {}, first), js_on_load=ON_CHANGE, elem_classes="mm-bare", elem_id="mm-methods"
         )
-    groups, options = _option_inputs(choices, first.name)
-    return reducer, keep_ratio, num_frames, groups, options
+        chosen = gr.Textbox(json.dumps(first), visible=False, elem_id="mm-chosen")
+        written = gr.Textbox(
+            label="Others, one a line",
+            info="Sent as written, each with its own options.",
+            placeholder="divprune:keep_ratio=0.1\nuniform:keep_ratio=0.5 + divprune:keep_ratio=0.5",
+            lines=2,
+            max_lines=6,
+            elem_id="mm-written",
+        )
+    return methods, chosen, written, keep_ratio
 
 
 def _drafter_input() -> gr.Dropdown:
@@ -139,6 +151,9 @@ def _option_inputs(choices: Sequence[ReducerChoice], shown: str) -> tuple[dict[s
         if not choice.other_options:
             continue
         with gr.Group(visible=choice.name == shown, elem_id=f"mm-options-{choice.name}") as group:
+            gr.HTML(
+                f'<h3 class="mm-title">{choice.name}</h3><p class="mm-about">{escape(choice.summary)}</p>', padding=True
+            )
             inputs += [_option_input(choice, option, default) for option, default in choice.other_options.items()]
         groups[choice.name] = group
     return groups, inputs
@@ -174,30 +189,9 @@ def _sample_gallery(samples: Sequence[Sample]) -> gr.Gallery:
 
 
 def make_outputs() -> Outputs:
-    summary = gr.HTML(visible=False, elem_classes="mm-bare", elem_id="mm-summary")
-    with gr.Row(equal_height=True, elem_classes="mm-answers"):
-        full = gr.HTML(
-            views.waiting_card(views.FULL, "The answer with all visual tokens."),
-            elem_classes="mm-bare",
-            elem_id="mm-full",
-            min_width=280,
-        )
-        reduced = gr.HTML(
-            views.waiting_card(views.REDUCED, "The answer with the tokens that the reducer keeps."),
-            elem_classes="mm-bare",
-            elem_id="mm-reduced",
-            min_width=280,
-        )
-    kept = gr.HTML(visible=False, elem_classes="mm-bare", elem_id="mm-kept")
-    with gr.Accordion("The reduced question as curl", open=False, visible=False) as command:
-        curl = gr.Code(
-            language="shell",
-            interactive=False,
-            show_label=False,
-            buttons=["copy"],
-            lines=3,
-            max_lines=14,
-            elem_id="mm-curl",
-            wrap_lines=True,
-        )
-    return Outputs(summary=summary, full=full, reduced=reduced, kept=kept, command=command, curl=curl)
+    def part(name: str, value: str = "") -> gr.HTML:
+        return gr.HTML(value, elem_classes="mm-bare", elem_id=f"mm-{name}")
+
+    frames = part("item-frames")
+    status = part("status", views.status("Choose a picture or a clip, and ask."))
+    return Outputs(status=status, savings=part("savings"), frames=frames, answers=part("answers"))

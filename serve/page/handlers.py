@@ -1,39 +1,83 @@
 """What happens when something on the page is used.
 
-Handlers turn the values of inputs into a `Question`, send it twice and return fragments of `views`. Every problem
-becomes a text on the page.
+Handlers turn the values of inputs into questions, send them and return fragments of HTML. Every problem becomes a text
+on the page.
 """
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import asyncio
+import io
+import json
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from mm.errors import MmError
-from serve.page import views
+from serve.page import cards, views
+from serve.page.asking import ask_all
+from serve.page.cards import Shown
 from serve.page.choices import ReducerChoice
-from serve.page.client import Client, Question, Reply, ServerProblem, Upload
-from serve.page.form import Form
+from serve.page.client import Client
+from serve.page.form import FULL, Form, Side
 from serve.page.media import NotMedia, Preview, preview, read_upload
+from serve.page.methods import misfits, picker
+from serve.page.pictures import dim_slider, plain_pictures, shared_frames
+from serve.page.reply import ServerProblem
+from serve.page.request import Question, Turn, Upload
 from serve.page.samples import Sample
 
-LEFT_OUT = "The server's own reducer, or divprune, keeps this share"
-WRITTEN_OUT = "Sent as written, such as: uniform:keep_ratio=0.5 + divprune:keep_ratio=0.5"
+EARLIER_OF_FULL = "Its earlier answers are those with every token."
 
 
 Update = dict[str, Any]
 """What `gr.update` returns: JSON for the browser."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """One question of a conversation and the answer of each side.
+
+    Attributes:
+        upload: What the question brought, if anything.
+    """
+
+    text: str
+    upload: Upload | None
+    answers: Mapping[Side, str]
+
+
+@dataclass(kw_only=True)
+class Session:
+    """What one visitor has asked, and how to stop what is being answered."""
+
+    exchanges: list[Exchange] = field(default_factory=list[Exchange])
+    stop: asyncio.Event | None = None
+
+    @property
+    def uploads(self) -> tuple[Upload, ...]:
+        return tuple(one.upload for one in self.exchanges if one.upload is not None)
+
+    def turns(self, side: Side) -> tuple[Turn, ...]:
+        """The turns so far as one side saw them; a side that is new takes over the answers with every token."""
+        return tuple(
+            Turn(text=one.text, upload=one.upload, answer=one.answers.get(side, one.answers[FULL]))
+            for one in self.exchanges
+        )
+
+    def is_new(self, side: Side) -> bool:
+        return any(side not in one.answers for one in self.exchanges)
+
+
 class Handlers:
-    """What happens on the page. Holds no state of a visitor."""
+    """What happens on the page."""
 
     def __init__(self, client: Client, samples: Sequence[Sample], choices: Sequence[ReducerChoice]) -> None:
         self._client, self._samples, self._choices = client, tuple(samples), tuple(choices)
+        self._refusals: dict[str, str] | None = None
 
     def heading(self) -> tuple[str, Update]:
         """The first line, with the server or the reason why it cannot be reached, and the drafters to choose from."""
@@ -53,115 +97,145 @@ class Handlers:
             upload = read_upload(path)
             shown = preview(upload, int(num_frames))
         except NotMedia as error:
-            return gr.update(value=views.error(str(error)), visible=True), gr.update(visible=False)
+            return gr.update(value=cards.error(str(error)), visible=True), gr.update(visible=False)
         except MmError as error:
-            text = views.error(f"This file cannot be shown: {error}.")
+            text = cards.error(f"This file cannot be shown: {error}.")
             return gr.update(value=text, visible=True), gr.update()
         is_clip = upload.kind == "video"
         title = f"{len(shown.urls)} frames of the clip" if is_clip else ""
-        return gr.update(value=views.plain_pictures(shown, title), visible=True), gr.update(visible=is_clip)
+        return gr.update(value=plain_pictures(shown, title), visible=True), gr.update(visible=is_clip)
 
-    def show_options(self, reducer: str) -> list[Update]:
-        """Show the inputs of the chosen reducer: its summary, its budget, its group of options."""
-        choice = next((choice for choice in self._choices if choice.name == reducer), None)
-        if choice is None and not reducer.strip():
-            choice = ReducerChoice(name="", summary=LEFT_OUT, options={"keep_ratio": None})
-        if choice is None:
-            choice = ReducerChoice(name="", summary=WRITTEN_OUT)
-        with_options = [other.name for other in self._choices if other.other_options]
-        groups = [gr.update(visible=name == choice.name) for name in with_options]
-        return [gr.update(info=choice.summary), gr.update(visible=choice.has_keep_ratio), *groups]
+    def fit(self, path: str | None, chosen: str) -> tuple[str, str]:
+        """The methods, with those greyed that do not fit the model or the file; and the names that stay chosen."""
+        reasons = misfits(self._choices, self._refused(), _kind_of(path))
+        names = [name for name in json.loads(chosen or "[]") if name not in reasons]
+        return picker(self._choices, reasons, names), json.dumps(names)
+
+    def _refused(self) -> dict[str, str]:
+        """What the model cannot use; asked once."""
+        if self._refusals is None:
+            try:
+                if "image" not in self._client.offer().kinds:
+                    return {}
+                probe = Question(text="?", upload=_grey())
+                self._refusals = self._client.refusals(probe, [choice.name for choice in self._choices])
+            except ServerProblem:
+                return {}
+        return self._refusals
+
+    def show_options(self, chosen: str) -> list[Update]:
+        """The budget, and the groups of options of the chosen methods."""
+        names = set(json.loads(chosen or "[]"))
+        found = [choice for choice in self._choices if choice.name in names]
+        groups = [gr.update(visible=choice.name in names) for choice in self._choices if choice.other_options]
+        budget = any(choice.has_keep_ratio for choice in found)
+        return [gr.update(visible=budget), gr.update(visible=any(one.other_options for one in found)), *groups]
 
     def take_sample(self, event: gr.SelectData) -> tuple[str, str]:
         sample = self._samples[int(event.index)]
         return str(sample.path), sample.question
 
-    def ask(self, *values: object) -> Iterator[tuple[Update | str, ...]]:
-        """Both answers, each as soon as it has come."""
-        form = Form.of(values, self._choices)
-        hidden, folded = gr.update(value="", visible=False), gr.update(visible=False)
-        try:
-            upload = _required(form)
-        except NotMedia as error:
-            card = views.error_card(views.FULL, "", str(error))
-            yield hidden, card, views.waiting_card(views.REDUCED, "Nothing was asked."), hidden, folded, ""
+    def stop(self, session: Session) -> None:
+        """End the answer that is being written."""
+        if session.stop is not None:
+            session.stop.set()
+
+    async def ask(self, session: Session, *values: object) -> AsyncGenerator[tuple[str, str, str, str]]:
+        """A first question: status, savings, frames and cards, again and again."""
+        session.exchanges.clear()
+        async for shown in self._ask(session, values):
+            yield shown
+
+    async def follow_up(self, session: Session, *values: object) -> AsyncGenerator[tuple[str, str, str, str]]:
+        """A question after those before it."""
+        if not session.exchanges:
+            yield _refusal("There is no answer yet to follow up on. Ask a first question.")
             return
-        full_question, reduced_question = form.questions(upload, self._choices)
-        expected = self._expected(upload, full_question.text)
-        busy = views.waiting_card(views.FULL, "Asking with every visual token", busy=True)
-        yield hidden, busy, views.waiting_card(views.REDUCED, "Next"), hidden, folded, ""
-        full = self._answer(full_question)
-        busy = views.waiting_card(views.REDUCED, "Asking with fewer", busy=True)
-        yield hidden, _card_of(views.FULL, full_question, full, full, expected), busy, hidden, folded, ""
-        reduced = self._answer(reduced_question)
-        curl = self._curl(reduced_question)
-        yield (
-            _summary_of(full, reduced),
-            _card_of(views.FULL, full_question, full, reduced, expected),
-            _card_of(views.REDUCED, reduced_question, reduced, full, expected),
-            _map_of(reduced_question, reduced),
-            gr.update(visible=bool(curl)),
-            curl,
-        )
+        async for shown in self._ask(session, values):
+            yield shown
 
-    def _answer(self, question: Question) -> Reply | ServerProblem:
-        """The answer with cold caches: a question that is asked twice would find its own prompt, and look faster."""
+    async def _ask(self, session: Session, values: Sequence[object]) -> AsyncGenerator[tuple[str, str, str, str]]:
+        form = Form.of(values, self._choices)
         try:
-            return self._client.ask(replace(question, salt=uuid.uuid4().hex))
-        except ServerProblem as problem:
-            return problem
+            upload = _upload_of(form, session)
+            offer = await asyncio.to_thread(self._client.offer)
+        except (NotMedia, ServerProblem) as problem:
+            yield _refusal(str(problem))
+            return
+        sides = form.sides(self._choices)
+        questions = [form.asked(side, upload, session.turns(side)) for side in sides]
+        expected = None if session.exchanges else self._expected(upload, form.question.strip())
+        start = [
+            Shown(
+                side=side,
+                turns=session.turns(side),
+                expected=expected,
+                note=EARLIER_OF_FULL if session.is_new(side) else "",
+            )
+            for side in sides
+        ]
+        previews, frames = await asyncio.to_thread(_previews, questions[0])
+        session.stop = asyncio.Event()
+        shown = start
+        async for shown in ask_all(self._client, offer.model, questions, start, session.stop):
+            yield _status(shown), cards.savings(shown), frames, cards.cards(shown, previews)
+        answers = {one.side: one.reply.text for one in shown if one.reply is not None}
+        if FULL in answers:
+            session.exchanges.append(Exchange(text=questions[0].text, upload=upload, answers=answers))
+        session.stop = None
 
-    def _curl(self, question: Question) -> str:
-        try:
-            return self._client.curl(question)
-        except ServerProblem:
-            return ""
-
-    def _expected(self, upload: Upload, question: str) -> str | None:
+    def _expected(self, upload: Upload | None, question: str) -> str | None:
         for sample in self._samples:
-            if sample.path.name == upload.name and sample.question == question and sample.path.is_file():
+            if upload and sample.path.name == upload.name and sample.question == question and sample.path.is_file():
                 return sample.answer if sample.path.read_bytes() == upload.data else None
         return None
 
 
-def _required(form: Form) -> Upload:
-    """The upload, if the form has everything that a question needs."""
-    if form.path is None:
-        raise NotMedia("Choose an image or a clip first.")
+def _upload_of(form: Form, session: Session) -> Upload | None:
+    """The file that the question brings; None where it is the one that the conversation has.
+
+    Raises:
+        NotMedia: Something that a question needs is missing.
+    """
+    if form.path is None and not session.exchanges:
+        raise NotMedia("Choose a picture or a clip first.")
     if not form.question.strip():
         raise NotMedia("Write a question first.")
-    return read_upload(form.path)
+    upload = None if form.path is None else read_upload(form.path)
+    return None if upload in session.uploads[-1:] else upload
 
 
-def _detail(question: Question) -> str:
-    if question.reducer == "none":
-        return "no reduction"
-    name = question.reducer or "the server's reducer"
-    return name if question.keep_ratio is None else f"{name}, keep {question.keep_ratio:.0%}"
-
-
-def _card_of(
-    side: str, question: Question, result: Reply | ServerProblem, other: Reply | ServerProblem, expected: str | None
-) -> str:
-    if isinstance(result, ServerProblem):
-        return views.error_card(side, _detail(question), result.message, result.hint)
-    scale_s = views.longest_stage_s(result, other if isinstance(other, Reply) else None)
-    return views.answer_card(side, _detail(question), result, scale_s, expected)
-
-
-def _summary_of(full: Reply | ServerProblem, reduced: Reply | ServerProblem) -> Any:
-    if isinstance(full, Reply) and isinstance(reduced, Reply):
-        return gr.update(value=views.comparison(full, reduced), visible=True)
-    return gr.update(value="", visible=False)
-
-
-def _map_of(question: Question, reduced: Reply | ServerProblem) -> Any:
-    """The kept tokens over the pictures, where the server reported them."""
-    if not isinstance(reduced, Reply) or not reduced.kept:
-        return gr.update(value="", visible=False)
+def _previews(question: Question) -> tuple[list[Preview], str]:
+    """Of all files of the conversation, and the style sheet with them; none where one cannot be shown."""
     try:
-        shown: Preview = preview(question.upload, question.num_frames)
-    except MmError as error:
-        return gr.update(value=views.error(f"The map cannot be drawn: {error}."), visible=True)
-    title = "What the reduced answer saw"
-    return gr.update(value=views.kept_pictures(shown, reduced.kept[0], title), visible=True)
+        found = [preview(upload, question.num_frames) for upload in question.uploads]
+    except MmError:
+        return [], ""
+    return found, shared_frames(found)
+
+
+def _status(shown: Sequence[Shown]) -> str:
+    busy = next((i for i, one in enumerate(shown) if one.is_busy), None)
+    if busy is None:
+        done = sum(one.reply is not None for one in shown)
+        slider = dim_slider() if any(one.reply and one.reply.kept for one in shown) else ""
+        return f'<div class="mm-line">{views.status(f"{done} of {len(shown)} answers.")}{slider}</div>'
+    text = f"Answer {busy + 1} of {len(shown)}: {shown[busy].side.title}"
+    return f'<div class="mm-line">{views.status(text)}</div>'
+
+
+def _refusal(text: str) -> tuple[str, str, str, str]:
+    return cards.error(text), "", "", ""
+
+
+def _kind_of(path: str | None) -> str | None:
+    try:
+        return None if path is None else read_upload(path).kind
+    except NotMedia:
+        return None
+
+
+def _grey() -> Upload:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "grey").save(buffer, "PNG")
+    return Upload(name="grey.png", mime="image/png", data=buffer.getvalue())

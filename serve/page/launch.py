@@ -230,7 +230,7 @@ def _warm_up(client: Client) -> None:
     """Send one question: the first answer after a start is slower, and the page always asks for the full one first."""
     from PIL import Image
 
-    from serve.page.client import Question, Upload
+    from serve.page.request import Question, Upload
 
     grey = io.BytesIO()
     Image.new("RGB", (64, 64), "grey").save(grey, "PNG")

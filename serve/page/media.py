@@ -19,7 +19,7 @@ from mm.config import MediaLimits
 from mm.data.media import FrameSampling
 from mm.media import MediaBudget, decode_image, decode_video
 from serve.client import data_url
-from serve.page.client import Upload
+from serve.page.request import Upload
 
 IMAGE_SIDE_PX = 960
 FRAME_SIDE_PX = 400

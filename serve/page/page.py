@@ -11,11 +11,12 @@ from serve.page import views
 from serve.page.choices import ReducerChoice, installed_reducers
 from serve.page.client import Client
 from serve.page.components import Inputs, Outputs, make_inputs, make_outputs
-from serve.page.handlers import Handlers
+from serve.page.handlers import Handlers, Session
+from serve.page.methods import CHOSEN
 from serve.page.samples import Sample
 
 SHOW_ANSWERS = """() => {
-  const answers = document.querySelector("#mm-full");
+  const answers = document.querySelector("#mm-status");
   if (answers && window.innerWidth <= 700) answers.scrollIntoView({ block: "start" });
 }"""
 """On a narrow screen the answers are below the form."""
@@ -36,16 +37,19 @@ def build_page(
     # Uploads older than an hour go, looked for every ten minutes.
     with gr.Blocks(title="mm", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         head = gr.HTML(views.heading(), elem_classes="mm-bare", elem_id="mm-head")
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=4, min_width=320, elem_classes="mm-side"):
+        with gr.Row(equal_height=False, elem_classes="mm-page"):
+            with gr.Column(scale=4, min_width=300, elem_classes="mm-side"):
                 inputs = make_inputs(samples, choices)
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=8, min_width=300, elem_classes="mm-main"):
                 outputs = make_outputs()
-        _wire(page, handlers, inputs, outputs, head)
+        session = gr.State(Session(), time_to_live=3600)
+        _wire(page, handlers, inputs, outputs, head, session)
     return page
 
 
-def _wire(page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs, head: gr.HTML) -> None:
+def _wire(
+    page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs, head: gr.HTML, session: gr.State
+) -> None:
     # Private: the page is for people; programs have the server's own API.
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     page.load(handlers.heading, None, [head, inputs.drafter], **quiet)
@@ -56,11 +60,15 @@ def _wire(page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs,
         [inputs.shown, inputs.num_frames],
         **quiet,
     )
-    inputs.reducer.change(
-        handlers.show_options, inputs.reducer, [inputs.reducer, inputs.keep_ratio, *inputs.groups.values()], **quiet
-    )
+    fitting = [page.load, inputs.file.change]
+    gr.on(fitting, handlers.fit, [inputs.file, inputs.chosen], [inputs.methods, inputs.chosen], **quiet)
+    inputs.methods.change(None, None, inputs.chosen, js=CHOSEN, **quiet)
+    shown = [inputs.keep_ratio, inputs.all_options, *inputs.groups.values()]
+    inputs.chosen.change(handlers.show_options, inputs.chosen, shown, **quiet)
     if inputs.samples is not None:
         inputs.samples.select(handlers.take_sample, None, [inputs.file, inputs.question], **quiet)
-    asked = [inputs.button.click, inputs.question.submit]
-    gr.on(asked, handlers.ask, inputs.form, outputs.all, **quiet)
-    gr.on(asked, None, None, None, js=SHOW_ANSWERS, **quiet)
+    asked = [inputs.ask.click, inputs.question.submit]
+    gr.on(asked, handlers.ask, [session, *inputs.form], outputs.all, **quiet)
+    inputs.follow_up.click(handlers.follow_up, [session, *inputs.form], outputs.all, **quiet)
+    inputs.stop.click(handlers.stop, session, None, queue=False, **quiet)
+    gr.on([*asked, inputs.follow_up.click], None, None, None, js=SHOW_ANSWERS, **quiet)

