@@ -29,6 +29,7 @@ def row_options(command: Callable[..., Any]) -> Callable[..., Any]:
 ROW_OPTIONS = (
     click.option("--to", "form", type=click.Choice(FORMS), help="Form of the results; openai for a batch, else jsonl."),
     click.option("--prompts", type=click.Path(path_type=Path), help="YAML or JSON file with several named prompts."),
+    click.option("--window", "window_s", type=float, metavar="SECONDS", help="Ask about each window of a clip apart."),
     click.option("--schema", type=click.Path(path_type=Path), help="File with a JSON schema that answers have to fit."),
     click.option("--columns", help="Names of a table's columns, such as id=uid,image=jpg,prompt=question."),
     click.option(
@@ -67,7 +68,7 @@ ROW_NAMES = frozenset(
             "concurrency",
             "shard_rows",
         ),
-        *("timeout_s", "skip_existing", "dedup", "progress"),
+        *("window_s", "timeout_s", "skip_existing", "dedup", "progress"),
     }
 )
 """Their names as arguments."""

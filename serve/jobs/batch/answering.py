@@ -42,7 +42,7 @@ class Answerer:
 
     async def record(self, row: Row, name: str) -> Record:
         """The record of a row: each prompt is one request."""
-        record: Record = {"id": row.id, "source": row.source}
+        record: Record = {"id": row.id, "source": row.source, **row.facts}
         reasons: dict[str, str] = {}
         sums = dict.fromkeys(("visual_tokens_in", "visual_tokens_kept", "prompt_tokens", "completion_tokens"), 0)
         reducer = ""

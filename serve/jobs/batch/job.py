@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,22 @@ from serve.jobs.job import DEFAULT_PROMPTS, JobError
 ANSWER = "text"
 """The column of the answer where there is one prompt."""
 MAX_WORKERS = 256
-RESERVED = frozenset({"id", "source", "content_hash", "finish_reason", "same_as", "reducer", "model", "media"})
+MIN_WINDOW_S = 0.1
+RESERVED = frozenset(
+    {
+        "id",
+        "source",
+        "content_hash",
+        "finish_reason",
+        "same_as",
+        "reducer",
+        "model",
+        "media",
+        "clip",
+        "start_s",
+        "end_s",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +69,7 @@ class BatchJob:
         url, api_key: Of a server that answers instead.
         served_model: Its model; None asks it.
         concurrency: Requests under way at a time at most; with workers, of each of them.
+        window_s: Clips are cut into windows of so many seconds, each a row; None takes them whole.
         limit: Only so many rows, the first ones.
     """
 
@@ -68,6 +85,7 @@ class BatchJob:
     served_model: str | None = None
     max_tokens: int = 128
     patterns: tuple[str, ...] = ()
+    window_s: float | None = None
     limit: int | None = None
     concurrency: int = 32
     shard_rows: int = 512
@@ -93,6 +111,10 @@ class BatchJob:
             raise JobError("skip_existing is about files beside the media; it goes with the forms txt and json")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise JobError(f"url was {self.url!r}; it has to begin with http:// or https://")
+        if self.window_s is not None and not (math.isfinite(self.window_s) and self.window_s >= MIN_WINDOW_S):
+            raise JobError(f"window was {self.window_s:g}; give at least {MIN_WINDOW_S:g} seconds")
+        if self.window_s is not None and self.form == "openai":
+            raise JobError("--window cuts clips of rows, and requests of an OpenAI batch stay as they are")
         if self.workers is not None:
             self._check_workers(self.workers)
 
@@ -125,7 +147,11 @@ class BatchJob:
             "chat_template": model.chat_template,
         }
         there = {"model": self.served_model, "reducer": model.reducer, "keep_ratio": model.keep_ratio}
+        window = {} if self.window_s is None else {"window_s": self.window_s}
+        if window and self.url is not None:
+            window["frames"] = here["frames"]
         return {
+            **window,
             "form": self.form,
             "prompts": asked,
             "max_tokens": self.max_tokens,

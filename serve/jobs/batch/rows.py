@@ -83,6 +83,7 @@ class Row:
         prompt: Asked in place of the job's prompts.
         vision: What it asks of its visual tokens, as the `vision` object of a request has it.
         body, url: A whole request and its path, of an OpenAI batch; then there are no media.
+        facts: Further fields of its record.
         problem: Why the row cannot be used; such a row fails.
     """
 
@@ -93,6 +94,7 @@ class Row:
     vision: Mapping[str, Any] = field(default_factory=dict[str, Any])
     body: Mapping[str, Any] | None = None
     url: str = "/v1/chat/completions"
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     problem: str = ""
 
     @property

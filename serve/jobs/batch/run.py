@@ -27,6 +27,7 @@ from serve.jobs.batch.rows import BadRow, Row
 from serve.jobs.batch.sinks import MEDIA, SINKS, Record, Sidecars
 from serve.jobs.batch.sources import Source
 from serve.jobs.batch.store import FAILURES, MANIFEST, PENDING, Store
+from serve.jobs.batch.windows import Windows
 from serve.jobs.flow import Stop, stopping
 from serve.jobs.results import locked
 
@@ -58,7 +59,7 @@ def _say(job: BatchJob, text: str) -> None:
 
 async def _run(job: BatchJob, stop: Stop) -> int:
     source = Source(inputs=job.inputs, columns=job.columns, patterns=job.patterns, exclude=str(job.out))
-    total = source.count()
+    total = source.count() if job.window_s is None else None  # windows are known when a clip is read
     counts = Counts(total=total if total is None or job.limit is None else min(total, job.limit))
     beside = job.form in ("txt", "json")
     folder = job.out / WORK_FOLDER if beside else job.out
@@ -154,7 +155,10 @@ class _Run:
     async def work(self, source: Source) -> None:
         if self.job.retry_failed:
             self.earlier_failures = self.store.forget_failures()
-        rows = self._pending(source.rows())
+        found, job = source.rows(), self.job
+        if job.window_s is not None:
+            found = Windows(window_s=job.window_s, model=job.model, is_done=self._is_settled).rows(found)
+        rows = self._pending(found)
         first = await asyncio.to_thread(next, rows, None)
         if first is None:
             return
@@ -199,6 +203,10 @@ class _Run:
             else:
                 yield row
 
+    def _is_settled(self, key: str) -> bool:
+        """Whether a row has its record, or its failure and is not tried again."""
+        return key in self.store.done or key in self.store.failed
+
     def _has_file(self, row: Row) -> bool:
         return self.job.skip_existing and self.sidecars is not None and self.sidecars.path_of(row.id).exists()
 
@@ -236,7 +244,7 @@ class _Run:
             with contextlib.suppress(AskError, BadRow):  # where the equal row failed, this one is asked for itself
                 equal = await asyncio.shield(known)
                 texts = {prompt.name: equal[prompt.name] for prompt in self.job.prompts}
-                same = {**equal, "id": row.id, "source": row.source, "same_as": equal["id"]}
+                same = {**equal, "id": row.id, "source": row.source, **row.facts, "same_as": equal["id"]}
                 self._keep(self._with_media(same, row), texts, is_shared=True)
                 return
         future: asyncio.Future[Record] = asyncio.get_running_loop().create_future()

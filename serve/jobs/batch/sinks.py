@@ -36,6 +36,8 @@ class Sink(Protocol):
         ...
 
 
+SECONDS = ("start_s", "end_s")
+"""Fields of a record about a window of a clip."""
 MEDIA = "media"
 """Field of a record with the bytes of its media, which no table has."""
 
@@ -87,7 +89,7 @@ class Parquet:
 def _type(name: str) -> Any:
     import pyarrow as pa
 
-    return pa.int64() if name.startswith("num_") else pa.string()
+    return pa.int64() if name.startswith("num_") else pa.float64() if name in SECONDS else pa.string()
 
 
 def _cell(value: Any) -> Any:
