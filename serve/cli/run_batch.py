@@ -48,7 +48,13 @@ ROW_OPTIONS = (
     click.option("--shard-rows", type=int, default=512, show_default=True, help="Rows of one shard of the results."),
     click.option("--timeout-s", type=float, default=600.0, show_default=True, help="Longest wait for one answer."),
     click.option("--skip-existing", is_flag=True, help="With --to txt or json: leave rows alone that have a file."),
-    click.option("--dedup/--no-dedup", default=True, show_default=True, help="Ask once about rows of equal content."),
+    click.option(
+        "--dedup",
+        type=click.Choice(["exact", "near", "none"]),
+        default="exact",
+        show_default=True,
+        help="Ask once about rows of equal content, or also about pictures that look the same.",
+    ),
     click.option(
         "--progress", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Its form."
     ),
@@ -109,6 +115,8 @@ def start(settings: dict[str, Any], options: dict[str, Any], name: str) -> int:
     """Check the options of a job over rows and run it. Returns the exit code."""
     need("openai" if options["url"] else "transformers", "batch")
     need("pyarrow", "batch")
+    if options["dedup"] == "near":
+        need("imagehash", "batch", or_else="take --dedup exact")
     model = build_config(ModelConfig, settings)
     if options["url"] is None:
         check_early(model)

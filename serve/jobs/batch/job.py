@@ -18,6 +18,8 @@ from serve.jobs.job import DEFAULT_PROMPTS, JobError
 
 ANSWER = "text"
 """The column of the answer where there is one prompt."""
+DEDUP = ("exact", "near", "none")
+"""Rows of equal content share an answer, those of pictures that look the same too (see `near`), or none do."""
 MAX_WORKERS = 256
 MIN_WINDOW_S = 0.1
 RESERVED = frozenset(
@@ -70,6 +72,7 @@ class BatchJob:
         served_model: Its model; None asks it.
         concurrency: Requests under way at a time at most; with workers, of each of them.
         window_s: Clips are cut into windows of so many seconds, each a row; None takes them whole.
+        dedup: One of `DEDUP`: which rows share an answer.
         limit: Only so many rows, the first ones.
     """
 
@@ -93,7 +96,7 @@ class BatchJob:
     retry_failed: bool = False
     skip_existing: bool = False
     restart: bool = False
-    dedup: bool = True
+    dedup: str = "exact"
     quiet: bool = False
     as_json: bool = False
     progress_json: bool = False
@@ -102,6 +105,8 @@ class BatchJob:
     def __post_init__(self) -> None:
         if self.form not in FORMATS:
             raise JobError(f"the form was {self.form!r}; allowed: {', '.join(FORMATS)}")
+        if self.dedup not in DEDUP:
+            raise JobError(f"dedup was {self.dedup!r}; allowed: {', '.join(DEDUP)}")
         for name in ("max_tokens", "concurrency", "shard_rows"):
             if getattr(self, name) < 1:
                 raise JobError(f"{name} was {getattr(self, name)}; give at least 1")
@@ -150,8 +155,10 @@ class BatchJob:
         window = {} if self.window_s is None else {"window_s": self.window_s}
         if window and self.url is not None:
             window["frames"] = here["frames"]
+        near = {"dedup": "near"} if self.dedup == "near" else {}
         return {
             **window,
+            **near,
             "form": self.form,
             "prompts": asked,
             "max_tokens": self.max_tokens,

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mm.errors import MmError
-from mm.media.hashing import framed_hash
 from serve.jobs.batch.answering import Answerer, answerer
 from serve.jobs.batch.asking import AskError
+from serve.jobs.batch.equal import Asked, Content
 from serve.jobs.batch.job import BatchJob
 from serve.jobs.batch.progress import Counts, Progress
 from serve.jobs.batch.rows import BadRow, Row
@@ -128,7 +128,6 @@ class _Run:
     counts: Counts
     stop: Stop
     sidecars: Sidecars | None
-    answers: dict[str, asyncio.Future[Record]] = field(default_factory=dict[str, "asyncio.Future[Record]"])
     seen: set[str] = field(default_factory=set[str])
     earlier_failures: dict[str, Record] = field(default_factory=dict[str, Record])
     num_faults_in_a_row: int = 0
@@ -137,6 +136,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         job = self.job
+        self.asked = Asked(dedup=job.dedup, limits=job.model.limits)
         self.progress = Progress(self.counts, quiet=job.quiet, as_json=job.progress_json)
 
     @property
@@ -147,10 +147,7 @@ class _Run:
         """A record of an earlier run: its answer serves equal rows."""
         if self.job.form != "openai":
             self.is_id_text = isinstance(record["id"], str)
-            if self.job.dedup and record.get("content_hash") and not record.get("same_as"):
-                future = asyncio.get_running_loop().create_future()
-                future.set_result(record)
-                self.answers.setdefault(record["content_hash"], future)
+            self.asked.remember(record)
 
     async def work(self, source: Source) -> None:
         if self.job.retry_failed:
@@ -219,7 +216,7 @@ class _Run:
                 what = "is a request of a batch" if row.body is not None else "is no request of a batch"
                 raise BadRow(f"it {what}, which does not go with the form {self.job.form}; see --to")
             if row.body is not None:
-                self._keep(await asker.batch_record(row), {})
+                self._keep(await asker.batch_record(row))
                 return
             self._check_id(row)
             media = tuple([await asyncio.to_thread(medium.loaded) for medium in row.media])
@@ -238,32 +235,29 @@ class _Run:
             raise BadRow(f"its id {row.key} is a {'text' if is_text else 'number'}, and those before it are not")
 
     async def _answer(self, row: Row, asker: Answerer) -> None:
-        name = await asyncio.to_thread(self._content_hash, row)
-        known = self.answers.get(name) if self.job.dedup else None
+        content = await asyncio.to_thread(self.asked.content, row)
+        known = self.asked.find(content)
         if known is not None:
             with contextlib.suppress(AskError, BadRow):  # where the equal row failed, this one is asked for itself
-                equal = await asyncio.shield(known)
-                texts = {prompt.name: equal[prompt.name] for prompt in self.job.prompts}
-                same = {**equal, "id": row.id, "source": row.source, **row.facts, "same_as": equal["id"]}
-                self._keep(self._with_media(same, row), texts, is_shared=True)
+                equal = await asyncio.shield(known[0])
+                self._keep_shared(equal, row, content, known[1])
                 return
-        future: asyncio.Future[Record] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # read, so that nothing is logged
-        self.answers[name] = future
+        row = replace(row, facts={**row.facts, **self.asked.facts(content, None)})
+        future = self.asked.begin(content)
         try:
-            record = await asker.record(row, name)
+            record = await asker.record(row, content.name)
         except BaseException as error:
-            self.answers.pop(name, None)
+            self.asked.failed(content)
             future.set_exception(error if isinstance(error, AskError) else BadRow("the equal row was not answered"))
             raise
         future.set_result(record)
-        texts = {prompt.name: record[prompt.name] for prompt in self.job.prompts}
-        self._keep(self._with_media(record, row), texts)
+        self._keep(self._with_media(record, row))
 
-    def _content_hash(self, row: Row) -> str:
-        """Names all that the answers depend on beside the job's settings."""
-        vision = json.dumps(dict(row.vision), sort_keys=True)
-        return framed_hash("row", row.prompt or "", vision, *(medium.fingerprint for medium in row.media))
+    def _keep_shared(self, equal: Record, row: Row, content: Content, bits_apart: int) -> None:
+        """Keep the answer to an equal row as this one's."""
+        own = {"id": row.id, "source": row.source, **row.facts, **self.asked.facts(content, bits_apart)}
+        same = {**equal, **own, "content_hash": content.name, "same_as": equal["id"]}
+        self._keep(self._with_media(same, row), is_shared=True)
 
     def _with_media(self, record: Record, row: Row) -> Record:
         if not self.store.sink.needs_media:
@@ -276,8 +270,9 @@ class _Run:
         data = [(ending, medium.data or b"") for ending, medium in zip(named, row.media, strict=True)]
         return {**record, MEDIA: data}
 
-    def _keep(self, record: Record, texts: dict[str, str], *, is_shared: bool = False) -> None:
+    def _keep(self, record: Record, *, is_shared: bool = False) -> None:
         if self.sidecars is not None:
+            texts = {prompt.name: record[prompt.name] for prompt in self.job.prompts}
             self.sidecars.write(record, texts)
         self.store.add(record)
         self.num_faults_in_a_row = 0

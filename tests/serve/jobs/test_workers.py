@@ -57,7 +57,7 @@ def test_a_row_that_kills_workers_fails_and_takes_no_other_row_with_it(tmp_path,
     data = [picture(i) for i in range(24)]
     data[5] = data[17] = b"\x89PNG kill"
     data[9] = b"\x89PNG raise"
-    assert run(tmp_path, data, concurrency=8, dedup=False) == 3
+    assert run(tmp_path, data, concurrency=8, dedup="none") == 3
     check(tmp_path / "out", data, {5, 9, 17})
     found = {failure["id"]: (failure["code"], failure["attempts"]) for failure in failures_of(tmp_path / "out")}
     assert found == {5: ("worker_died", 2), 17: ("worker_died", 2), 9: ("status_500", 1)}
