@@ -197,6 +197,7 @@ class Request:
             sampled request needs its seed then. Empty for a request that begins.
         prefix_keys: Names by which the sender wants to hear what a prefix cache holds of the prompt: up to each media
             item, and of the whole. See `PrefixCache.name`.
+        num_images: Images of the whole prompt, where the request holds only some of its media.
     """
 
     request_id: str
@@ -210,3 +211,4 @@ class Request:
     cache_salt: str = ""
     emitted: tuple[Emitted, ...] = ()
     prefix_keys: tuple[str, ...] = ()
+    num_images: int | None = None

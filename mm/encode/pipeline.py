@@ -117,7 +117,8 @@ def _as_it_is(pixels: Image | Video, _: str | None) -> Image | Video:
 def _in_company(request: Request, parts: EncodeParts) -> bool:
     """Whether pictures are prepared as several of one prompt, which makes a difference to some encoders."""
     reads = isinstance(parts.encoder, ReadsCompany) and parts.encoder.reads_company
-    return reads and sum(item.kind == "image" for item in request.media) > 1
+    here = sum(item.kind == "image" for item in request.media)
+    return reads and (here if request.num_images is None else request.num_images) > 1
 
 
 def question(request: Request) -> str:

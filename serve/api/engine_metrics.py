@@ -51,6 +51,7 @@ ROUTING: tuple[tuple[str, str, Callable[[RoutingStats], float]], ...] = (
     ("mm:routing_hits", "Those to the home of their media, or to a decoder that held some.", lambda s: s.num_hits),
     ("mm:routing_spillovers", "Those that a long queue kept from the home of their media.", lambda s: s.num_spills),
     ("mm:routing_changed", "Those that would have gone elsewhere by load alone.", lambda s: s.num_changed),
+    ("mm:routing_shared", "Requests whose media were shared out to several encoders.", lambda s: s.num_shared),
 )
 HISTOGRAMS: tuple[tuple[str, str, Callable[[EngineStats], Histogram]], ...] = (
     ("vllm:iteration_tokens_total", "Tokens of a step, those of prompts included.", lambda s: s.step_tokens),

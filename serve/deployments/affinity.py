@@ -77,6 +77,11 @@ class Balancer:
         self._published = dict(published)
         self._answered = {name: known for name, known in self._answered.items() if name in published}
 
+    @property
+    def names(self) -> list[str]:
+        """The replicas that run."""
+        return list(self._published)
+
     def load(self, name: str) -> float:
         """What this ingress gave the replica and is not done, or what the replica says, if others gave it more."""
         said = float(self._published.get(name, {}).get("load", 0.0))
@@ -133,7 +138,7 @@ class Balancer:
 
     def encoders(self, key: str, load: float) -> list[str]:
         """All encoders, best first, for a request whose first media item has this hash."""
-        order = self._around(key)
+        order = self.around(key)
         if not order:
             return []
         loads = {name: self.load(name) for name in order}
@@ -148,6 +153,14 @@ class Balancer:
         chosen = (fitting or rest)[0]
         self._count(chosen == order[0], chosen != order[0], loads[chosen] > min(loads.values()))
         return fitting + rest
+
+    def beginning_with(self, name: str, key: str) -> list[str]:
+        """All encoders for items that one of them was chosen for, that one first, then in the order of the ring."""
+        order = self.around(key)
+        if not order:
+            return []
+        self._count(name == order[0], name != order[0], self.load(name) > min(map(self.load, order)))
+        return [name, *(other for other in order if other != name)]
 
     def decoders(self, keys: Sequence[str]) -> list[str]:
         """All decoders, best first, for a prompt that begins with what these hashes stand for.
@@ -170,7 +183,7 @@ class Balancer:
         self._count(held[order[0]] > 0, False, order[0] != by_load)
         return order
 
-    def _around(self, key: str) -> list[str]:
+    def around(self, key: str) -> list[str]:
         """The replicas in the order in which they follow a key on the ring."""
         at, num = bisect.bisect(self._ring, (_point(key), "")), len(self._ring)
         order: dict[str, None] = {}
@@ -207,11 +220,16 @@ def media_keys(request: Request) -> tuple[str, ...]:
     return tuple(_media_key(item.kind, getattr(item, "source", None), request) for item in request.media)
 
 
-def media_load(request: Request) -> float:
-    """What the media of a request cost an encoder: 1 for a picture, and for a clip its number of frames."""
+def media_loads(request: Request) -> list[float]:
+    """What each media item of a request costs an encoder: 1 for a picture, and for a clip its number of frames."""
     frames = request.vision.frames
     clip = float(frames.num_frames) if frames is not None and frames.num_frames else CLIP_COST
-    return sum(clip if item.kind == "video" else 1.0 for item in request.media)
+    return [clip if item.kind == "video" else 1.0 for item in request.media]
+
+
+def media_load(request: Request) -> float:
+    """What all of them cost."""
+    return sum(media_loads(request))
 
 
 def _media_key(kind: Kind, source: object, request: Request) -> str:

@@ -48,6 +48,7 @@ class Encoder:
             num_cache_hits=media.num_cache_hits,
             media_bytes=media.media_bytes,
             num_bytes=num_bytes(items),
+            seconds=sum(item.timings.load_s + item.timings.encode_s + item.timings.reduce_s for item in media.items),
             inline=items,
         )
 

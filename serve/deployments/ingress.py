@@ -50,4 +50,5 @@ def _runtime(config: ServeConfig) -> RayRuntime:
         handle("Prefill") if config.split == "epd" else None,
         gate=Gate(config.model.max_num_seqs * config.num_prefills),
         transport=config.kv_transport,
+        limits=config.model.limits,
     )

@@ -23,12 +23,14 @@ class TransferredMedia:
         num_cache_hits: Items that the encoder's cache held.
         media_bytes: Size of the encoded files, by kind.
         num_bytes: Size of all items together.
+        seconds: That the encoders took for those that were not cached.
         keys: Hash of each item as it was sent; see `serve.deployments.affinity`.
         held: Name under which the replica that encoded them holds them, where the same replica generates.
         replica: Name of the replica that encoded them, where it is known.
-        inline: The packed items, when they travel inside the message; see `serve.deployments.transport`.
-        reference: A tuple with the Ray object reference of the packed items otherwise. It is inside a tuple, so that
-            Ray passes the reference on and does not resolve it on the way.
+        inline: The packed items that travel inside the message; see `serve.deployments.transport`.
+        reference: Ray object references of the other packed items. They are inside a tuple, so that Ray passes them on
+            and does not resolve them on the way.
+        order: Place in the request of each item, those of `inline` first; empty where they are in order.
     """
 
     reducer: str
@@ -36,11 +38,13 @@ class TransferredMedia:
     num_cache_hits: int = 0
     media_bytes: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
     num_bytes: int = 0
+    seconds: float = 0.0
     keys: tuple[str, ...] = ()
     held: str = ""
     replica: str = ""
     inline: list[Any] | None = None
-    reference: tuple[Any] | None = None
+    reference: tuple[Any, ...] | None = None
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from mm.config import MediaLimits
 from mm.data.outputs import Event
 from mm.data.request import Request, TextLimits
 from mm.data.tokens import EncodedMedia, ItemCount
 from mm.encode.clip_stream import OnProgress
 from mm.plugins.calls import StageStatus
 from serve.config import KVTransport
-from serve.deployments.affinity import media_keys, media_load
+from serve.deployments.affinity import media_keys
 from serve.deployments.availability import NEW_WAIT_S
 from serve.deployments.calls import result_of, retried, to_first, without_media
 from serve.deployments.decoding import Decoding
+from serve.deployments.encoding import Encoding
 from serve.deployments.handing import Gate, Transfers
 from serve.deployments.messages import INLINE_BYTES, TransferredMedia
 from serve.deployments.tier import Tier
@@ -51,6 +51,7 @@ class RayRuntime:
         prefill: Handle of the `Prefill` deployment, where it computes the prompts.
         gate: Holds encoders back while the prefill stage is full.
         transport: From prefill to decode.
+        limits: Of the media of a request.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class RayRuntime:
         *,
         gate: Gate | None = None,
         transport: KVTransport = "auto",
+        limits: MediaLimits | None = None,
     ) -> None:
         self._is_whole = encoder is decoder
         self._decoders = Tier.of(decoder, "model" if self._is_whole else "decoder")
@@ -71,9 +73,7 @@ class RayRuntime:
         self._tiers += [] if self._prefills is None else [self._prefills]
         self._gate, self._transfers = gate or Gate(1 << 30), Transfers(transport)
         self._decoding = Decoding(self._decoders, self._prefills, self._gate, self._transfers, self._encode_again)
-        # Object references are only counted, and so kept alive, on calls that go through Ray itself.
-        self._encode_by_reference = encoder.options(_by_reference=True).encode
-        self._item_bytes: dict[str, int] = {}
+        self._encoding = Encoding(encoder, self._encoders, is_whole=self._is_whole, limits=limits)
         self._encoder, self._decoder = encoder, decoder
         self._default_reducer = default_reducer
         self._info: ModelInfo | None = None
@@ -112,7 +112,7 @@ class RayRuntime:
         await self._gate.wait_for_room()
         size = sum(len(getattr(item, "source", b"")) for item in request.media if hasattr(item, "source"))
         keys = media_keys(request) if size < INLINE_BYTES else await asyncio.to_thread(media_keys, request)
-        return await self._encode(request, keys, is_new=True)
+        return await self._encoding.encode(request, keys, is_new=True)
 
     async def count(self, request: Request) -> PromptCount:
         await self.admit(request)
@@ -134,45 +134,12 @@ class RayRuntime:
     async def text_of(self, token_ids: Sequence[int]) -> str:
         return await self._ask_decoder(self._decoder.text_of, list(token_ids))
 
-    async def _encode(self, request: Request, keys: tuple[str, ...], *, is_new: bool) -> TransferredMedia:
-        load = media_load(request)
-
-        async def attempt(loss: Unavailable | None) -> TransferredMedia:
-            order = self._encoders.balancer.encoders(keys[0], load) if keys else []
-            here = self._encoders.balancer.load_at(order[0], keys[0], load) if order else load
-            call = result_of(to_first(self._encode_for(request), order), request)
-            with self._encoders.balancer.given(order, here) as ticket:
-                on_routed = None if ticket is None else partial(self._encoders.balancer.move, ticket)
-                media = await self._encoders.stage.through(call, is_new=is_new and loss is None, on_routed=on_routed)
-                if ticket is not None:
-                    self._encoders.balancer.learn(ticket.replica, keys[0])
-                    media = replace(media, replica=ticket.replica)
-                return media
-
-        media = await retried(attempt)
-        self._learn_size(request, media)
-        return replace(media, keys=keys)
-
-    def _learn_size(self, request: Request, media: TransferredMedia) -> None:
-        if media.num_items:
-            size = media.num_bytes // media.num_items
-            for kind in {item.kind for item in request.media}:
-                self._item_bytes[kind] = max(size, self._item_bytes.get(kind, 0))
-
     async def collect(self, media: MediaHandle) -> EncodedMedia:
         assert isinstance(media, TransferredMedia), "media of another runtime"
         if not media.held:
             return await receive(media)
         there = [media.replica] if media.replica else []
         return await receive(await result_of(to_first(self._decoder.collect, there), media))
-
-    def _encode_for(self, request: Request) -> Any:
-        """The call that suits the size of the encoded media, which is estimated from earlier requests."""
-        if self._is_whole:
-            return self._encoder.encode_held
-        media = sum(self._item_bytes.get(item.kind, INLINE_BYTES) for item in request.media)
-        files = sum(len(getattr(item, "source", b"")) for item in request.media)
-        return self._encoder.encode_inline if max(media, files) < INLINE_BYTES else self._encode_by_reference
 
     def stream(self, request: Request, media: MediaHandle) -> AsyncGenerator[list[Event]]:
         """Events as they come. A stream whose decoder is lost goes on at another one, behind what it has given."""
@@ -185,7 +152,7 @@ class RayRuntime:
 
     async def _encode_again(self, request: Request, media: TransferredMedia) -> TransferredMedia:
         """The request's media, which were lost with their encoder."""
-        return await self._encode(request, media.keys, is_new=False)
+        return await self._encoding.encode(request, media.keys, is_new=False)
 
     async def info(self) -> ModelInfo:
         if self._info is None:

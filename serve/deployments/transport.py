@@ -72,13 +72,14 @@ async def receive(media: TransferredMedia) -> EncodedMedia:
     Raises:
         MediaLost: The replica that held them is gone.
     """
-    if media.reference is None:
-        return EncodedMedia(items=tuple(unpack(media.inline or [])), reducer=media.reducer)
     try:
-        items = await media.reference[0]
+        fetched = await asyncio.gather(*(media.reference or ()))
     except LOST as error:
         raise MediaLost("the encoded media are gone; encode them again") from error
-    return EncodedMedia(items=tuple(unpack(items)), reducer=media.reducer)
+    items = unpack([item for some in (media.inline or [], *fetched) for item in some])
+    if media.order:
+        items = [item for _, item in sorted(zip(media.order, items, strict=True), key=lambda pair: pair[0])]
+    return EncodedMedia(items=tuple(items), reducer=media.reducer)
 
 
 @dataclass(frozen=True)
