@@ -5,13 +5,15 @@
 Two servers on Ray run in turn, with one encoder and with several. Each request brings new pictures and asks for one
 token. A reducer that only sleeps makes each picture cost a fixed time, since the machine may have fewer cores than
 encoders; all else costs what it costs. The figure is the median time of a request with several encoders over that with
-one. The limit is the share of the pictures that one encoder gets at least. The answers have to be the same.
+one. The limit is the share of the pictures that one encoder gets at least. The first
+tokens have to be the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -24,6 +26,8 @@ from demos.bench.machine import facts
 from demos.bench.ray_overhead import picture, server
 
 GOAL = 0.35
+TOLERANCE = 1e-3
+"""A tower that gets fewer pictures at a time rounds otherwise; pictures in another order differ by far more."""
 MODULE = '''
 import time
 from dataclasses import dataclass
@@ -76,6 +80,19 @@ def ask(client: httpx.Client, seeds: range) -> tuple[float, dict]:
     return seconds, answer.json()["choices"][0]
 
 
+def most_apart(answers: list[dict], expected: list[dict]) -> float:
+    """The largest difference of a log-probability of an answer's first token; infinite where the tokens differ."""
+    apart = 0.0
+    for one, other in zip(answers, expected, strict=True):
+        found, wanted = (
+            {top["token"]: top["logprob"] for top in choice["logprobs"]["content"][0]["top_logprobs"]}
+            for choice in (one, other)
+        )
+        same = found.keys() == wanted.keys()
+        apart = max(apart, *(abs(found[token] - wanted[token]) for token in wanted)) if same else math.inf
+    return apart
+
+
 def measured(num_encoders: int, args: argparse.Namespace) -> tuple[list[float], list[dict], float]:
     """Seconds and answers of the requests, and how many of them were shared out."""
     options = ["--encoders", str(num_encoders), "--ray-cpus", "8", "--kv-cache-gb", "0.2", "--dtype", "float32"]
@@ -98,15 +115,16 @@ def main() -> None:
         install(Path(folder))
         alone, expected, _ = measured(1, args)
         seconds, answers, num_shared = measured(args.encoders, args)
-    if answers != expected:
-        raise SystemExit("the answers differ")
+    if (difference := most_apart(answers, expected)) > TOLERANCE:
+        raise SystemExit(f"log-probabilities of the first tokens differ by {difference}")
     ratio = statistics.median(seconds) / statistics.median(alone)
     limit = -(-args.pictures // args.encoders) / args.pictures
     lines = [
         json.dumps(facts()),
         f"{args.pictures} pictures: {statistics.median(alone):.2f} s with 1 encoder, "
         f"{statistics.median(seconds):.2f} s with {args.encoders}: {ratio:.3f} (goal at most {GOAL}, limit "
-        f"{limit:.3f}); {num_shared:.0f} of {args.requests} requests were shared out; the answers are equal",
+        f"{limit:.3f}); {num_shared:.0f} of {args.requests} requests were shared out; log-probabilities "
+        f"of the first tokens differ by at most {difference:.1e}",
     ]
     print(*lines, sep="\n")
     if args.out:
