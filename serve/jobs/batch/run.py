@@ -24,9 +24,10 @@ from serve.jobs.batch.equal import Asked, Content
 from serve.jobs.batch.job import BatchJob
 from serve.jobs.batch.progress import Counts, Progress
 from serve.jobs.batch.rows import BadRow, Row
-from serve.jobs.batch.sinks import MEDIA, SINKS, Record, Sidecars
+from serve.jobs.batch.sinks import MEDIA, SINKS, Record, Sidecars, write_atomically
 from serve.jobs.batch.sources import Source
 from serve.jobs.batch.store import FAILURES, MANIFEST, PENDING, Store
+from serve.jobs.batch.summary import SUMMARY, History, summary_page
 from serve.jobs.batch.windows import Windows
 from serve.jobs.flow import Stop, stopping
 from serve.jobs.results import locked
@@ -78,7 +79,17 @@ async def _run(job: BatchJob, stop: Stop) -> int:
         finally:
             store.close()
     run.progress.end()
+    _write_summary(run, folder)
     return _report(run, time.monotonic() - start)
+
+
+def _write_summary(run: _Run, folder: Any) -> None:
+    if not run.counts.now and (folder / SUMMARY).exists():
+        return  # an earlier run has more to show
+    ended = "finished" if run.is_whole else "stopped before its end; run the same command again to go on"
+    failed, settings = run.store.failed.values(), run.job.settings()
+    page = summary_page(run.counts, failed, run.history, settings, time.monotonic() - run.began, ended)
+    write_atomically(folder / SUMMARY, page.encode("utf-8", "backslashreplace"))
 
 
 def _discard(folder: Any) -> None:
@@ -86,7 +97,7 @@ def _discard(folder: Any) -> None:
     if not (folder / MANIFEST).exists():
         return
     for path in folder.iterdir():
-        if path.name.startswith(("part-", ".part-")) or path.name in (MANIFEST, FAILURES, PENDING):
+        if path.name.startswith(("part-", ".part-")) or path.name in (MANIFEST, FAILURES, PENDING, SUMMARY):
             path.unlink()
 
 
@@ -133,6 +144,8 @@ class _Run:
     num_faults_in_a_row: int = 0
     last_fault: str = ""
     is_id_text: bool | None = None
+    history: History = field(default_factory=History)
+    began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         job = self.job
@@ -142,6 +155,11 @@ class _Run:
     @property
     def ended_by_faults(self) -> bool:
         return self.num_faults_in_a_row >= MAX_FAULTS_IN_A_ROW
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing ended the run before its time."""
+        return not self.stop and not self.ended_by_faults
 
     def remember(self, record: Record) -> None:
         """A record of an earlier run: its answer serves equal rows."""
@@ -161,6 +179,7 @@ class _Run:
             return
         async with answerer(self.job, lambda text: _say(self.job, text)) as asker:
             self.progress.begin()
+            self.began = time.monotonic()
             lock = asyncio.Lock()
             waiting: list[Row] = [first]
 
@@ -282,7 +301,7 @@ class _Run:
             self.counts.done += 1
             self.counts.num_visual_tokens_in += record.get("num_visual_tokens_in") or 0
             self.counts.num_visual_tokens_kept += record.get("num_visual_tokens_kept") or 0
-        self.progress.advance()
+        self._note(None if is_shared else record.get("num_completion_tokens"))
 
     def _fail(self, row: Row, stage: str, code: str, message: str, attempts: int, *, is_fault: bool) -> None:
         self.last_fault = message if is_fault else self.last_fault
@@ -293,6 +312,10 @@ class _Run:
         facts = {"stage": stage, "code": code, "message": message, "attempts": before + attempts}
         self.store.fail({"id": row.id, "source": row.source, **facts})
         self.counts.failed += 1
+        self._note(None)
+
+    def _note(self, length: int | None) -> None:
+        self.history.note(time.monotonic() - self.began, self.counts.now, length)
         self.progress.advance()
 
 
