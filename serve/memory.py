@@ -27,12 +27,40 @@ def memory_bounds(config: ServeConfig, kv_bytes: int) -> dict[str, int]:
 def bounds_text(config: ServeConfig, kv_bytes: int) -> str:
     """One line for people; the children that decode clips and render templates are named apart."""
     bounds = memory_bounds(config, kv_bytes)
-    clip, template = config.model.limits.decode_memory_bytes, MEMORY_BYTES
     return (
         f"memory beside the weights is bounded: {_list(bounds)}; together {_mib(sum(bounds.values()))}. Processes of "
-        f"their own: {config.encode_workers} that decode clips with {_mib(clip)} each, and {MAX_CHILDREN} for chat "
-        f"templates with {_mib(template)} each"
+        f"their own: {_clip_children(config)}, and {_template_children()}"
     )
+
+
+def ray_bounds_text(config: ServeConfig) -> str:
+    """The same for the processes of a server on Ray, each of which holds some of the parts."""
+    gigabytes = config.model.kv_cache_gb
+    bounds = memory_bounds(config, 0 if gigabytes is None else int(gigabytes * (1 << 30)))
+    kv, body = "KV and prefix cache", "arriving bodies"
+    media = {name: size for name, size in bounds.items() if name not in (kv, body)}
+    cache = (
+        f"{kv} of a share of the memory that is free when it starts"
+        if gigabytes is None
+        else f"{kv} {_mib(bounds[kv])}"
+    )
+    encoder = f"{_list(media)} ({_clip_children(config)})"
+    decoder = f"{cache} ({_template_children()})"
+    if config.split == "none":
+        each = [f"decoder ({config.num_decoders}): {encoder}, {decoder}"]
+    else:
+        prefill = [f"prefill replica ({config.num_prefills}): {decoder}"] if config.split == "epd" else []
+        each = [f"encoder ({config.num_encoders}): {encoder}", *prefill, f"decoder ({config.num_decoders}): {decoder}"]
+    each.append(f"ingress ({config.num_ingress}): {body} {_mib(bounds[body])}")
+    return f"memory beside the weights is bounded, for each {'; '.join(each)}"
+
+
+def _clip_children(config: ServeConfig) -> str:
+    return f"{config.encode_workers} that decode clips with {_mib(config.model.limits.decode_memory_bytes)} each"
+
+
+def _template_children() -> str:
+    return f"{MAX_CHILDREN} for chat templates with {_mib(MEMORY_BYTES)} each"
 
 
 def _list(bounds: Mapping[str, int]) -> str:

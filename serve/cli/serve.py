@@ -82,7 +82,9 @@ def _start(config: ServeConfig, in_process: bool, waiting: Waiting) -> None:
         run_in_process(config, partial(_print_ready, waiting, config), partial(_print_bounds, config))
     else:
         from serve.deployments.launch import run_on_ray
+        from serve.memory import ray_bounds_text
 
+        click.echo(f"mm: {ray_bounds_text(config)}", err=True)
         where = "starting Ray" if config.address is None else f"connecting to the Ray cluster at {config.address}"
         click.echo(f"mm: {where} and loading {config.model.model}; this takes up to a minute", err=True)
         run_on_ray(config, partial(_print_ready, waiting))
