@@ -140,6 +140,7 @@ class _Run:
     stop: Stop
     sidecars: Sidecars | None
     seen: set[str] = field(default_factory=set[str])
+    files: dict[str, str] = field(default_factory=dict[str, str])
     earlier_failures: dict[str, Record] = field(default_factory=dict[str, Record])
     num_faults_in_a_row: int = 0
     last_fault: str = ""
@@ -210,6 +211,7 @@ class _Run:
                     problem=f"its id {row.key} is that of an earlier row",
                 )
             self.seen.add(row.key)
+            row = self._checked_file(row)
             if row.key in self.store.done:
                 self.counts.done_before += 1
             elif row.key in self.store.failed:
@@ -218,6 +220,15 @@ class _Run:
                 self.counts.skipped += 1
             else:
                 yield row
+
+    def _checked_file(self, row: Row) -> Row:
+        """The row, or its problem where its file would be that of an earlier one."""
+        if self.sidecars is None:
+            return row
+        path = str(self.sidecars.path_of(row.id))
+        owner = self.files.setdefault(path, row.key)
+        what = f"its file {path} is that of the row {owner} already; give ids that differ in more than the ending"
+        return row if owner == row.key else replace(row, problem=what)
 
     def _is_settled(self, key: str) -> bool:
         """Whether a row has its record, or its failure and is not tried again."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from serve.jobs.discover import EXTENSIONS
 from serve.jobs.job import JobError
 
 Record = dict[str, Any]
@@ -175,7 +176,8 @@ class Sidecars:
         Raises:
             JobError: The id leads out of the folder.
         """
-        stem = os.path.splitext(str(row_id))[0].lstrip("/")
+        stem, ending = os.path.splitext(str(row_id))
+        stem = (stem if ending.lower() in EXTENSIONS else str(row_id)).lstrip("/")
         if ".." in Path(stem).parts:
             raise JobError(f"the id {row_id!r} leads out of the folder of the results")
         return self._folder / f"{stem}{f'.{prompt}' if prompt else ''}.{self._form}"

@@ -131,6 +131,17 @@ def test_every_form_of_output_holds_every_row(tmp_path, server, monkeypatch):
     assert len(server.bodies) == count, "all had a file"
 
 
+def test_rows_whose_files_would_be_one_are_refused_and_dots_of_ids_stay(tmp_path, server):
+    data = [picture(i) for i in range(4)]
+    pq.write_table(pa.table({"id": ["a.png", "a.jpg", "v1.2", "v1.3"], "image": data}), tmp_path / "rows.parquet")
+    for _ in range(2):  # the second run finds the same
+        assert run(tmp_path / "rows.parquet", tmp_path / "out", server, form="txt") == 3
+        found = {path.name: path.read_text().strip() for path in (tmp_path / "out").glob("*.txt")}
+        assert found == {f"{name}.txt": answer_of(data[i]) for i, name in ((0, "a"), (2, "v1.2"), (3, "v1.3"))}
+        (failure,) = failures_of(tmp_path / "out" / ".mm")
+        assert (failure["id"], 'the row "a.png" already' in failure["message"]) == ("a.jpg", True)
+
+
 def test_a_batch_of_openai_comes_back_in_its_form(tmp_path, server):
     def line(name, **changes):
         body = {"model": "x", "messages": [{"role": "user", "content": name}]}
