@@ -146,6 +146,8 @@ class BatchJob:
         here = {
             "model": str(Path(model.model).resolve()) if Path(model.model).is_dir() else model.model,
             "dtype": model.dtype,
+            "quantize": model.quantize,
+            "engine": model.engine,
             "reducer": model.reducer,
             "keep_ratio": model.keep_ratio,
             "frames": model.num_frames if model.fps is None else f"{model.fps:g} per second",

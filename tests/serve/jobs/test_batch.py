@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mm.config import ModelConfig
 from serve.jobs.batch.job import BatchJob, Prompt, read_prompts
 from serve.jobs.batch.progress import Counts, Progress
 from serve.jobs.batch.rows import COLUMNS, parse_columns
@@ -140,6 +141,12 @@ def test_rows_whose_files_would_be_one_are_refused_and_dots_of_ids_stay(tmp_path
         assert found == {f"{name}.txt": answer_of(data[i]) for i, name in ((0, "a"), (2, "v1.2"), (3, "v1.3"))}
         (failure,) = failures_of(tmp_path / "out" / ".mm")
         assert (failure["id"], 'the row "a.png" already' in failure["message"]) == ("a.jpg", True)
+
+
+def test_models_that_answer_otherwise_are_other_settings():
+    changes = [{"quantize": "int8"}, {"engine": "vllm"}, {"dtype": "bfloat16"}, {"keep_ratio": 0.5}, {"num_frames": 3}]
+    jobs = [BatchJob(inputs=("x",), out=Path("y"), model=ModelConfig(**change)) for change in ({}, *changes)]
+    assert len({json.dumps(job.settings(), sort_keys=True) for job in jobs}) == len(jobs)
 
 
 def test_a_batch_of_openai_comes_back_in_its_form(tmp_path, server):
