@@ -13,11 +13,10 @@ from gradio.components import Component
 
 from serve.page import views
 from serve.page.choices import DEFAULT_REDUCER, ReducerChoice, written
+from serve.page.link import MAX_FRAMES
 from serve.page.media import read_upload, thumbnail
 from serve.page.methods import ON_CHANGE, picker
 from serve.page.samples import Sample
-
-MAX_FRAMES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +151,7 @@ def _option_inputs(choices: Sequence[ReducerChoice], shown: str) -> tuple[dict[s
             continue
         with gr.Group(visible=choice.name == shown, elem_id=f"mm-options-{choice.name}") as group:
             gr.HTML(
-                f'<h3 class="mm-title">{choice.name}</h3><p class="mm-about">{escape(choice.summary)}</p>', padding=True
+                f'<h2 class="mm-title">{choice.name}</h2><p class="mm-about">{escape(choice.summary)}</p>', padding=True
             )
             inputs += [_option_input(choice, option, default) for option, default in choice.other_options.items()]
         groups[choice.name] = group

@@ -10,6 +10,7 @@ import asyncio
 import io
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from serve.page.cards import Shown
 from serve.page.choices import ReducerChoice
 from serve.page.client import Client
 from serve.page.form import FULL, Form, Side
+from serve.page.link import DRAFTER, LinkReader, to_query, values_of
 from serve.page.media import NotMedia, Preview, preview, read_upload
 from serve.page.methods import misfits, picker
 from serve.page.pictures import dim_slider, plain_pictures, shared_frames
@@ -55,7 +57,7 @@ class Session:
     """What one visitor has asked, and how to stop what is being answered."""
 
     exchanges: list[Exchange] = field(default_factory=list[Exchange])
-    stop: asyncio.Event | None = None
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def uploads(self) -> tuple[Upload, ...]:
@@ -78,16 +80,38 @@ class Handlers:
     def __init__(self, client: Client, samples: Sequence[Sample], choices: Sequence[ReducerChoice]) -> None:
         self._client, self._samples, self._choices = client, tuple(samples), tuple(choices)
         self._refusals: dict[str, str] | None = None
+        self._drafter: str | None = None
+        self.turn = asyncio.Lock()
+        """One comparison at a time: two would slow each other down."""
 
-    def heading(self) -> tuple[str, Update]:
-        """The first line, with the server or the reason why it cannot be reached, and the drafters to choose from."""
+    def load(self, pairs: Sequence[tuple[str, str]]) -> list[object]:
+        """The page as its address has it: the first lines, whether to ask at once, and the values of the form."""
+        drafters: list[str] = []
         try:
             offer = self._client.offer()
+            drafters = list(offer.drafters)
+            server = views.server_line(offer.model, self._client.url, offer.limits)
         except ServerProblem as problem:
-            return views.heading(views.server_down(str(problem))), gr.update()
-        drafters = list(offer.drafters)
-        chosen = gr.update(choices=drafters, value=next(iter(drafters), None), visible=len(drafters) > 1)
-        return views.heading(views.server_line(offer.model, self._client.url, offer.limits)), chosen
+            server = views.server_down(str(problem))
+        self._drafter = next(iter(drafters), None)
+        link = LinkReader(self._choices, self._samples, drafters)
+        form = link.read(pairs)
+        values = values_of(form, self._choices)
+        values[DRAFTER] = gr.update(choices=drafters, value=form.drafter, visible=len(drafters) > 1)
+        problems = views.problems(link.problems) if link.problems else ""
+        return [views.heading(server) + problems, link.is_answerable, *values]
+
+    def link(self, *values: object) -> str:
+        """The query of the address that brings these settings back."""
+        return to_query(Form.of(values, self._choices), self._choices, self._samples, self._drafter)
+
+    async def first(
+        self, is_answerable: bool, session: Session, *values: object
+    ) -> AsyncGenerator[tuple[str, str, str, str]]:
+        """The answer about a sample that is there at first view."""
+        if is_answerable:
+            async for shown in self.ask(session, *values):
+                yield shown
 
     def show_upload(self, path: str | None, num_frames: float) -> tuple[Update, Update]:
         """The picture, or the frames that the encoder gets."""
@@ -137,8 +161,7 @@ class Handlers:
 
     def stop(self, session: Session) -> None:
         """End the answer that is being written."""
-        if session.stop is not None:
-            session.stop.set()
+        session.stop.set()
 
     async def ask(self, session: Session, *values: object) -> AsyncGenerator[tuple[str, str, str, str]]:
         """A first question: status, savings, frames and cards, again and again."""
@@ -175,14 +198,19 @@ class Handlers:
             for side in sides
         ]
         previews, frames = await asyncio.to_thread(_previews, questions[0])
-        session.stop = asyncio.Event()
+        session.stop.set()  # what is still being answered
+        session.stop = stop = asyncio.Event()
+        if self.turn.locked():
+            yield views.status("Waiting until another comparison is done."), "", frames, cards.cards(start, previews)
         shown = start
-        async for shown in ask_all(self._client, offer.model, questions, start, session.stop):
-            yield _status(shown), cards.savings(shown), frames, cards.cards(shown, previews)
+        async with self.turn, aclosing(ask_all(self._client, offer.model, questions, start, stop)) as steps:
+            async for shown in steps:
+                if session.stop is not stop:
+                    return
+                yield _status(shown), cards.savings(shown), frames, cards.cards(shown, previews)
         answers = {one.side: one.reply.text for one in shown if one.reply is not None}
         if FULL in answers:
             session.exchanges.append(Exchange(text=questions[0].text, upload=upload, answers=answers))
-        session.stop = None
 
     def _expected(self, upload: Upload | None, question: str) -> str | None:
         for sample in self._samples:

@@ -11,6 +11,7 @@ from serve.page import views
 from serve.page.choices import ReducerChoice, installed_reducers
 from serve.page.client import Client
 from serve.page.components import Inputs, Outputs, make_inputs, make_outputs
+from serve.page.endpoints import Endpoints, add_endpoints
 from serve.page.handlers import Handlers, Session
 from serve.page.methods import CHOSEN
 from serve.page.samples import Sample
@@ -20,6 +21,13 @@ SHOW_ANSWERS = """() => {
   if (answers && window.innerWidth <= 700) answers.scrollIntoView({ block: "start" });
 }"""
 """On a narrow screen the answers are below the form."""
+
+SET_ADDRESS = """(query) => {
+  const kept = [...new URLSearchParams(location.search)].filter(([name]) => name.startsWith("__"));
+  const all = new URLSearchParams([...kept, ...new URLSearchParams(query)]);
+  history.replaceState(null, "", "?" + all);
+}"""
+"""The settings in the address, so that it can be sent as a link."""
 
 
 def build_page(
@@ -43,6 +51,7 @@ def build_page(
             with gr.Column(scale=8, min_width=300, elem_classes="mm-main"):
                 outputs = make_outputs()
         session = gr.State(Session(), time_to_live=3600)
+        add_endpoints(Endpoints(client, choices, handlers.turn))
         _wire(page, handlers, inputs, outputs, head, session)
     return page
 
@@ -50,9 +59,16 @@ def build_page(
 def _wire(
     page: gr.Blocks, handlers: Handlers, inputs: Inputs, outputs: Outputs, head: gr.HTML, session: gr.State
 ) -> None:
-    # Private: the page is for people; programs have the server's own API.
+    # Private: programs have the server's own API, and the named endpoints.
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    page.load(handlers.heading, None, [head, inputs.drafter], **quiet)
+    is_answerable, link = gr.State(False), gr.Textbox(visible=False)
+
+    def load(request: gr.Request) -> list[object]:
+        return handlers.load(request.query_params.multi_items())
+
+    fit: Any = [handlers.fit, [inputs.file, inputs.chosen], [inputs.methods, inputs.chosen]]
+    loaded = page.load(load, None, [head, is_answerable, *inputs.form], **quiet)
+    loaded.then(*fit, **quiet).then(handlers.first, [is_answerable, session, *inputs.form], outputs.all, **quiet)
     gr.on(
         [inputs.file.change, inputs.num_frames.release],
         handlers.show_upload,
@@ -60,8 +76,7 @@ def _wire(
         [inputs.shown, inputs.num_frames],
         **quiet,
     )
-    fitting = [page.load, inputs.file.change]
-    gr.on(fitting, handlers.fit, [inputs.file, inputs.chosen], [inputs.methods, inputs.chosen], **quiet)
+    inputs.file.change(*fit, **quiet)
     inputs.methods.change(None, None, inputs.chosen, js=CHOSEN, **quiet)
     shown = [inputs.keep_ratio, inputs.all_options, *inputs.groups.values()]
     inputs.chosen.change(handlers.show_options, inputs.chosen, shown, **quiet)
@@ -71,4 +86,7 @@ def _wire(
     gr.on(asked, handlers.ask, [session, *inputs.form], outputs.all, **quiet)
     inputs.follow_up.click(handlers.follow_up, [session, *inputs.form], outputs.all, **quiet)
     inputs.stop.click(handlers.stop, session, None, queue=False, **quiet)
-    gr.on([*asked, inputs.follow_up.click], None, None, None, js=SHOW_ANSWERS, **quiet)
+    all_asked = [*asked, inputs.follow_up.click]
+    gr.on(all_asked, None, None, None, js=SHOW_ANSWERS, **quiet)
+    linked = gr.on(all_asked, handlers.link, inputs.form, link, queue=False, **quiet)
+    linked.then(None, link, None, js=SET_ADDRESS, **quiet)

@@ -64,8 +64,10 @@ def _item(number: int, preview: Preview, item: KeptMap) -> str:
     figures: list[str] = []
     for step, kept in enumerate(mask):
         frame = frame_of_slice(step, len(mask), len(preview.urls))
-        time = f"{preview.timestamps_s[frame]:.1f} s · " if preview.timestamps_s else ""
-        figures.append(_figure(number, frame, preview, f"{time}{int(kept.sum())} of {cells} kept", _shapes(kept)))
+        caption = f"{int(kept.sum())} of {cells} kept"
+        if preview.timestamps_s:
+            caption = f"{preview.timestamps_s[frame]:.1f} s · {int(kept.sum())}/{cells}"
+        figures.append(_figure(number, frame, preview, caption, _shapes(kept)))
     shares = [float(kept.mean()) for kept in mask]
     return _layers(preview, figures) + (_kept_line(preview, shares) if preview.timestamps_s else "")
 
@@ -92,7 +94,7 @@ def _cut_clip(number: int, preview: Preview, item: KeptMap) -> str:
     figures: list[str] = []
     for step in range(len(preview.urls)):
         frame = step * num_frames // len(preview.urls)
-        begins = f" · cube {first[frame]} begins" if frame in first else ""
+        begins = f" · cube {first[frame]}" if frame in first else ""
         figures.append(_figure(number, step, preview, f"{preview.timestamps_s[step]:.1f} s{begins}"))
     pieces = "".join(
         f'<i style="left:{100 * cube.start_s / total_s:.3f}%;width:{100 * (cube.end_s - cube.start_s) / total_s:.3f}%" '

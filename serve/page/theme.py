@@ -98,14 +98,17 @@ gradio-app, .gradio-container { min-width: 0 !important; }
 .mm-status { margin: 0; font-size: 14px; color: var(--body-text-color-subdued); }
 .mm-dim { display: inline-flex; align-items: center; gap: 8px; font-size: 13px; color: var(--body-text-color-subdued); }
 .mm-dim input { width: 120px; accent-color: #0f766e; }
-.mm-savings { width: 100%; border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums;
+.mm-savings { width: 100%; margin: 0 !important; border-collapse: collapse;
+  outline: 1px solid var(--border-color-primary); border-radius: 6px;
+  font-size: 13.5px; font-variant-numeric: tabular-nums;
   background: var(--block-background-fill); }
-.mm-savings th, .mm-savings td { text-align: right; padding: 5px 10px;
-  border: 1px solid var(--border-color-primary) !important; border-width: 1px 0 !important;
+#mm-savings .mm-savings :is(tr, th, td) { border: 0 solid var(--border-color-primary) !important; }
+#mm-savings .mm-savings :is(th, td) { text-align: right; padding: 5px 10px; border-bottom-width: 1px !important;
   color: var(--body-text-color); font-weight: 400; }
-.mm-savings thead th { color: var(--body-text-color-subdued); font-size: 12.5px; }
-.mm-savings th:first-child { text-align: left; overflow-wrap: anywhere; }
-.mm-savings tbody th { font-weight: 600; }
+#mm-savings .mm-savings tr:last-child > * { border-bottom-width: 0 !important; }
+#mm-savings .mm-savings thead th { color: var(--body-text-color-subdued); font-size: 12.5px; }
+#mm-savings .mm-savings th:first-child { text-align: left; overflow-wrap: anywhere; }
+#mm-savings .mm-savings tbody th { font-weight: 600; }
 .mm-savings small { font-size: 12px; font-weight: 400; color: var(--body-text-color-subdued); }
 
 .mm-cards { display: grid; gap: 12px; align-items: start;
@@ -193,7 +196,7 @@ footer { display: none !important; }
 @media (max-width: 700px) {
   .mm-page { flex-direction: column !important; }
   .mm-answer { font-size: 17px; }
-  .mm-savings th, .mm-savings td { padding: 5px 5px; }
+  #mm-savings .mm-savings :is(th, td) { padding: 5px; }
   .mm-savings { font-size: 12.5px; }
 }
 """

@@ -166,7 +166,8 @@ def test_a_method_is_asked_once(picture: Path) -> None:
 
 
 def test_the_servers_drafters_can_be_chosen(handlers: Handlers) -> None:
-    head, drafter = handlers.heading()
+    head, _, *values = handlers.load([])
+    drafter = values[5]
     assert "fake at <code>http" in head
     assert (drafter["choices"], drafter["value"], drafter["visible"]) == (["echo", "none", "other"], "echo", True)
 
