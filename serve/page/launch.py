@@ -174,6 +174,8 @@ def _mount(app: FastAPI, page: gr.Blocks, config: DemoConfig, path: str) -> Fast
 
     from serve.page.theme import CSS, theme
 
+    # Gradio checks that a path which a request names was uploaded, but only of a page that its own launcher started.
+    page.has_launched = True
     samples = [str(sample.path) for sample in load_samples(config.samples)]
     return gr.mount_gradio_app(
         app,

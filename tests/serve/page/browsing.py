@@ -33,7 +33,17 @@ MARKS = [
 needs_samples = pytest.mark.skipif(not load_samples(), reason="demos/samples is not here")
 
 
+def take_away(page: Any) -> None:
+    """The file, if one is chosen."""
+    clear = page.locator("#mm-file button[aria-label=Clear]")
+    if clear.count():
+        clear.click()
+        page.wait_for_selector("#mm-shown img, #mm-shown .mm-error", state="detached")
+
+
 def upload(page: Any, path: Path) -> None:
+    """Choose a file in place of the one that is there."""
+    take_away(page)
     page.set_input_files("#mm-file input[type=file]", str(path))
     page.wait_for_selector("#mm-shown img, #mm-shown .mm-error")
 

@@ -22,6 +22,7 @@ from tests.serve.page.browsing import (
     ask,
     choose,
     needs_samples,
+    take_away,
     upload,
     write_methods,
 )
@@ -93,6 +94,7 @@ def test_a_server_that_is_not_there_is_explained(open_page: Any, picture: Path) 
 
 def test_nothing_chosen_is_explained(open_page: Any, fake_url: str) -> None:
     page = open_page(fake_url)
+    take_away(page)
     page.click("#mm-ask")
     page.wait_for_selector("#mm-status .mm-error")
     assert "Choose a picture or a clip first" in page.inner_text("#mm-status")
