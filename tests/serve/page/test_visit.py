@@ -168,7 +168,10 @@ def test_the_settings_are_in_the_link(open_page: Any, tiny_url: str) -> None:
     assert "keep_ratio was '7'" in wrong.inner_text("#mm-head .mm-error")
 
 
-def test_programs_compare_through_named_endpoints(tiny_url: str, picture: Path) -> None:
+def test_programs_compare_through_named_endpoints(
+    tiny_url: str, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)  # the client's own, not the page's
     client = GradioClient(tiny_url, verbose=False)
     methods = client.predict(api_name="/methods")
     assert {"divprune", "fastv"} <= {method["name"] for method in methods}
