@@ -70,6 +70,12 @@ class Session:
             for one in self.exchanges
         )
 
+    def note(self, text: str, upload: Upload | None, shown: Sequence[Shown]) -> None:
+        """Keep a question that all sides have answered, if that with every token has."""
+        answers = {one.side: one.reply.text for one in shown if one.reply is not None}
+        if FULL in answers:
+            self.exchanges.append(Exchange(text=text, upload=upload, answers=answers))
+
     def is_new(self, side: Side) -> bool:
         return any(side not in one.answers for one in self.exchanges)
 
@@ -202,15 +208,13 @@ class Handlers:
         session.stop = stop = asyncio.Event()
         if self.turn.locked():
             yield views.status("Waiting until another comparison is done."), "", frames, cards.cards(start, previews)
-        shown = start
         async with self.turn, aclosing(ask_all(self._client, offer.model, questions, start, stop)) as steps:
             async for shown in steps:
                 if session.stop is not stop:
                     return
+                if not any(one.is_busy for one in shown):  # a follow-up may be asked as soon as this is seen
+                    session.note(questions[0].text, upload, shown)
                 yield _status(shown), cards.savings(shown), frames, cards.cards(shown, previews)
-        answers = {one.side: one.reply.text for one in shown if one.reply is not None}
-        if FULL in answers:
-            session.exchanges.append(Exchange(text=questions[0].text, upload=upload, answers=answers))
 
     def _expected(self, upload: Upload | None, question: str) -> str | None:
         for sample in self._samples:

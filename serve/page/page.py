@@ -30,6 +30,14 @@ SET_ADDRESS = """(query) => {
 """The settings in the address, so that it can be sent as a link."""
 
 
+def with_chosen(place: int) -> str:
+    """A function for the browser that puts the boxes checked now among an event's inputs.
+
+    The component that holds them is set by events of its own, which a quick click on a button overtakes.
+    """
+    return f"(...inputs) => {{ inputs[{place}] = ({CHOSEN})(); return inputs; }}"
+
+
 def build_page(
     client: Client, *, samples: Sequence[Sample] = (), reducers: Sequence[ReducerChoice] | None = None
 ) -> gr.Blocks:
@@ -82,11 +90,11 @@ def _wire(
     inputs.chosen.change(handlers.show_options, inputs.chosen, shown, **quiet)
     if inputs.samples is not None:
         inputs.samples.select(handlers.take_sample, None, [inputs.file, inputs.question], **quiet)
-    asked = [inputs.ask.click, inputs.question.submit]
-    gr.on(asked, handlers.ask, [session, *inputs.form], outputs.all, **quiet)
+    asked, place = [inputs.ask.click, inputs.question.submit], inputs.form.index(inputs.chosen)
+    gr.on(asked, handlers.ask, [session, *inputs.form], outputs.all, js=with_chosen(1 + place), **quiet)
     inputs.follow_up.click(handlers.follow_up, [session, *inputs.form], outputs.all, **quiet)
     inputs.stop.click(handlers.stop, session, None, queue=False, **quiet)
     all_asked = [*asked, inputs.follow_up.click]
     gr.on(all_asked, None, None, None, js=SHOW_ANSWERS, **quiet)
-    linked = gr.on(all_asked, handlers.link, inputs.form, link, queue=False, **quiet)
+    linked = gr.on(all_asked, handlers.link, inputs.form, link, queue=False, js=with_chosen(place), **quiet)
     linked.then(None, link, None, js=SET_ADDRESS, **quiet)

@@ -8,6 +8,7 @@ No test; run it again when the page or the shipped model changed.
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from playwright.sync_api import sync_playwright
 from serve.page.launch import DemoConfig, demo_app, serving
 
 TARGET = Path(__file__).parents[3] / "docs" / "demo.png"
+ASKS = "question => [...document.querySelectorAll('textarea')].some(area => area.value === question)"
+SAMPLES = Path(__file__).parents[3] / "demos" / "samples" / "samples.json"
 SAMPLE = 2
 """Which of `demos/samples/samples.json`."""
 
@@ -26,11 +29,12 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.goto(url)
+        page.wait_for_selector("text=2 of 2 answers")  # of the sample that is answered at first view
         page.locator("#mm-samples .thumbnail-item").nth(SAMPLE).click()
-        page.wait_for_selector("#mm-shown img")
+        page.wait_for_function(ASKS, arg=json.loads(SAMPLES.read_text())[SAMPLE]["question"])
         page.locator("#mm-methods input[value=fastv]").check()
         page.click("#mm-ask")
-        page.wait_for_selector(".mm-dim")
+        page.wait_for_selector("text=3 of 3 answers")
         page.mouse.move(0, 0)
         page.wait_for_timeout(500)
         picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))

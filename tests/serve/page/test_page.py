@@ -257,6 +257,19 @@ def test_a_follow_up_has_the_turns_and_media_of_each_side(handlers: Handlers, ap
     assert ">uniform: What?<" in busy_and_done(last)[1]
 
 
+def test_a_follow_up_may_be_asked_as_soon_as_all_answers_are_seen(handlers: Handlers, picture: Path) -> None:
+    session, noted = Session(), []
+    values = [*(FORM | {"path": str(picture)}).values(), *OPTIONS.values()]
+
+    async def look() -> None:
+        async for step in handlers.ask(session, *values):
+            noted.append(("answers." in step[0], len(session.exchanges)))
+
+    asyncio.run(look())
+    assert noted[-1] == (True, 1)
+    assert set(noted[:-1]) == {(False, 0)}
+
+
 def test_a_follow_up_with_another_file_brings_it(handlers: Handlers, app: Any, picture: Path, tmp_path: Path) -> None:
     session = Session()
     Image.new("RGB", (64, 64)).save(tmp_path / "other.png")

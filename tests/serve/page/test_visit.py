@@ -29,6 +29,11 @@ from tests.serve.page.browsing import (
 from tests.serve.page.fake_server import FRAME_GRID
 
 pytestmark = MARKS
+CHECK_AND_ASK = """() => {
+  document.querySelector("#mm-methods input[value=uniform]").click();
+  document.querySelector("#mm-ask").click();
+}"""
+NAMED = "title => title.innerText === 'uniform'"
 
 
 def test_a_broken_file_is_explained_on_the_page(open_page: Any, tiny_url: str, broken: Path) -> None:
@@ -184,3 +189,17 @@ def test_programs_compare_through_named_endpoints(
     with pytest.raises(AppError, match="Give a picture or a clip, and a question"):
         client.predict(handle_file(str(picture)), " ", [], api_name="/compare")
     client.close()
+
+
+def test_a_box_that_was_checked_just_before_counts(open_page: Any, fake_url: str, picture: Path) -> None:
+    page = open_page(fake_url)
+    upload(page, picture)
+    page.fill("#mm-question textarea", "What?")
+    for is_chosen in (True, False, True):
+        page.locator("#mm-methods input[value=uniform]").set_checked(not is_chosen)
+        answered(page)
+        page.evaluate(CHECK_AND_ASK)
+        page.wait_for_function("() => !document.querySelector('.mm-busy, .mm-growing')")
+        page.wait_for_function(
+            f"() => [...document.querySelectorAll('.mm-card h2')].some({NAMED}) === {str(is_chosen).lower()}"
+        )
